@@ -1,0 +1,65 @@
+"""The layout of the repository: imports point downwards, and the kernels need nothing else of ours."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FLOORS = ["kernels", "esm_packed", "reports", "runners", "benchmarks"]
+"""From the ground up; a folder imports only from itself and from those before it."""
+
+ENTRY_POINT = ROOT / "esm_packed" / "__main__.py"
+"""`python -m esm_packed` hands over to the command line, the one import that points upwards."""
+
+
+def folder_of(module: str) -> str | None:
+    """The folder that holds `module`, None when it is not ours."""
+    parts = module.split(".")
+    if parts[0] == "esm_packed":
+        return parts[1] if len(parts) > 1 and parts[1] in FLOORS else "esm_packed"
+    return parts[0] if parts[0] in FLOORS else None
+
+
+def imports_of(path: Path) -> set[str]:
+    """Absolute names of all modules a file imports, at its top or inside functions."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: imports are absolute here"
+            names.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return names
+
+
+@pytest.mark.parametrize("floor", FLOORS)
+def test_imports_point_downwards(floor: str) -> None:
+    allowed = FLOORS[: FLOORS.index(floor) + 1]
+    for path in (ROOT / floor).rglob("*.py"):
+        if path == ENTRY_POINT:
+            continue
+        for module in imports_of(path):
+            folder = folder_of(module)
+            assert folder is None or folder in allowed, f"{path.relative_to(ROOT)} imports {module}"
+
+
+def test_model_file_does_no_input_or_output() -> None:
+    source = (ROOT / "esm_packed" / "model.py").read_text()
+    assert not imports_of(ROOT / "esm_packed" / "model.py") & {"argparse", "time", "sys", "logging"}
+    assert not re.search(r"\bprint\(|\bopen\(", source)
+
+
+def test_kernels_import_alone() -> None:
+    """In a fresh process, `esm_packed.kernels` pulls in none of the model's modules."""
+    code = (
+        "import sys, esm_packed.kernels\n"
+        "print(*(name for name in sys.modules if name.startswith('esm_packed.') and 'kernels' not in name))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/")
+    assert done.stdout.split() == ["esm_packed.version"]
