@@ -1,0 +1,73 @@
+"""ESM-2's 33 tokens and the translation of residues to them by table look-up.
+
+The table is fair-esm 2.0.0's `Alphabet.from_architecture("ESM-1b")`; it is our own because the package named
+`esm` on a user's machine may be another project.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+TOKENS: tuple[str, ...] = (
+    "<cls>", "<pad>", "<eos>", "<unk>",
+    "L", "A", "G", "V", "S", "E", "R", "T", "I", "D", "P", "K", "Q", "N", "F", "Y", "M", "H", "W", "C",
+    "X", "B", "U", "Z", "O", ".", "-", "<null_1>", "<mask>",
+)  # fmt: skip
+VOCAB_SIZE = len(TOKENS)
+
+BOS_ID = TOKENS.index("<cls>")
+PAD_ID = TOKENS.index("<pad>")
+EOS_ID = TOKENS.index("<eos>")
+UNK_ID = TOKENS.index("<unk>")
+MASK_ID = TOKENS.index("<mask>")
+
+INVALID_ID = 255
+"""What `RESIDUE_TO_ID` holds for a byte that is no residue."""
+
+_MASK_BYTE = 1
+
+
+def _residue_table() -> npt.NDArray[np.uint8]:
+    table = np.full(256, INVALID_ID, dtype=np.uint8)
+    for token_id, token in enumerate(TOKENS):
+        if len(token) == 1:
+            table[ord(token.upper())] = table[ord(token.lower())] = token_id
+    table[_MASK_BYTE] = MASK_ID
+    table.setflags(write=False)
+    return table
+
+
+RESIDUE_TO_ID: npt.NDArray[np.uint8] = _residue_table()
+"""(256,) uint8: ASCII byte to token id, upper and lower case alike; `INVALID_ID` for all else."""
+
+
+def encode(sequence: str) -> npt.NDArray[np.uint8]:
+    """Token ids of one protein, without BOS and EOS.
+
+    Args:
+        sequence: one-letter residues in upper or lower case; `<mask>` stands for a masked residue.
+
+    Returns:
+        (num_residues,) uint8 token ids.
+
+    Raises:
+        ValueError: a character is not in ESM-2's alphabet; the message names it and its position.
+    """
+    if chr(_MASK_BYTE) in sequence:
+        raise ValueError("control character '\\x01' is not in ESM-2's alphabet")
+    text = sequence.replace("<mask>", chr(_MASK_BYTE))
+    ids = RESIDUE_TO_ID[np.frombuffer(text.encode("latin-1", errors="replace"), dtype=np.uint8)]
+    invalid = np.flatnonzero(ids == INVALID_ID)
+    if invalid.size:
+        position = int(invalid[0])
+        raise ValueError(
+            f"{text[position]!r} at position {position + 1} is not in ESM-2's alphabet "
+            f"({''.join(token for token in TOKENS if len(token) == 1)} and <mask>)"
+        )
+    return ids
+
+
+def decode(token_ids: npt.ArrayLike) -> str:
+    """The residues and special tokens of `token_ids`, as one string."""
+    return "".join(TOKENS[token_id] for token_id in np.asarray(token_ids).tolist())

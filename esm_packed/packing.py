@@ -1,0 +1,181 @@
+"""Sequences laid end to end: how they are distributed over packs, and the packed batch a model reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from esm_packed.alphabet import BOS_ID, EOS_ID
+
+SPECIAL_TOKENS = 2
+"""BOS and EOS, which every sequence carries besides its residues."""
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """Sequences end to end, without padding; each is BOS, residues, EOS.
+
+    Args:
+        input_ids: (total_tokens,) int32 token ids.
+        cu_seqlens: (num_sequences + 1,) int32, where each sequence begins; starts at 0, ends at total_tokens.
+        max_seqlen: tokens of the longest sequence, a Python int.
+        sequence_ids: names of the sequences, kept on the host.
+    """
+
+    input_ids: torch.Tensor
+    cu_seqlens: torch.Tensor
+    max_seqlen: int
+    sequence_ids: tuple[str, ...] | None = None
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences in the batch."""
+        return self.cu_seqlens.numel() - 1
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens in the batch, BOS and EOS included."""
+        return self.input_ids.numel()
+
+    @property
+    def position_ids(self) -> torch.Tensor:
+        """(total_tokens,) int32 position of each token in its own sequence, 0 at BOS."""
+        starts, ends = self.cu_seqlens[:-1], self.cu_seqlens[1:]
+        tokens = torch.arange(self.total_tokens, dtype=torch.int32, device=self.input_ids.device)
+        return tokens - starts.repeat_interleave(ends - starts, output_size=self.total_tokens)
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> PackedBatch:
+        """The same batch on another device."""
+        return PackedBatch(
+            self.input_ids.to(device, non_blocking=non_blocking),
+            self.cu_seqlens.to(device, non_blocking=non_blocking),
+            self.max_seqlen,
+            self.sequence_ids,
+        )
+
+
+def pack(
+    token_ids: Sequence[npt.NDArray[np.uint8]], sequence_ids: Sequence[str] | None = None
+) -> PackedBatch:
+    """Lay sequences end to end in the order given, on the CPU.
+
+    Args:
+        token_ids: for each sequence a (num_residues,) uint8 array as `alphabet.encode` gives it.
+        sequence_ids: a name for each sequence.
+
+    Raises:
+        ValueError: no sequence, one without residues, or as many names as there are no sequences.
+    """
+    if not token_ids:
+        raise ValueError("token_ids is empty: a pack holds at least one sequence")
+    num_residues = np.fromiter((len(ids) for ids in token_ids), dtype=np.int64, count=len(token_ids))
+    if not num_residues.all():
+        raise ValueError(f"token_ids[{int(np.argmin(num_residues))}] has no residues")
+    if sequence_ids is not None and len(sequence_ids) != len(token_ids):
+        raise ValueError(f"{len(sequence_ids)} sequence_ids for {len(token_ids)} sequences")
+
+    cu_seqlens = np.zeros(len(token_ids) + 1, dtype=np.int64)
+    np.cumsum(num_residues + SPECIAL_TOKENS, out=cu_seqlens[1:])
+    if cu_seqlens[-1] > np.iinfo(np.int32).max:
+        raise ValueError(f"{cu_seqlens[-1]} tokens in one pack: cu_seqlens is int32, at most 2**31 - 1 fit")
+    bos, eos = np.array([BOS_ID], dtype=np.uint8), np.array([EOS_ID], dtype=np.uint8)
+    input_ids = np.concatenate([part for ids in token_ids for part in (bos, ids, eos)])
+    return PackedBatch(
+        torch.from_numpy(input_ids.astype(np.int32)),
+        torch.from_numpy(cu_seqlens.astype(np.int32)),
+        int(num_residues.max()) + SPECIAL_TOKENS,
+        None if sequence_ids is None else tuple(sequence_ids),
+    )
+
+
+def plan_packs(
+    lengths: npt.ArrayLike, token_budget: int, attention_budget: int | None = None
+) -> list[npt.NDArray[np.int64]]:
+    """Distribute sequences over packs by first-fit decreasing.
+
+    Sequences are taken longest first (ties in input order); each goes into the first pack it fits into.
+    Equal lengths are placed together: one vectorised pass over the open packs for each distinct length gives
+    exactly what placing them one by one would (Johnson 1973, "Near-optimal bin packing algorithms").
+
+    Args:
+        lengths: (num_sequences,) tokens of each sequence, BOS and EOS included.
+        token_budget: most tokens a pack may hold.
+        attention_budget: most sum of squared lengths a pack may hold, the cost of its attention.
+
+    Returns:
+        For each pack the indices of its sequences, longest first. One over a budget is a pack of its own.
+
+    Raises:
+        ValueError: a budget or a length is not positive.
+    """
+    lengths = np.asarray(lengths, dtype=np.int64)
+    if token_budget < 1 or (attention_budget is not None and attention_budget < 1):
+        raise ValueError(f"budgets must be positive, got {token_budget=}, {attention_budget=}")
+    if lengths.size == 0:
+        return []
+    if lengths.min() < 1:
+        raise ValueError(f"lengths[{int(lengths.argmin())}] = {lengths.min()} is not positive")
+
+    longest_first = np.argsort(-lengths, kind="stable")
+    distinct, counts = np.unique(-lengths, return_counts=True)
+    pack_of_sequence = np.empty(lengths.size, dtype=np.int64)
+    shortest = int(lengths.min())
+
+    num_packs = 0
+    placed = 0
+    open_packs = np.empty(0, dtype=np.int64)
+    tokens_left = np.empty(0, dtype=np.int64)
+    cost_left = np.empty(0, dtype=np.int64)
+    for length, count in zip((-distinct).tolist(), counts.tolist(), strict=True):
+        fits_empty = token_budget // length
+        if attention_budget is not None:
+            fits_empty = min(fits_empty, attention_budget // length**2)
+        if fits_empty == 0:
+            pack_of_sequence[placed : placed + count] = np.arange(num_packs, num_packs + count)
+            num_packs += count
+            placed += count
+            continue
+
+        fits = tokens_left // length
+        if attention_budget is not None:
+            fits = np.minimum(fits, cost_left // length**2)
+        filled = np.cumsum(fits)
+        taken = np.minimum(filled, count) - np.minimum(filled - fits, count)
+        placed_in_open = int(taken.sum())
+        num_new = -(-(count - placed_in_open) // fits_empty)
+        taken_new = np.full(num_new, fits_empty, dtype=np.int64)
+        if num_new:
+            taken_new[-1] = count - placed_in_open - fits_empty * (num_new - 1)
+
+        open_packs = np.concatenate([open_packs, np.arange(num_packs, num_packs + num_new)])
+        taken = np.concatenate([taken, taken_new])
+        tokens_left = np.concatenate([tokens_left, np.full(num_new, token_budget)]) - taken * length
+        if attention_budget is not None:
+            cost_left = np.concatenate([cost_left, np.full(num_new, attention_budget)]) - taken * length**2
+        num_packs += num_new
+        pack_of_sequence[placed : placed + count] = np.repeat(open_packs, taken)
+        placed += count
+
+        still_open = tokens_left >= shortest
+        if not still_open.all():
+            open_packs, tokens_left = open_packs[still_open], tokens_left[still_open]
+            if attention_budget is not None:
+                cost_left = cost_left[still_open]
+
+    by_pack = np.argsort(pack_of_sequence, kind="stable")
+    ends = np.cumsum(np.bincount(pack_of_sequence, minlength=num_packs))[:-1]
+    return np.split(longest_first[by_pack], ends)
+
+
+def packing_efficiency(
+    lengths: npt.ArrayLike, packs: Sequence[npt.NDArray[np.int64]], token_budget: int
+) -> float:
+    """Tokens over (packs x budget), leaving out sequences longer than the budget; 1.0 when all are longer."""
+    lengths = np.asarray(lengths, dtype=np.int64)
+    tokens = [int(lengths[members].sum()) for members in packs]
+    within = [count for count in tokens if count <= token_budget]
+    return sum(within) / (len(within) * token_budget) if within else 1.0
