@@ -1,0 +1,185 @@
+"""Every operation in plain PyTorch: what the CPU runs, and what tests and benchmarks compare with.
+
+`total_tokens` sequences lie end to end; `cu_seqlens` (num_sequences + 1,) int32 says where each begins.
+Statistics, softmax, angles and pooling are formed in FP32, in FP64 where the tensors are FP64.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+
+TRAINED_KEEP_RATIO = 1 - 0.15 * 0.8
+"""Share of embeddings that survived masking when ESM-2 was trained: 15% chosen, 80% of these zeroed."""
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype sums are formed in for tensors of `dtype`: FP64 for FP64, FP32 for all others."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def embed_tokens(
+    input_ids: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    weight: torch.Tensor,
+    mask_id: int | None,
+    out_dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Embed tokens with ESM-2's token dropout and restart positions at every sequence.
+
+    Each sequence's embeddings are scaled by (1 - 0.15 * 0.8) / (1 - masked / tokens), counted over that
+    sequence alone with BOS and EOS, and rows of `<mask>` are zero (fair-esm 2.0.0, `ESM2.forward`). This is
+    no random dropout: it is active at inference.
+
+    Args:
+        input_ids: (total_tokens,) int32 or int64.
+        cu_seqlens: (num_sequences + 1,) int32.
+        weight: (vocab_size, hidden_size).
+        mask_id: token id of `<mask>`; None leaves the embeddings unscaled.
+        out_dtype: dtype of the residual stream.
+
+    Returns:
+        (total_tokens, hidden_size) `out_dtype` embeddings and (total_tokens,) int32 `position_ids`, 0 at BOS.
+    """
+    lengths = cu_seqlens.diff()
+    total_tokens = input_ids.numel()
+    sequence = torch.arange(lengths.numel(), device=input_ids.device).repeat_interleave(
+        lengths, output_size=total_tokens
+    )
+    tokens = torch.arange(total_tokens, dtype=torch.int32, device=input_ids.device)
+    position_ids = tokens - cu_seqlens[:-1][sequence]
+    embeddings = F.embedding(input_ids, weight)
+    if mask_id is not None:
+        dtype = statistics_dtype(weight.dtype)
+        is_mask = input_ids == mask_id
+        num_masked = torch.zeros(lengths.numel(), dtype=dtype, device=weight.device)
+        num_masked.index_add_(0, sequence, is_mask.to(dtype))
+        scale = TRAINED_KEEP_RATIO / (1 - num_masked / lengths)
+        embeddings = embeddings * scale[sequence].masked_fill(is_mask, 0)[:, None]
+    return embeddings.to(out_dtype), position_ids
+
+
+def rotary_qk_(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, position_ids: torch.Tensor) -> None:
+    """Rotate queries and keys in place by their position, rotate-half layout (Su et al. 2021, RoFormer).
+
+    Args:
+        qkv: (total_tokens, 3, num_heads, head_dim); queries and keys are modified, values are not.
+        cos, sin: (max_positions, head_dim / 2) FP32, FP64 for FP64 `qkv`.
+        position_ids: (total_tokens,) int32.
+    """
+    cos = cos.index_select(0, position_ids)[:, None, None, :]
+    sin = sin.index_select(0, position_ids)[:, None, None, :]
+    first, second = qkv[:, :2].chunk(2, dim=-1)
+    rotated_first = first * cos - second * sin
+    second.copy_(second * cos + first * sin)
+    first.copy_(rotated_first)
+
+
+def layer_norm(
+    hidden_states: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+) -> torch.Tensor:
+    """LayerNorm with statistics in FP32 (FP64 for FP64), result in the dtype of `weight`.
+
+    Args:
+        hidden_states: (total_tokens, hidden_size), any float dtype.
+        weight, bias: (hidden_size,).
+        eps: added to the variance.
+
+    Returns:
+        (total_tokens, hidden_size) in the dtype of `weight`.
+    """
+    if hidden_states.dtype == weight.dtype:
+        return F.layer_norm(hidden_states, weight.shape, weight, bias, eps)
+    dtype = statistics_dtype(hidden_states.dtype)
+    normalised = F.layer_norm(hidden_states.to(dtype), weight.shape, weight.to(dtype), bias.to(dtype), eps)
+    return normalised.to(weight.dtype)
+
+
+def add_layer_norm_(
+    delta: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+) -> torch.Tensor:
+    """`residual += delta` in place, then LayerNorm of the sum before it was rounded.
+
+    Args:
+        delta: (total_tokens, hidden_size) in the dtype of `weight`.
+        residual: (total_tokens, hidden_size), that dtype or FP32; modified.
+        weight, bias: (hidden_size,).
+        eps: added to the variance.
+
+    Returns:
+        (total_tokens, hidden_size) in the dtype of `weight`.
+    """
+    if residual.dtype == statistics_dtype(residual.dtype):
+        total = residual.add_(delta)
+    else:
+        total = residual.float() + delta.float()
+        residual.copy_(total)
+    return layer_norm(total, weight, bias, eps)
+
+
+def segment_mean(hidden_states: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+    """Mean over the residues of each sequence, BOS and EOS left out.
+
+    Args:
+        hidden_states: (total_tokens, hidden_size).
+        cu_seqlens: (num_sequences + 1,) int32; every sequence has at least one residue between BOS and EOS.
+
+    Returns:
+        (num_sequences, hidden_size) FP32, FP64 for FP64.
+    """
+    dtype = statistics_dtype(hidden_states.dtype)
+    bounds = cu_seqlens.tolist()
+    means = torch.empty(len(bounds) - 1, hidden_states.shape[1], dtype=dtype, device=hidden_states.device)
+    for mean, (start, end) in zip(means, pairwise(bounds), strict=True):
+        torch.mean(hidden_states[start + 1 : end - 1], 0, dtype=dtype, out=mean)
+    return means
+
+
+def attention_probabilities(query: torch.Tensor, key: torch.Tensor, softmax_scale: float) -> torch.Tensor:
+    """softmax(query key^T * softmax_scale) of one sequence.
+
+    Args:
+        query, key: (seqlen, num_heads, head_dim).
+
+    Returns:
+        (num_heads, seqlen, seqlen) FP32, FP64 for FP64.
+    """
+    dtype = statistics_dtype(query.dtype)
+    scores = torch.einsum("qhd,khd->hqk", query.to(dtype) * softmax_scale, key.to(dtype))
+    return scores.softmax(-1)
+
+
+def packed_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int,
+    softmax_scale: float,
+) -> torch.Tensor:
+    """Bidirectional attention of every sequence with itself, scores held in full.
+
+    Args:
+        query, key, value: (total_tokens, num_heads, head_dim).
+        cu_seqlens: (num_sequences + 1,) int32.
+        max_seqlen: not needed here; part of the interface all attention backends share.
+        softmax_scale: factor on the scores, head_dim^-0.5 in ESM-2.
+
+    Returns:
+        (total_tokens, num_heads, head_dim).
+    """
+    bounds = cu_seqlens.tolist()
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    for start, end in pairwise(bounds):
+        probabilities = attention_probabilities(query[start:end], key[start:end], softmax_scale)
+        out[start:end] = torch.einsum("hqk,khd->qhd", probabilities, value[start:end].to(probabilities.dtype))
+    return out

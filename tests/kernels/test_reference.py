@@ -1,0 +1,142 @@
+"""The plain-PyTorch operations against fair-esm's formulas and SDPA, in FP64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from esm.rotary_embedding import apply_rotary_pos_emb
+from tolerances import assert_as_close_as_pytorch, relative_error
+
+from esm_packed import kernels
+from esm_packed.kernels import reference
+
+LENGTHS = [1, 2, 3, 15, 16, 17, 63, 64, 65, 127, 128, 129]
+HEAD_DIMS = [16, 24, 32, 64, 128]
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+MASK_ID = 32
+
+
+def cu_seqlens_of(lengths: list[int]) -> torch.Tensor:
+    return F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int()
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize(
+    "lengths", [LENGTHS, [5], [4] * 300, [700, 3, 3]], ids=["mixed", "one", "short", "long"]
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_embed_tokens_scales_each_sequence_by_its_own_masks(lengths: list[int], dtype: torch.dtype) -> None:
+    weight = torch.randn(33, 40, dtype=torch.float64).to(dtype)
+    input_ids = torch.randint(4, 33, (sum(lengths),), dtype=torch.int32)
+    input_ids[torch.rand(sum(lengths)) < 0.3] = MASK_ID
+    cu_seqlens = cu_seqlens_of(lengths)
+    input_ids[cu_seqlens[:-1]] = 0
+
+    embeddings, position_ids = kernels.embed_tokens(input_ids, cu_seqlens, weight, MASK_ID, dtype)
+    assert embeddings.dtype == dtype
+    assert position_ids.dtype == torch.int32
+    assert torch.equal(position_ids, torch.cat([torch.arange(length) for length in lengths]))
+    for ids, rows in zip(input_ids.split(lengths), embeddings.split(lengths), strict=True):
+        masked_share = float((ids == MASK_ID).double().mean())
+        expected = weight.double()[ids] * (1 - 0.15 * 0.8) / (1 - masked_share)
+        expected[ids == MASK_ID] = 0
+        assert relative_error(rows, expected) <= 2 * torch.finfo(dtype).eps
+
+    plain, _ = kernels.embed_tokens(input_ids, cu_seqlens, weight, None, dtype)
+    assert torch.equal(plain, weight[input_ids])
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rotary_is_that_of_fair_esm_and_spares_values(head_dim: int, dtype: torch.dtype) -> None:
+    table_dtype = reference.statistics_dtype(dtype)
+    inv_freq = 1 / 10000 ** (torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    angles = torch.outer(torch.arange(max(LENGTHS), dtype=torch.float64), inv_freq)
+    position_ids = torch.cat([torch.arange(length) for length in LENGTHS]).int()
+    qkv = torch.randn(sum(LENGTHS), 3, 4, head_dim, dtype=torch.float64).to(dtype)
+
+    def rotated_by_fair_esm(dtype: torch.dtype) -> torch.Tensor:
+        tables = torch.cat((angles, angles), -1)[position_ids]
+        query_key = qkv[:, :2].to(dtype).permute(1, 2, 0, 3)
+        rotated = apply_rotary_pos_emb(
+            query_key.flatten(0, 1), tables.cos().to(dtype)[None], tables.sin().to(dtype)[None]
+        )
+        return rotated.view(2, 4, -1, head_dim).permute(2, 0, 1, 3)
+
+    actual = qkv.clone()
+    kernels.rotary_qk_(actual, angles.cos().to(table_dtype), angles.sin().to(table_dtype), position_ids)
+    assert torch.equal(actual[:, 2], qkv[:, 2])
+    assert_as_close_as_pytorch(actual[:, :2], rotated_by_fair_esm(dtype), rotated_by_fair_esm(torch.float64))
+
+
+@pytest.mark.parametrize("hidden_size", [320, 480, 640, 1280, 2560, 5120])
+@pytest.mark.parametrize(
+    "dtype, residual_dtype",
+    [
+        (torch.float64, torch.float64),
+        (torch.float32, torch.float32),
+        (torch.float16, torch.float16),
+        (torch.float16, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.bfloat16, torch.float32),
+    ],
+    ids=str,
+)
+def test_add_layer_norm(hidden_size: int, dtype: torch.dtype, residual_dtype: torch.dtype) -> None:
+    residual = torch.randn(9, hidden_size).mul(20).to(residual_dtype)
+    delta, weight, bias = (
+        torch.randn(9, hidden_size).to(dtype),
+        torch.randn(hidden_size),
+        torch.randn(hidden_size),
+    )
+    weight, bias = weight.to(dtype), bias.to(dtype)
+    total = residual.double() + delta.double()
+    expected = F.layer_norm(total, (hidden_size,), weight.double(), bias.double(), 1e-5)
+    same_dtype = F.layer_norm(total.to(dtype), (hidden_size,), weight, bias, 1e-5)
+
+    actual = kernels.add_layer_norm_(delta, residual, weight, bias, 1e-5)
+    assert actual.dtype == dtype
+    assert torch.equal(residual, total.to(residual_dtype))
+    assert_as_close_as_pytorch(actual, same_dtype, expected)
+
+    plain = kernels.layer_norm(residual, weight, bias, 1e-5)
+    rounded = residual.double()
+    expected = F.layer_norm(rounded, (hidden_size,), weight.double(), bias.double(), 1e-5)
+    same_dtype = F.layer_norm(rounded.to(dtype), (hidden_size,), weight, bias, 1e-5)
+    assert_as_close_as_pytorch(plain, same_dtype, expected)
+
+
+def test_sums_near_the_fp16_limit_do_not_overflow_in_the_norm() -> None:
+    residual = torch.full((2, 320), 60000.0, dtype=torch.float16)
+    residual[:, ::2] = -60000
+    weight, bias = torch.ones(320, dtype=torch.float16), torch.zeros(320, dtype=torch.float16)
+    normalised = kernels.add_layer_norm_(torch.zeros_like(residual), residual, weight, bias, 1e-5)
+    assert torch.equal(normalised.abs(), torch.ones_like(normalised))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_segment_mean_leaves_out_bos_and_eos(dtype: torch.dtype) -> None:
+    lengths = [length + 2 for length in LENGTHS]
+    hidden_states = torch.randn(sum(lengths), 24).to(dtype)
+    cu_seqlens = cu_seqlens_of(lengths)
+    hidden_states[cu_seqlens[:-1]] = float("inf")
+    hidden_states[cu_seqlens[1:] - 1] = float("nan")
+    means = kernels.segment_mean(hidden_states, cu_seqlens)
+    assert means.dtype == reference.statistics_dtype(dtype)
+    for rows, mean in zip(hidden_states.split(lengths), means, strict=True):
+        assert relative_error(mean, rows[1:-1].double().mean(0)) <= 4 * torch.finfo(means.dtype).eps
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_packed_attention_is_sdpa_of_each_sequence(head_dim: int) -> None:
+    query, key, value = torch.randn(3, sum(LENGTHS), 4, head_dim, dtype=torch.float64)
+    actual = reference.packed_attention(query, key, value, cu_seqlens_of(LENGTHS), max(LENGTHS), 0.3)
+    splits = (tensor.split(LENGTHS) for tensor in (query, key, value))
+    for rows, *alone in zip(actual.split(LENGTHS), *splits, strict=True):
+        expected = F.scaled_dot_product_attention(*(t.transpose(0, 1) for t in alone), scale=0.3)
+        assert relative_error(rows, expected.transpose(0, 1)) <= 1e-14
