@@ -1,0 +1,227 @@
+"""Attention over packed sequences: the backends, and the choice among those that are installed.
+
+Every backend takes query, key, value (total_tokens, num_heads, head_dim), `cu_seqlens` (num_sequences + 1,)
+int32, `max_seqlen` (a Python int) and `softmax_scale`, lets each sequence attend to itself in both directions
+and returns (total_tokens, num_heads, head_dim).
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from esm_packed.kernels.reference import packed_attention
+
+PackedAttention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int, float], torch.Tensor]
+
+HALF_TYPES = (torch.float16, torch.bfloat16)
+
+
+class BackendError(ValueError):
+    """The attention backend asked for cannot serve this device, dtype or head_dim, or is not installed."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """An attention backend.
+
+    Args:
+        name: what `--attention` calls it.
+        obstacle: says why it cannot serve (device, dtype, head_dim), or None when it can.
+        load: imports what it needs and returns the function.
+    """
+
+    name: str
+    obstacle: Callable[[torch.device, torch.dtype, int], str | None]
+    load: Callable[[], PackedAttention]
+
+
+def sdpa_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int,
+    softmax_scale: float,
+) -> torch.Tensor:
+    """`scaled_dot_product_attention` on views of the packed tensors, a run of equal lengths in one call.
+
+    On a CPU this is faster than padding, a block-diagonal mask, nested tensors and FlexAttention. It reads
+    `cu_seqlens` back from the device, which on a GPU costs one synchronisation per layer.
+    """
+    lengths = cu_seqlens.diff().tolist()
+    num_heads, head_dim = query.shape[1:]
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    start = 0
+    for length, run in groupby(lengths):
+        if length == 0:
+            continue
+        count = sum(1 for _ in run)
+        end = start + count * length
+        shape = (count, length, num_heads, head_dim)
+        attended = F.scaled_dot_product_attention(
+            query[start:end].view(shape).transpose(1, 2),
+            key[start:end].view(shape).transpose(1, 2),
+            value[start:end].view(shape).transpose(1, 2),
+            scale=softmax_scale,
+        )
+        out[start:end].view(shape).copy_(attended.transpose(1, 2))
+        start = end
+    return out
+
+
+def _load_varlen() -> PackedAttention:
+    varlen_attn: Any = importlib.import_module("torch.nn.attention.varlen").varlen_attn
+
+    def attend(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        max_seqlen: int,
+        softmax_scale: float,
+    ) -> torch.Tensor:
+        out: torch.Tensor = varlen_attn(
+            query, key, value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=softmax_scale
+        )
+        return out
+
+    return attend
+
+
+def _load_flash(module: str) -> Callable[[], PackedAttention]:
+    """`flash_attn_varlen_func` of one of the FlashAttention packages; they share the arguments used here."""
+
+    def load() -> PackedAttention:
+        flash_attn_varlen_func: Any = importlib.import_module(module).flash_attn_varlen_func
+        if module == "flash_attn":
+            _warn_of_old_flash_attn()
+
+        def attend(
+            query: torch.Tensor,
+            key: torch.Tensor,
+            value: torch.Tensor,
+            cu_seqlens: torch.Tensor,
+            max_seqlen: int,
+            softmax_scale: float,
+        ) -> torch.Tensor:
+            out = flash_attn_varlen_func(
+                query,
+                key,
+                value,
+                cu_seqlens_q=cu_seqlens,
+                cu_seqlens_k=cu_seqlens,
+                max_seqlen_q=max_seqlen,
+                max_seqlen_k=max_seqlen,
+                softmax_scale=softmax_scale,
+            )
+            # Flash-attention 3 and 4 return (out, lse) in some versions.
+            attended: torch.Tensor = out[0] if isinstance(out, tuple) else out
+            return attended
+
+        return attend
+
+    return load
+
+
+def _warn_of_old_flash_attn() -> None:
+    version = importlib.metadata.version("flash-attn")
+    major, minor = (int(part) for part in version.split(".")[:2])
+    if (major, minor) < (2, 6):
+        warnings.warn(f"flash-attn {version} is older than 2.6; newer ones are faster", stacklevel=2)
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def _flash_obstacle(
+    module: str | None, dtypes: tuple[torch.dtype, ...], capabilities: tuple[int, ...] | None
+) -> Callable[[torch.device, torch.dtype, int], str | None]:
+    """Obstacles of the FlashAttention family: `capabilities` are the major compute capabilities served."""
+
+    def obstacle(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+        if module is not None and not _installed(module):
+            return f"the module {module} is not installed"
+        if device.type != "cuda":
+            return f"it runs on CUDA devices, not on {device.type}"
+        if dtype not in dtypes:
+            names = " and ".join(str(served).removeprefix("torch.") for served in dtypes)
+            return f"it computes in {names}, not in {str(dtype).removeprefix('torch.')}"
+        if head_dim % 8 or head_dim > 256:
+            return f"head_dim {head_dim} is not a multiple of 8 up to 256"
+        major = torch.cuda.get_device_capability(device)[0]
+        if major < 8 or (capabilities is not None and major not in capabilities):
+            return f"{torch.cuda.get_device_name(device)} (sm_{major}x) is not served"
+        return None
+
+    return obstacle
+
+
+def _always(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    return None
+
+
+BACKENDS: dict[str, Backend] = {
+    backend.name: backend
+    for backend in (
+        Backend(
+            "flash3",
+            _flash_obstacle("flash_attn_interface", HALF_TYPES, (9,)),
+            _load_flash("flash_attn_interface"),
+        ),
+        Backend(
+            "fa3_fwd",
+            _flash_obstacle("fa3_fwd_interface", (torch.bfloat16,), (9,)),
+            _load_flash("fa3_fwd_interface"),
+        ),
+        Backend(
+            "flash4",
+            _flash_obstacle("flash_attn.cute", HALF_TYPES, (9, 10)),
+            _load_flash("flash_attn.cute"),
+        ),
+        Backend("varlen", _flash_obstacle(None, HALF_TYPES, None), _load_varlen),
+        Backend("flash2", _flash_obstacle("flash_attn", HALF_TYPES, None), _load_flash("flash_attn")),
+        Backend("sdpa", _always, lambda: sdpa_attention),
+        Backend("reference", _always, lambda: packed_attention),
+    )
+}
+
+_AUTO_ORDER = ("flash3", "varlen", "flash2", "sdpa")
+"""The others run only when named: `fa3_fwd` and `flash4` are unproven here, `reference` is slow."""
+
+
+def select_backend(
+    name: str, device: torch.device, dtype: torch.dtype, head_dim: int
+) -> tuple[str, PackedAttention]:
+    """The attention backend `name`, or with `auto` the first that serves; FP64 takes the reference.
+
+    Returns:
+        The name of the backend chosen, and its function.
+
+    Raises:
+        BackendError: `name` is unknown or cannot serve; the message says why and what would.
+    """
+    if name == "auto":
+        if dtype == torch.float64:
+            return "reference", packed_attention
+        name = next(name for name in _AUTO_ORDER if BACKENDS[name].obstacle(device, dtype, head_dim) is None)
+    elif name not in BACKENDS:
+        raise BackendError(f"attention {name!r} is not known; choose from auto, {', '.join(BACKENDS)}")
+    obstacle = BACKENDS[name].obstacle(device, dtype, head_dim)
+    if obstacle is not None:
+        serving = [other for other in BACKENDS if BACKENDS[other].obstacle(device, dtype, head_dim) is None]
+        raise BackendError(f"attention {name!r} cannot be used: {obstacle}; these can: {', '.join(serving)}")
+    return name, BACKENDS[name].load()

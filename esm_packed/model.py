@@ -1,0 +1,410 @@
+"""ESM-2 on packed sequences, top to bottom.
+
+The model is that of Lin et al. 2023 ("Evolutionary-scale prediction of atomic-level protein structure with a
+language model", Science 379) as fair-esm 2.0.0 computes it. Sequences lie end to end in one tensor of
+`total_tokens` rows; no row is padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from esm_packed import kernels
+from esm_packed.alphabet import MASK_ID, VOCAB_SIZE, encode
+from esm_packed.attention import PackedAttention, select_backend
+from esm_packed.config import DEFAULT_MODEL, ESM2Config
+from esm_packed.contacts import AttentionMaps, contact_probabilities
+from esm_packed.numerics import Precision, matmul_precision, resolve_precision
+from esm_packed.packing import SPECIAL_TOKENS, PackedBatch, pack, plan_packs
+from esm_packed.weights import Checkpoint, CheckpointError, load_checkpoint
+
+LAYER_NORM_EPS = 1e-5
+
+
+@dataclass(frozen=True)
+class PackedOutput:
+    """What `ESM2.forward_packed` returns.
+
+    Args:
+        representations: layer to (total_tokens, hidden_size); 0 is the embedding, the last is normalised.
+        logits: (total_tokens, vocab_size), or None when not asked for.
+    """
+
+    representations: dict[int, torch.Tensor]
+    logits: torch.Tensor | None
+
+
+class Layer(nn.Module):
+    """One transformer layer's weights; queries, keys and values share one projection."""
+
+    def __init__(self, config: ESM2Config) -> None:
+        super().__init__()
+        hidden_size = config.hidden_size
+        self.attention_norm = nn.LayerNorm(hidden_size)
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.attention_out = nn.Linear(hidden_size, hidden_size)
+        self.ffn_norm = nn.LayerNorm(hidden_size)
+        self.fc1 = nn.Linear(hidden_size, config.ffn_size)
+        self.fc2 = nn.Linear(config.ffn_size, hidden_size)
+
+
+class LMHead(nn.Module):
+    """Predicts each token; the output projection is the embedding table."""
+
+    def __init__(self, config: ESM2Config) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.norm = nn.LayerNorm(config.hidden_size)
+        self.bias = nn.Parameter(torch.empty(VOCAB_SIZE))
+
+    def forward(self, hidden_states: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
+        hidden_states = kernels.linear_gelu(hidden_states, self.dense.weight, self.dense.bias)
+        hidden_states = _norm(self.norm, hidden_states)
+        return kernels.linear(hidden_states, embedding, self.bias)
+
+
+class ESM2(nn.Module):
+    """ESM-2, computing in one precision on one device. Made by `ESM2.from_pretrained`."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    inv_freq: torch.Tensor
+
+    def __init__(self, config: ESM2Config, *, lm_head: bool = True, contact_head: bool = True) -> None:
+        super().__init__()
+        self.config = config
+        self.model_name = ""
+        self.model_sha256 = ""
+        self.embedding = nn.Embedding(VOCAB_SIZE, config.hidden_size)
+        self.layers: Iterable[Layer] = nn.ModuleList(  # type: ignore[assignment]
+            Layer(config) for _ in range(config.num_layers)
+        )
+        self.final_norm = nn.LayerNorm(config.hidden_size)
+        self.lm_head = LMHead(config) if lm_head else None
+        self.contact_head = nn.Linear(config.num_layers * config.num_heads, 1) if contact_head else None
+        for name in ("inv_freq", "cos", "sin"):
+            self.register_buffer(name, torch.empty(0), persistent=False)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path = DEFAULT_MODEL,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: str | None = None,
+        attention: str = "auto",
+    ) -> ESM2:
+        """Load a model.
+
+        Args:
+            name_or_path: an ESM-2 name, a checkpoint file or directory, `demo`, or `random:NAME`
+                (see `weights.load_checkpoint`).
+            device: where to compute.
+            dtype: precision mode, one of `numerics.PRECISIONS`; None takes the device's default.
+            attention: attention backend, one of `attention.BACKENDS`, or `auto`.
+
+        Raises:
+            CheckpointError: the checkpoint is missing, damaged or no ESM-2.
+            BackendError: the attention backend cannot serve this device, dtype and head_dim.
+            ValueError: the precision mode is unknown, or not to be had on this device.
+        """
+        device = torch.device(device)
+        precision = resolve_precision(dtype, device)
+        checkpoint = load_checkpoint(name_or_path)
+        backend = select_backend(attention, device, precision.dtype, checkpoint.config.head_dim)
+        return cls.from_checkpoint(checkpoint, device, precision, backend)
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        precision: Precision,
+        backend: tuple[str, PackedAttention],
+    ) -> ESM2:
+        """Fill a model from checkpoint tensors, one at a time, so that no second copy of it is held."""
+        tensors = checkpoint.tensors
+        with torch.device("meta"):
+            model = cls(
+                checkpoint.config,
+                lm_head="lm_head.bias" in tensors,
+                contact_head="contact_head.regression.weight" in tensors,
+            )
+        model = model.to(precision.dtype).to_empty(device=device).requires_grad_(False).eval()
+        for name, parameter in model.named_parameters():
+            _fill(parameter, name, tensors)
+        model.inv_freq = tensors["layers.0.self_attn.rot_emb.inv_freq"].to(device, precision.table_dtype)
+        model.model_name, model.model_sha256 = checkpoint.model_name, checkpoint.sha256
+        model._precision = precision
+        model.attention_backend, model._attend = backend
+        return model
+
+    _precision: Precision
+    _attend: PackedAttention
+    attention_backend: str
+
+    @property
+    def precision(self) -> str:
+        """Name of the precision mode."""
+        return self._precision.name
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.embedding.weight.device
+
+    def forward_packed(
+        self,
+        input_ids: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        max_seqlen: int,
+        repr_layers: Sequence[int] = (),
+        return_logits: bool = False,
+        *,
+        attend: PackedAttention | None = None,
+    ) -> PackedOutput:
+        """Run the model over packed sequences (`packing.pack` makes them).
+
+        Args:
+            input_ids: (total_tokens,) int32 or int64; every sequence is BOS, residues, EOS.
+            cu_seqlens: (num_sequences + 1,) int32, starting at 0, ending at total_tokens.
+            max_seqlen: tokens of the longest sequence.
+            repr_layers: layers to return, 0 (embedding) to num_layers (after the final LayerNorm).
+            return_logits: whether to run the language-model head.
+            attend: used in place of the model's attention backend.
+
+        Raises:
+            ValueError: a tensor has the wrong shape, dtype or device, a layer does not exist, or logits are
+                asked of a checkpoint without a language-model head.
+        """
+        self._check_arguments(input_ids, cu_seqlens, max_seqlen, repr_layers, return_logits)
+        with torch.inference_mode(), matmul_precision(self._precision):
+            return self._forward(
+                input_ids, cu_seqlens, max_seqlen, set(repr_layers), return_logits, attend or self._attend
+            )
+
+    def _forward(
+        self,
+        input_ids: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        max_seqlen: int,
+        repr_layers: set[int],
+        return_logits: bool,
+        attend: PackedAttention,
+    ) -> PackedOutput:
+        config = self.config
+        cos, sin = self._rotary_tables(max_seqlen)
+        softmax_scale = config.head_dim**-0.5
+        mask_id = MASK_ID if config.token_dropout else None
+        representations = {}
+
+        # Each addition to the residual stream is fused with the LayerNorm that follows it.
+        layers = list(self.layers)
+        next_norms = [layer.attention_norm for layer in layers[1:]] + [self.final_norm]
+        residual, position_ids = kernels.embed_tokens(
+            input_ids, cu_seqlens, self.embedding.weight, mask_id, self._precision.residual_dtype
+        )
+        hidden_states = _norm(layers[0].attention_norm, residual)
+        for index, (layer, next_norm) in enumerate(zip(layers, next_norms, strict=True)):
+            if index in repr_layers:
+                representations[index] = residual.clone()
+
+            qkv = kernels.linear(hidden_states, layer.qkv.weight, layer.qkv.bias)
+            qkv = qkv.view(-1, 3, config.num_heads, config.head_dim)
+            kernels.rotary_qk_(qkv, cos, sin, position_ids)
+            query, key, value = qkv.unbind(1)
+            attended = attend(query, key, value, cu_seqlens, max_seqlen, softmax_scale)
+            attended = attended.view(-1, config.hidden_size)
+            delta = kernels.linear(attended, layer.attention_out.weight, layer.attention_out.bias)
+            hidden_states = _add_norm(layer.ffn_norm, delta, residual)
+
+            hidden_states = kernels.linear_gelu(hidden_states, layer.fc1.weight, layer.fc1.bias)
+            delta = kernels.linear(hidden_states, layer.fc2.weight, layer.fc2.bias)
+            hidden_states = _add_norm(next_norm, delta, residual)
+
+        if config.num_layers in repr_layers:
+            representations[config.num_layers] = hidden_states
+        logits = None
+        if return_logits and self.lm_head is not None:
+            logits = self.lm_head(hidden_states, self.embedding.weight)
+        return PackedOutput(representations, logits)
+
+    def embed_packed(self, batch: PackedBatch, layers: Sequence[int]) -> dict[int, torch.Tensor]:
+        """Mean embedding of each sequence over its residues, BOS and EOS left out.
+
+        Args:
+            batch: the sequences, on the model's device.
+            layers: 0 to num_layers.
+
+        Returns:
+            Layer to (num_sequences, hidden_size) FP32 (FP64 in the FP64 mode), on the model's device.
+        """
+        output = self.forward_packed(batch.input_ids, batch.cu_seqlens, batch.max_seqlen, layers)
+        return {
+            layer: kernels.segment_mean(hidden_states, batch.cu_seqlens)
+            for layer, hidden_states in output.representations.items()
+        }
+
+    def embed(
+        self,
+        sequences: Sequence[str],
+        *,
+        layer: int = -1,
+        per_residue: bool = False,
+        token_budget: int = 4096,
+    ) -> list[npt.NDArray[np.float32]]:
+        """Embed proteins.
+
+        Args:
+            sequences: one-letter residues; `<mask>` stands for a masked one. Nothing is truncated.
+            layer: 0 to num_layers; negative counts from the last, which is -1.
+            per_residue: one row for each residue in place of their mean.
+            token_budget: tokens computed together.
+
+        Returns:
+            In the order of `sequences`, (hidden_size,) or (num_residues, hidden_size) FP32 arrays (FP64 in
+            the FP64 mode).
+
+        Raises:
+            ValueError: a sequence is empty or has a character outside the alphabet; the message names it.
+        """
+        if isinstance(sequences, str):
+            raise ValueError("sequences is one string; pass a list of them")
+        layer = self.resolve_layer(layer)
+        token_ids = [_encode_numbered(index, sequence) for index, sequence in enumerate(sequences)]
+        arrays: dict[int, npt.NDArray[np.float32]] = {}
+        for members in plan_packs([len(ids) + SPECIAL_TOKENS for ids in token_ids], token_budget):
+            batch = pack([token_ids[index] for index in members]).to(self.device)
+            if per_residue:
+                output = self.forward_packed(batch.input_ids, batch.cu_seqlens, batch.max_seqlen, [layer])
+                hidden_states = output.representations[layer].to(self._precision.table_dtype).cpu().numpy()
+                bounds = batch.cu_seqlens.tolist()
+                rows: Iterable[npt.NDArray[np.float32]] = (
+                    hidden_states[start + 1 : end - 1].copy() for start, end in pairwise(bounds)
+                )
+            else:
+                rows = self.embed_packed(batch, [layer])[layer].cpu().numpy()
+            arrays.update(zip(members.tolist(), rows, strict=True))
+        return [arrays[index] for index in range(len(token_ids))]
+
+    def predict_contacts(self, sequence: str) -> npt.NDArray[np.float32]:
+        """Probability that two residues touch, from the attention maps of all layers (Rao et al. 2021).
+
+        Args:
+            sequence: one-letter residues of one protein.
+
+        Returns:
+            (num_residues, num_residues) FP32 (FP64 in the FP64 mode), symmetric.
+
+        Raises:
+            CheckpointError: the checkpoint came without its contact-regression file.
+            ValueError: the sequence is empty or has a character outside the alphabet.
+        """
+        if self.contact_head is None:
+            raise CheckpointError(
+                f"{self.model_name} was loaded without contact-regression weights: put the file "
+                "NAME-contact-regression.pt beside NAME.pt"
+            )
+        collect = AttentionMaps()
+        batch = pack([_encode_numbered(0, sequence)]).to(self.device)
+        self.forward_packed(batch.input_ids, batch.cu_seqlens, batch.max_seqlen, attend=collect)
+        with torch.inference_mode():
+            head = self.contact_head
+            return contact_probabilities(collect.maps, head.weight, head.bias).cpu().numpy()
+
+    def resolve_layer(self, layer: int) -> int:
+        """`layer` counted from 0; negative ones count back from the last.
+
+        Raises:
+            ValueError: there is no such layer.
+        """
+        last = self.config.num_layers
+        resolved = layer + last + 1 if layer < 0 else layer
+        if not 0 <= resolved <= last:
+            raise ValueError(f"layer {layer} does not exist: {self.model_name} has layers 0 to {last}")
+        return resolved
+
+    def _rotary_tables(self, max_seqlen: int) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.cos.shape[0] < max_seqlen:
+            positions = torch.arange(max_seqlen, dtype=self.inv_freq.dtype, device=self.device)
+            angles = torch.outer(positions, self.inv_freq)
+            self.cos, self.sin = angles.cos(), angles.sin()
+        return self.cos, self.sin
+
+    def _check_arguments(
+        self,
+        input_ids: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        max_seqlen: int,
+        repr_layers: Sequence[int],
+        return_logits: bool,
+    ) -> None:
+        for name, tensor, dtypes in (
+            ("input_ids", input_ids, (torch.int32, torch.int64)),
+            ("cu_seqlens", cu_seqlens, (torch.int32,)),
+        ):
+            if tensor.ndim != 1 or tensor.dtype not in dtypes or tensor.device != self.device:
+                allowed = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+                raise ValueError(
+                    f"{name} must be a 1-D {allowed} tensor on {self.device}, "
+                    f"got {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
+                )
+        if cu_seqlens.numel() < 2:
+            raise ValueError(f"cu_seqlens must hold at least 2 values, got {cu_seqlens.numel()}")
+        if not 0 < max_seqlen <= input_ids.numel():
+            raise ValueError(f"max_seqlen = {max_seqlen} is not within 1 to {input_ids.numel()} tokens")
+        for layer in repr_layers:
+            if not 0 <= layer <= self.config.num_layers:
+                raise ValueError(f"repr_layers: {layer} is not within 0 to {self.config.num_layers}")
+        if return_logits and self.lm_head is None:
+            raise ValueError(f"{self.model_name} has no language-model head, so it gives no logits")
+
+
+def _norm(norm: nn.LayerNorm, hidden_states: torch.Tensor) -> torch.Tensor:
+    return kernels.layer_norm(hidden_states, norm.weight, norm.bias, LAYER_NORM_EPS)
+
+
+def _add_norm(norm: nn.LayerNorm, delta: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    return kernels.add_layer_norm_(delta, residual, norm.weight, norm.bias, LAYER_NORM_EPS)
+
+
+def _encode_numbered(index: int, sequence: str) -> npt.NDArray[np.uint8]:
+    try:
+        ids = encode(sequence)
+    except ValueError as error:
+        raise ValueError(f"sequences[{index}]: {error}") from None
+    if not ids.size:
+        raise ValueError(f"sequences[{index}] is empty")
+    return ids
+
+
+_CHECKPOINT_NAMES = {
+    "embedding.": ("embed_tokens.",),
+    ".attention_norm.": (".self_attn_layer_norm.",),
+    ".qkv.": (".self_attn.q_proj.", ".self_attn.k_proj.", ".self_attn.v_proj."),
+    ".attention_out.": (".self_attn.out_proj.",),
+    ".ffn_norm.": (".final_layer_norm.",),
+    "lm_head.norm.": ("lm_head.layer_norm.",),
+    "final_norm.": ("emb_layer_norm_after.",),
+    "contact_head.": ("contact_head.regression.",),
+}
+"""Part of a parameter's name here to what fair-esm calls it; several are laid one below the other."""
+
+
+def _fill(parameter: torch.Tensor, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Copy into `parameter` the checkpoint tensors it is made of."""
+    sources = [name]
+    for ours, theirs in _CHECKPOINT_NAMES.items():
+        if ours in name:
+            sources = [name.replace(ours, their) for their in theirs]
+            break
+    for part, source in zip(parameter.chunk(len(sources)), sources, strict=True):
+        part.copy_(tensors[source])

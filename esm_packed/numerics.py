@@ -1,0 +1,79 @@
+"""Precision modes, and the global switches of torch that a forward pass must not inherit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Precision:
+    """What a mode computes in.
+
+    Args:
+        name: the mode.
+        dtype: weights and the operands of matrix multiplications.
+        residual_dtype: the residual stream between the layers.
+        tf32: whether FP32 matrix multiplications may run on TF32 tensor cores.
+    """
+
+    name: str
+    dtype: torch.dtype
+    residual_dtype: torch.dtype
+    tf32: bool = False
+
+    @property
+    def table_dtype(self) -> torch.dtype:
+        """Dtype of rotary angles, softmax statistics and pooling: FP64 in the FP64 mode, else FP32."""
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+
+PRECISIONS: dict[str, Precision] = {
+    "fp64": Precision("fp64", torch.float64, torch.float64),
+    "fp32": Precision("fp32", torch.float32, torch.float32),
+    "tf32": Precision("tf32", torch.float32, torch.float32, tf32=True),
+    "fp16": Precision("fp16", torch.float16, torch.float32),
+    "bf16": Precision("bf16", torch.bfloat16, torch.float32),
+}
+
+
+def resolve_precision(name: str | None, device: torch.device) -> Precision:
+    """The mode called `name`, or the default of `device`: `fp16` on CUDA, `fp32` elsewhere.
+
+    Raises:
+        ValueError: unknown mode, or TF32 asked of a device without it.
+    """
+    if name is None:
+        name = "fp16" if device.type == "cuda" else "fp32"
+    if name not in PRECISIONS:
+        raise ValueError(f"dtype {name!r} is not known; choose from {', '.join(PRECISIONS)}")
+    if name == "tf32" and device.type != "cuda":
+        raise ValueError(f"dtype 'tf32' needs a CUDA device, not {device}; choose 'fp32'")
+    return PRECISIONS[name]
+
+
+@contextmanager
+def matmul_precision(precision: Precision) -> Iterator[None]:
+    """Hold torch's global matrix-multiplication switches at what `precision` promises, then restore them.
+
+    FP32 runs in IEEE arithmetic unless the mode is TF32; half types accumulate and reduce in FP32.
+    """
+    cuda, cpu = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    wanted = [
+        (cuda, "fp32_precision", "tf32" if precision.tf32 else "ieee"),
+        (cpu, "fp32_precision", "ieee"),
+        (cuda, "allow_fp16_reduced_precision_reduction", False),
+        (cuda, "allow_bf16_reduced_precision_reduction", False),
+        (cuda, "allow_fp16_accumulation", False),
+    ]
+    before = [getattr(module, switch) for module, switch, _ in wanted]
+    try:
+        for module, switch, value in wanted:
+            setattr(module, switch, value)
+        yield
+    finally:
+        for (module, switch, _), value in zip(wanted, before, strict=True):
+            setattr(module, switch, value)

@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tolerances import assert_as_close_as_pytorch, relative_error
+
+from esm_packed import attention
+from esm_packed.kernels.reference import packed_attention
+
+CPU = torch.device("cpu")
+
+
+def packed_qkv(
+    lengths: list[int], head_dim: int, dtype: torch.dtype
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    torch.manual_seed(0)
+    qkv = torch.randn(sum(lengths), 3, 4, head_dim).to(dtype)
+    return list(qkv.unbind(1)), F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int()
+
+
+@pytest.mark.parametrize("head_dim", [16, 24, 32, 64, 128])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "lengths",
+    [[7], [3] * 50, [129, 64, 64, 64, 17, 3, 17], [300, 5, 5, 4], [5, 0, 0, 6]],
+    ids=["one", "short", "runs", "long", "empty"],
+)
+def test_sdpa_equals_the_reference(lengths: list[int], head_dim: int, dtype: torch.dtype) -> None:
+    (query, key, value), cu_seqlens = packed_qkv(lengths, head_dim, dtype)
+    scale = head_dim**-0.5
+    arguments = (cu_seqlens, max(lengths), scale)
+    truth = packed_attention(query.double(), key.double(), value.double(), *arguments)
+    actual = attention.sdpa_attention(query, key, value, *arguments)
+    assert actual.is_contiguous()
+    if dtype == torch.float64:
+        assert relative_error(actual, truth) <= 1e-14
+    else:
+        assert_as_close_as_pytorch(actual, packed_attention(query, key, value, *arguments), truth)
+
+
+def test_auto_takes_sdpa_on_a_cpu_and_the_reference_for_fp64() -> None:
+    assert attention.select_backend("auto", CPU, torch.float32, 64)[0] == "sdpa"
+    assert attention.select_backend("auto", CPU, torch.float64, 64)[0] == "reference"
+
+
+@pytest.mark.parametrize(
+    "name, reason",
+    [
+        ("varlen", "it runs on CUDA devices, not on cpu"),
+        ("flash3", "the module flash_attn_interface is not installed"),
+        ("warp", "'warp' is not known; choose from auto"),
+    ],
+)
+def test_a_backend_that_cannot_serve_says_why_and_what_would(name: str, reason: str) -> None:
+    with pytest.raises(attention.BackendError, match=reason) as error:
+        attention.select_backend(name, CPU, torch.float32, 64)
+    assert "sdpa" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "dtype, head_dim, major, reason",
+    [
+        (torch.float32, 64, 9, "it computes in float16 and bfloat16, not in float32"),
+        (torch.float16, 20, 9, "head_dim 20 is not a multiple of 8"),
+        (torch.float16, 64, 7, "sm_7x"),
+        (torch.float16, 24, 8, None),
+    ],
+)
+def test_obstacles_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, head_dim: int, major: int, reason: str | None
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    obstacle = attention.BACKENDS["varlen"].obstacle(torch.device("cuda"), dtype, head_dim)
+    assert obstacle is None if reason is None else obstacle is not None and reason in obstacle
+
+
+def stand_in(calls: list[dict[str, Any]], returns_tuple: bool) -> ModuleType:
+    """A module with FlashAttention's function over the reference."""
+    module = ModuleType("flash_attn")
+
+    def flash_attn_varlen_func(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **named: Any
+    ) -> Any:
+        calls.append(named)
+        out = packed_attention(
+            query, key, value, named["cu_seqlens_q"], named["max_seqlen_q"], named["softmax_scale"]
+        )
+        return (out, None) if returns_tuple else out
+
+    module.flash_attn_varlen_func = flash_attn_varlen_func  # type: ignore[attr-defined]
+    return module
+
+
+@pytest.mark.parametrize("returns_tuple", [False, True])
+@pytest.mark.parametrize("version, warns", [("2.5.9", True), ("2.8.3.post2", False)])
+def test_flash_attn_is_called_with_its_own_spelling(
+    monkeypatch: pytest.MonkeyPatch,
+    recwarn: pytest.WarningsRecorder,
+    returns_tuple: bool,
+    version: str,
+    warns: bool,
+) -> None:
+    calls: list[dict[str, Any]] = []
+    monkeypatch.setitem(sys.modules, "flash_attn", stand_in(calls, returns_tuple))
+    monkeypatch.setattr(attention.importlib.metadata, "version", lambda name: version)
+    attend = attention.BACKENDS["flash2"].load()
+    (query, key, value), cu_seqlens = packed_qkv([5, 9], 16, torch.float32)
+    actual = attend(query, key, value, cu_seqlens, 9, 0.25)
+    assert torch.equal(actual, packed_attention(query, key, value, cu_seqlens, 9, 0.25))
+    assert calls[0]["max_seqlen_k"] == 9
+    assert calls[0]["cu_seqlens_k"] is cu_seqlens
+    assert any("older than 2.6" in str(warning.message) for warning in recwarn) == warns
