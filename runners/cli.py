@@ -1,0 +1,412 @@
+"""The command `esm-packed`: its options, its exit codes and what it says when something is wrong.
+
+torch, h5py and numpy are imported by the commands, so that help and wrong options answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import re
+import signal
+import sys
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn, TextIO
+
+from esm_packed.config import DEFAULT_MODEL, ESM2_MODELS
+from esm_packed.version import __version__
+
+EXIT_COMPLETE = 0
+EXIT_INTERNAL_ERROR = 1
+EXIT_USAGE = 2
+EXIT_FAILED_ROWS = 3
+EXIT_INTERRUPTED = 4
+EXIT_OUT_OF_SPACE = 5
+
+# The names in `numerics.PRECISIONS` and `attention.BACKENDS`, which cannot be imported without torch.
+DTYPES = ("fp64", "fp32", "tf32", "fp16", "bf16")
+ATTENTIONS = ("auto", "flash3", "fa3_fwd", "flash4", "varlen", "flash2", "sdpa", "reference")
+
+_REPEATED_SIGNAL_SECONDS = 5.0
+
+_EPILOG = """\
+examples:
+  esm-packed embed proteins.fasta -o embeddings.h5
+  esm-packed info embeddings.h5
+  esm-packed COMMAND --help
+
+exit codes: 0 complete, 1 internal error, 2 wrong input or option, 3 finished with failed rows,
+4 interrupted, 5 out of space"""
+
+_EMBED_EPILOG = f"""\
+examples:
+  esm-packed embed proteins.fasta -o embeddings.h5 --model demo
+  esm-packed embed a.fasta b.fasta.gz -o all.h5 --model esm2_t12_35M_UR50D --layers 6,12
+  zcat reads.faa.gz | esm-packed embed - -o reads.h5 --device cuda:1 --token-budget 65536
+
+models: {", ".join(list(ESM2_MODELS)[:3])},
+{", ".join(list(ESM2_MODELS)[3:])},
+a checkpoint file or folder, demo (tiny, for trying out), random:NAME (seeded random weights)"""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal asked the program to stop; `str(error)` is the signal's name."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        _complain(f"{message} (see {self.prog} --help)")
+        sys.exit(EXIT_USAGE)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: without the program's name; `sys.argv` when None.
+
+    Returns:
+        The exit code.
+    """
+    parser = _build_parser()
+    with _signals_interrupt(), warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        try:
+            options = parser.parse_args(
+                _join_negative_layers(sys.argv[1:] if arguments is None else arguments)
+            )
+            if options.command is None:
+                parser.print_help(sys.stderr)
+                return EXIT_USAGE
+            command: Callable[[argparse.Namespace], int] = options.run
+            return command(options)
+        except SystemExit as error:
+            return error.code if isinstance(error.code, int) else EXIT_USAGE
+        except KeyboardInterrupt as error:
+            _complain(f"interrupted ({error}); repeat the command to start again")
+            return EXIT_INTERRUPTED
+        except Exception as error:
+            return _report(error)
+
+
+def _report(error: Exception) -> int:
+    """Explain `error` in one line and return the exit code it calls for."""
+    if _is_out_of_space(error):
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        _complain(f"out of space: {reason}; free some and start again")
+        return EXIT_OUT_OF_SPACE
+    if isinstance(error, _user_errors()):
+        _complain(str(error))
+        return EXIT_USAGE
+    if os.environ.get("ESM_PACKED_DEBUG"):
+        traceback.print_exception(error)
+    else:
+        summary = "".join(traceback.format_exception_only(error)).strip().splitlines()[-1]
+        _complain(f"internal error: {summary} (set ESM_PACKED_DEBUG=1 for the traceback)")
+    return EXIT_INTERNAL_ERROR
+
+
+def _is_out_of_space(error: BaseException | None) -> bool:
+    """Whether a full disk is behind `error`."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        error = error.__cause__
+    return False
+
+
+def _user_errors() -> tuple[type[Exception], ...]:
+    """What a command raises for its user's mistakes, as far as the modules that could raise it are loaded."""
+    classes = {
+        "esm_packed.attention": "BackendError",
+        "esm_packed.download": "CheckpointError",
+        "esm_packed.runners.embed": "UsageError",
+        "esm_packed.runners.fasta": "InputError",
+        "esm_packed.runners.store": "StoreError",
+    }
+    return tuple(
+        getattr(sys.modules[module], name) for module, name in classes.items() if module in sys.modules
+    )
+
+
+def _complain(text: str) -> None:
+    print(f"esm-packed: error: {' '.join(text.splitlines())}", file=sys.stderr, flush=True)
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    print(f"esm-packed: warning: {message}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _signals_interrupt() -> Iterator[None]:
+    """Let Ctrl-C, SIGTERM and a lost terminal raise `Interrupted`, so that temporary files are removed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    last = -_REPEATED_SIGNAL_SECONDS
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        nonlocal last
+        # a second signal at once, as some schedulers send, must not interrupt the cleaning up
+        if time.monotonic() - last >= _REPEATED_SIGNAL_SECONDS:
+            last = time.monotonic()
+            raise Interrupted(signal.Signals(number).name)
+
+    previous = {}
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup has asked for this
+            previous[number] = signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _join_negative_layers(arguments: Sequence[str]) -> list[str]:
+    """`--layers -1,-2` as `--layers=-1,-2`: argparse takes the list for an option otherwise."""
+    joined: list[str] = []
+    for argument in arguments:
+        if joined and joined[-1] == "--layers" and re.match(r"-\d", argument):
+            joined[-1] = f"--layers={argument}"
+        else:
+            joined.append(argument)
+    return joined
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="esm-packed",
+        description="ESM-2 protein embeddings without padding: from FASTA files to HDF5.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"esm-packed {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    _add_embed(commands)
+    _add_info(commands)
+    _add_checkpoint(commands)
+    return parser
+
+
+def _add_embed(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = commands.add_parser(
+        "embed",
+        help="embed the proteins of FASTA files",
+        description="Embed every protein of the FASTA files, in input order, into one HDF5 file:\n"
+        "the mean over its residues of the last layer, or of the layers asked for.",
+        epilog=_EMBED_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(run=_embed)
+    parser.add_argument(
+        "fasta", nargs="+", metavar="FASTA", help="FASTA file, plain or gzip; - is standard input"
+    )
+    parser.add_argument(
+        "-o", "--output", required=True, type=Path, metavar="OUT.h5", help="HDF5 file to make"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT.h5 if it is there")
+    parser.add_argument("--quiet", action="store_true", help="no notes and no progress; the summary remains")
+
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", default=DEFAULT_MODEL, help="see below (default: %(default)s)")
+    model.add_argument(
+        "--layers",
+        type=_layers,
+        default=(-1,),
+        metavar="LIST",
+        help="layers to keep, such as 6,12 or -1 (the last, the default); the last one listed is "
+        "`embeddings` in the file, the others are `mean/LAYER`",
+    )
+    model.add_argument(
+        "--max-length",
+        type=_count(0),
+        default=1022,
+        metavar="N",
+        help="keep the first N residues of longer proteins, 0 for all (default: %(default)s)",
+    )
+    model.add_argument(
+        "--store-dtype", choices=("fp32", "fp16"), default="fp32", help="of the stored embeddings"
+    )
+
+    compute = parser.add_argument_group("computing")
+    compute.add_argument(
+        "--device", type=_device, default="auto", help="auto, cpu, cuda or cuda:INDEX (default: auto)"
+    )
+    compute.add_argument("--dtype", choices=DTYPES, help="precision (default: fp16 on a GPU, fp32 on a CPU)")
+    compute.add_argument(
+        "--attention",
+        choices=ATTENTIONS,
+        default="auto",
+        help="attention backend (default: the best installed)",
+    )
+    compute.add_argument(
+        "--token-budget",
+        type=_count(1),
+        metavar="N",
+        help="tokens computed together, BOS and EOS included (default: 8192 on a CPU, 32768 on a GPU)",
+    )
+    compute.add_argument(
+        "--threads", type=_count(1), metavar="N", help="CPU threads (default: torch's choice)"
+    )
+
+    rules = parser.add_argument_group(
+        "input rules (by default a fault is an error, before anything is computed)"
+    )
+    rules.add_argument(
+        "--invalid",
+        choices=("error", "x", "skip"),
+        default="error",
+        help="characters outside the alphabet: replace them by X, or leave their records out",
+    )
+    rules.add_argument(
+        "--duplicates",
+        choices=("error", "first", "rename"),
+        default="error",
+        help="records of one ID: keep the first, or rename later ones to ID__2, ID__3 ...",
+    )
+    rules.add_argument("--gaps", choices=("error", "drop"), default="error", help="gaps - and . in sequences")
+    rules.add_argument(
+        "--full-header", action="store_true", help="the ID is the whole header, not its first word"
+    )
+    rules.add_argument("--force", action="store_true", help="go on with sequences that look like DNA")
+
+
+def _add_info(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = commands.add_parser(
+        "info",
+        help="describe an output, a FASTA file or a model",
+        description="Describe an HDF5 output, a FASTA file, or a model given by name, file or folder.",
+        allow_abbrev=False,
+    )
+    parser.set_defaults(run=_info)
+    parser.add_argument("subject", metavar="FILE|MODEL")
+
+
+def _add_checkpoint(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = commands.add_parser(
+        "checkpoint",
+        help="write a model as fair-esm reads it",
+        description="Write a model as a fair-esm checkpoint, with its contact-regression file beside it.",
+        allow_abbrev=False,
+    )
+    parser.set_defaults(run=_checkpoint)
+    parser.add_argument("model", metavar="MODEL", help="name, file or folder, as for embed --model")
+    parser.add_argument(
+        "-o", "--output", required=True, type=Path, metavar="esm2_OUT.pt", help="file to make"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT.pt if it is there")
+
+
+def _count(least: int) -> Callable[[str], int]:
+    def count(text: str) -> int:
+        if not re.fullmatch(r"-?\d{1,18}", text) or not least <= int(text) <= 2**31 - 1:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} to {2**31 - 1}")
+        return int(text)
+
+    return count
+
+
+def _layers(text: str) -> tuple[int, ...]:
+    if not re.fullmatch(r"-?\d{1,9}(,-?\d{1,9})*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of layers such as 6,12 or -1")
+    return tuple(int(layer) for layer in text.split(","))
+
+
+def _device(text: str) -> str:
+    if text.partition(":")[0] == "mps":
+        raise argparse.ArgumentTypeError(
+            "mps is not supported: its results have not been checked against fair-esm; use cpu"
+        )
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is none of auto, cpu, cuda, cuda:INDEX")
+    return text
+
+
+def _say(lines: Sequence[str]) -> None:
+    """Print the answer; whoever reads it may close the pipe early."""
+    try:
+        print("\n".join(lines), flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _embed(options: argparse.Namespace) -> int:
+    from esm_packed.runners.embed import EmbedRequest, embed_files
+    from esm_packed.runners.fasta import ReadOptions
+    from esm_packed.runners.progress import Console
+
+    request = EmbedRequest(
+        inputs=tuple(options.fasta),
+        output=options.output,
+        model=options.model,
+        device=options.device,
+        dtype=options.dtype,
+        attention=options.attention,
+        layers=options.layers,
+        max_length=options.max_length,
+        token_budget=options.token_budget,
+        read=ReadOptions(
+            invalid=options.invalid,
+            duplicates=options.duplicates,
+            gaps=options.gaps,
+            full_header=options.full_header,
+            force=options.force,
+        ),
+        threads=options.threads,
+        store_dtype=options.store_dtype,
+        overwrite=options.overwrite,
+    )
+    summary = embed_files(request, Console(options.quiet))
+    if summary.already_complete:
+        _say([f"already complete: {summary.output} holds this run ({summary.num_sequences:,} sequences)"])
+    else:
+        _say(summary.lines())
+    if summary.num_failed:
+        _complain(
+            f"{summary.num_failed:,} of {summary.num_sequences:,} embeddings are not finite; their rows are "
+            "NaN, and `problems` in the output names them"
+        )
+        return EXIT_FAILED_ROWS
+    return EXIT_COMPLETE
+
+
+def _info(options: argparse.Namespace) -> int:
+    from esm_packed.runners.info import describe
+
+    _say(describe(options.subject))
+    return EXIT_COMPLETE
+
+
+def _checkpoint(options: argparse.Namespace) -> int:
+    from esm_packed.download import contact_regression_path
+    from esm_packed.runners.embed import UsageError
+    from esm_packed.runners.progress import Console
+    from esm_packed.weights import load_checkpoint, save_fair_esm
+
+    files = [options.output, contact_regression_path(options.output)]
+    for path in files:
+        if path.exists() and not options.overwrite:
+            raise UsageError(f"{path}: exists already; --overwrite replaces it")
+    with Console().byte_steps() as report:
+        checkpoint = load_checkpoint(options.model, progress=report)
+    save_fair_esm(checkpoint, options.output)
+    _say([f"{checkpoint.model_name} written to {path}" for path in files if path.exists()])
+    return EXIT_COMPLETE

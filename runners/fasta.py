@@ -1,0 +1,293 @@
+"""FASTA text: what is accepted, what is refused and why, and the residues of many records at once.
+
+Works on blocks of whole records as bytes, through numpy, never residue by residue; files are the business of
+`index`. The rules:
+
+- A line ends with LF, CRLF or CR. A record starts at a line whose first character is `>`; before the first,
+  only a UTF-8 byte order mark, blank lines and `;` comment lines may stand.
+- The ID is the first word of the header (ASCII white space separates words), or on request the whole header.
+- ASCII white space, `;` comment lines, one `*` at the very end and, on request, the gaps `-` and `.` are no
+  part of a sequence. Upper and lower case are the same.
+- Everything else is a `Fault`.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from esm_packed.alphabet import INVALID_ID, MASK_ID, RESIDUE_TO_ID, TOKENS
+
+NOTHING = 0
+"""The code of a byte that is no part of a sequence (the id of `<cls>`, which is no residue either)."""
+NEVER_REPLACED = 253
+"""The code of a gap or `>` where a residue should be: the file is broken in a way that X would only hide."""
+STOP = 254
+"""The code of `*`."""
+INVALID = INVALID_ID
+"""The code of any other character that is not in ESM-2's alphabet."""
+
+_HINT_INVALID = "--invalid x replaces such characters by X, --invalid skip leaves such records out"
+_COMMENT_LINE = re.compile(rb"[\r\n];[^\r\n]*")
+_NUCLEOTIDE_CODES = np.unique(RESIDUE_TO_ID[np.frombuffer(b"ACGTUN", dtype=np.uint8)])
+
+Codes = npt.NDArray[np.uint8]
+Positions = npt.NDArray[np.int64]
+
+
+class InputError(ValueError):
+    """The user's mistake, in a file or an option; `str(error)` is the full message for the terminal."""
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """How to go on where the default is to stop with an error.
+
+    Args:
+        invalid: a character outside the alphabet is an `error`, is replaced by X (`x`), or its record is left
+            out (`skip`, which also leaves out records with a gap, without residues or without an ID).
+        duplicates: a second record of the same ID is an `error`, is left out (`first`), or is called `ID__2`,
+            `ID__3` ... (`rename`).
+        gaps: `-` and `.` are an `error` or are removed (`drop`).
+        full_header: the ID is the whole header instead of its first word.
+        force: go on although the sequences look like DNA.
+
+    Raises:
+        ValueError: an argument has none of these values.
+    """
+
+    invalid: str = "error"
+    duplicates: str = "error"
+    gaps: str = "error"
+    full_header: bool = False
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        allowed = {
+            "invalid": ("error", "x", "skip"),
+            "duplicates": ("error", "first", "rename"),
+            "gaps": ("error", "drop"),
+        }
+        for name, values in allowed.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"{name} must be one of {', '.join(values)}; got {getattr(self, name)!r}")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Why a record cannot be used: `position` is the byte in the block, `reason` is for the user."""
+
+    record: int
+    position: int
+    reason: str
+    hint: str = ""
+
+
+@dataclass(frozen=True)
+class ParsedBlock:
+    """The n records of one block of text; positions are bytes from the start of the block.
+
+    `header_begins` (just behind the `>`), `header_ends` (where the sequence begins), `sequence_ends` (in
+    front of a trailing `*`) and `lengths` (residues) are (n,) int64; `codes` is what `residue_codes` gives.
+    """
+
+    header_begins: Positions
+    header_ends: Positions
+    sequence_ends: Positions
+    lengths: Positions
+    names: list[bytes]
+    codes: Codes
+    faults: list[Fault]
+    num_replaced: int
+
+    def count_nucleotides(self, record: int) -> int:
+        """How many residues of `record` are one of A, C, G, T, U, N."""
+        codes = self.codes[self.header_ends[record] : self.sequence_ends[record]]
+        return int(np.isin(codes, _NUCLEOTIDE_CODES).sum())
+
+
+def _code_table(gaps: str) -> bytes:
+    table = RESIDUE_TO_ID.copy()
+    table[table == MASK_ID] = INVALID  # `alphabet` keeps a control character for <mask>
+    table[list(b" \t\n\r\v\f")] = NOTHING
+    table[0x80:0xC0] = NOTHING  # UTF-8 continuation bytes: a character counts once, by its first byte
+    table[list(b"-.")] = NOTHING if gaps == "drop" else NEVER_REPLACED
+    table[ord(">")] = NEVER_REPLACED
+    table[ord("*")] = STOP
+    return table.tobytes()
+
+
+_CODE_TABLES = {gaps: _code_table(gaps) for gaps in ("error", "drop")}
+_X_CODE = TOKENS.index("X")
+
+
+def residue_codes(text: bytes, begins: Positions, ends: Positions, gaps: str) -> Codes:
+    """What each byte of `text` means inside the sequences [begins, ends): a token id or a code from above.
+
+    Args:
+        text: bytes that hold whole sequences; every range starts at the end of a header line.
+        begins, ends: (n,) int64, ascending and disjoint.
+        gaps: as in `ReadOptions`.
+
+    Returns:
+        (len(text),) uint8; `NOTHING` outside the ranges, in comment lines and for white space.
+    """
+    edges = np.zeros(2 * len(begins) + 2, dtype=np.int64)
+    edges[1:-1:2] = begins
+    edges[2:-1:2] = ends
+    edges[-1] = len(text)
+    inside = np.zeros(len(edges) - 1, dtype=np.uint8)
+    inside[1::2] = 0xFF
+    codes: Codes = np.frombuffer(text.translate(_CODE_TABLES[gaps]), dtype=np.uint8) & np.repeat(
+        inside, np.diff(edges)
+    )
+    if b";" in text and _has_comment_line(text):
+        for comment in _COMMENT_LINE.finditer(text):
+            codes[comment.start() : comment.end()] = NOTHING
+    return codes
+
+
+def _has_comment_line(text: bytes) -> bool:
+    """Whether the search for comment lines, slow where headers are full of `;`, is worth while."""
+    characters = np.frombuffer(text, dtype=np.uint8)
+    before = characters[np.flatnonzero(characters[1:] == ord(";"))]
+    return bool(((before == ord("\n")) | (before == ord("\r"))).any())
+
+
+def token_ids_of(codes: Codes) -> npt.NDArray[np.uint8]:
+    """The token ids in `codes`, end to end; whatever is no residue becomes X (asked for by `invalid='x'`)."""
+    token_ids: Codes = codes[codes != NOTHING]
+    token_ids[token_ids >= NEVER_REPLACED] = _X_CODE
+    return token_ids
+
+
+def text_fault(block: bytes) -> tuple[int, str] | None:
+    """Position and reason of the first byte that shows that `block` is no text; None if there is none."""
+    nul = block.find(b"\0")
+    text = block if nul < 0 else block[:nul]
+    if not text.isascii():
+        try:
+            text.decode("utf-8")
+        except UnicodeDecodeError as error:
+            return error.start, f"byte 0x{text[error.start]:02x} is not valid UTF-8 (UTF-16 or binary?)"
+    return None if nul < 0 else (nul, "NUL byte: this is not a text file")
+
+
+def preamble_fault(preamble: bytes) -> tuple[int, str] | None:
+    """Position and reason of what may not stand before the first record; None if there is nothing."""
+    for line in re.finditer(rb"[^\r\n]+", preamble):
+        if line.group().strip() and not line.group().startswith(b";"):
+            shown = line.group().decode("utf-8", "replace").strip()
+            return line.start(), f"not FASTA: text before the first '>': {shorten(shown)}"
+    return None
+
+
+def first_record(block: bytes) -> int:
+    """Position of the first `>` at the start of a line; len(block) if there is none."""
+    found = re.search(rb"(?:\A|[\r\n])>", block)
+    return found.end() - 1 if found else len(block)
+
+
+def record_at(block: bytes, position: int, full_header: bool) -> str | None:
+    """The ID of the record in which `position` lies; None before the first record."""
+    start = max(block.rfind(b"\n>", 0, position + 1), block.rfind(b"\r>", 0, position + 1)) + 1
+    if not block.startswith(b">", start):
+        return None
+    header = re.split(rb"[\r\n]", block[start + 1 :], maxsplit=1)[0]
+    return record_name(header, full_header).decode("utf-8", "replace")
+
+
+def record_name(header: bytes, full_header: bool) -> bytes:
+    """The ID in a header line without its `>`; empty if there is none."""
+    if full_header:
+        return header.strip()
+    words = header.split(None, 1)
+    return words[0] if words else b""
+
+
+def parse_block(block: bytes, options: ReadOptions) -> ParsedBlock:
+    """Find and check the records of `block`, valid UTF-8 that starts at a record and ends where one ends.
+
+    Faults come in the order of the records, at most one for each; with `invalid='x'` characters that get
+    replaced are counted instead.
+    """
+    text = np.frombuffer(block, dtype=np.uint8)
+    marks = np.flatnonzero(text == ord(">"))
+    before = text[marks - 1]  # for the first mark any byte will do: it is known to start a record
+    at_line_start = (before == ord("\n")) | (before == ord("\r"))
+    at_line_start[0] = True
+    starts = marks[at_line_start]
+    is_line_end = text == ord("\n")
+    if b"\r" in block:
+        is_line_end |= text == ord("\r")
+    line_ends = np.append(np.flatnonzero(is_line_end), len(block))
+    header_ends = line_ends[np.searchsorted(line_ends, starts)]
+    ends = np.append(starts[1:], len(block))
+
+    codes = residue_codes(block, header_ends, ends, options.gaps)
+    present = np.append(codes != NOTHING, False)  # one more: an empty last record may begin at the very end
+    lengths = np.add.reduceat(present, header_ends, dtype=np.int64)
+
+    suspects = np.flatnonzero(codes >= NEVER_REPLACED)
+    if suspects.size:
+        stops = suspects[codes[suspects] == STOP]
+        owner = np.searchsorted(header_ends, stops) - 1
+        is_last = np.append(owner[1:] != owner[:-1], True)[: len(stops)]
+        stops, owner = stops[is_last], owner[is_last]
+        if stops.size:
+            # What stands behind the last `*` of a record decides whether it ends the sequence.
+            tails = np.stack([stops + 1, ends[owner]], axis=1).ravel()
+            trailing = np.add.reduceat(present, tails, dtype=np.int64)[::2] == 0
+            stops, owner = stops[trailing], owner[trailing]
+            ends[owner] = stops
+            lengths[owner] -= 1
+            codes[stops] = NOTHING
+            suspects = suspects[codes[suspects] != NOTHING]
+
+    num_replaced = 0
+    if options.invalid == "x":
+        num_replaced = len(suspects)
+        suspects = suspects[codes[suspects] == NEVER_REPLACED]
+        num_replaced -= len(suspects)
+
+    header_begins = starts + 1
+    names = [
+        record_name(block[begin:end], options.full_header)
+        for begin, end in zip(header_begins.tolist(), header_ends.tolist(), strict=True)
+    ]
+
+    faults: dict[int, Fault] = {}
+    owners, first = np.unique(np.searchsorted(header_ends, suspects) - 1, return_index=True)
+    for record, position in zip(owners.tolist(), suspects[first].tolist(), strict=True):
+        faults[record] = _character_fault(block, record, position)
+    for record in np.flatnonzero(lengths == 0).tolist():
+        faults[record] = Fault(record, int(starts[record]), "the record has no residues")
+    if b"" in names:
+        for record in (record for record, name in enumerate(names) if not name):
+            faults[record] = Fault(record, int(starts[record]), "no ID after '>'")
+    in_order = [faults[record] for record in sorted(faults)]
+    return ParsedBlock(header_begins, header_ends, ends, lengths, names, codes, in_order, num_replaced)
+
+
+def _character_fault(block: bytes, record: int, position: int) -> Fault:
+    character = block[position : position + 4].decode("utf-8", "ignore")[0]
+    if character in "-.":
+        reason = f"gap {character!r} in the sequence: this looks like an alignment"
+        return Fault(record, position, reason, "--gaps drop removes gaps")
+    if character == ">":
+        return Fault(record, position, "'>' inside a sequence line: is a line end missing before it?")
+    if character == "*":
+        return Fault(record, position, "'*' (stop) inside the sequence, not at its end", _HINT_INVALID)
+    shown = repr(character)
+    if not character.isascii():
+        shown = f"U+{ord(character):04X} {unicodedata.name(character, '')}".strip()
+    return Fault(record, position, f"{shown} is not in ESM-2's alphabet", _HINT_INVALID)
+
+
+def shorten(text: str, width: int = 60) -> str:
+    """`text` in quotes, control characters escaped, cut to about `width` characters."""
+    return repr(text if len(text) <= width else text[: width - 3] + "...")

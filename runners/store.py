@@ -1,0 +1,435 @@
+"""The HDF5 file embeddings are kept in: written by ranges of rows, seen under its name only when whole."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import secrets
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, NamedTuple
+
+import h5py
+import numpy as np
+import numpy.typing as npt
+
+FORMAT = "esm-packed"
+FORMAT_VERSION = 1
+
+STATUS_COMPUTED = 0
+STATUS_RECOMPUTED = 1
+STATUS_FAILED = 2
+
+_CHUNK_BYTES = 1 << 18
+_TEXT = h5py.string_dtype()
+_PROBLEM = np.dtype([("sequence_id", _TEXT), ("file", _TEXT), ("line", np.int64), ("reason", _TEXT)])
+
+
+class StoredProblem(NamedTuple):
+    """A record that has no embedding, or only a row of NaN, and why."""
+
+    sequence_id: str
+    file: str
+    line: int
+    reason: str
+
+
+class StoreError(ValueError):
+    """A file that is not a whole esm-packed output."""
+
+
+def plan_hash(identity: Mapping[str, Any]) -> str:
+    """SHA-256 (hex) of what defines a run, independent of the order of keys."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def bytes_needed(num_sequences: int, hidden_size: int, num_layers: int, store_dtype: str) -> int:
+    """Size of the output in bytes, estimated from above for names of up to 64 bytes."""
+    row = hidden_size * num_layers * np.dtype(store_dtype).itemsize
+    columns = 4 + 4 + 1 + 1
+    name = 16 + 16 + 64
+    return num_sequences * (row + columns + name) + (1 << 16) + num_layers * _CHUNK_BYTES
+
+
+@contextmanager
+def signals_deferred() -> Iterator[None]:
+    """Hold Ctrl-C and its kin back while HDF5 runs: an exception inside its callbacks corrupts its state."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    pending: list[int] = []
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        pending.append(number)
+
+    handlers = {}
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if callable(handler := signal.getsignal(number)):
+            handlers[number] = handler
+            signal.signal(number, remember)
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for late in dict.fromkeys(pending):
+            signal.raise_signal(late)
+
+
+@contextmanager
+def whole_or_nothing(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write under; moved to `path` if the block ends well, removed if not.
+
+    Raises:
+        OSError: the folder cannot be written to, or the file system fails while data are flushed.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        yield temporary
+        _fsync(temporary)
+        temporary.replace(path)
+        with suppress(OSError):  # the file itself is safe, and not every file system can flush a folder
+            _fsync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class _FailureKeepingFile(io.RawIOBase):
+    """A file for HDF5 to write to that never tells it about a failed write.
+
+    HDF5 2.0 crashes the process after a write fails (a full disk, a quota, an I/O error). The first failure
+    is kept for the writer to raise, and everything after it is dropped.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.failure: OSError | None = None
+        self._position = 0
+        self._end = 0
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+
+    def close(self) -> None:
+        if not self.closed:
+            os.close(self._descriptor)
+        super().close()
+
+    def readable(self) -> bool:
+        return True
+
+    def writable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._end}[whence]
+        self._position = start + offset
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        try:
+            count = os.preadv(self._descriptor, [buffer], self._position)
+        except OSError as error:
+            self.failure = self.failure or error
+            return 0
+        self._position += count
+        return count
+
+    def write(self, data: Any) -> int:
+        remaining = memoryview(data).cast("B")
+        size = len(remaining)
+        start, self._position = self._position, self._position + size
+        self._end = max(self._end, self._position)
+        while remaining and self.failure is None:
+            try:
+                written = os.pwrite(self._descriptor, remaining, start)
+            except OSError as error:
+                self.failure = error
+            else:
+                remaining = remaining[written:]
+                start += written
+        return size
+
+    def truncate(self, size: int | None = None) -> int:
+        self._end = self._position if size is None else size
+        if self.failure is None:
+            try:
+                os.ftruncate(self._descriptor, self._end)
+            except OSError as error:
+                self.failure = error
+        return self._end
+
+
+class EmbeddingWriter:
+    """Writes an output file of a known number of rows, in any order of row ranges.
+
+    Args:
+        path: the file to create; it must not exist.
+        num_sequences: rows.
+        hidden_size: columns of the embeddings.
+        layers: the layers kept; the last one is the dataset `embeddings`, the others are `mean/LAYER`.
+        store_dtype: "float32" or "float16".
+
+    Raises:
+        OSError: any of the methods, when the disk is full or fails; what was written is then worthless.
+    """
+
+    def __init__(
+        self, path: Path, *, num_sequences: int, hidden_size: int, layers: Sequence[int], store_dtype: str
+    ) -> None:
+        self._output = _FailureKeepingFile(path)
+        self._file: Any = None
+        try:
+            with self._hdf5():
+                self._file = h5py.File(self._output, "w")
+                self._create_datasets(num_sequences, hidden_size, layers, np.dtype(store_dtype))
+        except BaseException:
+            self._abandon()
+            raise
+
+    def _create_datasets(
+        self, num_sequences: int, hidden_size: int, layers: Sequence[int], store_dtype: np.dtype[Any]
+    ) -> None:
+        self._columns = {
+            name: self._create(name, num_sequences, (), np.dtype(dtype))
+            for name, dtype in (
+                ("sequence_ids", _TEXT),
+                ("lengths", np.int32),
+                ("embedded_lengths", np.int32),
+                ("truncated", np.bool_),
+                ("status", np.uint8),
+            )
+        }
+        self._embeddings = {
+            layer: self._create(_dataset_of(layer, layers), num_sequences, (hidden_size,), store_dtype)
+            for layer in layers
+        }
+        self._problems = self._file.create_dataset(
+            "problems", (0,), _PROBLEM, maxshape=(None,), chunks=(1024,)
+        )
+        self._file.attrs["format"] = FORMAT
+        self._file.attrs["format_version"] = FORMAT_VERSION
+        self._file.attrs["layers"] = np.array(layers, dtype=np.int32)
+        self._file.attrs["pooling"] = "mean"
+
+    def _create(self, name: str, rows: int, row_shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
+        row_bytes = dtype.itemsize * int(np.prod(row_shape, dtype=np.int64))
+        chunk_rows = min(max(rows, 1), max(1, _CHUNK_BYTES // row_bytes))
+        return self._file.create_dataset(name, (rows, *row_shape), dtype, chunks=(chunk_rows, *row_shape))
+
+    def write_rows(
+        self,
+        start: int,
+        *,
+        sequence_ids: Sequence[str],
+        lengths: npt.NDArray[np.int32],
+        embedded_lengths: npt.NDArray[np.int32],
+        status: npt.NDArray[np.uint8],
+        embeddings: Mapping[int, npt.NDArray[np.floating[Any]]],
+    ) -> None:
+        """Fill the rows from `start` on.
+
+        Args:
+            start: first row.
+            sequence_ids: (n,) names.
+            lengths: (n,) residues in the input.
+            embedded_lengths: (n,) residues embedded.
+            status: (n,) one of the STATUS values.
+            embeddings: for each layer (n, hidden_size).
+        """
+        rows = slice(start, start + len(sequence_ids))
+        with self._hdf5():
+            self._columns["sequence_ids"][rows] = np.array(sequence_ids, dtype=object)
+            self._columns["lengths"][rows] = lengths
+            self._columns["embedded_lengths"][rows] = embedded_lengths
+            self._columns["truncated"][rows] = embedded_lengths < lengths
+            self._columns["status"][rows] = status
+            for layer, dataset in self._embeddings.items():
+                dataset[rows] = embeddings[layer]
+
+    def write_problems(self, problems: Sequence[StoredProblem]) -> None:
+        """Append records that are left out or failed."""
+        if not problems:
+            return
+        records = np.array(
+            [(_utf8(each.sequence_id), _utf8(each.file), each.line, _utf8(each.reason)) for each in problems],
+            dtype=_PROBLEM,
+        )
+        with self._hdf5():
+            written = len(self._problems)
+            self._problems.resize(written + len(records), axis=0)
+            self._problems[written:] = records
+
+    def write_plan(self, identity: Mapping[str, Any], input_names: Sequence[str]) -> None:
+        """Keep what defines a run: its hash in an attribute, the whole as JSON (attributes end at 64 KB)."""
+        plan = json.dumps({"identity": identity, "input_names": list(input_names)}, sort_keys=True)
+        with self._hdf5():
+            self._file.attrs["plan_hash"] = plan_hash(identity)
+            self._file.create_dataset("plan", data=plan, dtype=_TEXT)
+
+    def write_attributes(self, attributes: Mapping[str, str | int | float]) -> None:
+        """Set root attributes."""
+        with self._hdf5():
+            for name, value in attributes.items():
+                self._file.attrs[name] = value
+
+    def close(self) -> None:
+        """Flush and close; the file is good only if this returns."""
+        with self._hdf5():
+            try:
+                self._file.close()
+            finally:
+                self._output.close()
+
+    @contextmanager
+    def _hdf5(self) -> Iterator[None]:
+        """Run HDF5 undisturbed by signals; raise a failed write as what it was, whatever HDF5 made of it."""
+        try:
+            with signals_deferred():
+                yield
+        finally:
+            if self._output.failure is not None:
+                raise self._output.failure
+
+    def _abandon(self) -> None:
+        """Close after a failure, of which HDF5 may complain again."""
+        with signals_deferred(), suppress(OSError, RuntimeError):
+            try:
+                if self._file is not None:
+                    self._file.close()
+            finally:
+                self._output.close()
+
+    def __enter__(self) -> EmbeddingWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.close()
+            return
+        self._abandon()
+
+
+def _dataset_of(layer: int, layers: Sequence[int]) -> str:
+    return "embeddings" if layer == layers[-1] else f"mean/{layer}"
+
+
+def _utf8(text: str) -> str:
+    """`text` without surrogates, which stand for what is not UTF-8 in a file's name, as HDF5 needs it."""
+    return text.encode("utf-8", "replace").decode()
+
+
+class EmbeddingReader:
+    """Reads an output file.
+
+    Args:
+        path: the file.
+
+    Raises:
+        StoreError: it is not a whole esm-packed output.
+        OSError: it is not there or cannot be read.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        try:
+            self._file = h5py.File(path, "r")
+        except (FileNotFoundError, PermissionError, IsADirectoryError):
+            raise
+        except OSError as error:
+            raise StoreError(f"{os.fspath(path)}: not an HDF5 file, or cut short") from error
+        attributes = self.attributes
+        problem = ""
+        if attributes.get("format") != FORMAT or "plan_hash" not in attributes:
+            problem = "HDF5, but not written by esm-packed"
+        elif attributes["format_version"] > FORMAT_VERSION:
+            problem = f"written by a newer esm-packed (format_version {attributes['format_version']})"
+        if problem:
+            self._file.close()
+            raise StoreError(f"{os.fspath(path)}: {problem}")
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """Root attributes, as Python values."""
+        return {
+            name: value.tolist() if isinstance(value, np.ndarray | np.generic) else value
+            for name, value in self._file.attrs.items()
+        }
+
+    @property
+    def num_sequences(self) -> int:
+        """Rows."""
+        return len(self._file["lengths"])
+
+    @property
+    def layers(self) -> list[int]:
+        """Layers kept; the last one is the dataset `embeddings`."""
+        layers: list[int] = self.attributes["layers"]
+        return layers
+
+    def sequence_ids(self, start: int = 0, stop: int | None = None) -> list[str]:
+        """Names of the rows [start, stop)."""
+        names: list[str] = self._file["sequence_ids"].asstr()[start:stop].tolist()
+        return names
+
+    def column(self, name: str, start: int = 0, stop: int | None = None) -> npt.NDArray[Any]:
+        """`lengths`, `embedded_lengths`, `truncated` or `status` of the rows [start, stop)."""
+        values: npt.NDArray[Any] = self._file[name][start:stop]
+        return values
+
+    def embeddings(
+        self, layer: int | None = None, start: int = 0, stop: int | None = None
+    ) -> npt.NDArray[np.floating[Any]]:
+        """(stop - start, hidden_size) embeddings of one layer (the last one kept unless named)."""
+        name = _dataset_of(self.layers[-1] if layer is None else layer, self.layers)
+        rows: npt.NDArray[np.floating[Any]] = self._file[name][start:stop]
+        return rows
+
+    @property
+    def hidden_size(self) -> int:
+        """Columns of the embeddings."""
+        return int(self._file["embeddings"].shape[1])
+
+    @property
+    def plan(self) -> dict[str, Any]:
+        """What defines the run (`identity`) and the names of its input files (`input_names`)."""
+        plan: dict[str, Any] = json.loads(self._file["plan"].asstr()[()])
+        return plan
+
+    def problems(self) -> list[StoredProblem]:
+        """Records left out and rows that failed, with reasons."""
+        return [
+            StoredProblem(sequence_id.decode(), file.decode(), int(line), reason.decode())
+            for sequence_id, file, line, reason in self._file["problems"][:].tolist()
+        ]
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def __enter__(self) -> EmbeddingReader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()

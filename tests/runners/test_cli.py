@@ -1,0 +1,460 @@
+import errno
+import gzip
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from esm_packed.attention import BACKENDS
+from esm_packed.config import ESM2_MODELS
+from esm_packed.model import ESM2
+from esm_packed.numerics import PRECISIONS
+from esm_packed.runners import cli, embed
+from esm_packed.runners.progress import Console
+from esm_packed.runners.store import EmbeddingReader
+from esm_packed.version import __version__
+
+MODEL = "random:esm2_t6_8M_UR50D"
+FASTA = ">a first\nMKTLLAGVSE\n>b second\nMKVLA\n>c\nMMMRPQ\n"
+
+
+@pytest.fixture
+def fasta(tmp_path) -> Path:
+    path = tmp_path / "in.fasta"
+    path.write_text(FASTA)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def restore_threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def without_computing(monkeypatch):
+    """Every embedding is ones; for tests that are not about numbers."""
+
+    def ones(self, batch, layers):
+        return {layer: torch.ones(batch.num_sequences, self.config.hidden_size) for layer in layers}
+
+    monkeypatch.setattr(ESM2, "embed_packed", ones)
+
+
+def embed_arguments(fasta: Path | str, folder: Path, *options: str) -> list[str]:
+    return [
+        "embed",
+        str(fasta),
+        "-o",
+        str(folder / "out.h5"),
+        "--model",
+        MODEL,
+        "--device",
+        "cpu",
+        "--threads",
+        "1",
+        *options,
+    ]
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def assert_one_line_error(stderr: str, *parts: str) -> None:
+    """The last line is the error, and no traceback stands above it."""
+    *before, line = stderr.strip().splitlines()
+    assert line.startswith("esm-packed: error: ")
+    for part in parts:
+        assert part in line
+    assert not any(earlier.startswith(("Traceback", "esm-packed: error")) for earlier in before)
+
+
+def test_choices_are_those_of_the_modules_that_need_torch():
+    assert tuple(PRECISIONS) == cli.DTYPES
+    assert ("auto", *BACKENDS) == cli.ATTENTIONS
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "stdout"),
+    [
+        (["--version"], 0, __version__),
+        (["--help"], 0, "exit codes"),
+        (["embed", "--help"], 0, "examples"),
+        (["checkpoint", "--help"], 0, "fair-esm"),
+        ([], 2, ""),
+        (["embed", "x.fasta", "-o", "y.h5", "--layers", "last"], 2, ""),
+    ],
+)
+def test_help_and_wrong_options_answer_without_importing_torch(arguments, code, stdout):
+    script = (
+        "import sys; from esm_packed.runners.cli import main; code = main(); "
+        "assert not {'torch', 'h5py', 'numpy'} & set(sys.modules); sys.exit(code)"
+    )
+    run = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True)
+    assert run.returncode == code, run.stderr
+    assert stdout in run.stdout
+
+
+def test_python_m_runs_the_same_command(tmp_path):
+    run = subprocess.run(
+        [sys.executable, "-m", "esm_packed", "--version"], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert (run.returncode, run.stdout) == (0, f"esm-packed {__version__}\n")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--device", "mps"], "mps is not supported"),
+        (["--device", "tpu"], "'tpu' is none of auto, cpu, cuda"),
+        (["--dtype", "int8"], "invalid choice: 'int8'"),
+        (["--layers", "1,,2"], "not a list of layers"),
+        (["--max-length", "-1"], "not a whole number from 0"),
+        (["--token-budget", "0"], "not a whole number from 1"),
+        (["--token-budget", "4e3"], "not a whole number from 1"),
+        (["--threads", "0"], "not a whole number from 1"),
+        (["--invalid", "drop"], "invalid choice: 'drop'"),
+        (["--wat"], "unrecognized arguments: --wat"),
+        (["--dev", "cpu"], "unrecognized arguments: --dev"),
+        (["--layers", "7"], "layer 7 does not exist"),
+        (["--layers", "-1,-9"], "layer -9 does not exist"),
+        (["--model", "esm3_t9"], "esm3_t9"),
+        (["--dtype", "tf32"], "needs a CUDA device"),
+        (["--attention", "varlen"], "runs on CUDA devices"),
+        (["--device", "cuda:99"], "cuda:99"),
+    ],
+)
+def test_wrong_options(fasta, capsys, options, message):
+    assert cli.main(embed_arguments(fasta, fasta.parent, *options)) == 2
+    assert_one_line_error(capsys.readouterr().err, message)
+    assert names_in(fasta.parent) == ["in.fasta"]
+
+
+def test_missing_output_option(fasta, capsys):
+    assert cli.main(["embed", str(fasta)]) == 2
+    assert_one_line_error(capsys.readouterr().err, "-o/--output")
+
+
+@pytest.mark.parametrize(
+    ("content", "parts"),
+    [
+        (b"", ["empty"]),
+        (b"MKTLL\n", ["not FASTA"]),
+        (b">a\nMKT\n>b\nMK1\n", ["line 4", "'b'", "'1' is not in", "--invalid"]),
+        (b">a\nMKT\n>a\nMKL\n", ["line 3", "'a'", "--duplicates"]),
+        (b">a\nM-KT\n", ["line 2", "alignment", "--gaps"]),
+        (b">a\nM*KT\n", ["line 2", "stop"]),
+        (b">a\n>b\nMKT\n", ["line 1", "no residues"]),
+        (b">\nMKT\n", ["line 1", "no ID"]),
+        (b">a\nMK\0T\n", ["NUL"]),
+        (b">a\xff\nMKT\n", ["UTF-8"]),
+        (b">a\nACGTACGTACGTACGTACGTACGTACGT\n", ["DNA", "--force"]),
+        (gzip.compress(FASTA.encode() * 100)[:-9], ["gzip", "truncated"]),
+        (b"\x89HDF\r\n\x1a\n" + bytes(600), ["not valid UTF-8"]),
+    ],
+)
+def test_wrong_input(tmp_path, capsys, content, parts):
+    path = tmp_path / "in.fasta"
+    path.write_bytes(content)
+    assert cli.main(embed_arguments(path, tmp_path)) == 2
+    assert_one_line_error(capsys.readouterr().err, str(path), *parts)
+    assert names_in(tmp_path) == ["in.fasta"]
+
+
+def test_missing_input(tmp_path, capsys):
+    assert cli.main(embed_arguments(tmp_path / "no.fasta", tmp_path)) == 2
+    assert_one_line_error(capsys.readouterr().err, "no.fasta")
+    assert cli.main(embed_arguments(tmp_path, tmp_path)) == 2
+    assert_one_line_error(capsys.readouterr().err, "directory")
+    assert names_in(tmp_path) == []
+
+
+def test_output_folder_is_missing_or_no_folder(fasta, capsys):
+    for folder in (fasta.parent / "nowhere", fasta):
+        assert cli.main(embed_arguments(fasta, folder)) == 2
+        assert_one_line_error(capsys.readouterr().err, str(folder), "no such folder")
+
+
+def test_output_name_is_too_long(fasta, capsys):
+    for length in (250, 300):
+        assert cli.main(["embed", str(fasta), "-o", str(fasta.parent / ("x" * length))]) == 2
+        assert_one_line_error(capsys.readouterr().err, "File name too long")
+
+
+def test_output_is_a_directory(fasta, tmp_path, capsys):
+    (tmp_path / "out.h5").mkdir()
+    assert cli.main(embed_arguments(fasta, tmp_path, "--overwrite")) == 2
+    assert_one_line_error(capsys.readouterr().err, "this is a directory")
+
+
+def test_output_folder_is_not_writable(fasta, capsys):
+    """/proc takes no files, not even from root."""
+    if not Path("/proc/self").exists():
+        pytest.skip("needs Linux's /proc")
+    assert cli.main(embed_arguments(fasta, Path("/proc"))) == 2
+    assert_one_line_error(capsys.readouterr().err, "/proc", "cannot be written to")
+
+
+@pytest.mark.parametrize("content", [b"", b"notes of mine", b"\x89HDF\r\n\x1a\n cut short"])
+def test_an_existing_file_is_kept(fasta, tmp_path, capsys, content, without_computing):
+    (tmp_path / "out.h5").write_bytes(content)
+    assert cli.main(embed_arguments(fasta, tmp_path)) == 2
+    assert_one_line_error(capsys.readouterr().err, "exists already", "--overwrite")
+    assert (tmp_path / "out.h5").read_bytes() == content
+    assert cli.main(embed_arguments(fasta, tmp_path, "--overwrite")) == 0
+    assert EmbeddingReader(tmp_path / "out.h5").num_sequences == 3
+
+
+def test_an_input_is_never_the_output(fasta, capsys):
+    assert cli.main(["embed", str(fasta), "-o", str(fasta), "--overwrite"]) == 2
+    assert_one_line_error(capsys.readouterr().err, "would replace an input")
+    assert fasta.read_text() == FASTA
+
+
+def test_the_whole_command_from_standard_input(tmp_path):
+    """Through the installed module, as a pipe feeds it."""
+    run = subprocess.run(
+        [sys.executable, "-m", "esm_packed", *embed_arguments("-", tmp_path)],
+        input=gzip.compress(FASTA.encode()),
+        capture_output=True,
+        cwd=tmp_path,
+    )
+    assert run.returncode == 0, run.stderr
+    summary = dict(line.split("  ", 1) for line in run.stdout.decode().splitlines())
+    for name in ("residues", "duplicates", "packing efficiency", "wall time", "residues/s", "attention"):
+        assert name in summary
+    assert summary["sequences"].strip() == "3"
+    assert summary["dtype"].strip() == "fp32"
+    assert "1 thread)" in summary["device"]
+    assert b"embedding 3 sequences, 21 residues" in run.stderr
+    assert b"are free in" in run.stderr
+    with EmbeddingReader(tmp_path / "out.h5") as reader:
+        assert reader.sequence_ids() == ["a", "b", "c"]
+    assert names_in(tmp_path) == ["out.h5"]
+
+
+def test_quiet_leaves_only_the_summary(fasta, capsys, without_computing):
+    assert cli.main(embed_arguments(fasta, fasta.parent, "--quiet")) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    assert "sequences           3\n" in captured.out
+
+
+def test_options_reach_the_run(fasta, capsys, without_computing):
+    fasta.write_text(">a first\nMKTLL-AGVSE\n>a second\nMKV1LA\n>a first\nMKT\n")
+    options = ["--layers", "-1,-2", "--max-length", "4", "--token-budget", "64", "--store-dtype", "fp16"]
+    rules = ["--invalid", "x", "--duplicates", "rename", "--gaps", "drop", "--full-header", "--force"]
+    assert cli.main(embed_arguments(fasta, fasta.parent, *options, *rules)) == 0
+    with EmbeddingReader(fasta.parent / "out.h5") as reader:
+        assert reader.layers == [6, 5]
+        assert reader.sequence_ids() == ["a first", "a second", "a first__2"]
+        assert reader.column("embedded_lengths").tolist() == [4, 4, 3]
+        assert reader.embeddings().dtype == "float16"
+        identity = reader.plan["identity"]
+    assert identity["token_budget"] == 64
+    assert identity["gaps"] == "drop"
+
+
+def test_the_same_command_again_is_already_complete(fasta, capsys, without_computing):
+    assert cli.main(embed_arguments(fasta, fasta.parent)) == 0
+    capsys.readouterr()
+    assert cli.main(embed_arguments(fasta, fasta.parent)) == 0
+    assert "already complete" in capsys.readouterr().out
+    assert cli.main(embed_arguments(fasta, fasta.parent, "--layers", "3")) == 2
+    assert_one_line_error(capsys.readouterr().err, "--overwrite")
+
+
+def test_failed_rows_exit_with_3(fasta, capsys, monkeypatch):
+    def not_finite(self, batch, layers):
+        return {
+            layer: torch.full((batch.num_sequences, self.config.hidden_size), torch.inf) for layer in layers
+        }
+
+    monkeypatch.setattr(ESM2, "embed_packed", not_finite)
+    assert cli.main(embed_arguments(fasta, fasta.parent)) == 3
+    captured = capsys.readouterr()
+    assert "failed              3\n" in captured.out
+    assert_one_line_error(captured.err, "3 of 3 embeddings are not finite")
+    assert cli.main(embed_arguments(fasta, fasta.parent)) == 3
+
+
+def test_internal_errors_hide_the_traceback_unless_asked(fasta, capsys, monkeypatch):
+    def fail(self, batch, layers):
+        raise ValueError("some\nbug")
+
+    monkeypatch.setattr(ESM2, "embed_packed", fail)
+    monkeypatch.delenv("ESM_PACKED_DEBUG", raising=False)
+    assert cli.main(embed_arguments(fasta, fasta.parent)) == 1
+    assert_one_line_error(capsys.readouterr().err, "internal error", "bug", "ESM_PACKED_DEBUG=1")
+    monkeypatch.setenv("ESM_PACKED_DEBUG", "1")
+    assert cli.main(embed_arguments(fasta, fasta.parent)) == 1
+    assert "Traceback" in capsys.readouterr().err
+    assert names_in(fasta.parent) == ["in.fasta"]
+
+
+def test_too_little_space_is_found_before_computing(fasta, capsys, monkeypatch):
+    monkeypatch.setattr(ESM2, "embed_packed", lambda *call: pytest.fail("computed"))
+    usage = embed.shutil.disk_usage(fasta.parent)._replace(free=1000)
+    monkeypatch.setattr(embed.shutil, "disk_usage", lambda folder: usage)
+    assert cli.main(embed_arguments(fasta, fasta.parent)) == 5
+    assert_one_line_error(capsys.readouterr().err, "out of space", "1.0 kB are free")
+    assert names_in(fasta.parent) == ["in.fasta"]
+
+
+def test_space_that_runs_out_while_writing(fasta, tmp_path, capsys, monkeypatch, without_computing):
+    def full(descriptor, data, position):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    assert cli.main(embed_arguments(fasta, tmp_path)) == 5
+    assert_one_line_error(capsys.readouterr().err, "out of space")
+    assert names_in(tmp_path) == ["in.fasta"]
+
+
+def test_full_file_system(fasta, tmp_path, capsys, monkeypatch, without_computing):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", disk], capture_output=True)
+    if mount.returncode:
+        pytest.skip("mounting a small file system is not allowed here")
+    try:
+        fasta.write_text("".join(f">{number}\nMKTLL\n" for number in range(500)))
+        assert cli.main(embed_arguments(fasta, disk)) == 5
+        assert "are free in" in capsys.readouterr().err
+        monkeypatch.setattr(embed, "check_space", lambda *call: None)
+        assert cli.main(embed_arguments(fasta, disk)) == 5
+        assert_one_line_error(capsys.readouterr().err, "out of space")
+        assert names_in(disk) == []
+        # and the index's own copy of a compressed input
+        (tmp_path / "in.gz").write_bytes(gzip.compress(b">a\n" + b"MKTLL" * 100_000))
+        assert cli.main(embed_arguments(tmp_path / "in.gz", disk)) == 5
+        assert names_in(disk) == []
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+SLOW_EMBED = """
+import sys, time
+from esm_packed.model import ESM2
+from esm_packed.runners.cli import main
+
+def never_ready(self, batch, layers):
+    print("computing", file=sys.stderr, flush=True)
+    while True:  # in short sleeps: a signal that comes just before one is seen behind it
+        time.sleep(0.1)
+
+ESM2.embed_packed = never_ready
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_run_cleanly(fasta, number):
+    arguments = [sys.executable, "-c", SLOW_EMBED, *embed_arguments(fasta, fasta.parent)]
+    with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True) as process:
+        before = ""
+        while line := process.stderr.readline():
+            if line == "computing\n":
+                break
+            before += line
+        assert len(names_in(fasta.parent)) == 3
+        process.send_signal(number)
+        process.send_signal(number)
+        after = process.stderr.read()
+    assert process.returncode == 4, before + after
+    assert after == f"esm-packed: error: interrupted ({number.name}); repeat the command to start again\n"
+    assert names_in(fasta.parent) == ["in.fasta"]
+
+
+def test_a_log_gets_timed_lines(fasta, capsys, monkeypatch, without_computing):
+    monkeypatch.setattr("esm_packed.runners.progress.LOG_INTERVAL_SECONDS", 0.0)
+    assert cli.main(embed_arguments(fasta, fasta.parent)) == 0
+    line = next(line for line in capsys.readouterr().err.splitlines() if " embedding: " in line)
+    time.strptime(line[:19], "%Y-%m-%d %H:%M:%S")
+    assert "21 residues" in line
+    assert "100.0%" in line
+
+
+def test_a_terminal_gets_a_bar(fasta, capsys, monkeypatch, without_computing):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert cli.main(embed_arguments(fasta, fasta.parent)) == 0
+    stderr = capsys.readouterr().err
+    assert "\rembedding:   0%|" in stderr
+    assert "residues/s]" in stderr
+
+
+def test_steps_told_in_totals_become_one_display_each(capsys, monkeypatch):
+    monkeypatch.setattr("esm_packed.runners.progress.LOG_INTERVAL_SECONDS", 0.0)
+    with Console().byte_steps() as report:
+        report("downloading a", 10, 40)
+        report("downloading a", 40, 40)
+        report("checking a", 5, None)
+    lines = [line[20:] for line in capsys.readouterr().err.splitlines()]
+    assert [line.split(",")[0] for line in lines] == [
+        "downloading a: 10 B",
+        "downloading a: 40 B",
+        "checking a: 5 B",
+    ]
+    assert "25.0%" in lines[0]
+    assert "%" not in lines[2]
+
+
+def test_info_on_an_output(fasta, capsys, without_computing):
+    cli.main(embed_arguments(fasta, fasta.parent, "--max-length", "7"))
+    capsys.readouterr()
+    assert cli.main(["info", str(fasta.parent / "out.h5")]) == 0
+    text = capsys.readouterr().out
+    for part in ("esm2_t6_8M_UR50D", "sequences", "3 x 320", "truncated", "plan_hash"):
+        assert part in text
+
+
+def test_info_on_fasta(fasta, capsys):
+    fasta.write_text(FASTA + ">d\nMK-T\n>a again\n" + "M\n>e\n" + "M" * 1500 + "\n")
+    assert cli.main(["info", str(fasta)]) == 0
+    text = capsys.readouterr().out
+    values = dict(line.split("  ", 1) for line in text.splitlines() if not line.startswith(" "))
+    assert {name: value.strip() for name, value in values.items() if name not in ("file", "sha256")} == {
+        "records": "6",
+        "faulty": "2",
+        "residues": "1,521",
+        "lengths": "min 5, 5% 5, 25% 6, median 8, 75% 382, 95% 1,276, max 1,500",
+        "mean length": "380.2",
+        "longer than 1022": "1",
+    }
+    assert "line 8, d: gap '-'" in text
+    assert "line 9, a: the same ID" in text
+    assert names_in(fasta.parent) == ["in.fasta"]
+
+
+@pytest.mark.parametrize("subject", ["nothing.h5", "esm2_t9", "in.h5"])
+def test_info_on_nothing(tmp_path, capsys, subject, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in.h5").write_bytes(b"\x89HDF\r\n\x1a\n cut short")
+    assert cli.main(["info", subject]) == 2
+    assert_one_line_error(capsys.readouterr().err, subject)
+
+
+def test_info_on_a_model(capsys):
+    assert cli.main(["info", MODEL]) == 0
+    text = capsys.readouterr().out
+    config = ESM2_MODELS["esm2_t6_8M_UR50D"]
+    for part in ("sha256", "parameters", str(config.hidden_size), "random"):
+        assert part in text
+
+
+def test_checkpoint(tmp_path, capsys):
+    path = tmp_path / "esm2_copy.pt"
+    assert cli.main(["checkpoint", MODEL, "-o", str(path)]) == 0
+    assert str(path) in capsys.readouterr().out
+    assert names_in(tmp_path) == ["esm2_copy-contact-regression.pt", "esm2_copy.pt"]
+    assert cli.main(["checkpoint", MODEL, "-o", str(path)]) == 2
+    assert_one_line_error(capsys.readouterr().err, "exists already", "--overwrite")
+    assert cli.main(["checkpoint", MODEL, "-o", str(tmp_path / "no" / "esm2.pt")]) == 2
+    assert cli.main(["info", str(path)]) == 0

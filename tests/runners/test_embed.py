@@ -1,0 +1,370 @@
+import gzip
+import io
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from esm_packed.alphabet import encode
+from esm_packed.model import ESM2
+from esm_packed.packing import pack
+from esm_packed.runners import embed
+from esm_packed.runners.embed import EmbedRequest, UsageError, cut_buffers, embed_files
+from esm_packed.runners.fasta import InputError, ReadOptions
+from esm_packed.runners.progress import Console
+from esm_packed.runners.store import STATUS_FAILED, EmbeddingReader, StoredProblem, plan_hash
+
+MODEL = "random:esm2_t6_8M_UR50D"
+LENGTHS = [5, 80, 1, 41, 90, 41, 7, 60, 3, 41, 70, 25]
+
+
+@pytest.fixture(scope="session")
+def model() -> ESM2:
+    return ESM2.from_pretrained(MODEL)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Two threads on tiny work wait for each other for seconds where other processes use the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def sequences() -> dict[str, str]:
+    rng = np.random.default_rng(0)
+    return {
+        f"protein{number}": "".join(rng.choice(list("LAGVSERTIDPKQNFYMHWCXBUZO"), length))
+        for number, length in enumerate(LENGTHS)
+    }
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def to_fasta(sequences: dict[str, str]) -> str:
+    return "".join(f">{name} a description\n{sequence}\n" for name, sequence in sequences.items())
+
+
+@pytest.fixture
+def fasta(tmp_path, sequences) -> Path:
+    path = tmp_path / "in.fasta"
+    path.write_text(to_fasta(sequences))
+    return path
+
+
+@pytest.fixture
+def without_computing(monkeypatch):
+    """Every embedding is ones; for tests that are not about numbers."""
+
+    def ones(self, batch, layers):
+        return {layer: torch.ones(batch.num_sequences, self.config.hidden_size) for layer in layers}
+
+    monkeypatch.setattr(ESM2, "embed_packed", ones)
+
+
+def request_for(*inputs: Path | str, **changes) -> EmbedRequest:
+    output = Path(next(path for path in inputs if path != "-")).parent / "out.h5"
+    request = EmbedRequest(tuple(map(str, inputs)), output, model=MODEL, device="cpu", token_budget=128)
+    return replace(request, **changes)
+
+
+def run(*inputs: Path | str, **changes) -> tuple[embed.Summary, EmbeddingReader]:
+    request = request_for(*inputs, **changes)
+    summary = embed_files(request, Console(quiet=True))
+    return summary, EmbeddingReader(request.output)
+
+
+def one_by_one(model: ESM2, sequences: dict[str, str], layer: int) -> np.ndarray:
+    return torch.cat(
+        [model.embed_packed(pack([encode(sequence)]), [layer])[layer] for sequence in sequences.values()]
+    ).numpy()
+
+
+def test_rows_come_in_input_order_and_equal_each_sequence_alone(fasta, sequences, model):
+    summary, reader = run(fasta)
+    assert reader.sequence_ids() == list(sequences)
+    assert reader.column("lengths").tolist() == LENGTHS
+    assert not reader.column("truncated").any()
+    assert not reader.column("status").any()
+    expected = one_by_one(model, sequences, 6)
+    np.testing.assert_allclose(reader.embeddings(), expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+    assert summary.num_sequences == len(LENGTHS)
+    assert summary.embedded_residues == summary.num_residues == sum(LENGTHS)
+    assert sum(summary.pack_tokens) == sum(LENGTHS) + 2 * len(LENGTHS)
+    assert max(summary.pack_tokens) <= 128
+    assert 0.5 < summary.packing_efficiency <= 1
+    assert names_in(fasta.parent) == ["in.fasta", "out.h5"]
+
+
+@pytest.mark.parametrize("limits", [(1, 10**6), (5, 10**6), (10**6, 100)])
+def test_buffers_change_nothing(fasta, sequences, model, monkeypatch, limits):
+    monkeypatch.setattr(embed, "MAX_BUFFER_RECORDS", limits[0])
+    monkeypatch.setattr(embed, "MAX_BUFFER_RESIDUES", limits[1])
+    _, reader = run(fasta)
+    assert reader.sequence_ids() == list(sequences)
+    expected = one_by_one(model, sequences, 6)
+    np.testing.assert_allclose(reader.embeddings(), expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+
+
+def test_cut_buffers():
+    lengths = np.array([3, 3, 3, 20, 1, 1], dtype=np.int32)
+    assert list(cut_buffers(lengths, 10, 6)) == [(0, 2), (2, 3), (3, 4), (4, 6)]
+    assert list(cut_buffers(lengths, 2, 1000)) == [(0, 2), (2, 4), (4, 6)]
+    assert list(cut_buffers(np.full(4, 2**30, np.int32), 4, 2**40)) == [(0, 4)]
+    assert list(cut_buffers(lengths[:0], 10, 6)) == []
+
+
+def test_layers(fasta, sequences, model):
+    _, reader = run(fasta, layers=(-1, 0, 6, 3))
+    assert reader.layers == [0, 6, 3]
+    for layer in (0, 3, 6):
+        expected = one_by_one(model, sequences, layer)
+        bound = 1e-5 * np.abs(expected).max()
+        np.testing.assert_allclose(reader.embeddings(layer), expected, rtol=1e-5, atol=bound)
+    np.testing.assert_array_equal(reader.embeddings(), reader.embeddings(3))
+
+
+def test_truncation_is_flagged_and_uses_the_first_residues(fasta, sequences, model):
+    summary, reader = run(fasta, max_length=50)
+    expected = one_by_one(model, {name: sequence[:50] for name, sequence in sequences.items()}, 6)
+    np.testing.assert_allclose(reader.embeddings(), expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+    assert reader.column("lengths").tolist() == LENGTHS
+    assert reader.column("embedded_lengths").tolist() == [min(length, 50) for length in LENGTHS]
+    assert reader.column("truncated").tolist() == [length > 50 for length in LENGTHS]
+    assert summary.num_truncated == sum(length > 50 for length in LENGTHS)
+
+
+def test_default_length_is_1022_and_0_is_the_whole(tmp_path, without_computing):
+    (tmp_path / "in.fasta").write_text(">long\n" + "MK" * 550 + "\n")
+    _, reader = run(tmp_path / "in.fasta")
+    assert reader.column("embedded_lengths").tolist() == [1022]
+    summary, reader = run(tmp_path / "in.fasta", max_length=0, overwrite=True)
+    assert reader.column("embedded_lengths").tolist() == [1100]
+    assert summary.pack_tokens == [1102]
+    assert "1 of them one longer sequence" in "\n".join(summary.lines())
+
+
+def test_gzip_stdin_and_several_files_are_one_input(tmp_path, fasta, sequences, monkeypatch):
+    text = to_fasta(sequences).encode()
+    half = text.index(b">protein6")
+    (tmp_path / "a.gz").write_bytes(gzip.compress(text[:half]))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text[half:])))
+    _, pieces = run(tmp_path / "a.gz", "-", output=tmp_path / "pieces.h5")
+    _, whole = run(fasta)
+    assert pieces.sequence_ids() == list(sequences)
+    np.testing.assert_allclose(pieces.embeddings(), whole.embeddings(), rtol=1e-5, atol=1e-6)
+    assert pieces.plan["input_names"] == [str(tmp_path / "a.gz"), "-"]
+
+
+def test_left_out_renamed_and_replaced_records_are_accounted_for(tmp_path, without_computing):
+    path = tmp_path / "in.fasta"
+    path.write_text(">a\nMKT\n>b\nMK1\n>a\nMKL\n>c\nMKV\n")
+    summary, reader = run(path, read=ReadOptions(invalid="skip", duplicates="first"))
+    assert reader.sequence_ids() == ["a", "c"]
+    assert [(problem.sequence_id, problem.file, problem.line) for problem in reader.problems()] == [
+        ("b", str(path), 4),
+        ("a", str(path), 5),
+    ]
+    assert (summary.num_left_out, summary.num_duplicates) == (2, 1)
+
+    summary, reader = run(path, read=ReadOptions(invalid="x", duplicates="rename"), overwrite=True)
+    assert reader.sequence_ids() == ["a", "b", "a__2", "c"]
+    assert (summary.num_replaced, summary.num_duplicates, summary.num_left_out) == (1, 1, 0)
+
+
+def test_attributes_state_what_ran(fasta, model, without_computing):
+    _, reader = run(fasta)
+    attributes = reader.attributes
+    assert attributes["model_name"] == model.model_name
+    assert attributes["model_sha256"] == model.model_sha256
+    assert attributes["dtype"] == "fp32"
+    assert attributes["attention_backend"] == model.attention_backend
+    assert json.loads(attributes["packing"])["token_budget"] == 128
+    assert json.loads(attributes["versions"])["torch"] == torch.__version__
+    assert attributes["plan_hash"] == plan_hash(reader.plan["identity"])
+
+
+@pytest.mark.parametrize("dtype", ["fp64", "bf16"])
+def test_other_precisions(fasta, dtype):
+    _, reader = run(fasta, dtype=dtype)
+    _, reference = run(fasta, output=fasta.parent / "reference.h5")
+    assert reader.attributes["dtype"] == dtype
+    assert reader.embeddings().dtype == np.float32
+    error = np.linalg.norm(reader.embeddings() - reference.embeddings()) / np.linalg.norm(
+        reference.embeddings()
+    )
+    assert error < (1e-5 if dtype == "fp64" else 3e-2)
+
+
+def test_stored_as_fp16(fasta):
+    _, half = run(fasta, store_dtype="fp16")
+    _, full = run(fasta, output=fasta.parent / "full.h5")
+    np.testing.assert_array_equal(half.embeddings(), full.embeddings().astype(np.float16))
+
+
+def test_what_is_not_finite_becomes_a_failed_row(fasta, model, monkeypatch):
+    original = ESM2.embed_packed
+
+    def spoil_length_90(self, batch, layers):
+        rows = original(self, batch, layers)
+        rows[3][batch.cu_seqlens.diff() == 92, 5] = torch.inf
+        return rows
+
+    monkeypatch.setattr(ESM2, "embed_packed", spoil_length_90)
+    summary, reader = run(fasta, layers=(3, 6))
+    row = LENGTHS.index(90)
+    assert summary.num_failed == 1
+    assert np.flatnonzero(reader.column("status")).tolist() == [row]
+    assert reader.column("status")[row] == STATUS_FAILED
+    for layer in (3, 6):
+        assert np.flatnonzero(np.isnan(reader.embeddings(layer)).any(axis=1)).tolist() == [row]
+        assert np.isnan(reader.embeddings(layer)[row]).all()
+    reason = "the embedding is not finite (dtype fp32, stored as fp32)"
+    assert reader.problems() == [StoredProblem(f"protein{row}", "", 0, reason)]
+
+
+def test_too_large_for_fp16_storage_is_a_failed_row(fasta, model, monkeypatch):
+    original = ESM2.embed_packed
+    monkeypatch.setattr(
+        ESM2, "embed_packed", lambda *call: {layer: 1e6 * rows for layer, rows in original(*call).items()}
+    )
+    summary, _ = run(fasta, store_dtype="fp16")
+    assert summary.num_failed == len(LENGTHS)
+
+
+def test_the_same_run_again_is_already_complete(fasta, without_computing):
+    run(fasta)
+    before = (fasta.parent / "out.h5").stat()
+    summary, _ = run(fasta)
+    assert summary.already_complete
+    assert (fasta.parent / "out.h5").stat().st_mtime_ns == before.st_mtime_ns
+
+    moved = fasta.rename(fasta.with_name("moved.fasta"))
+    assert run(moved)[0].already_complete
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"layers": (3,)},
+        {"max_length": 10},
+        {"token_budget": 600},
+        {"store_dtype": "fp16"},
+        {"dtype": "fp64"},
+        {"read": ReadOptions(gaps="drop")},
+    ],
+)
+def test_an_output_of_another_run_is_kept(fasta, changes, without_computing):
+    run(fasta)
+    before = (fasta.parent / "out.h5").read_bytes()
+    with pytest.raises(UsageError, match="other input or options; --overwrite"):
+        run(fasta, **changes)
+    assert (fasta.parent / "out.h5").read_bytes() == before
+    summary, _ = run(fasta, overwrite=True, **changes)
+    assert not summary.already_complete
+
+
+def test_changed_input_is_another_run(fasta, without_computing):
+    run(fasta)
+    fasta.write_text(fasta.read_text().replace(">protein0", ">Protein0"))
+    with pytest.raises(UsageError, match="other input"):
+        run(fasta)
+
+
+def test_output_through_a_link_replaces_its_target(fasta, tmp_path, without_computing):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out.h5").symlink_to("elsewhere/real.h5")
+    run(fasta)
+    assert (tmp_path / "out.h5").is_symlink()
+    assert names_in(tmp_path / "elsewhere") == ["real.h5"]
+
+
+def test_failures_leave_nothing_behind(fasta, model, monkeypatch):
+    def fail(*call):
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(ESM2, "embed_packed", fail)
+    with pytest.raises(RuntimeError, match="broken"):
+        run(fasta)
+    assert names_in(fasta.parent) == ["in.fasta"]
+
+
+def test_out_of_memory_names_the_way_out(fasta, model, monkeypatch):
+    def fail(*call):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(ESM2, "embed_packed", fail)
+    with pytest.raises(UsageError, match="lower --token-budget"):
+        run(fasta)
+
+
+def test_input_is_checked_before_the_model_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(embed, "load_checkpoint", lambda *call, **options: pytest.fail("model loaded"))
+    (tmp_path / "in.fasta").write_text(">a\nMK1\n")
+    with pytest.raises(InputError):
+        run(tmp_path / "in.fasta")
+    assert names_in(tmp_path) == ["in.fasta"]
+
+
+def test_mycoplasma_proteome(tmp_path, without_computing):
+    source = Path(__file__).parents[3] / "shared/data/mycoplasma_genitalium.fasta"
+    if not source.exists():
+        pytest.skip(f"{source} is not here")
+    shutil.copy(source, tmp_path / "in.fasta")
+    summary, reader = run(tmp_path / "in.fasta", token_budget=4096)
+    assert reader.num_sequences == 476
+    assert summary.packing_efficiency > 0.98
+
+
+MEASURE_MEMORY = """
+import functools
+import sys
+from pathlib import Path
+import torch
+from esm_packed.config import ESM2Config
+from esm_packed.runners import embed
+from esm_packed.runners.progress import Console
+
+class Model:
+    config = ESM2Config(2, 64, 4)
+    model_name, model_sha256, attention_backend, precision = "fake", "", "none", "fp32"
+    device = torch.device("cpu")
+    peak = 0
+    def embed_packed(self, batch, layers):
+        status = Path("/proc/self/status").read_text()
+        self.peak = max(self.peak, int(status.split("RssAnon:")[1].split()[0]))
+        return {2: torch.ones(batch.num_sequences, 64)}
+
+# small buffers, so that even the shorter input is many of them
+embed.MAX_BUFFER_RECORDS = 4096
+embed.build_index = functools.partial(embed.build_index, chunk_size=1 << 18)
+for number in (60_000, 240_000):
+    model = Model()
+    embed._load_model = lambda *call: (model, [2])
+    fasta = Path(sys.argv[1], "in.fasta")
+    with fasta.open("w") as file:
+        for record in range(number):
+            file.write(f">protein{record}\\nMKTLLAGVSE\\n")
+    request = embed.EmbedRequest((str(fasta),), Path(sys.argv[1], "out.h5"), device="cpu", overwrite=True)
+    embed.embed_files(request, Console(quiet=True))
+    print(model.peak)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
+def test_memory_does_not_grow_with_the_input(tmp_path):
+    run = subprocess.run(
+        [sys.executable, "-c", MEASURE_MEMORY, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    few, many = map(int, run.stdout.split())
+    assert many - few < 16 * 1024, f"{few} kB for 60,000 records, {many} kB for 240,000"

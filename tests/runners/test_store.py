@@ -1,0 +1,215 @@
+import errno
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from esm_packed.runners import store
+from esm_packed.runners.store import EmbeddingReader, EmbeddingWriter, StoredProblem, StoreError
+
+IDENTITY = {"inputs": [{"size": 3, "sha256": "ab"}], "dtype": "fp32"}
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def write_output(path: Path, num_sequences: int = 5, batch: int = 2, **changes) -> dict[int, np.ndarray]:
+    """An output with layers 1 and 6, written in batches from the last to the first."""
+    shape = {"hidden_size": 8, "layers": [1, 6], "store_dtype": "float32"} | changes
+    rng = np.random.default_rng(0)
+    rows = {
+        layer: rng.standard_normal((num_sequences, shape["hidden_size"])).astype(shape["store_dtype"])
+        for layer in shape["layers"]
+    }
+    lengths = np.arange(10, 10 + num_sequences, dtype=np.int32)
+    with EmbeddingWriter(path, num_sequences=num_sequences, **shape) as writer:
+        for start in reversed(range(0, num_sequences, batch)):
+            part = slice(start, min(start + batch, num_sequences))
+            writer.write_rows(
+                start,
+                sequence_ids=[f"päf{row}" for row in range(part.start, part.stop)],
+                lengths=lengths[part],
+                embedded_lengths=np.minimum(lengths[part], 12),
+                status=np.zeros(part.stop - part.start, np.uint8),
+                embeddings={layer: values[part] for layer, values in rows.items()},
+            )
+        writer.write_problems([StoredProblem("a", "in.fasta", 7, "gap")])
+        writer.write_problems([StoredProblem("b", "\udcff.fasta", 2**40, "why not")])
+        writer.write_plan(IDENTITY, ["in.fasta"])
+        writer.write_attributes({"model_name": "m"})
+    return rows
+
+
+@pytest.mark.parametrize("store_dtype", ["float32", "float16"])
+def test_what_is_written_is_read_back(tmp_path, store_dtype):
+    rows = write_output(tmp_path / "out.h5", store_dtype=store_dtype)
+    with EmbeddingReader(tmp_path / "out.h5") as reader:
+        assert reader.num_sequences == 5
+        assert reader.layers == [1, 6]
+        assert reader.hidden_size == 8
+        assert reader.sequence_ids() == [f"päf{row}" for row in range(5)]
+        assert reader.sequence_ids(1, 3) == ["päf1", "päf2"]
+        assert reader.column("embedded_lengths").tolist() == [10, 11, 12, 12, 12]
+        assert reader.column("truncated").tolist() == [False, False, False, True, True]
+        np.testing.assert_array_equal(reader.embeddings(), rows[6])
+        np.testing.assert_array_equal(reader.embeddings(1, 2, 4), rows[1][2:4])
+        assert reader.embeddings().dtype == store_dtype
+        assert reader.problems() == [
+            StoredProblem("a", "in.fasta", 7, "gap"),
+            StoredProblem("b", "?.fasta", 2**40, "why not"),
+        ]
+        assert reader.plan == {"identity": IDENTITY, "input_names": ["in.fasta"]}
+        assert reader.attributes["plan_hash"] == store.plan_hash(IDENTITY)
+
+
+def test_layout_is_the_documented_one(tmp_path):
+    write_output(tmp_path / "out.h5")
+    with h5py.File(tmp_path / "out.h5") as file:
+        assert {name: (file[name].shape, file[name].dtype.kind) for name in file if name != "mean"} == {
+            "sequence_ids": ((5,), "O"),
+            "lengths": ((5,), "i"),
+            "embedded_lengths": ((5,), "i"),
+            "truncated": ((5,), "b"),
+            "status": ((5,), "u"),
+            "embeddings": ((5, 8), "f"),
+            "problems": ((2,), "V"),
+            "plan": ((), "O"),
+        }
+        assert list(file["mean"]) == ["1"]
+        assert file.attrs["format"] == "esm-packed"
+        assert file.attrs["format_version"] == 1
+        assert file.attrs["pooling"] == "mean"
+        assert file.attrs["layers"].tolist() == [1, 6]
+
+
+def test_the_same_rows_give_the_same_bytes(tmp_path):
+    for name in ("a.h5", "b.h5"):
+        write_output(tmp_path / name)
+    assert (tmp_path / "a.h5").read_bytes() == (tmp_path / "b.h5").read_bytes()
+
+
+def test_plan_hash_ignores_the_order_of_keys_and_nothing_else():
+    assert store.plan_hash({"a": 1, "b": [1, 2]}) == store.plan_hash({"b": [1, 2], "a": 1})
+    assert store.plan_hash({"a": 1, "b": [1, 2]}) != store.plan_hash({"a": 1, "b": [2, 1]})
+
+
+def test_bytes_needed_is_close_to_and_not_below_the_size(tmp_path):
+    write_output(tmp_path / "out.h5", num_sequences=20_000, batch=5_000, hidden_size=64)
+    size = (tmp_path / "out.h5").stat().st_size
+    assert size <= store.bytes_needed(20_000, 64, 2, "float32") <= 1.5 * size
+
+
+def test_other_files_are_refused(tmp_path):
+    path = tmp_path / "out.h5"
+    path.write_text(">a\nMKT\n")
+    with pytest.raises(StoreError, match="not an HDF5 file"):
+        EmbeddingReader(path)
+    with h5py.File(path, "w") as file:
+        file["embeddings"] = np.zeros(3)
+    with pytest.raises(StoreError, match="not written by esm-packed"):
+        EmbeddingReader(path)
+    path.unlink()
+    write_output(path)
+    with h5py.File(path, "r+") as file:
+        file.attrs["format_version"] = 99
+    with pytest.raises(StoreError, match="newer"):
+        EmbeddingReader(path)
+    os.truncate(path, path.stat().st_size - 1)
+    with pytest.raises(StoreError, match="cut short"):
+        EmbeddingReader(path)
+    with pytest.raises(FileNotFoundError):
+        EmbeddingReader(tmp_path / "nothing.h5")
+
+
+def test_whole_or_nothing(tmp_path):
+    path = tmp_path / "out.h5"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), store.whole_or_nothing(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old"
+    with store.whole_or_nothing(path) as temporary:
+        temporary.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+    assert names_in(tmp_path) == ["out.h5"]
+
+
+def test_output_obeys_the_umask(tmp_path):
+    previous = os.umask(0o027)
+    try:
+        write_output(tmp_path / "out.h5")
+    finally:
+        os.umask(previous)
+    assert (tmp_path / "out.h5").stat().st_mode & 0o777 == 0o640
+
+
+FILL_THE_DISK = """
+import errno, os, sys
+from pathlib import Path
+import numpy as np
+from esm_packed.runners import store
+
+limit, write = int(sys.argv[2]), os.pwrite
+def limited(descriptor, data, position):
+    if position + len(data) > limit:
+        raise OSError(errno.ENOSPC, "No space left on device")
+    return write(descriptor, data, position)
+os.pwrite = limited
+rows = np.ones((500, 64), np.float32)
+numbers = np.ones(500, np.int32)
+try:
+    with store.EmbeddingWriter(
+        Path(sys.argv[1]), num_sequences=2000, hidden_size=64, layers=[6], store_dtype="float32"
+    ) as writer:
+        for start in range(0, 2000, 500):
+            writer.write_rows(
+                start, sequence_ids=["name"] * 500, lengths=numbers, embedded_lengths=numbers,
+                status=numbers.astype(np.uint8), embeddings={6: rows},
+            )
+        writer.write_plan({}, [])
+except OSError as error:
+    sys.exit(50 if error.errno == errno.ENOSPC else 51)
+"""
+
+
+@pytest.mark.parametrize("limit", [0, 5_000, 200_000, 300_000, 500_000, 560_000])
+def test_full_disk_is_an_error_and_no_crash(tmp_path, limit):
+    """In a process of its own: HDF5's crash comes as late as the interpreter's exit."""
+    run = subprocess.run([sys.executable, "-c", FILL_THE_DISK, str(tmp_path / "out.h5"), str(limit)])
+    assert run.returncode == 50
+
+
+def test_short_writes_are_completed(tmp_path, monkeypatch):
+    write = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda file, data, position: write(file, data[:1000], position))
+    rows = write_output(tmp_path / "out.h5", num_sequences=300, batch=300)
+    with EmbeddingReader(tmp_path / "out.h5") as reader:
+        np.testing.assert_array_equal(reader.embeddings(), rows[6])
+
+
+def test_failure_while_flushing_leaves_nothing(tmp_path, monkeypatch):
+    def fail(descriptor):
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="quota"), store.whole_or_nothing(tmp_path / "out.h5") as temporary:
+        temporary.write_text("all")
+    assert names_in(tmp_path) == []
+
+
+def test_signals_wait_until_the_block_ends():
+    steps = []
+    with pytest.raises(KeyboardInterrupt):
+        with store.signals_deferred():
+            signal.raise_signal(signal.SIGINT)
+            steps.append("in the block")
+        steps.append("behind it")
+    assert steps == ["in the block"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
