@@ -72,8 +72,8 @@ def rotary_qk_(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, position
     cos = cos.index_select(0, position_ids)[:, None, None, :]
     sin = sin.index_select(0, position_ids)[:, None, None, :]
     first, second = qkv[:, :2].chunk(2, dim=-1)
-    rotated_first = first * cos - second * sin
-    second.copy_(second * cos + first * sin)
+    rotated_first = torch.addcmul(first * cos, second, sin, value=-1)
+    second.copy_(torch.addcmul(second * cos, first, sin))
     first.copy_(rotated_first)
 
 
