@@ -14,7 +14,7 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --co
 .PHONY: embed test clean
 
 embed: $(VENV)/embed.stamp
-	$(BIN)/esm-packed embed $(FASTA) --model $(MODEL) --output $(OUT) --overwrite
+	$(BIN)/esm-packed embed $(FASTA) --model $(MODEL) --output $(OUT)
 	@echo
 	@echo "Read it in Python:   import h5py; h5py.File('$(OUT)')['embeddings'][:]"
 	@echo "A real model:        make embed FASTA=your.fasta MODEL=esm2_t33_650M_UR50D OUT=your.h5"

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 DEFAULT_MODEL = "esm2_t33_650M_UR50D"
 
+DEFAULT_TOKEN_BUDGETS = {"cpu": 1024, "cuda": 32768}
+"""Tokens in a pack by type of device. A CPU is fastest when the activations of a pack stay in its cache."""
+
 
 @dataclass(frozen=True)
 class ESM2Config:

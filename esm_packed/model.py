@@ -20,10 +20,15 @@ from torch import nn
 from esm_packed import kernels
 from esm_packed.alphabet import MASK_ID, VOCAB_SIZE, encode
 from esm_packed.attention import PackedAttention, select_backend
-from esm_packed.config import DEFAULT_MODEL, ESM2Config
+from esm_packed.config import DEFAULT_MODEL, DEFAULT_TOKEN_BUDGETS, ESM2Config
 from esm_packed.contacts import AttentionMaps, contact_probabilities
 from esm_packed.numerics import Precision, matmul_precision, resolve_precision
-from esm_packed.packing import SPECIAL_TOKENS, PackedBatch, pack, plan_packs
+from esm_packed.packing import (
+    SPECIAL_TOKENS,
+    PackedBatch,
+    pack,
+    plan_packs,
+)
 from esm_packed.weights import Checkpoint, CheckpointError, load_checkpoint
 
 LAYER_NORM_EPS = 1e-5
@@ -143,18 +148,18 @@ class ESM2(nn.Module):
             _fill(parameter, name, tensors)
         model.inv_freq = tensors["layers.0.self_attn.rot_emb.inv_freq"].to(device, precision.table_dtype)
         model.model_name, model.model_sha256 = checkpoint.model_name, checkpoint.sha256
-        model._precision = precision
-        model.attention_backend, model._attend = backend
+        model.precision_mode = precision
+        model.attention_backend, model.attend = backend
         return model
 
-    _precision: Precision
-    _attend: PackedAttention
+    precision_mode: Precision
+    attend: PackedAttention
     attention_backend: str
 
     @property
     def precision(self) -> str:
         """Name of the precision mode."""
-        return self._precision.name
+        return self.precision_mode.name
 
     @property
     def device(self) -> torch.device:
@@ -186,9 +191,9 @@ class ESM2(nn.Module):
                 asked of a checkpoint without a language-model head.
         """
         self._check_arguments(input_ids, cu_seqlens, max_seqlen, repr_layers, return_logits)
-        with torch.inference_mode(), matmul_precision(self._precision):
+        with torch.inference_mode(), matmul_precision(self.precision_mode):
             return self._forward(
-                input_ids, cu_seqlens, max_seqlen, set(repr_layers), return_logits, attend or self._attend
+                input_ids, cu_seqlens, max_seqlen, set(repr_layers), return_logits, attend or self.attend
             )
 
     def _forward(
@@ -210,7 +215,7 @@ class ESM2(nn.Module):
         layers = list(self.layers)
         next_norms = [layer.attention_norm for layer in layers[1:]] + [self.final_norm]
         residual, position_ids = kernels.embed_tokens(
-            input_ids, cu_seqlens, self.embedding.weight, mask_id, self._precision.residual_dtype
+            input_ids, cu_seqlens, self.embedding.weight, mask_id, self.precision_mode.residual_dtype
         )
         hidden_states = _norm(layers[0].attention_norm, residual)
         for index, (layer, next_norm) in enumerate(zip(layers, next_norms, strict=True)):
@@ -259,7 +264,7 @@ class ESM2(nn.Module):
         *,
         layer: int = -1,
         per_residue: bool = False,
-        token_budget: int = 4096,
+        token_budget: int | None = None,
     ) -> list[npt.NDArray[np.float32]]:
         """Embed proteins.
 
@@ -267,7 +272,7 @@ class ESM2(nn.Module):
             sequences: one-letter residues; `<mask>` stands for a masked one. Nothing is truncated.
             layer: 0 to num_layers; negative counts from the last, which is -1.
             per_residue: one row for each residue in place of their mean.
-            token_budget: tokens computed together.
+            token_budget: tokens computed together; None for the default of the device.
 
         Returns:
             In the order of `sequences`, (hidden_size,) or (num_residues, hidden_size) FP32 arrays (FP64 in
@@ -280,15 +285,16 @@ class ESM2(nn.Module):
             raise ValueError("sequences is one string; pass a list of them")
         layer = self.resolve_layer(layer)
         token_ids = [_encode_numbered(index, sequence) for index, sequence in enumerate(sequences)]
+        token_budget = token_budget or DEFAULT_TOKEN_BUDGETS[self.device.type]
         arrays: dict[int, npt.NDArray[np.float32]] = {}
         for members in plan_packs([len(ids) + SPECIAL_TOKENS for ids in token_ids], token_budget):
             batch = pack([token_ids[index] for index in members]).to(self.device)
             if per_residue:
                 output = self.forward_packed(batch.input_ids, batch.cu_seqlens, batch.max_seqlen, [layer])
-                hidden_states = output.representations[layer].to(self._precision.table_dtype).cpu().numpy()
+                hidden_states = output.representations[layer].to(self.precision_mode.table_dtype)
                 bounds = batch.cu_seqlens.tolist()
                 rows: Iterable[npt.NDArray[np.float32]] = (
-                    hidden_states[start + 1 : end - 1].copy() for start, end in pairwise(bounds)
+                    hidden_states[start + 1 : end - 1].cpu().numpy().copy() for start, end in pairwise(bounds)
                 )
             else:
                 rows = self.embed_packed(batch, [layer])[layer].cpu().numpy()

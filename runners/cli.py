@@ -21,7 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn, TextIO
 
-from esm_packed.config import DEFAULT_MODEL, ESM2_MODELS
+from esm_packed.config import DEFAULT_MODEL, DEFAULT_TOKEN_BUDGETS, ESM2_MODELS
 from esm_packed.version import __version__
 
 EXIT_COMPLETE = 0
@@ -261,7 +261,9 @@ def _add_embed(commands: argparse._SubParsersAction[_Parser]) -> None:
         "--token-budget",
         type=_count(1),
         metavar="N",
-        help="tokens computed together, BOS and EOS included (default: 8192 on a CPU, 32768 on a GPU)",
+        help="tokens computed together, BOS and EOS included (default: "
+        + ", ".join(f"{budget} on {device}" for device, budget in DEFAULT_TOKEN_BUDGETS.items())
+        + ")",
     )
     compute.add_argument(
         "--threads", type=_count(1), metavar="N", help="CPU threads (default: torch's choice)"

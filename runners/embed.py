@@ -21,7 +21,7 @@ import numpy.typing as npt
 import torch
 
 from esm_packed.attention import select_backend
-from esm_packed.config import DEFAULT_MODEL
+from esm_packed.config import DEFAULT_MODEL, DEFAULT_TOKEN_BUDGETS
 from esm_packed.model import ESM2
 from esm_packed.numerics import Precision, resolve_precision
 from esm_packed.packing import SPECIAL_TOKENS, pack, plan_packs
@@ -43,7 +43,6 @@ from esm_packed.runners.store import (
 from esm_packed.version import __version__
 from esm_packed.weights import load_checkpoint
 
-TOKEN_BUDGETS = {"cpu": 8192, "cuda": 32768}
 STORE_DTYPES = {"fp32": "float32", "fp16": "float16"}
 
 MAX_BUFFER_RECORDS = 65_536
@@ -173,7 +172,7 @@ def embed_files(request: EmbedRequest, console: Console) -> Summary:
         with console.progress("reading", "B", _input_bytes(request.inputs)) as advance:
             index = build_index(request.inputs, work_dir, request.read, progress=advance)
         model, layers = _load_model(request, device, precision, console)
-        token_budget = request.token_budget or TOKEN_BUDGETS[device.type]
+        token_budget = request.token_budget or DEFAULT_TOKEN_BUDGETS[device.type]
         identity = run_identity(request, index, model, layers, token_budget)
         summary = Summary(
             output=request.output,

@@ -1,0 +1,107 @@
+"""What no arrangement of the model can do without: its matrix multiplications and its attention, alone.
+
+They run on the packs of esm-packed and the model's own weights, with random activations.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from peers import make_packs
+
+from esm_packed.attention import PackedAttention, select_backend
+from esm_packed.model import ESM2, Layer
+
+MATMULS = ("qkv", "attention_out", "fc1", "fc2")
+
+Multiply = Callable[[torch.Tensor, torch.nn.Linear, torch.Tensor], object]
+
+
+def _mm(states: torch.Tensor, linear: torch.nn.Linear, out: torch.Tensor) -> object:
+    return torch.mm(states, linear.weight.T, out=out)
+
+
+def _onednn(states: torch.Tensor, linear: torch.nn.Linear, out: torch.Tensor) -> object:
+    return torch.ops.mkldnn._linear_pointwise(states, linear.weight, linear.bias, "none", [], "")
+
+
+class MatmulFloor:
+    """All matrix multiplications: `torch.mm` into preallocated memory, or the faster of it and oneDNN."""
+
+    def __init__(self, model: ESM2, token_budget: int, *, best: bool) -> None:
+        self.model = model
+        self.token_budget = token_budget
+        self.best = best
+        self.multiply: dict[str, Multiply] = dict.fromkeys(MATMULS, _mm)
+
+    @property
+    def backend(self) -> str:
+        """Which function each matrix multiplication runs through."""
+        return ", ".join(f"{name}: {multiply.__name__[1:]}" for name, multiply in self.multiply.items())
+
+    @torch.inference_mode()
+    def prepare(self, sequences: Sequence[str]) -> None:
+        packs = make_packs(sequences, self.token_budget)
+        self.num_rows = [batch.total_tokens for _, batch in packs]
+        self.padded_tokens = sum(self.num_rows)
+        linears = [getattr(next(iter(self.model.layers)), name) for name in MATMULS]
+        self.states = {width: torch.randn(max(self.num_rows), width) for width in _widths(linears, 1)}
+        self.outputs = {width: torch.empty(max(self.num_rows), width) for width in _widths(linears, 0)}
+        if self.best:
+            self.multiply = {name: self._faster(name) for name in MATMULS}
+
+    @torch.inference_mode()
+    def run(self) -> None:
+        for num_rows in self.num_rows:
+            for layer in self.model.layers:
+                for name, multiply in self.multiply.items():
+                    self._one(multiply, layer, name, num_rows)
+
+    def _one(self, multiply: Multiply, layer: Layer, name: str, num_rows: int) -> None:
+        linear: torch.nn.Linear = getattr(layer, name)
+        out_features, in_features = linear.weight.shape
+        multiply(self.states[in_features][:num_rows], linear, self.outputs[out_features][:num_rows])
+
+    def _faster(self, name: str) -> Multiply:
+        """The faster in three interleaved trials, over all layers of one pack."""
+        seconds: dict[Multiply, list[float]] = {_mm: [], _onednn: []}
+        for _ in range(3):
+            for multiply, measured in seconds.items():
+                start = time.perf_counter()
+                for layer in self.model.layers:
+                    self._one(multiply, layer, name, max(self.num_rows))
+                measured.append(time.perf_counter() - start)
+        return min(seconds, key=lambda multiply: min(seconds[multiply]))
+
+
+def _widths(linears: Sequence[torch.nn.Linear], dimension: int) -> set[int]:
+    return {linear.weight.shape[dimension] for linear in linears}
+
+
+class AttentionFloor:
+    """The attention backend of every layer on random queries, keys and values laid out as in the model."""
+
+    def __init__(self, model: ESM2, token_budget: int) -> None:
+        self.config = model.config
+        self.token_budget = token_budget
+        self.attend: PackedAttention
+        self.backend, self.attend = select_backend(
+            model.attention_backend, model.device, torch.float32, self.config.head_dim
+        )
+
+    @torch.inference_mode()
+    def prepare(self, sequences: Sequence[str]) -> None:
+        self.batches = [batch for _, batch in make_packs(sequences, self.token_budget)]
+        self.padded_tokens = sum(batch.total_tokens for batch in self.batches)
+        most = max(batch.total_tokens for batch in self.batches)
+        self.qkv = torch.randn(most, 3, self.config.num_heads, self.config.head_dim)
+
+    @torch.inference_mode()
+    def run(self) -> None:
+        scale = self.config.head_dim**-0.5
+        for batch in self.batches:
+            query, key, value = self.qkv[: batch.total_tokens].unbind(1)
+            for _ in range(self.config.num_layers):
+                self.attend(query, key, value, batch.cu_seqlens, batch.max_seqlen, scale)

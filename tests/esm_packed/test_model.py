@@ -1,0 +1,155 @@
+"""The interface of the model: arguments, layers, precision, and the memory that loading takes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from esm_packed import ESM2
+from esm_packed.alphabet import encode
+from esm_packed.config import ESM2Config
+from esm_packed.packing import pack
+from esm_packed.weights import CheckpointError, load_checkpoint, save_fair_esm
+
+
+@pytest.fixture(scope="module")
+def demo() -> ESM2:
+    return ESM2.from_pretrained("demo")
+
+
+def test_embed_keeps_the_order_and_the_shapes(demo: ESM2) -> None:
+    sequences = ["MKT", "M", "ACDEFGHIKLMNPQRSTVWY", "mk<mask>"]
+    means = demo.embed(sequences)
+    rows = demo.embed(sequences, per_residue=True, token_budget=1)
+    assert [array.shape for array in rows] == [(3, 96), (1, 96), (20, 96), (3, 96)]
+    for mean, residues in zip(means, rows, strict=True):
+        assert mean.dtype == residues.dtype == np.float32
+        np.testing.assert_allclose(mean, residues.mean(0), rtol=1e-5, atol=1e-6)
+    assert demo.embed([]) == []
+
+
+def test_layers_count_from_both_ends(demo: ESM2) -> None:
+    sequence = ["MKTAYIAK"]
+    for layer in range(6):
+        np.testing.assert_array_equal(
+            demo.embed(sequence, layer=layer), demo.embed(sequence, layer=layer - 6)
+        )
+    embedding = demo.embed(sequence, layer=0, per_residue=True)[0]
+    table = demo.embedding.weight[encode(sequence[0]).astype(np.int64)].numpy()
+    np.testing.assert_allclose(embedding, 0.88 * table, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "sequences, named",
+    [
+        ("MKT", "one string"),
+        (["MK", ""], r"sequences\[1\] is empty"),
+        (["MK", "MJ"], r"sequences\[1\]: 'J' at position 2"),
+    ],
+)
+def test_sequences_that_cannot_be_embedded_are_named(demo: ESM2, sequences: list[str], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        demo.embed(sequences)
+
+
+@pytest.mark.parametrize("layer", [6, -7])
+def test_layers_that_do_not_exist_are_refused(demo: ESM2, layer: int) -> None:
+    with pytest.raises(ValueError, match=f"layer {layer} does not exist: demo has layers 0 to 5"):
+        demo.embed(["MK"], layer=layer)
+
+
+def test_arguments_of_forward_packed_are_checked(demo: ESM2) -> None:
+    batch = pack([encode("MKT"), encode("AC")])
+    ids, cu_seqlens, longest = batch.input_ids, batch.cu_seqlens, batch.max_seqlen
+    with pytest.raises(
+        ValueError, match=r"input_ids must be a 1-D int32 or int64 tensor on cpu, got .*float32"
+    ):
+        demo.forward_packed(ids.float(), cu_seqlens, longest)
+    with pytest.raises(ValueError, match="input_ids must be a 1-D"):
+        demo.forward_packed(ids[None], cu_seqlens, longest)
+    with pytest.raises(ValueError, match="cu_seqlens must be a 1-D int32 tensor"):
+        demo.forward_packed(ids, cu_seqlens.long(), longest)
+    with pytest.raises(ValueError, match="max_seqlen = 0 is not within 1 to 9 tokens"):
+        demo.forward_packed(ids, cu_seqlens, 0)
+    with pytest.raises(ValueError, match="repr_layers: 9 is not within 0 to 5"):
+        demo.forward_packed(ids, cu_seqlens, longest, [9])
+
+
+def test_what_the_checkpoint_lacks_is_missed_only_when_asked_for() -> None:
+    checkpoint = load_checkpoint("demo")
+    kept = {
+        name: tensor
+        for name, tensor in checkpoint.tensors.items()
+        if not name.startswith(("lm_head", "contact_head"))
+    }
+    whole = ESM2.from_pretrained("demo")
+    model = ESM2.from_checkpoint(
+        type(checkpoint)("trunk", checkpoint.config, kept, "", ""),
+        whole.device,
+        whole.precision_mode,
+        (whole.attention_backend, whole.attend),
+    )
+    np.testing.assert_array_equal(model.embed(["MKT"]), whole.embed(["MKT"]))
+    batch = pack([encode("MKT")])
+    with pytest.raises(ValueError, match="trunk has no language-model head"):
+        model.forward_packed(batch.input_ids, batch.cu_seqlens, 5, return_logits=True)
+    with pytest.raises(CheckpointError, match=r"NAME-contact-regression\.pt"):
+        model.predict_contacts("MKT")
+
+
+def test_precision_mode_sets_the_dtype_of_the_weights() -> None:
+    model = ESM2.from_pretrained("demo", dtype="bf16")
+    assert model.precision == "bf16"
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert model.inv_freq.dtype == torch.float32
+
+
+LOAD_AND_REPORT = """
+import re, sys, threading
+from pathlib import Path
+import torch
+from esm_packed import ESM2
+
+def anonymous():
+    return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+
+ESM2.from_pretrained("demo")
+before = peak = anonymous()
+done = threading.Event()
+
+def watch():
+    global peak
+    while not done.wait(0.001):
+        peak = max(peak, anonymous())
+
+watcher = threading.Thread(target=watch)
+watcher.start()
+model = ESM2.from_pretrained(sys.argv[1], dtype=sys.argv[2])
+done.set()
+watcher.join()
+print(max(peak, anonymous()) - before, sum(p.numel() * p.element_size() for p in model.parameters()))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_loading_holds_the_model_and_one_tensor_more(tmp_path: Path, dtype: str) -> None:
+    config = ESM2Config(6, 1000, 10)
+    path = tmp_path / "esm2_large.pt"
+    random = load_checkpoint("random:esm2_t6_8M_UR50D").tensors
+    save_fair_esm((config, type(random)(config)), path)
+    run = subprocess.run(
+        [sys.executable, "-c", LOAD_AND_REPORT, str(path), dtype], capture_output=True, text=True, check=True
+    )
+    peak, model_size = map(int, run.stdout.split())
+    hidden = config.hidden_size
+    one_layer_in_fp32 = 12 * hidden**2 * 4
+    largest_merged_tensor = 4 * hidden**2 * 4
+    allowed = largest_merged_tensor if dtype == "fp32" else one_layer_in_fp32
+    assert model_size > 140e6
+    assert peak <= model_size + allowed, f"{peak / 1e6:.0f} MB for a model of {model_size / 1e6:.0f} MB"
