@@ -19,7 +19,6 @@ VOCAB_SIZE = len(TOKENS)
 BOS_ID = TOKENS.index("<cls>")
 PAD_ID = TOKENS.index("<pad>")
 EOS_ID = TOKENS.index("<eos>")
-UNK_ID = TOKENS.index("<unk>")
 MASK_ID = TOKENS.index("<mask>")
 
 INVALID_ID = 255

@@ -7,7 +7,7 @@ language model", Science 379) as fair-esm 2.0.0 computes it. Sequences lie end t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -22,7 +22,7 @@ from esm_packed.alphabet import MASK_ID, VOCAB_SIZE, encode
 from esm_packed.attention import PackedAttention, select_backend
 from esm_packed.config import DEFAULT_MODEL, DEFAULT_TOKEN_BUDGETS, ESM2Config
 from esm_packed.contacts import AttentionMaps, contact_probabilities
-from esm_packed.numerics import Precision, matmul_precision, resolve_precision
+from esm_packed.numerics import Precision, matmul_precision, resolve_device, resolve_precision
 from esm_packed.packing import (
     SPECIAL_TOKENS,
     PackedBatch,
@@ -112,16 +112,16 @@ class ESM2(nn.Module):
         Args:
             name_or_path: an ESM-2 name, a checkpoint file or directory, `demo`, or `random:NAME`
                 (see `weights.load_checkpoint`).
-            device: where to compute.
+            device: `cpu`, `cuda`, `cuda:INDEX`, or `auto` for the first GPU, else the CPU.
             dtype: precision mode, one of `numerics.PRECISIONS`; None takes the device's default.
             attention: attention backend, one of `attention.BACKENDS`, or `auto`.
 
         Raises:
             CheckpointError: the checkpoint is missing, damaged or no ESM-2.
             BackendError: the attention backend cannot serve this device, dtype and head_dim.
-            ValueError: the precision mode is unknown, or not to be had on this device.
+            ValueError: the device or the precision mode is unknown or not to be had here.
         """
-        device = torch.device(device)
+        device = resolve_device(device)
         precision = resolve_precision(dtype, device)
         checkpoint = load_checkpoint(name_or_path)
         backend = select_backend(attention, device, precision.dtype, checkpoint.config.head_dim)
@@ -143,7 +143,8 @@ class ESM2(nn.Module):
                 lm_head="lm_head.bias" in tensors,
                 contact_head="contact_head.regression.weight" in tensors,
             )
-        model = model.to(precision.dtype).to_empty(device=device).requires_grad_(False).eval()
+        nn.Module._apply(model, lambda tensor: tensor.to(precision.dtype))  # type: ignore[no-untyped-call]
+        model = model.to_empty(device=device).requires_grad_(False).eval()
         for name, parameter in model.named_parameters():
             _fill(parameter, name, tensors)
         model.inv_freq = tensors["layers.0.self_attn.rot_emb.inv_freq"].to(device, precision.table_dtype)
@@ -155,6 +156,13 @@ class ESM2(nn.Module):
     precision_mode: Precision
     attend: PackedAttention
     attention_backend: str
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> ESM2:
+        # `.half()` would round inv_freq and leave `precision` untrue.
+        dtype = self.embedding.weight.dtype
+        if fn(torch.empty(0, dtype=dtype)).dtype != dtype:
+            raise ValueError("the precision is chosen when loading: ESM2.from_pretrained(..., dtype='fp16')")
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call,no-any-return]
 
     @property
     def precision(self) -> str:
@@ -191,7 +199,7 @@ class ESM2(nn.Module):
                 asked of a checkpoint without a language-model head.
         """
         self._check_arguments(input_ids, cu_seqlens, max_seqlen, repr_layers, return_logits)
-        with torch.inference_mode(), matmul_precision(self.precision_mode):
+        with torch.no_grad(), matmul_precision(self.precision_mode):
             return self._forward(
                 input_ids, cu_seqlens, max_seqlen, set(repr_layers), return_logits, attend or self.attend
             )
@@ -269,7 +277,8 @@ class ESM2(nn.Module):
         """Embed proteins.
 
         Args:
-            sequences: one-letter residues; `<mask>` stands for a masked one. Nothing is truncated.
+            sequences: one-letter residues; `<mask>` stands for a masked one. Nothing is truncated, and `-`
+                and `.` are computed as the gap tokens they are in ESM-2's alphabet.
             layer: 0 to num_layers; negative counts from the last, which is -1.
             per_residue: one row for each residue in place of their mean.
             token_budget: tokens computed together; None for the default of the device.
@@ -280,12 +289,16 @@ class ESM2(nn.Module):
 
         Raises:
             ValueError: a sequence is empty or has a character outside the alphabet; the message names it.
+            TypeError: a sequence is no string.
         """
         if isinstance(sequences, str):
-            raise ValueError("sequences is one string; pass a list of them")
+            raise TypeError("sequences is one string; pass a list of them")
         layer = self.resolve_layer(layer)
-        token_ids = [_encode_numbered(index, sequence) for index, sequence in enumerate(sequences)]
-        token_budget = token_budget or DEFAULT_TOKEN_BUDGETS[self.device.type]
+        token_ids = [
+            _encode_named(f"sequences[{index}]", sequence) for index, sequence in enumerate(sequences)
+        ]
+        if token_budget is None:
+            token_budget = DEFAULT_TOKEN_BUDGETS[self.device.type]
         arrays: dict[int, npt.NDArray[np.float32]] = {}
         for members in plan_packs([len(ids) + SPECIAL_TOKENS for ids in token_ids], token_budget):
             batch = pack([token_ids[index] for index in members]).to(self.device)
@@ -320,9 +333,9 @@ class ESM2(nn.Module):
                 "NAME-contact-regression.pt beside NAME.pt"
             )
         collect = AttentionMaps()
-        batch = pack([_encode_numbered(0, sequence)]).to(self.device)
+        batch = pack([_encode_named("sequence", sequence)]).to(self.device)
         self.forward_packed(batch.input_ids, batch.cu_seqlens, batch.max_seqlen, attend=collect)
-        with torch.inference_mode():
+        with torch.no_grad():
             head = self.contact_head
             return contact_probabilities(collect.maps, head.weight, head.bias).cpu().numpy()
 
@@ -367,6 +380,14 @@ class ESM2(nn.Module):
             raise ValueError(f"cu_seqlens must hold at least 2 values, got {cu_seqlens.numel()}")
         if not 0 < max_seqlen <= input_ids.numel():
             raise ValueError(f"max_seqlen = {max_seqlen} is not within 1 to {input_ids.numel()} tokens")
+        if cu_seqlens.device.type == "cpu":  # elsewhere reading it would wait for the device
+            lengths = cu_seqlens.diff()
+            if cu_seqlens[0] != 0 or cu_seqlens[-1] != input_ids.numel() or lengths.min() < 0:
+                raise ValueError(
+                    f"cu_seqlens must rise from 0 to {input_ids.numel()} tokens, got {cu_seqlens.tolist()}"
+                )
+            if lengths.max() > max_seqlen:
+                raise ValueError(f"max_seqlen = {max_seqlen}, but a sequence has {int(lengths.max())} tokens")
         for layer in repr_layers:
             if not 0 <= layer <= self.config.num_layers:
                 raise ValueError(f"repr_layers: {layer} is not within 0 to {self.config.num_layers}")
@@ -382,13 +403,15 @@ def _add_norm(norm: nn.LayerNorm, delta: torch.Tensor, residual: torch.Tensor) -
     return kernels.add_layer_norm_(delta, residual, norm.weight, norm.bias, LAYER_NORM_EPS)
 
 
-def _encode_numbered(index: int, sequence: str) -> npt.NDArray[np.uint8]:
+def _encode_named(name: str, sequence: str) -> npt.NDArray[np.uint8]:
+    if not isinstance(sequence, str):
+        raise TypeError(f"{name} is a {type(sequence).__name__}; pass a string of one-letter residues")
     try:
         ids = encode(sequence)
     except ValueError as error:
-        raise ValueError(f"sequences[{index}]: {error}") from None
+        raise ValueError(f"{name}: {error}") from None
     if not ids.size:
-        raise ValueError(f"sequences[{index}] is empty")
+        raise ValueError(f"{name} is empty")
     return ids
 
 

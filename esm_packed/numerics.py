@@ -40,6 +40,32 @@ PRECISIONS: dict[str, Precision] = {
 }
 
 
+def resolve_device(name: str | torch.device) -> torch.device:
+    """The device called `name`: `cpu`, `cuda`, `cuda:INDEX`, or `auto` for the first GPU, else the CPU.
+
+    Raises:
+        ValueError: there is no such device, or it is not supported.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device {str(name)!r} is none of auto, cpu, cuda, cuda:INDEX") from None
+    if device.type == "cpu":
+        return torch.device("cpu")
+    if device.type != "cuda":
+        raise ValueError(
+            f"device {device} is not supported: it has not been checked against fair-esm; use cpu"
+        )
+    if not torch.cuda.is_available():
+        raise ValueError(f"device {device}: torch {torch.__version__} finds no CUDA device; use cpu")
+    device = torch.device("cuda", device.index or 0)
+    if device.index >= torch.cuda.device_count():
+        raise ValueError(f"device {device}: there are only {torch.cuda.device_count()}, from cuda:0 on")
+    return device
+
+
 def resolve_precision(name: str | None, device: torch.device) -> Precision:
     """The mode called `name`, or the default of `device`: `fp16` on CUDA, `fp32` elsewhere.
 

@@ -68,7 +68,7 @@ def pack(
         sequence_ids: a name for each sequence.
 
     Raises:
-        ValueError: no sequence, one without residues, or as many names as there are no sequences.
+        ValueError: no sequence, one without residues, or another number of names than of sequences.
     """
     if not token_ids:
         raise ValueError("token_ids is empty: a pack holds at least one sequence")
@@ -171,11 +171,15 @@ def plan_packs(
     return np.split(longest_first[by_pack], ends)
 
 
-def packing_efficiency(
-    lengths: npt.ArrayLike, packs: Sequence[npt.NDArray[np.int64]], token_budget: int
-) -> float:
-    """Tokens over (packs x budget), leaving out sequences longer than the budget; 1.0 when all are longer."""
-    lengths = np.asarray(lengths, dtype=np.int64)
-    tokens = [int(lengths[members].sum()) for members in packs]
-    within = [count for count in tokens if count <= token_budget]
+def packing_efficiency(pack_tokens: Sequence[int], token_budget: int) -> float:
+    """Tokens over (packs x budget); packs of one sequence longer than the budget do not count.
+
+    Args:
+        pack_tokens: tokens in each pack.
+        token_budget: most tokens a pack may hold.
+
+    Returns:
+        A share; 1.0 when no pack counts.
+    """
+    within = [tokens for tokens in pack_tokens if tokens <= token_budget]
     return sum(within) / (len(within) * token_budget) if within else 1.0

@@ -639,5 +639,6 @@ def _save(data: Any, path: Path) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
         raise CheckpointError(f"cannot write {path}: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)

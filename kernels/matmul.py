@@ -8,12 +8,16 @@ import torch.nn.functional as F
 _ONEDNN_MAX_ADDENDS = 384
 """oneDNN adds all addends in one chain: at 1,280 it is twice as far from FP64 as MKL, in parts 1.2 times."""
 
+_ONEDNN_MIN_ROWS = 64
+"""With fewer tokens, copying the weight into parts would cost more than oneDNN saves."""
+
 
 def _onednn_serves(hidden_states: torch.Tensor) -> bool:
     # F.linear sends FP32 on a CPU to MKL, which on AMD processors runs at half the speed of oneDNN.
     return (
         hidden_states.device.type == "cpu"
         and hidden_states.dtype == torch.float32
+        and len(hidden_states) >= _ONEDNN_MIN_ROWS
         and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     )
 

@@ -1,6 +1,6 @@
 """Every operation in plain PyTorch: what the CPU runs, and what tests and benchmarks compare with.
 
-`total_tokens` sequences lie end to end; `cu_seqlens` (num_sequences + 1,) int32 says where each begins.
+Sequences lie end to end; `cu_seqlens` (num_sequences + 1,) int32 says where each begins.
 Statistics, softmax, angles and pooling are formed in FP32, in FP64 where the tensors are FP64.
 """
 

@@ -13,13 +13,11 @@ def test_tokens_are_those_of_fair_esm() -> None:
         ALPHABET.cls_idx,
         ALPHABET.padding_idx,
         ALPHABET.eos_idx,
-        ALPHABET.unk_idx,
         ALPHABET.mask_idx,
     ) == (
         alphabet.BOS_ID,
         alphabet.PAD_ID,
         alphabet.EOS_ID,
-        alphabet.UNK_ID,
         alphabet.MASK_ID,
     )
 

@@ -45,16 +45,43 @@ def test_layers_count_from_both_ends(demo: ESM2) -> None:
 
 
 @pytest.mark.parametrize(
-    "sequences, named",
+    "sequences, kind, named",
     [
-        ("MKT", "one string"),
-        (["MK", ""], r"sequences\[1\] is empty"),
-        (["MK", "MJ"], r"sequences\[1\]: 'J' at position 2"),
+        ("MKT", TypeError, "one string"),
+        ([("a", "MKT")], TypeError, r"sequences\[0\] is a tuple"),
+        (["MK", ""], ValueError, r"sequences\[1\] is empty"),
+        (["MK", "MJ"], ValueError, r"sequences\[1\]: 'J' at position 2"),
     ],
 )
-def test_sequences_that_cannot_be_embedded_are_named(demo: ESM2, sequences: list[str], named: str) -> None:
-    with pytest.raises(ValueError, match=named):
+def test_sequences_that_cannot_be_embedded_are_named(
+    demo: ESM2, sequences: list[str], kind: type[Exception], named: str
+) -> None:
+    with pytest.raises(kind, match=named):
         demo.embed(sequences)
+
+
+def test_the_precision_cannot_be_changed_behind_the_model(demo: ESM2) -> None:
+    for change in (demo.half, demo.double, lambda: demo.to(torch.bfloat16)):
+        with pytest.raises(ValueError, match="chosen when loading"):
+            change()
+    assert demo.to("cpu") is demo
+    assert demo.embedding.weight.dtype == torch.float32
+
+
+def test_a_probe_can_be_trained_on_the_representations(demo: ESM2) -> None:
+    batch = pack([encode("MKT")])
+    output = demo.forward_packed(batch.input_ids, batch.cu_seqlens, batch.max_seqlen, [5])
+    probe = torch.nn.Linear(96, 1)
+    probe(output.representations[5]).sum().backward()
+    assert probe.weight.grad is not None
+
+
+@pytest.mark.parametrize("device", ["mps", "meta", "tpu", "cuda"])
+def test_devices_that_cannot_serve_are_refused(device: str) -> None:
+    if device == "cuda" and torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    with pytest.raises(ValueError, match=f"device '?{device}"):
+        ESM2.from_pretrained("demo", device=device)
 
 
 @pytest.mark.parametrize("layer", [6, -7])
@@ -76,6 +103,11 @@ def test_arguments_of_forward_packed_are_checked(demo: ESM2) -> None:
         demo.forward_packed(ids, cu_seqlens.long(), longest)
     with pytest.raises(ValueError, match="max_seqlen = 0 is not within 1 to 9 tokens"):
         demo.forward_packed(ids, cu_seqlens, 0)
+    with pytest.raises(ValueError, match="max_seqlen = 4, but a sequence has 5 tokens"):
+        demo.forward_packed(ids, cu_seqlens, 4)
+    for wrong in ([1, 5, 9], [0, 5, 8], [0, 10, 9]):
+        with pytest.raises(ValueError, match="cu_seqlens must rise from 0 to 9 tokens"):
+            demo.forward_packed(ids, torch.tensor(wrong, dtype=torch.int32), longest)
     with pytest.raises(ValueError, match="repr_layers: 9 is not within 0 to 5"):
         demo.forward_packed(ids, cu_seqlens, longest, [9])
 

@@ -13,11 +13,12 @@ SIZES = [(320, 1280), (480, 480), (1280, 320), (2560, 640), (384, 64), (385, 64)
 @pytest.mark.parametrize("in_features, out_features", SIZES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("gelu", [False, True], ids=["linear", "gelu"])
+@pytest.mark.parametrize("num_rows", [3, 67])
 def test_matmul_is_as_close_to_fp64_as_pytorch(
-    in_features: int, out_features: int, dtype: torch.dtype, gelu: bool
+    in_features: int, out_features: int, dtype: torch.dtype, gelu: bool, num_rows: int
 ) -> None:
     torch.manual_seed(0)
-    states = torch.randn(67, in_features).to(dtype)
+    states = torch.randn(num_rows, in_features).to(dtype)
     weight = torch.randn(out_features, in_features).div(in_features**0.5).to(dtype)
     bias = torch.randn(out_features).to(dtype)
 
@@ -41,6 +42,6 @@ def test_gelu_is_the_erf_form() -> None:
 
 def test_strided_operands_are_served() -> None:
     torch.manual_seed(0)
-    states, weight, bias = torch.randn(9, 640)[:, ::2], torch.randn(48, 640)[:, ::2], torch.randn(48)
+    states, weight, bias = torch.randn(65, 640)[:, ::2], torch.randn(48, 640)[:, ::2], torch.randn(48)
     actual, expected = kernels.linear(states, weight, bias), F.linear(states, weight, bias)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
