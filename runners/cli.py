@@ -16,7 +16,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn, TextIO
@@ -138,7 +138,8 @@ def _user_errors() -> tuple[type[Exception], ...]:
 
 
 def _complain(text: str) -> None:
-    print(f"esm-packed: error: {' '.join(text.splitlines())}", file=sys.stderr, flush=True)
+    with suppress(OSError):
+        print(f"esm-packed: error: {' '.join(text.splitlines())}", file=sys.stderr, flush=True)
 
 
 def _show_warning(
@@ -149,7 +150,8 @@ def _show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    print(f"esm-packed: warning: {message}", file=sys.stderr, flush=True)
+    with suppress(OSError):
+        print(f"esm-packed: warning: {message}", file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -174,8 +176,9 @@ def _signals_interrupt() -> Iterator[None]:
     try:
         yield
     finally:
+        # once interrupted the process is about to end, and a repeated signal must not change its exit code
         for number, handler in previous.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler if last < 0 else signal.SIG_IGN)
 
 
 def _join_negative_layers(arguments: Sequence[str]) -> list[str]:
@@ -314,7 +317,7 @@ def _add_checkpoint(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser.add_argument(
         "-o", "--output", required=True, type=Path, metavar="esm2_OUT.pt", help="file to make"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT.pt if it is there")
+    parser.add_argument("--overwrite", action="store_true", help="replace the file if it is there")
 
 
 def _count(least: int) -> Callable[[str], int]:
@@ -343,10 +346,10 @@ def _device(text: str) -> str:
 
 
 def _say(lines: Sequence[str]) -> None:
-    """Print the answer; whoever reads it may close the pipe early."""
+    """Print the answer; the work is done even if nobody can read it."""
     try:
         print("\n".join(lines), flush=True)
-    except BrokenPipeError:
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -403,6 +406,12 @@ def _checkpoint(options: argparse.Namespace) -> int:
     from esm_packed.runners.progress import Console
     from esm_packed.weights import load_checkpoint, save_fair_esm
 
+    if options.output.suffix != ".pt" or not options.output.name.startswith("esm2"):
+        raise UsageError(
+            f"{str(options.output)!r}: fair-esm loads an ESM-2 only from a file named esm2....pt"
+        )
+    if not options.output.parent.is_dir():
+        raise UsageError(f"{options.output.parent}: there is no such folder")
     files = [options.output, contact_regression_path(options.output)]
     for path in files:
         if path.exists() and not options.overwrite:

@@ -23,8 +23,8 @@ import torch
 from esm_packed.attention import select_backend
 from esm_packed.config import DEFAULT_MODEL, DEFAULT_TOKEN_BUDGETS
 from esm_packed.model import ESM2
-from esm_packed.numerics import Precision, resolve_precision
-from esm_packed.packing import SPECIAL_TOKENS, pack, plan_packs
+from esm_packed.numerics import Precision, resolve_device, resolve_precision
+from esm_packed.packing import SPECIAL_TOKENS, pack, packing_efficiency, plan_packs
 from esm_packed.runners.fasta import ReadOptions
 from esm_packed.runners.index import STDIN, FastaIndex, build_index
 from esm_packed.runners.progress import Advance, Console, byte_size, duration
@@ -113,8 +113,7 @@ class Summary:
     @property
     def packing_efficiency(self) -> float:
         """Tokens over (packs x budget), without the packs of one sequence longer than the budget."""
-        within = [tokens for tokens in self.pack_tokens if tokens <= self.token_budget]
-        return sum(within) / (len(within) * self.token_budget) if within else 1.0
+        return packing_efficiency(self.pack_tokens, self.token_budget)
 
     def lines(self) -> list[str]:
         """The summary for the terminal."""
@@ -161,11 +160,11 @@ def embed_files(request: EmbedRequest, console: Console) -> Summary:
         raise UsageError(f"{output}: {error.strerror}") from error
     if request.threads is not None:
         torch.set_num_threads(request.threads)
-    device = resolve_device(request.device)
     try:
+        device = resolve_device(request.device)
         precision = resolve_precision(request.dtype, device)
     except ValueError as error:
-        raise UsageError(f"--dtype: {error}") from error
+        raise UsageError(str(error)) from error
     select_backend(request.attention, device, precision.dtype, head_dim=64)  # fails before the input is read
 
     with _work_folder(output) as work_dir:
@@ -204,7 +203,7 @@ def embed_files(request: EmbedRequest, console: Console) -> Summary:
             f"embedding {index.num_records:,} sequences, {index.total_residues:,} residues, with "
             f"{model.model_name} ({model.precision}, attention {model.attention_backend}) on {summary.device}"
         )
-        with whole_or_nothing(output) as temporary:
+        with whole_or_nothing(output, overwrite=request.overwrite) as temporary:
             _write_output(temporary, request, index, model, layers, identity, summary, console)
     summary.seconds = time.monotonic() - begin
     return summary
@@ -269,26 +268,6 @@ def check_output(output: Path, inputs: Sequence[str], overwrite: bool) -> str | 
         ) from None
 
 
-def resolve_device(name: str) -> torch.device:
-    """The device called `name`; `auto` is the first GPU if there is one, else the CPU.
-
-    Raises:
-        UsageError: there is no such device.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cpu":
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise UsageError(f"--device {name}: torch {torch.__version__} finds no CUDA device; use --device cpu")
-    device = torch.device("cuda", torch.device(name).index or 0)
-    if device.index >= torch.cuda.device_count():
-        raise UsageError(
-            f"--device {name}: there are only {torch.cuda.device_count()} CUDA devices, from cuda:0 on"
-        )
-    return device
-
-
 def _load_model(
     request: EmbedRequest, device: torch.device, precision: Precision, console: Console
 ) -> tuple[ESM2, list[int]]:
@@ -331,7 +310,7 @@ def _input_bytes(inputs: Sequence[str]) -> int | None:
 def run_identity(
     request: EmbedRequest, index: FastaIndex, model: ESM2, layers: Sequence[int], token_budget: int
 ) -> dict[str, Any]:
-    """What the rows of an output depend on; two runs of one identity give the same file."""
+    """What makes two runs the same one; device, attention backend and versions may differ."""
     return {
         "format_version": FORMAT_VERSION,
         "inputs": [{"size": file.size, "sha256": file.sha256} for file in index.inputs],

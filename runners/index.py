@@ -478,7 +478,7 @@ class _Pass:
             first = _problems(self.sources, [self.first_accepted])[0]
             raise InputError(
                 f"{first.located()}: this looks like DNA or RNA: {share:.0f}% of the residues in the first "
-                f"{DNA_RECORDS} records from here are A, C, G, T, U or N (--force goes on)"
+                f"records (at most {DNA_RECORDS}) are A, C, G, T, U or N (--force goes on)"
             )
 
     def _error(

@@ -14,7 +14,7 @@ from esm_packed.download import OFFICIAL_FILES, checkpoint_directory, hugging_fa
 from esm_packed.runners.fasta import ReadOptions
 from esm_packed.runners.index import STDIN, build_index
 from esm_packed.runners.progress import Console, byte_size
-from esm_packed.runners.store import STATUS_FAILED, STATUS_RECOMPUTED, EmbeddingReader
+from esm_packed.runners.store import STATUS_FAILED, STATUS_RECOMPUTED, EmbeddingReader, StoreError
 from esm_packed.weights import load_checkpoint, tensor_shapes
 
 _MODEL_SUFFIXES = (".pt", ".bin", ".safetensors", ".index.json")
@@ -36,7 +36,10 @@ def describe(subject: str) -> list[str]:
     if subject != STDIN and (not path.is_file() or subject.endswith(_MODEL_SUFFIXES)):
         return _describe_model(subject)
     if subject != STDIN and h5py.is_hdf5(path):
-        return _describe_output(path)
+        try:
+            return _describe_output(path)
+        except (KeyError, RuntimeError) as error:  # what h5py raises on damaged metadata
+            raise StoreError(f"{subject}: damaged, or not a whole esm-packed output ({error})") from error
     return _describe_fasta(subject)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Protocol
 
 from tqdm import tqdm
@@ -28,13 +28,15 @@ class Console:
 
     def __init__(self, quiet: bool = False) -> None:
         self._quiet = quiet
-        self._terminal = sys.stderr.isatty()
+        self._terminal = sys.stderr is not None and sys.stderr.isatty()
 
     def note(self, text: str) -> None:
         """One line; with the time of day in a log."""
         if not self._quiet:
             stamp = "" if self._terminal else time.strftime("%Y-%m-%d %H:%M:%S ")
-            print(f"{stamp}{text}", file=sys.stderr, flush=True)
+            # A log that is gone or full must not end the work.
+            with suppress(OSError):
+                print(f"{stamp}{text}", file=sys.stderr, flush=True)
 
     @contextmanager
     def progress(self, label: str, unit: str, total: int | None) -> Iterator[Advance]:

@@ -83,21 +83,40 @@ def signals_deferred() -> Iterator[None]:
 
 
 @contextmanager
-def whole_or_nothing(path: Path) -> Iterator[Path]:
+def whole_or_nothing(path: Path, *, overwrite: bool = True) -> Iterator[Path]:
     """A name beside `path` to write under; moved to `path` if the block ends well, removed if not.
 
+    Args:
+        path: the file to make.
+        overwrite: replace a file that is there by then; without it another run's output is never lost.
+
     Raises:
+        StoreError: `path` has come to exist meanwhile and may not be replaced.
         OSError: the folder cannot be written to, or the file system fails while data are flushed.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
         _fsync(temporary)
-        temporary.replace(path)
+        if overwrite:
+            temporary.replace(path)
+        else:
+            _move_to_new(temporary, path)
         with suppress(OSError):  # the file itself is safe, and not every file system can flush a folder
             _fsync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _move_to_new(source: Path, target: Path) -> None:
+    try:
+        target.hardlink_to(source)
+    except FileExistsError:
+        raise StoreError(
+            f"{target}: another run has made this file meanwhile; this run's result is dropped"
+        ) from None
+    except OSError:  # a file system without hard links
+        source.replace(target)
 
 
 def _fsync(path: Path) -> None:
@@ -361,7 +380,7 @@ class EmbeddingReader:
         problem = ""
         if attributes.get("format") != FORMAT or "plan_hash" not in attributes:
             problem = "HDF5, but not written by esm-packed"
-        elif attributes["format_version"] > FORMAT_VERSION:
+        elif attributes.get("format_version", 0) > FORMAT_VERSION:
             problem = f"written by a newer esm-packed (format_version {attributes['format_version']})"
         if problem:
             self._file.close()

@@ -458,3 +458,36 @@ def test_checkpoint(tmp_path, capsys):
     assert_one_line_error(capsys.readouterr().err, "exists already", "--overwrite")
     assert cli.main(["checkpoint", MODEL, "-o", str(tmp_path / "no" / "esm2.pt")]) == 2
     assert cli.main(["info", str(path)]) == 0
+
+
+def test_checkpoint_refuses_a_name_fair_esm_cannot_load_before_it_loads(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("esm_packed.weights.load_checkpoint", lambda *a, **k: pytest.fail("loaded the model"))
+    for output, named in [("x.pt", "named esm2....pt"), ("missing/esm2_x.pt", "no such folder")]:
+        assert cli.main(["checkpoint", "demo", "-o", str(tmp_path / output)]) == cli.EXIT_USAGE
+        assert named in capsys.readouterr().err
+
+
+def test_an_output_made_meanwhile_by_another_run_is_kept(fasta, capsys, monkeypatch):
+    output = fasta.parent / "out.h5"
+
+    def ones_while_another_run_ends(self, batch, layers):
+        output.write_text("another run's result")
+        return {layer: torch.ones(batch.num_sequences, self.config.hidden_size) for layer in layers}
+
+    monkeypatch.setattr(ESM2, "embed_packed", ones_while_another_run_ends)
+    assert cli.main(embed_arguments(fasta, fasta.parent)) == cli.EXIT_USAGE
+    assert "another run has made this file meanwhile" in capsys.readouterr().err
+    assert output.read_text() == "another run's result"
+    assert names_in(fasta.parent) == ["in.fasta", "out.h5"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_full_log_does_not_end_the_run(fasta, stream):
+    streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "esm_packed", *embed_arguments(fasta, fasta.parent)]
+        done = subprocess.run(command, cwd="/", **(streams | {stream: full}))
+    assert done.returncode == 0
+    with EmbeddingReader(fasta.parent / "out.h5") as reader:
+        assert reader.num_sequences == 3
