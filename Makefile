@@ -1,4 +1,4 @@
-# make embed   embed FASTA with MODEL into OUT, in an environment made for it
+# make embed   embed FASTA with MODEL into OUT (ARGS: more options), in an environment made for it
 # make test    lint, type-check and test, in an environment made for it
 
 FASTA ?= examples/proteins.fasta
@@ -6,6 +6,7 @@ MODEL ?= demo
 OUT ?= embeddings.h5
 PYTHON ?= python3
 VENV ?= .venv
+ARGS ?=
 PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
@@ -14,7 +15,7 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --co
 .PHONY: embed test clean
 
 embed: $(VENV)/embed.stamp
-	$(BIN)/esm-packed embed $(FASTA) --model $(MODEL) --output $(OUT)
+	$(BIN)/esm-packed embed $(FASTA) --model $(MODEL) --output $(OUT) $(ARGS)
 	@echo
 	@echo "Read it in Python:   import h5py; h5py.File('$(OUT)')['embeddings'][:]"
 	@echo "A real model:        make embed FASTA=your.fasta MODEL=esm2_t33_650M_UR50D OUT=your.h5"

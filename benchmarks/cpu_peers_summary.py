@@ -24,7 +24,7 @@ RECORDS = pytest.StashKey[list[Record]]()
 
 FLOORS = {
     "torch.mm": ("floor_matmul_mm", "floor_attention"),
-    "the faster of torch.mm and our kernel": ("floor_matmul_best", "floor_attention"),
+    "the faster of torch.mm and oneDNN": ("floor_matmul_best", "floor_attention"),
 }
 
 
