@@ -7,7 +7,7 @@ language model", Science 379) as fair-esm 2.0.0 computes it. Sequences lie end t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -23,12 +23,8 @@ from esm_packed.attention import PackedAttention, select_backend
 from esm_packed.config import DEFAULT_MODEL, DEFAULT_TOKEN_BUDGETS, ESM2Config
 from esm_packed.contacts import AttentionMaps, contact_probabilities
 from esm_packed.numerics import Precision, matmul_precision, resolve_device, resolve_precision
-from esm_packed.packing import (
-    SPECIAL_TOKENS,
-    PackedBatch,
-    pack,
-    plan_packs,
-)
+from esm_packed.packing import SPECIAL_TOKENS, PackedBatch, check_packed, pack, plan_packs
+from esm_packed.parameters import fill_parameter
 from esm_packed.weights import Checkpoint, CheckpointError, load_checkpoint
 
 LAYER_NORM_EPS = 1e-5
@@ -146,7 +142,7 @@ class ESM2(nn.Module):
         nn.Module._apply(model, lambda tensor: tensor.to(precision.dtype))  # type: ignore[no-untyped-call]
         model = model.to_empty(device=device).requires_grad_(False).eval()
         for name, parameter in model.named_parameters():
-            _fill(parameter, name, tensors)
+            fill_parameter(parameter, name, tensors)
         model.inv_freq = tensors["layers.0.self_attn.rot_emb.inv_freq"].to(device, precision.table_dtype)
         model.model_name, model.model_sha256 = checkpoint.model_name, checkpoint.sha256
         model.precision_mode = precision
@@ -366,28 +362,7 @@ class ESM2(nn.Module):
         repr_layers: Sequence[int],
         return_logits: bool,
     ) -> None:
-        for name, tensor, dtypes in (
-            ("input_ids", input_ids, (torch.int32, torch.int64)),
-            ("cu_seqlens", cu_seqlens, (torch.int32,)),
-        ):
-            if tensor.ndim != 1 or tensor.dtype not in dtypes or tensor.device != self.device:
-                allowed = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-                raise ValueError(
-                    f"{name} must be a 1-D {allowed} tensor on {self.device}, "
-                    f"got {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
-                )
-        if cu_seqlens.numel() < 2:
-            raise ValueError(f"cu_seqlens must hold at least 2 values, got {cu_seqlens.numel()}")
-        if not 0 < max_seqlen <= input_ids.numel():
-            raise ValueError(f"max_seqlen = {max_seqlen} is not within 1 to {input_ids.numel()} tokens")
-        if cu_seqlens.device.type == "cpu":  # elsewhere reading it would wait for the device
-            lengths = cu_seqlens.diff()
-            if cu_seqlens[0] != 0 or cu_seqlens[-1] != input_ids.numel() or lengths.min() < 0:
-                raise ValueError(
-                    f"cu_seqlens must rise from 0 to {input_ids.numel()} tokens, got {cu_seqlens.tolist()}"
-                )
-            if lengths.max() > max_seqlen:
-                raise ValueError(f"max_seqlen = {max_seqlen}, but a sequence has {int(lengths.max())} tokens")
+        check_packed(input_ids, cu_seqlens, max_seqlen, self.device)
         for layer in repr_layers:
             if not 0 <= layer <= self.config.num_layers:
                 raise ValueError(f"repr_layers: {layer} is not within 0 to {self.config.num_layers}")
@@ -413,27 +388,3 @@ def _encode_named(name: str, sequence: str) -> npt.NDArray[np.uint8]:
     if not ids.size:
         raise ValueError(f"{name} is empty")
     return ids
-
-
-_CHECKPOINT_NAMES = {
-    "embedding.": ("embed_tokens.",),
-    ".attention_norm.": (".self_attn_layer_norm.",),
-    ".qkv.": (".self_attn.q_proj.", ".self_attn.k_proj.", ".self_attn.v_proj."),
-    ".attention_out.": (".self_attn.out_proj.",),
-    ".ffn_norm.": (".final_layer_norm.",),
-    "lm_head.norm.": ("lm_head.layer_norm.",),
-    "final_norm.": ("emb_layer_norm_after.",),
-    "contact_head.": ("contact_head.regression.",),
-}
-"""Part of a parameter's name here to what fair-esm calls it; several are laid one below the other."""
-
-
-def _fill(parameter: torch.Tensor, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Copy into `parameter` the checkpoint tensors it is made of."""
-    sources = [name]
-    for ours, theirs in _CHECKPOINT_NAMES.items():
-        if ours in name:
-            sources = [name.replace(ours, their) for their in theirs]
-            break
-    for part, source in zip(parameter.chunk(len(sources)), sources, strict=True):
-        part.copy_(tensors[source])

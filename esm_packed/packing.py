@@ -92,6 +92,38 @@ def pack(
     )
 
 
+def check_packed(
+    input_ids: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int, device: torch.device
+) -> None:
+    """See that packed tensors can be computed on `device`; nothing is read back from a GPU.
+
+    Raises:
+        ValueError: names the argument that does not fit and shows its value.
+    """
+    for name, tensor, dtypes in (
+        ("input_ids", input_ids, (torch.int32, torch.int64)),
+        ("cu_seqlens", cu_seqlens, (torch.int32,)),
+    ):
+        if tensor.ndim != 1 or tensor.dtype not in dtypes or tensor.device != device:
+            allowed = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+            raise ValueError(
+                f"{name} must be a 1-D {allowed} tensor on {device}, "
+                f"got {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
+            )
+    if cu_seqlens.numel() < 2:
+        raise ValueError(f"cu_seqlens must hold at least 2 values, got {cu_seqlens.numel()}")
+    if not 0 < max_seqlen <= input_ids.numel():
+        raise ValueError(f"max_seqlen = {max_seqlen} is not within 1 to {input_ids.numel()} tokens")
+    if cu_seqlens.device.type == "cpu":  # elsewhere reading it would wait for the device
+        lengths = cu_seqlens.diff()
+        if cu_seqlens[0] != 0 or cu_seqlens[-1] != input_ids.numel() or lengths.min() < 0:
+            raise ValueError(
+                f"cu_seqlens must rise from 0 to {input_ids.numel()} tokens, got {cu_seqlens.tolist()}"
+            )
+        if lengths.max() > max_seqlen:
+            raise ValueError(f"max_seqlen = {max_seqlen}, but a sequence has {int(lengths.max())} tokens")
+
+
 def plan_packs(
     lengths: npt.ArrayLike, token_budget: int, attention_budget: int | None = None
 ) -> list[npt.NDArray[np.int64]]:
