@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 _ONEDNN_MAX_ADDENDS = 384
-"""oneDNN adds all addends in one chain: at 1,280 it is twice as far from FP64 as MKL, in parts 1.2 times."""
+"""oneDNN adds all addends in one chain, which for long sums ends further from FP64 than MKL does."""
 
 _ONEDNN_MIN_ROWS = 64
 """With fewer tokens, copying the weight into parts would cost more than oneDNN saves."""
@@ -27,7 +27,7 @@ def _onednn_linear(
 ) -> torch.Tensor:
     multiply = torch.ops.mkldnn._linear_pointwise
     num_parts = -(-weight.shape[1] // _ONEDNN_MAX_ADDENDS)
-    # oneDNN takes strided operands, but a thousand times slower.
+    # oneDNN takes strided operands, but falls back to its slowest code for them.
     (states, columns), *others = (
         (states.contiguous(), columns.contiguous())
         for states, columns in zip(hidden_states.chunk(num_parts, 1), weight.chunk(num_parts, 1), strict=True)

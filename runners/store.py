@@ -111,11 +111,11 @@ def whole_or_nothing(path: Path, *, overwrite: bool = True) -> Iterator[Path]:
 def _move_to_new(source: Path, target: Path) -> None:
     try:
         target.hardlink_to(source)
-    except FileExistsError:
-        raise StoreError(
-            f"{target}: another run has made this file meanwhile; this run's result is dropped"
-        ) from None
-    except OSError:  # a file system without hard links
+    except OSError:  # it exists, or the file system has no hard links
+        if target.exists():
+            raise StoreError(
+                f"{target}: another run has made this file meanwhile; this run's result is dropped"
+            ) from None
         source.replace(target)
 
 

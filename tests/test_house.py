@@ -51,7 +51,8 @@ def test_imports_point_downwards(floor: str) -> None:
 
 def test_model_file_does_no_input_or_output() -> None:
     source = (ROOT / "esm_packed" / "model.py").read_text()
-    assert not imports_of(ROOT / "esm_packed" / "model.py") & {"argparse", "time", "sys", "logging"}
+    imported = {module.split(".")[0] for module in imports_of(ROOT / "esm_packed" / "model.py")}
+    assert not imported & {"argparse", "time", "sys", "logging"}
     assert not re.search(r"\bprint\(|\bopen\(", source)
 
 
