@@ -44,12 +44,7 @@ def embed_tokens(
         (total_tokens, hidden_size) `out_dtype` embeddings and (total_tokens,) int32 `position_ids`, 0 at BOS.
     """
     lengths = cu_seqlens.diff()
-    total_tokens = input_ids.numel()
-    sequence = torch.arange(lengths.numel(), device=input_ids.device).repeat_interleave(
-        lengths, output_size=total_tokens
-    )
-    tokens = torch.arange(total_tokens, dtype=torch.int32, device=input_ids.device)
-    position_ids = tokens - cu_seqlens[:-1][sequence]
+    position_ids, sequence = _position_ids(cu_seqlens, input_ids.numel())
     embeddings = F.embedding(input_ids, weight)
     if mask_id is not None:
         dtype = statistics_dtype(weight.dtype)
@@ -59,6 +54,16 @@ def embed_tokens(
         scale = TRAINED_KEEP_RATIO / (1 - num_masked / lengths)
         embeddings = embeddings * scale[sequence].masked_fill(is_mask, 0)[:, None]
     return embeddings.to(out_dtype), position_ids
+
+
+def _position_ids(cu_seqlens: torch.Tensor, total_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(total_tokens,) int32 position of each token in its sequence, and (total_tokens,) the sequence's index."""
+    device = cu_seqlens.device
+    sequence = torch.arange(cu_seqlens.numel() - 1, device=device).repeat_interleave(
+        cu_seqlens.diff(), output_size=total_tokens
+    )
+    tokens = torch.arange(total_tokens, dtype=torch.int32, device=device)
+    return tokens - cu_seqlens[:-1][sequence], sequence
 
 
 def rotary_qk_(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, position_ids: torch.Tensor) -> None:
@@ -75,6 +80,18 @@ def rotary_qk_(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, position
     rotated_first = torch.addcmul(first * cos, second, sin, value=-1)
     second.copy_(torch.addcmul(second * cos, first, sin))
     first.copy_(rotated_first)
+
+
+def rotary_qk_packed_(
+    qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, cu_seqlens: torch.Tensor
+) -> None:
+    """As `rotary_qk_`, with positions that restart at every boundary.
+
+    Args:
+        qkv, cos, sin: as for `rotary_qk_`.
+        cu_seqlens: (num_sequences + 1,) int32.
+    """
+    rotary_qk_(qkv, cos, sin, _position_ids(cu_seqlens, len(qkv))[0])
 
 
 def layer_norm(
@@ -126,6 +143,16 @@ def add_layer_norm_(
     return layer_norm(total, weight, bias, eps)
 
 
+def bias_gelu_(hidden_states: torch.Tensor, bias: torch.Tensor) -> None:
+    """GELU of `hidden_states + bias` in its exact form, x/2 * (1 + erf(x / sqrt 2)), in place.
+
+    Args:
+        hidden_states: (total_tokens, width), modified.
+        bias: (width,).
+    """
+    hidden_states.copy_(F.gelu(hidden_states.to(statistics_dtype(hidden_states.dtype)) + bias))
+
+
 def segment_mean(hidden_states: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
     """Mean over the residues of each sequence, BOS and EOS left out.
 
@@ -142,6 +169,27 @@ def segment_mean(hidden_states: torch.Tensor, cu_seqlens: torch.Tensor) -> torch
     for mean, (start, end) in zip(means, pairwise(bounds), strict=True):
         torch.mean(hidden_states[start + 1 : end - 1], 0, dtype=dtype, out=mean)
     return means
+
+
+def check_numerics(
+    hidden_states: torch.Tensor, cu_seqlens: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Largest finite magnitude in each sequence, and whether anything in it is NaN or infinite.
+
+    Args:
+        hidden_states: (total_tokens, hidden_size).
+        cu_seqlens: (num_sequences + 1,) int32; BOS and EOS count.
+
+    Returns:
+        (num_sequences,) FP32 (FP64 for FP64) maxima, 0 for an empty sequence, and (num_sequences,) bool.
+    """
+    num_sequences = cu_seqlens.numel() - 1
+    _, sequence = _position_ids(cu_seqlens, len(hidden_states))
+    finite = hidden_states.isfinite()
+    largest = hidden_states.abs().where(finite, 0).amax(1).to(statistics_dtype(hidden_states.dtype))
+    max_abs = largest.new_zeros(num_sequences).scatter_reduce_(0, sequence, largest, "amax")
+    counts = torch.zeros(num_sequences, dtype=torch.int32, device=hidden_states.device)
+    return max_abs, counts.index_add_(0, sequence, (~finite).any(1).int()) > 0
 
 
 def attention_probabilities(query: torch.Tensor, key: torch.Tensor, softmax_scale: float) -> torch.Tensor:
@@ -165,6 +213,7 @@ def packed_attention(
     cu_seqlens: torch.Tensor,
     max_seqlen: int,
     softmax_scale: float,
+    input_precision: str = "ieee",
 ) -> torch.Tensor:
     """Bidirectional attention of every sequence with itself, scores held in full.
 
@@ -173,6 +222,7 @@ def packed_attention(
         cu_seqlens: (num_sequences + 1,) int32.
         max_seqlen: not needed here; part of the interface all attention backends share.
         softmax_scale: factor on the scores, head_dim^-0.5 in ESM-2.
+        input_precision: not obeyed here, where FP32 follows torch's global switches; see `attention`.
 
     Returns:
         (total_tokens, num_heads, head_dim).

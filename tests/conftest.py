@@ -1,11 +1,44 @@
 from __future__ import annotations
 
+import importlib.util
+import os
 import signal
 
+import pytest
 import torch
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+# Triton reads this when a kernel is decorated, so it is set before any kernel is imported.
+if HAS_TRITON and not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+    import interpreter_bf16
+
+    interpreter_bf16.install()
+
+from esm_packed.kernels import dispatch
 
 # Tests compute small tensors, often on a busy machine, where two threads mostly wait for each other.
 torch.set_num_threads(1)
 
 # A shell starts background jobs with Ctrl-C ignored, and every process started from here would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture
+def triton_device(monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """A device whose operations run as Triton kernels: a GPU, else the CPU through Triton's interpreter."""
+    if not HAS_TRITON:
+        pytest.skip("Triton is not installed")
+    if torch.cuda.is_available():
+        return torch.device("cuda", 0)
+    monkeypatch.setattr(dispatch, "TRITON_DEVICES", {"cpu"})
+    return torch.device("cpu")
+
+
+@pytest.fixture
+def cuda_device() -> torch.device:
+    """The first GPU, for tests marked `gpu`."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    return torch.device("cuda", 0)

@@ -1,0 +1,205 @@
+"""Bidirectional attention of every packed sequence with itself (Dao 2023, FlashAttention-2), forward only."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from esm_packed.kernels.launch import Settings, launch_settings, next_power_of_2
+
+
+@triton.jit
+def _attend_to_block(
+    out,  # (BLOCK_M, BLOCK_D) FP32, not yet divided by row_sum
+    row_max,  # (BLOCK_M,) FP32, in units of log2
+    row_sum,
+    query,  # (BLOCK_M, BLOCK_D)
+    key_ptr,  # first key of the block
+    value_ptr,
+    stride_key,
+    stride_value,
+    num_keys,  # BLOCK_N, or fewer where the sequence ends in this block
+    scale_log2,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    MASKED: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    key_index = tl.arange(0, BLOCK_N)
+    dim = tl.arange(0, BLOCK_D)
+    in_head = dim < HEAD_DIM
+    in_sequence = key_index < num_keys
+    key = tl.load(
+        key_ptr + key_index[None, :] * stride_key + dim[:, None],
+        mask=in_sequence[None, :] & in_head[:, None],
+        other=0.0,
+    )
+    scores = tl.dot(query, key, input_precision=INPUT_PRECISION) * scale_log2
+    if MASKED:
+        scores = tl.where(in_sequence[None, :], scores, float("-inf"))
+
+    new_max = tl.maximum(row_max, tl.max(scores, axis=1))
+    correction = tl.exp2(row_max - new_max)
+    weights = tl.exp2(scores - new_max[:, None])
+    row_sum = row_sum * correction + tl.sum(weights, axis=1)
+
+    # Values beyond the sequence are another protein's, or nobody's: 0 * NaN would be NaN.
+    value = tl.load(
+        value_ptr + key_index[:, None] * stride_value + dim[None, :],
+        mask=in_sequence[:, None] & in_head[None, :],
+        other=0.0,
+    )
+    out = tl.dot(weights.to(value.dtype), value, out * correction[:, None], input_precision=INPUT_PRECISION)
+    return out, new_max, row_sum
+
+
+@triton.jit(do_not_specialize=["num_sequences"])
+def _packed_attention_kernel(
+    query_ptr,  # (total_tokens, num_heads, HEAD_DIM), inner two dimensions contiguous
+    key_ptr,
+    value_ptr,
+    out_ptr,  # (total_tokens, num_heads, HEAD_DIM)
+    cu_seqlens_ptr,  # (num_sequences + 1,)
+    stride_query,  # from token to token
+    stride_key,
+    stride_value,
+    stride_out,
+    num_sequences,
+    scale_log2,  # softmax_scale * log2(e)
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    MASK_ALL: tl.constexpr,  # one loop in place of two: FP32 products spill when they stand there twice
+    INPUT_PRECISION: tl.constexpr,
+):
+    # Sequence i owns the tiles from cu_seqlens[i] // BLOCK_M + i on. They are always enough for it, at most one
+    # is idle, and finding their owner takes one look at cu_seqlens: no table, no sum over the sequences before.
+    program = tl.program_id(0)
+    start = 0
+    end = 2147483647
+    first_tile = 0
+    for first in range(0, num_sequences + 1, BLOCK_S):
+        index = first + tl.arange(0, BLOCK_S)
+        bounds = tl.load(cu_seqlens_ptr + index, mask=index <= num_sequences, other=2147483647)
+        tiles = bounds // BLOCK_M + index
+        reached = tiles <= program
+        start = tl.maximum(start, tl.max(tl.where(reached, bounds, 0), axis=0))
+        end = tl.minimum(end, tl.min(tl.where(reached, 2147483647, bounds), axis=0))
+        first_tile = tl.maximum(first_tile, tl.max(tl.where(reached, tiles, 0), axis=0))
+    length = end - start
+    first_query = (program - first_tile) * BLOCK_M
+    if first_query >= length:
+        return
+
+    head = tl.program_id(1) * HEAD_DIM
+    row = tl.arange(0, BLOCK_M)
+    dim = tl.arange(0, BLOCK_D)
+    query_token = (start + first_query).to(tl.int64)
+    row_mask = (first_query + row < length)[:, None] & (dim < HEAD_DIM)[None, :]
+    query = tl.load(
+        query_ptr + query_token * stride_query + head + row[:, None] * stride_query + dim[None, :],
+        mask=row_mask,
+        other=0.0,
+    )
+    out = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+
+    key_start = key_ptr + start.to(tl.int64) * stride_key + head
+    value_start = value_ptr + start.to(tl.int64) * stride_value + head
+    num_full = 0 if MASK_ALL else length // BLOCK_N
+    for block in range(0, num_full):
+        first_key = tl.cast(block, tl.int64) * BLOCK_N
+        out, row_max, row_sum = _attend_to_block(
+            out, row_max, row_sum, query,
+            key_start + first_key * stride_key, value_start + first_key * stride_value,
+            stride_key, stride_value, BLOCK_N, scale_log2,
+            HEAD_DIM, BLOCK_N, BLOCK_D, False, INPUT_PRECISION,
+        )  # fmt: skip
+    for block in range(num_full, tl.cdiv(length, BLOCK_N)):
+        first_key = tl.cast(block, tl.int64) * BLOCK_N
+        out, row_max, row_sum = _attend_to_block(
+            out, row_max, row_sum, query,
+            key_start + first_key * stride_key, value_start + first_key * stride_value,
+            stride_key, stride_value, length - block * BLOCK_N, scale_log2,
+            HEAD_DIM, BLOCK_N, BLOCK_D, True, INPUT_PRECISION,
+        )  # fmt: skip
+
+    out = out / row_sum[:, None]
+    out_start = out_ptr + query_token * stride_out + head
+    tl.store(
+        out_start + row[:, None] * stride_out + dim[None, :], out.to(out_ptr.dtype.element_ty), mask=row_mask
+    )
+
+
+def packed_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int,
+    softmax_scale: float,
+    input_precision: str = "ieee",
+) -> torch.Tensor:
+    """See `reference.packed_attention`. Softmax and sums in FP32; the grid depends on shapes alone.
+
+    Args:
+        query, key, value: FP16, BF16 or FP32, contiguous within a token; tokens may be strided.
+        input_precision: what FP32 operands are multiplied in: `ieee`, `tf32`, or `tf32x3` (three TF32 products,
+            nearly IEEE accuracy).
+
+    Raises:
+        ValueError: a tensor is not contiguous within a token, or `input_precision` is unknown.
+    """
+    total_tokens, num_heads, head_dim = query.shape
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.stride()[1:] != (head_dim, 1) or tensor.shape != query.shape:
+            raise ValueError(
+                f"{name} must be {tuple(query.shape)} and contiguous within a token, "
+                f"got {tuple(tensor.shape)} with strides {tensor.stride()}"
+            )
+    if input_precision not in ("ieee", "tf32", "tf32x3"):
+        raise ValueError(f"input_precision {input_precision!r} is none of 'ieee', 'tf32', 'tf32x3'")
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    kernel = "packed_attention"
+    if query.dtype == torch.float32:
+        kernel += f"_{input_precision}"
+    settings = launch_settings(kernel, head_dim, query, _heuristic(head_dim, query.dtype, input_precision))
+    num_sequences = cu_seqlens.numel() - 1
+    _packed_attention_kernel[(total_tokens // settings["BLOCK_M"] + num_sequences, num_heads)](
+        query,
+        key,
+        value,
+        out,
+        cu_seqlens,
+        query.stride(0),
+        key.stride(0),
+        value.stride(0),
+        out.stride(0),
+        num_sequences,
+        softmax_scale * math.log2(math.e),
+        HEAD_DIM=head_dim,
+        BLOCK_D=max(16, next_power_of_2(head_dim)),
+        BLOCK_S=256,
+        MASK_ALL=query.dtype == torch.float32 and input_precision != "tf32",
+        INPUT_PRECISION=input_precision,
+        **settings,
+    )
+    return out
+
+
+def _heuristic(head_dim: int, dtype: torch.dtype, input_precision: str) -> Settings:
+    """Tiles that spill on none of sm_80 to sm_100 (the compile table in tests/kernels shows it)."""
+    if dtype != torch.float32:
+        return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
+    if input_precision == "tf32x3" and head_dim > 64:
+        return {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 8, "num_stages": 2}
+    if input_precision == "tf32":
+        return {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
+    return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}

@@ -1,0 +1,51 @@
+"""Bias and exact GELU, in place."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from esm_packed.kernels.launch import launch_settings
+
+
+@triton.jit
+def exact_gelu(x):
+    """x/2 * (1 + erf(x / sqrt 2)) of FP32 values."""
+    return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+
+
+@triton.jit(do_not_specialize=["total_tokens"])
+def _bias_gelu_kernel(
+    hidden_states_ptr,  # (total_tokens, WIDTH), modified
+    bias_ptr,  # (WIDTH,)
+    total_tokens,
+    WIDTH: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    # Column blocks are the fast axis of the grid, folded into axis 0, which alone may exceed 65,535.
+    num_column_blocks: tl.constexpr = (WIDTH + BLOCK_N - 1) // BLOCK_N
+    program = tl.program_id(0)
+    dim = (program % num_column_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    token = (program // num_column_blocks) * BLOCK_T + tl.arange(0, BLOCK_T)
+    mask = (token < total_tokens)[:, None] & (dim < WIDTH)
+    pointer = hidden_states_ptr + token.to(tl.int64)[:, None] * WIDTH + dim
+
+    bias = tl.load(bias_ptr + dim, mask=dim < WIDTH, other=0.0).to(tl.float32)
+    value = tl.load(pointer, mask=mask, other=0.0).to(tl.float32) + bias
+    tl.store(pointer, exact_gelu(value).to(hidden_states_ptr.dtype.element_ty), mask=mask)
+
+
+def bias_gelu_(hidden_states: torch.Tensor, bias: torch.Tensor) -> None:
+    """See `reference.bias_gelu_`; contiguous, FP32 arithmetic."""
+    total_tokens, width = hidden_states.shape
+    if not hidden_states.is_contiguous():
+        raise ValueError(f"hidden_states must be contiguous, got strides {hidden_states.stride()}")
+    settings = launch_settings(
+        "bias_gelu_", width, hidden_states, {"BLOCK_T": 8, "BLOCK_N": 256, "num_warps": 4}
+    )
+    num_row_blocks = triton.cdiv(total_tokens, settings["BLOCK_T"])
+    _bias_gelu_kernel[(num_row_blocks * triton.cdiv(width, settings["BLOCK_N"]),)](
+        hidden_states, bias, total_tokens, WIDTH=width, **settings
+    )

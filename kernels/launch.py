@@ -1,0 +1,72 @@
+"""Settings of a launch: heuristics, overruled by what `esm-packed tune` measured on this very GPU."""
+
+from __future__ import annotations
+
+import json
+import re
+from functools import cache
+from pathlib import Path
+
+import torch
+
+CONFIG_FOLDER = Path(__file__).parent / "configs"
+"""Holds one JSON file for each GPU that was tuned."""
+
+Settings = dict[str, int]
+"""Block sizes and the other compile-time values of one launch, `num_warps` and `num_stages`."""
+
+
+def config_path(gpu_name: str) -> Path:
+    """Where the tuned settings of the GPU called `gpu_name` lie."""
+    return CONFIG_FOLDER / f"{re.sub(r'[^A-Za-z0-9]+', '-', gpu_name).strip('-')}.json"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`float16` for `torch.float16`."""
+    return str(dtype).removeprefix("torch.")
+
+
+@cache
+def tuned_settings(device: torch.device) -> dict[str, Settings]:
+    """Tuned settings of a device, `KERNEL/SIZE/DTYPE` to settings; empty where none were measured.
+
+    The dictionary is the live one: `esm-packed tune` puts the settings it tries into it.
+    """
+    if device.type != "cuda":
+        return {}
+    path = config_path(torch.cuda.get_device_name(device))
+    if not path.exists():
+        return {}
+    settings: dict[str, Settings] = json.loads(path.read_text())["settings"]
+    return settings
+
+
+def settings_key(kernel: str, size: int, dtype: torch.dtype) -> str:
+    """The key of `tuned_settings`.
+
+    Args:
+        kernel: name of the launcher.
+        size: hidden_size, or head_dim where the kernel works on heads.
+        dtype: of the operands.
+    """
+    return f"{kernel}/{size}/{dtype_name(dtype)}"
+
+
+def launch_settings(kernel: str, size: int, tensor: torch.Tensor, heuristic: Settings) -> Settings:
+    """The tuned settings for `tensor`'s device and dtype, or `heuristic`; see `settings_key`."""
+    tuned = tuned_settings(tensor.device).get(settings_key(kernel, size, tensor.dtype), {})
+    # Triton 3.10 turns fused multiply-adds off unless asked for.
+    return {"enable_fp_fusion": True, **heuristic, **tuned}
+
+
+@cache
+def num_multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; 1 elsewhere, where programs run one after another."""
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def next_power_of_2(value: int) -> int:
+    """The smallest power of two that is at least `value`."""
+    return 1 << (value - 1).bit_length()

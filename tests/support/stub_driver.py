@@ -1,0 +1,95 @@
+"""A Triton driver without a GPU: launches on CPU tensors are really compiled for a target, then not run."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448}
+"""Bytes of shared memory a program may use, by compute capability (CUDA C Programming Guide, table 'Compute
+Capabilities', less the 1 KiB each block reserves)."""
+
+
+def _tool(name: str, *arguments: str) -> str:
+    return subprocess.run([str(_TOOLS / name), *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def resources(cubin: bytes) -> dict[str, Any]:
+    """Registers, stack bytes, spill instructions and widths of global accesses (bits) of one kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
+        code = _tool("nvdisasm", "-c", file.name)
+    registers, stack, local = (
+        int(re.search(rf"\b{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL")
+    )
+    widths = set()
+    for modifiers in re.findall(r"\b(?:LDG|STG|LDGSTS)((?:\.\w+)*)", code):
+        sizes = [int(size) for size in re.findall(r"\.[US]?(8|16|64|128)\b", modifiers)]
+        widths.add(sizes[-1] if sizes else 32)
+    return {
+        "registers": registers,
+        "stack": stack + local,
+        "spills": len(re.findall(r"\b(?:STL|LDL)\b", code)),
+        "widths": sorted(widths),
+        "instructions": len(re.findall(r"^\s+/\*[0-9a-f]+\*/\s+\S", code, re.MULTILINE)),
+        "matrix_units": sorted(set(re.findall(r"\b(HMMA|HGMMA|UTCHMMA|UTCQMMA|IMMA|DMMA)\b", code))),
+    }
+
+
+class _Utils:
+    def __init__(self, driver: StubDriver) -> None:
+        self.driver = driver
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {
+            "max_shared_mem": SHARED_MEMORY[self.driver.capability],
+            "multiprocessor_count": 132,
+            "max_num_regs": 65536,
+            "warpSize": 32,
+        }
+
+    def load_binary(self, name: str, kernel: bytes, shared: int, device: int) -> tuple[Any, ...]:
+        found = {"kernel": name, "shared": shared, **resources(kernel)}
+        self.driver.compiled.append(found)
+        return object(), 0, found["registers"], found["stack"] // 4, 1024
+
+    def unload_module(self, module: object) -> None:
+        pass
+
+
+class StubDriver:
+    """Compiles for `capability` (90 for sm_90); `compiled` collects what each new kernel needs."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+        self.compiled: list[dict[str, Any]] = []
+        self.launches: list[str] = []
+        self.utils = _Utils(self)
+
+    def launcher_cls(self, source: Any, metadata: Any) -> Any:
+        return lambda *arguments: self.launches.append(source.name)
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return self.capability  # a device of its own for each target: separate kernel caches
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def get_device_interface(self) -> Any:
+        return torch.cpu
