@@ -6,11 +6,12 @@ MODEL ?= demo
 OUT ?= embeddings.h5
 PYTHON ?= python3
 VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
 ARGS ?=
 PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
-INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint $(CONSTRAINTS)
 
 .PHONY: embed test clean
 
@@ -32,7 +33,7 @@ test: $(VENV)/test.stamp
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/embed.stamp: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/embed.stamp: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 	@echo "Installing esm-packed into $(VENV) (once, a few minutes)"
 	$(INSTALL) --editable .
 	touch $@

@@ -88,7 +88,7 @@ class AttentionFloor:
         self.token_budget = token_budget
         self.attend: PackedAttention
         self.backend, self.attend = select_backend(
-            model.attention_backend, model.device, torch.float32, self.config.head_dim
+            model.attention_backend, model.device, model.precision_mode, self.config.head_dim
         )
 
     @torch.inference_mode()

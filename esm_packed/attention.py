@@ -13,13 +13,17 @@ import importlib.util
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from esm_packed import kernels
+from esm_packed.kernels import dispatch
 from esm_packed.kernels.reference import packed_attention
+from esm_packed.numerics import Precision
 
 PackedAttention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int, float], torch.Tensor]
 
@@ -37,12 +41,12 @@ class Backend:
     Args:
         name: what `--attention` calls it.
         obstacle: says why it cannot serve (device, dtype, head_dim), or None when it can.
-        load: imports what it needs and returns the function.
+        load: imports what it needs and returns the function for a precision mode.
     """
 
     name: str
     obstacle: Callable[[torch.device, torch.dtype, int], str | None]
-    load: Callable[[], PackedAttention]
+    load: Callable[[Precision], PackedAttention]
 
 
 def sdpa_attention(
@@ -79,7 +83,11 @@ def sdpa_attention(
     return out
 
 
-def _load_varlen() -> PackedAttention:
+def _load_triton(precision: Precision) -> PackedAttention:
+    return partial(kernels.packed_attention, input_precision="tf32" if precision.tf32 else "ieee")
+
+
+def _load_varlen(precision: Precision) -> PackedAttention:
     varlen_attn: Any = importlib.import_module("torch.nn.attention.varlen").varlen_attn
 
     def attend(
@@ -98,10 +106,10 @@ def _load_varlen() -> PackedAttention:
     return attend
 
 
-def _load_flash(module: str) -> Callable[[], PackedAttention]:
+def _load_flash(module: str) -> Callable[[Precision], PackedAttention]:
     """`flash_attn_varlen_func` of one of the FlashAttention packages; they share the arguments used here."""
 
-    def load() -> PackedAttention:
+    def load(precision: Precision) -> PackedAttention:
         flash_attn_varlen_func: Any = importlib.import_module(module).flash_attn_varlen_func
         if module == "flash_attn":
             _warn_of_old_flash_attn()
@@ -170,6 +178,16 @@ def _flash_obstacle(
     return obstacle
 
 
+def _triton_obstacle(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    if not dispatch.TRITON_DEVICES:
+        return "Triton is not installed"
+    if device.type not in dispatch.TRITON_DEVICES:
+        return f"it runs on CUDA devices, not on {device.type}"
+    if dtype == torch.float64:
+        return "it computes in float16, bfloat16 and float32, not in float64"
+    return None
+
+
 def _always(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     return None
 
@@ -194,17 +212,18 @@ BACKENDS: dict[str, Backend] = {
         ),
         Backend("varlen", _flash_obstacle(None, HALF_TYPES, None), _load_varlen),
         Backend("flash2", _flash_obstacle("flash_attn", HALF_TYPES, None), _load_flash("flash_attn")),
-        Backend("sdpa", _always, lambda: sdpa_attention),
-        Backend("reference", _always, lambda: packed_attention),
+        Backend("triton", _triton_obstacle, _load_triton),
+        Backend("sdpa", _always, lambda precision: sdpa_attention),
+        Backend("reference", _always, lambda precision: packed_attention),
     )
 }
 
-_AUTO_ORDER = ("flash3", "varlen", "flash2", "sdpa")
+_AUTO_ORDER = ("flash3", "varlen", "flash2", "triton", "sdpa")
 """The others run only when named: `fa3_fwd` and `flash4` are unproven here, `reference` is slow."""
 
 
 def select_backend(
-    name: str, device: torch.device, dtype: torch.dtype, head_dim: int
+    name: str, device: torch.device, precision: Precision, head_dim: int
 ) -> tuple[str, PackedAttention]:
     """The attention backend `name`, or with `auto` the first that serves; FP64 takes the reference.
 
@@ -214,6 +233,7 @@ def select_backend(
     Raises:
         BackendError: `name` is unknown or cannot serve; the message says why and what would.
     """
+    dtype = precision.dtype
     if name == "auto":
         if dtype == torch.float64:
             return "reference", packed_attention
@@ -224,4 +244,4 @@ def select_backend(
     if obstacle is not None:
         serving = [other for other in BACKENDS if BACKENDS[other].obstacle(device, dtype, head_dim) is None]
         raise BackendError(f"attention {name!r} cannot be used: {obstacle}; these can: {', '.join(serving)}")
-    return name, BACKENDS[name].load()
+    return name, BACKENDS[name].load(precision)

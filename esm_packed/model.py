@@ -120,7 +120,7 @@ class ESM2(nn.Module):
         device = resolve_device(device)
         precision = resolve_precision(dtype, device)
         checkpoint = load_checkpoint(name_or_path)
-        backend = select_backend(attention, device, precision.dtype, checkpoint.config.head_dim)
+        backend = select_backend(attention, device, precision, checkpoint.config.head_dim)
         return cls.from_checkpoint(checkpoint, device, precision, backend)
 
     @classmethod

@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from esm_packed.kernels import launch
 from esm_packed.kernels.launch import Settings, launch_settings, next_power_of_2
 
 
@@ -78,8 +79,8 @@ def _packed_attention_kernel(
     MASK_ALL: tl.constexpr,  # one loop in place of two: FP32 products spill when they stand there twice
     INPUT_PRECISION: tl.constexpr,
 ):
-    # Sequence i owns the tiles from cu_seqlens[i] // BLOCK_M + i on. They are always enough for it, at most one
-    # is idle, and finding their owner takes one look at cu_seqlens: no table, no sum over the sequences before.
+    # Sequence i owns the tiles from cu_seqlens[i] // BLOCK_M + i on. They are always enough for it, at most
+    # one is idle, and finding their owner takes one look at cu_seqlens: no table of tiles, no prefix sum.
     program = tl.program_id(0)
     start = 0
     end = 2147483647
@@ -111,8 +112,8 @@ def _packed_attention_kernel(
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
 
-    key_start = key_ptr + start.to(tl.int64) * stride_key + head
-    value_start = value_ptr + start.to(tl.int64) * stride_value + head
+    key_start = key_ptr + tl.cast(start, tl.int64) * stride_key + head
+    value_start = value_ptr + tl.cast(start, tl.int64) * stride_value + head
     num_full = 0 if MASK_ALL else length // BLOCK_N
     for block in range(0, num_full):
         first_key = tl.cast(block, tl.int64) * BLOCK_N
@@ -151,8 +152,8 @@ def packed_attention(
 
     Args:
         query, key, value: FP16, BF16 or FP32, contiguous within a token; tokens may be strided.
-        input_precision: what FP32 operands are multiplied in: `ieee`, `tf32`, or `tf32x3` (three TF32 products,
-            nearly IEEE accuracy).
+        input_precision: what FP32 operands are multiplied in: `ieee`, `tf32`, or `tf32x3` (three TF32
+            products, nearly IEEE accuracy).
 
     Raises:
         ValueError: a tensor is not contiguous within a token, or `input_precision` is unknown.
@@ -170,7 +171,8 @@ def packed_attention(
     kernel = "packed_attention"
     if query.dtype == torch.float32:
         kernel += f"_{input_precision}"
-    settings = launch_settings(kernel, head_dim, query, _heuristic(head_dim, query.dtype, input_precision))
+    heuristic = _heuristic(head_dim, query.dtype, input_precision, launch.capability(query.device))
+    settings = launch_settings(kernel, head_dim, query, heuristic)
     num_sequences = cu_seqlens.numel() - 1
     _packed_attention_kernel[(total_tokens // settings["BLOCK_M"] + num_sequences, num_heads)](
         query,
@@ -194,12 +196,15 @@ def packed_attention(
     return out
 
 
-def _heuristic(head_dim: int, dtype: torch.dtype, input_precision: str) -> Settings:
+def _heuristic(head_dim: int, dtype: torch.dtype, input_precision: str, capability: int) -> Settings:
     """Tiles that spill on none of sm_80 to sm_100 (the compile table in tests/kernels shows it)."""
     if dtype != torch.float32:
-        return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
-    if input_precision == "tf32x3" and head_dim > 64:
-        return {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 8, "num_stages": 2}
+        small = head_dim > (64 if capability >= 90 else 32)
+        block_n, num_stages = (32, 3) if small else (64, 2)
+        return {"BLOCK_M": 64, "BLOCK_N": block_n, "num_warps": 4, "num_stages": num_stages}
+    block_m, block_n, num_warps = 32, 32, 8
     if input_precision == "tf32":
-        return {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
-    return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
+        block_m, num_warps = (64, 4) if head_dim <= 64 else (128, 8)
+    elif input_precision == "tf32x3" and head_dim > 64:
+        block_n = 16
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": num_warps, "num_stages": 2}

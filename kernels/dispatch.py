@@ -42,7 +42,7 @@ def operation(
         mutates: arguments modified in place.
         decides: the argument whose device and dtype choose the implementation; the first by default.
     """
-    name = eager.__name__  # type: ignore[attr-defined]
+    name = eager.__name__
     arguments = list(eager.__annotations__)
     decides = decides or arguments[0]
     position = arguments.index(decides)

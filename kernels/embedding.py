@@ -43,10 +43,8 @@ def _embed_tokens_kernel(
             is_mask = tl.load(input_ids_ptr + other, mask=other < last_end, other=-1) == MASK_ID
             same = (other[None, :] >= starts[:, None]) & (other[None, :] < ends[:, None])
             num_masked += tl.sum((same & is_mask[None, :]).to(tl.int32), axis=1)
-        length = (ends - starts).to(tl.float32)
-        scale = tl.div_rn(
-            tl.full([BLOCK_T], KEEP_RATIO, tl.float32), 1 - tl.div_rn(num_masked.to(tl.float32), length)
-        )
+        share_masked = tl.div_rn(num_masked.to(tl.float32), (ends - starts).to(tl.float32))
+        scale = tl.div_rn(tl.full([BLOCK_T], KEEP_RATIO, tl.float32), 1 - share_masked)
         scale = tl.where(ids == MASK_ID, 0.0, scale)
 
     row = token.to(tl.int64)[:, None] * HIDDEN_SIZE

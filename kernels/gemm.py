@@ -8,15 +8,16 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from esm_packed.kernels import launch
 from esm_packed.kernels.gelu import bias_gelu_, exact_gelu
 from esm_packed.kernels.launch import Settings, launch_settings, num_multiprocessors
 
 
 @triton.jit(do_not_specialize=["total_tokens"])
 def _gemm_bias_gelu_kernel(
-    input_desc,  # (total_tokens, IN_FEATURES), tiles (BLOCK_M, BLOCK_K)
-    weight_desc,  # (OUT_FEATURES, IN_FEATURES), tiles (BLOCK_N, BLOCK_K)
-    out_desc,  # (total_tokens, OUT_FEATURES), tiles (BLOCK_M, BLOCK_N)
+    input_ptr,  # (total_tokens, IN_FEATURES), or with USE_TMA its descriptor for tiles (BLOCK_M, BLOCK_K)
+    weight_ptr,  # (OUT_FEATURES, IN_FEATURES), or for tiles (BLOCK_N, BLOCK_K)
+    out_ptr,  # (total_tokens, OUT_FEATURES), or for tiles (BLOCK_M, BLOCK_N)
     bias_ptr,  # (OUT_FEATURES,)
     total_tokens,
     IN_FEATURES: tl.constexpr,
@@ -26,6 +27,7 @@ def _gemm_bias_gelu_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    USE_TMA: tl.constexpr,
 ):
     num_row_tiles = tl.cdiv(total_tokens, BLOCK_M)
     num_column_tiles: tl.constexpr = (OUT_FEATURES + BLOCK_N - 1) // BLOCK_N
@@ -37,14 +39,33 @@ def _gemm_bias_gelu_kernel(
         row = (group * GROUP_M + (tile % tiles_per_group) % rows_in_group) * BLOCK_M
         column = ((tile % tiles_per_group) // rows_in_group) * BLOCK_N
 
+        token = row + tl.arange(0, BLOCK_M)
+        dim = column + tl.arange(0, BLOCK_N)
+        if not USE_TMA:  # rows beyond the last are read from the last, and not stored
+            input_row = tl.minimum(token, total_tokens - 1).to(tl.int64)[:, None] * IN_FEATURES
+            weight_row = tl.minimum(dim, OUT_FEATURES - 1)[:, None] * IN_FEATURES
         total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for step in range(0, IN_FEATURES, BLOCK_K):
-            inputs = input_desc.load([row, step])
-            weights = weight_desc.load([column, step])
+            if USE_TMA:
+                inputs = input_ptr.load([row, step])
+                weights = weight_ptr.load([column, step])
+            else:
+                addend = step + tl.arange(0, BLOCK_K)[None, :]
+                in_range = addend < IN_FEATURES
+                inputs = tl.load(input_ptr + input_row + addend, mask=in_range, other=0.0)
+                weights = tl.load(weight_ptr + weight_row + addend, mask=in_range, other=0.0)
             total = tl.dot(inputs, weights.T, total)
-        dim = column + tl.arange(0, BLOCK_N)
+
         bias = tl.load(bias_ptr + dim, mask=dim < OUT_FEATURES, other=0.0).to(tl.float32)
-        out_desc.store([row, column], exact_gelu(total + bias[None, :]).to(out_desc.dtype))
+        activated = exact_gelu(total + bias[None, :])
+        if USE_TMA:
+            out_ptr.store([row, column], activated.to(out_ptr.dtype))
+        else:
+            tl.store(
+                out_ptr + token.to(tl.int64)[:, None] * OUT_FEATURES + dim[None, :],
+                activated.to(out_ptr.dtype.element_ty),
+                mask=(token < total_tokens)[:, None] & (dim < OUT_FEATURES)[None, :],
+            )
 
 
 def gemm_bias_gelu(hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -59,17 +80,18 @@ def gemm_bias_gelu(hidden_states: torch.Tensor, weight: torch.Tensor, bias: torc
     block_m, block_n, block_k = (settings[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
     num_tiles = triton.cdiv(total_tokens, block_m) * triton.cdiv(out_features, block_n)
     num_programs = num_multiprocessors(hidden_states.device)
-    if num_tiles == 0:  # a descriptor cannot be empty
+    if num_tiles == 0:  # a descriptor is never empty
         return out
+    use_tma = launch.capability(hidden_states.device) >= 90
+    tiles = ((hidden_states, [block_m, block_k]), (weight, [block_n, block_k]), (out, [block_m, block_n]))
     _gemm_bias_gelu_kernel[(min(num_programs, num_tiles),)](
-        TensorDescriptor.from_tensor(hidden_states, [block_m, block_k]),
-        TensorDescriptor.from_tensor(weight, [block_n, block_k]),
-        TensorDescriptor.from_tensor(out, [block_m, block_n]),
+        *(TensorDescriptor.from_tensor(tensor, tile) if use_tma else tensor for tensor, tile in tiles),
         bias,
         total_tokens,
         IN_FEATURES=in_features,
         OUT_FEATURES=out_features,
         NUM_PROGRAMS=num_programs,
+        USE_TMA=use_tma,
         **settings,
     )
     return out

@@ -67,6 +67,15 @@ def num_multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+@cache
+def capability(device: torch.device) -> int:
+    """Compute capability of an NVIDIA GPU, 90 for sm_90; 0 for anything else."""
+    if device.type != "cuda" or torch.version.cuda is None:
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
 def next_power_of_2(value: int) -> int:
     """The smallest power of two that is at least `value`."""
     return 1 << (value - 1).bit_length()

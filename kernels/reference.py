@@ -57,7 +57,7 @@ def embed_tokens(
 
 
 def _position_ids(cu_seqlens: torch.Tensor, total_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(total_tokens,) int32 position of each token in its sequence, and (total_tokens,) the sequence's index."""
+    """Position of each token in its sequence, int32, and the sequence's index; both (total_tokens,)."""
     device = cu_seqlens.device
     sequence = torch.arange(cu_seqlens.numel() - 1, device=device).repeat_interleave(
         cu_seqlens.diff(), output_size=total_tokens

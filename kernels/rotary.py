@@ -66,7 +66,7 @@ def rotary_qk_(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, position
 def rotary_qk_packed_(
     qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, cu_seqlens: torch.Tensor
 ) -> None:
-    """See `reference.rotary_qk_packed_`: as `rotary_qk_`, each program finding its tokens' positions itself."""
+    """See `reference.rotary_qk_packed_`: as `rotary_qk_`, but each program finds its tokens' positions."""
     _launch(qkv, cos, sin, None, cu_seqlens)
 
 
@@ -88,7 +88,9 @@ def _launch(
                 f"{name} must be contiguous float32 (max_positions, {head_dim // 2}), "
                 f"got {table.dtype} {tuple(table.shape)}"
             )
-    settings = launch_settings("rotary_qk_", head_dim, qkv, {"BLOCK_T": 4, "BLOCK_H": 8, "num_warps": 4})
+    block_d = next_power_of_2(head_dim // 2)
+    heuristic = {"BLOCK_T": 4, "BLOCK_H": max(1, 256 // block_d), "num_warps": 4}  # 8 elements a thread
+    settings = launch_settings("rotary_qk_", head_dim, qkv, heuristic)
     _rotary_qk_kernel[(triton.cdiv(total_tokens, settings["BLOCK_T"]),)](
         qkv,
         cos,
@@ -100,7 +102,7 @@ def _launch(
         0 if cu_seqlens is None else cu_seqlens.numel() - 1,
         NUM_HEADS=2 * num_heads,
         HEAD_DIM=head_dim,
-        BLOCK_D=next_power_of_2(head_dim // 2),
+        BLOCK_D=block_d,
         BLOCK_S=128,
         **settings,
     )

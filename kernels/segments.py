@@ -10,7 +10,7 @@ import triton.language as tl
 def segment_bounds(cu_seqlens_ptr, num_sequences, tokens, BLOCK_S: tl.constexpr):
     """First token of each token's sequence, and the first token after it.
 
-    All of `cu_seqlens` is compared at once: its loads do not wait for each other, as those of a binary search do.
+    All of `cu_seqlens` is compared at once: unlike a binary search's, its loads do not wait for each other.
 
     Args:
         cu_seqlens_ptr: (num_sequences + 1,) int32.

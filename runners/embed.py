@@ -165,7 +165,7 @@ def embed_files(request: EmbedRequest, console: Console) -> Summary:
         precision = resolve_precision(request.dtype, device)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    select_backend(request.attention, device, precision.dtype, head_dim=64)  # fails before the input is read
+    select_backend(request.attention, device, precision, head_dim=64)  # fails before the input is read
 
     with _work_folder(output) as work_dir:
         with console.progress("reading", "B", _input_bytes(request.inputs)) as advance:
@@ -273,7 +273,7 @@ def _load_model(
 ) -> tuple[ESM2, list[int]]:
     with console.byte_steps() as report:
         checkpoint = load_checkpoint(request.model, progress=report)
-    backend = select_backend(request.attention, device, precision.dtype, checkpoint.config.head_dim)
+    backend = select_backend(request.attention, device, precision, checkpoint.config.head_dim)
     try:
         model = ESM2.from_checkpoint(checkpoint, device, precision, backend)
     except torch.OutOfMemoryError as error:

@@ -16,8 +16,6 @@ if HAS_TRITON and not torch.cuda.is_available():
 
     interpreter_bf16.install()
 
-from esm_packed.kernels import dispatch
-
 # Tests compute small tensors, often on a busy machine, where two threads mostly wait for each other.
 torch.set_num_threads(1)
 
@@ -32,7 +30,7 @@ def triton_device(monkeypatch: pytest.MonkeyPatch) -> torch.device:
         pytest.skip("Triton is not installed")
     if torch.cuda.is_available():
         return torch.device("cuda", 0)
-    monkeypatch.setattr(dispatch, "TRITON_DEVICES", {"cpu"})
+    monkeypatch.setattr("esm_packed.kernels.dispatch.TRITON_DEVICES", {"cpu"})
     return torch.device("cpu")
 
 

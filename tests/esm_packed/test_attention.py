@@ -11,6 +11,7 @@ from tolerances import assert_as_close_as_pytorch, relative_error
 
 from esm_packed import attention
 from esm_packed.kernels.reference import packed_attention
+from esm_packed.numerics import PRECISIONS
 
 CPU = torch.device("cpu")
 
@@ -44,21 +45,22 @@ def test_sdpa_equals_the_reference(lengths: list[int], head_dim: int, dtype: tor
 
 
 def test_auto_takes_sdpa_on_a_cpu_and_the_reference_for_fp64() -> None:
-    assert attention.select_backend("auto", CPU, torch.float32, 64)[0] == "sdpa"
-    assert attention.select_backend("auto", CPU, torch.float64, 64)[0] == "reference"
+    assert attention.select_backend("auto", CPU, PRECISIONS["fp32"], 64)[0] == "sdpa"
+    assert attention.select_backend("auto", CPU, PRECISIONS["fp64"], 64)[0] == "reference"
 
 
 @pytest.mark.parametrize(
     "name, reason",
     [
         ("varlen", "it runs on CUDA devices, not on cpu"),
+        ("triton", "it runs on CUDA devices, not on cpu"),
         ("flash3", "the module flash_attn_interface is not installed"),
         ("warp", "'warp' is not known; choose from auto"),
     ],
 )
 def test_a_backend_that_cannot_serve_says_why_and_what_would(name: str, reason: str) -> None:
     with pytest.raises(attention.BackendError, match=reason) as error:
-        attention.select_backend(name, CPU, torch.float32, 64)
+        attention.select_backend(name, CPU, PRECISIONS["fp32"], 64)
     assert "sdpa" in str(error.value)
 
 
@@ -78,6 +80,28 @@ def test_obstacles_on_a_gpu(
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     obstacle = attention.BACKENDS["varlen"].obstacle(torch.device("cuda"), dtype, head_dim)
     assert obstacle is None if reason is None else obstacle is not None and reason in obstacle
+
+
+@pytest.mark.parametrize(
+    "mode, expected",
+    [("fp16", "varlen"), ("bf16", "varlen"), ("fp32", "triton"), ("tf32", "triton"), ("fp64", "reference")],
+)
+def test_auto_on_a_gpu(monkeypatch: pytest.MonkeyPatch, mode: str, expected: str) -> None:
+    """FP32 and TF32, which no FlashAttention computes, are packed all the same."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(attention.dispatch, "TRITON_DEVICES", {"cuda"})
+    name, attend = attention.select_backend("auto", torch.device("cuda"), PRECISIONS[mode], 64)
+    assert name == expected
+    if name == "triton":
+        assert attend.keywords == {"input_precision": "tf32" if mode == "tf32" else "ieee"}  # type: ignore[attr-defined]
+
+
+def test_without_triton_fp32_on_a_gpu_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention.dispatch, "TRITON_DEVICES", set())
+    device = torch.device("cuda")
+    assert attention.select_backend("auto", device, PRECISIONS["fp32"], 64)[0] == "sdpa"
+    with pytest.raises(attention.BackendError, match="Triton is not installed"):
+        attention.select_backend("triton", device, PRECISIONS["fp32"], 64)
 
 
 def stand_in(calls: list[dict[str, Any]], returns_tuple: bool) -> ModuleType:
@@ -109,7 +133,7 @@ def test_flash_attn_is_called_with_its_own_spelling(
     calls: list[dict[str, Any]] = []
     monkeypatch.setitem(sys.modules, "flash_attn", stand_in(calls, returns_tuple))
     monkeypatch.setattr(attention.importlib.metadata, "version", lambda name: version)
-    attend = attention.BACKENDS["flash2"].load()
+    attend = attention.BACKENDS["flash2"].load(PRECISIONS["fp16"])
     (query, key, value), cu_seqlens = packed_qkv([5, 9], 16, torch.float32)
     actual = attend(query, key, value, cu_seqlens, 9, 0.25)
     assert torch.equal(actual, packed_attention(query, key, value, cu_seqlens, 9, 0.25))

@@ -1,6 +1,6 @@
-"""Make Triton's interpreter right for BF16: FP32 arithmetic on BF16 operands, round-to-nearest-even stores.
+"""Make Triton's interpreter right for BF16: FP32 arithmetic, stores rounded to nearest even.
 
-The interpreter holds BF16 as uint16, so that arithmetic on it is garbage and FP32 values stored as BF16 are cut off.
+It holds BF16 as uint16: arithmetic on it is garbage, and FP32 values stored as BF16 are cut off.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ def _tool(name: str, *arguments: str) -> str:
 
 
 def resources(cubin: bytes) -> dict[str, Any]:
-    """Registers, stack bytes, spill instructions and widths of global accesses (bits) of one kernel."""
+    """Registers, stack bytes, spills, global accesses by width in bits, and matrix units of one kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -32,17 +33,17 @@ def resources(cubin: bytes) -> dict[str, Any]:
     registers, stack, local = (
         int(re.search(rf"\b{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL")
     )
-    widths = set()
+    widths: Counter[int] = Counter()
     for modifiers in re.findall(r"\b(?:LDG|STG|LDGSTS)((?:\.\w+)*)", code):
-        sizes = [int(size) for size in re.findall(r"\.[US]?(8|16|64|128)\b", modifiers)]
-        widths.add(sizes[-1] if sizes else 32)
+        sizes = [int(size) for size in re.findall(r"\.[USB]?(8|16|64|128|256)\b", modifiers)]
+        widths[sizes[-1] if sizes else 32] += 1
     return {
         "registers": registers,
         "stack": stack + local,
         "spills": len(re.findall(r"\b(?:STL|LDL)\b", code)),
-        "widths": sorted(widths),
+        "accesses": {str(width): widths[width] for width in sorted(widths)},
         "instructions": len(re.findall(r"^\s+/\*[0-9a-f]+\*/\s+\S", code, re.MULTILINE)),
-        "matrix_units": sorted(set(re.findall(r"\b(HMMA|HGMMA|UTCHMMA|UTCQMMA|IMMA|DMMA)\b", code))),
+        "matrix_units": sorted(set(re.findall(r"\b(HMMA|HGMMA|UTCHMMA)\b", code))),
     }
 
 
