@@ -29,8 +29,8 @@ embed_tokens = operation(
     reference.embed_tokens,
     "embedding",
     lambda input_ids, cu_seqlens, weight, mask_id, out_dtype: (
-        weight.new_empty(len(input_ids), weight.shape[1], dtype=out_dtype),
-        weight.new_empty(len(input_ids), dtype=torch.int32),
+        weight.new_empty(input_ids.shape[0], weight.shape[1], dtype=out_dtype),
+        weight.new_empty(input_ids.shape[0], dtype=torch.int32),
     ),
     decides="weight",
 )
@@ -61,7 +61,7 @@ add_layer_norm_ = operation(
 linear_gelu = operation(
     matmul.linear_gelu,
     "gemm",
-    lambda hidden_states, weight, bias: hidden_states.new_empty(len(hidden_states), len(weight)),
+    lambda hidden_states, weight, bias: hidden_states.new_empty(hidden_states.shape[0], weight.shape[0]),
 )
 bias_gelu_ = operation(
     reference.bias_gelu_, "gelu", lambda hidden_states, bias: None, mutates=["hidden_states"]
@@ -70,14 +70,16 @@ segment_mean = operation(
     reference.segment_mean,
     "pooling",
     lambda hidden_states, cu_seqlens: hidden_states.new_empty(
-        len(cu_seqlens) - 1, hidden_states.shape[1], dtype=reference.statistics_dtype(hidden_states.dtype)
+        cu_seqlens.shape[0] - 1, hidden_states.shape[1], dtype=reference.statistics_dtype(hidden_states.dtype)
     ),
 )
 check_numerics = operation(
     reference.check_numerics,
     "numerics_check",
     lambda hidden_states, cu_seqlens: (
-        hidden_states.new_empty(len(cu_seqlens) - 1, dtype=reference.statistics_dtype(hidden_states.dtype)),
-        hidden_states.new_empty(len(cu_seqlens) - 1, dtype=torch.bool),
+        hidden_states.new_empty(
+            cu_seqlens.shape[0] - 1, dtype=reference.statistics_dtype(hidden_states.dtype)
+        ),
+        hidden_states.new_empty(cu_seqlens.shape[0] - 1, dtype=torch.bool),
     ),
 )

@@ -33,7 +33,8 @@ EXIT_OUT_OF_SPACE = 5
 
 # The names in `numerics.PRECISIONS` and `attention.BACKENDS`, which cannot be imported without torch.
 DTYPES = ("fp64", "fp32", "tf32", "fp16", "bf16")
-ATTENTIONS = ("auto", "flash3", "fa3_fwd", "flash4", "varlen", "flash2", "sdpa", "reference")
+ATTENTIONS = ("auto", "flash3", "fa3_fwd", "flash4", "varlen", "flash2", "triton", "sdpa", "reference")
+TUNED_DTYPES = ("fp16", "bf16", "fp32", "tf32")
 
 _REPEATED_SIGNAL_SECONDS = 5.0
 
@@ -55,6 +56,15 @@ examples:
 models: {", ".join(list(ESM2_MODELS)[:3])},
 {", ".join(list(ESM2_MODELS)[3:])},
 a checkpoint file or folder, demo (tiny, for trying out), random:NAME (seeded random weights)"""
+
+_TUNE_EPILOG = """\
+examples:
+  esm-packed tune
+  esm-packed tune --model esm2_t33_650M_UR50D --dtype fp16,bf16
+  esm-packed tune --device cuda:1 --time-limit 600 -o my-gpu.json
+
+Settings that compute wrong numbers are dropped, and only those that save over 2% of a kernel's time are kept.
+Each kernel's are written as soon as they are found; what the file has for other kernels remains."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -205,6 +215,7 @@ def _build_parser() -> argparse.ArgumentParser:
     _add_embed(commands)
     _add_info(commands)
     _add_checkpoint(commands)
+    _add_tune(commands)
     return parser
 
 
@@ -320,6 +331,51 @@ def _add_checkpoint(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace the file if it is there")
 
 
+def _add_tune(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = commands.add_parser(
+        "tune",
+        help="find the fastest settings of the GPU kernels",
+        description="Measure which launch settings of the Triton kernels are fastest on this GPU.\n"
+        "Every run of esm-packed on a GPU of this name then uses them.",
+        epilog=_TUNE_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(run=_tune)
+    parser.add_argument(
+        "--model",
+        action="append",
+        choices=(*ESM2_MODELS, "all"),
+        metavar="NAME",
+        help=f"tune for this ESM-2 model, such as {DEFAULT_MODEL}; may be repeated (default: all)",
+    )
+    parser.add_argument(
+        "--dtype",
+        type=_tuned_dtypes,
+        default=("fp16",),
+        metavar="LIST",
+        help=f"precisions, of {','.join(TUNED_DTYPES)} (default: fp16)",
+    )
+    parser.add_argument(
+        "--tokens",
+        type=_count(1024),
+        default=16384,
+        metavar="N",
+        help="tokens computed together, in proteins of mixed lengths (default: %(default)s)",
+    )
+    parser.add_argument("--device", type=_device, default="cuda", help="cuda or cuda:INDEX (default: cuda)")
+    parser.add_argument(
+        "--time-limit", type=_count(1), metavar="SECONDS", help="begin no further kernel after this time"
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="FILE.json",
+        help="file to write or complete (default: the one esm-packed reads, in its installation)",
+    )
+
+
 def _count(least: int) -> Callable[[str], int]:
     def count(text: str) -> int:
         if not re.fullmatch(r"-?\d{1,18}", text) or not least <= int(text) <= 2**31 - 1:
@@ -333,6 +389,13 @@ def _layers(text: str) -> tuple[int, ...]:
     if not re.fullmatch(r"-?\d{1,9}(,-?\d{1,9})*", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of layers such as 6,12 or -1")
     return tuple(int(layer) for layer in text.split(","))
+
+
+def _tuned_dtypes(text: str) -> tuple[str, ...]:
+    names = tuple(text.split(","))
+    if not set(names) <= set(TUNED_DTYPES):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of {', '.join(TUNED_DTYPES)}")
+    return names
 
 
 def _device(text: str) -> str:
@@ -420,4 +483,21 @@ def _checkpoint(options: argparse.Namespace) -> int:
         checkpoint = load_checkpoint(options.model, progress=report)
     save_fair_esm(checkpoint, options.output)
     _say([f"{checkpoint.model_name} written to {path}" for path in files if path.exists()])
+    return EXIT_COMPLETE
+
+
+def _tune(options: argparse.Namespace) -> int:
+    from esm_packed.runners.progress import Console
+    from esm_packed.runners.tune import TuneRequest, tune
+
+    models = options.model or ["all"]
+    request = TuneRequest(
+        models=tuple(ESM2_MODELS) if "all" in models else tuple(models),
+        dtypes=options.dtype,
+        tokens=options.tokens,
+        device=options.device,
+        output=options.output,
+        time_limit=options.time_limit,
+    )
+    _say(tune(request, Console()))
     return EXIT_COMPLETE

@@ -1,0 +1,84 @@
+"""The whole model with every operation as a Triton kernel, attention among them, equals fair-esm 2.0.0."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import fair_esm_reference
+import pytest
+import torch
+from tolerances import relative_error
+
+from esm_packed import ESM2, kernels
+from esm_packed.alphabet import encode
+from esm_packed.packing import pack
+
+NUM_LAYERS = 2
+LAYERS = range(NUM_LAYERS + 1)
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def proteins() -> list[str]:
+    """One masked in part, one across a block of attention, and short ones."""
+    plain = fair_esm_reference.random_sequences([70, 30, 1, 17], seed=1)
+    return [plain[0], plain[1][:10] + "<mask>" * 8 + plain[1][10:], *plain[2:]]
+
+
+@dataclass(frozen=True)
+class Case:
+    checkpoint: Path
+    sequences: list[str]
+    truth: dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module", params=[16, 24, 32], ids=lambda head_dim: f"head_dim{head_dim}")
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    path = tmp_path_factory.mktemp("checkpoint") / f"esm2_head_dim{request.param}.pt"
+    fair_esm_reference.write_checkpoint(
+        path, num_layers=NUM_LAYERS, num_heads=3, head_dim=request.param, seed=request.param
+    )
+    return Case(path, proteins(), by_fair_esm(path, "fp64", proteins()))
+
+
+def by_fair_esm(checkpoint: Path, dtype: str, sequences: list[str]) -> dict[str, torch.Tensor]:
+    """fair-esm's results of single sequences, laid end to end as ours are."""
+    results = fair_esm_reference.run(fair_esm_reference.load(checkpoint, DTYPES[dtype]), sequences)
+    return (
+        {f"layer {layer}": torch.cat([r["representations"][layer] for r in results]) for layer in LAYERS}
+        | {f"mean {layer}": torch.stack([r["mean"][layer] for r in results]) for layer in LAYERS}
+        | {"logits": torch.cat([r["logits"] for r in results])}
+    )
+
+
+def by_triton(case: Case, dtype: str, device: torch.device) -> dict[str, torch.Tensor]:
+    """The same of all sequences in one pack."""
+    model = ESM2.from_pretrained(case.checkpoint, device=device, dtype=dtype)
+    batch = pack([encode(sequence) for sequence in case.sequences]).to(device)
+    output = model.forward_packed(
+        batch.input_ids,
+        batch.cu_seqlens,
+        batch.max_seqlen,
+        LAYERS,
+        return_logits=True,
+        attend=kernels.packed_attention,
+    )
+    assert output.logits is not None
+    means = {
+        f"mean {layer}": kernels.segment_mean(output.representations[layer], batch.cu_seqlens)
+        for layer in LAYERS
+    }
+    layers = {f"layer {layer}": output.representations[layer] for layer in LAYERS}
+    return {name: tensor.cpu() for name, tensor in (layers | means | {"logits": output.logits}).items()}
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+def test_the_model_is_within_twice_the_error_of_fair_esm(
+    case: Case, dtype: str, triton_device: torch.device
+) -> None:
+    """Twice, in FP32 too: four sequences have few means, whose errors scatter."""
+    fair = by_fair_esm(case.checkpoint, dtype, case.sequences)
+    for name, actual in by_triton(case, dtype, triton_device).items():
+        truth = case.truth[name]
+        assert actual.shape == truth.shape
+        assert relative_error(actual, truth) <= 2 * relative_error(fair[name], truth), name

@@ -1,0 +1,814 @@
+"""Every Triton kernel against the plain-PyTorch reference: on a GPU, else in Triton's interpreter.
+
+The truth is the reference in FP64 on the same inputs; the reference in their own dtype is the yardstick.
+All memory the launchers allocate is poisoned, and it and their arguments lie between guards, so that a place
+left unwritten, or read or written though it is not theirs, fails whichever test comes upon it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tolerances import assert_as_close_as_pytorch
+
+from esm_packed import kernels
+from esm_packed.kernels import launch, matmul, reference
+from esm_packed.packing import PackedBatch
+
+# Where tests are about infinities, numpy would report each that the interpreter meets.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
+
+Arguments = dict[str, Any]
+
+NAN, INF = float("nan"), float("inf")
+MASK_ID = 32
+VOCAB_SIZE = 33
+EPS = 1e-5
+HALF_TYPES = [torch.float16, torch.bfloat16]
+DTYPES = [torch.float32, *HALF_TYPES]
+HEAD_DIMS = [16, 24, 32, 64, 128]
+HEADS = [(20, 16), (20, 24), (20, 32), (20, 64), (40, 64), (40, 128)]
+"""(num_heads, head_dim) of ESM-2's six sizes."""
+HIDDEN_SIZES = [320, 480, 640, 1280, 2560, 5120]
+
+BOUNDARIES = [3, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129]
+"""Lengths around the blocks of every kernel."""
+ONE = [50]
+MANY = [3] * 300
+LONG_AMONG_SHORT = [3, 5, 200, 4, 3]
+WITH_EMPTY = [5, 0, 0, 20, 3, 0, 17, 0, 0, 0]
+"""Empty sequences inside, and behind the last as a cu_seqlens of fixed size is filled up."""
+PACKS = {
+    "boundaries": BOUNDARIES,
+    "one": ONE,
+    "300 short": MANY,
+    "long among short": LONG_AMONG_SHORT,
+    "with empty": WITH_EMPTY,
+    "empty first": [0, 0, 7, 18],
+}
+all_packs = pytest.mark.parametrize("lengths", PACKS.values(), ids=PACKS.keys())
+all_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+half_types = pytest.mark.parametrize("dtype", HALF_TYPES, ids=str)
+
+GUARD = 1 << 16
+"""Poisoned elements on each side of arguments and results, more than a block holds."""
+
+GUARD_ROWS = 136
+"""Rows on each side of an argument that are a trap, more than any block reaches beyond it."""
+
+
+def poison_of(dtype: torch.dtype) -> float | int | bool:
+    """What stands in guards. It is no NaN: what is computed from it must differ from it."""
+    return INF if dtype.is_floating_point else True if dtype == torch.bool else -77
+
+
+def is_poison(tensor: torch.Tensor) -> bool:
+    return bool((tensor == poison_of(tensor.dtype)).all())
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """New memory holds NaN or nonsense, and lies between guards of Inf that must stay as they are."""
+    guards: list[torch.Tensor] = []
+
+    def empty(*size: Any, dtype: torch.dtype | None = None, device: Any = None, **_: Any) -> torch.Tensor:
+        shape = torch.Size(size if all(isinstance(extent, int) for extent in size) else size[0])
+        dtype = dtype or torch.get_default_dtype()
+        buffer = torch.full((shape.numel() + 2 * GUARD,), poison_of(dtype), dtype=dtype, device=device)
+        guards.extend((buffer[:GUARD], buffer[GUARD + shape.numel() :]))
+        result = buffer[GUARD : GUARD + shape.numel()].view(shape)
+        return result.fill_(NAN) if dtype.is_floating_point else result
+
+    def empty_like(
+        like: torch.Tensor, *, dtype: torch.dtype | None = None, device: Any = None, **_: Any
+    ) -> torch.Tensor:
+        return empty(like.shape, dtype=dtype or like.dtype, device=device or like.device)
+
+    monkeypatch.setattr(torch, "empty", empty)
+    monkeypatch.setattr(torch, "empty_like", empty_like)
+    yield
+    monkeypatch.undo()
+    assert all(is_poison(guard) for guard in guards), "a kernel wrote outside of its arguments and results"
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def launches(triton_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Arguments]]:
+    """Every Triton kernel launched: its name, and its keyword arguments."""
+    from esm_packed.kernels.gelu import _bias_gelu_kernel
+
+    recorded: list[tuple[str, Arguments]] = []
+    jit_function: Any = type(_bias_gelu_kernel)
+    original = jit_function.__getitem__
+
+    def getitem(kernel: Any, grid: Any) -> Callable[..., Any]:
+        def launch_recorded(*args: Any, **kwargs: Any) -> Any:
+            recorded.append((kernel.fn.__name__, kwargs))
+            return original(kernel, grid)(*args, **kwargs)
+
+        return launch_recorded
+
+    monkeypatch.setattr(jit_function, "__getitem__", getitem)
+    return recorded
+
+
+def cu_seqlens_of(lengths: list[int]) -> torch.Tensor:
+    return F.pad(torch.tensor(lengths, dtype=torch.int64).cumsum(0), (1, 0)).int()
+
+
+def position_ids_of(lengths: list[int]) -> torch.Tensor:
+    ids = torch.zeros(sum(lengths), dtype=torch.int32)
+    return PackedBatch(ids, cu_seqlens_of(lengths), max(lengths, default=0)).position_ids
+
+
+def random_ids(lengths: list[int], masked_share: float = 0.3) -> torch.Tensor:
+    input_ids = torch.randint(4, 24, (sum(lengths),), dtype=torch.int32)
+    input_ids[torch.rand(len(input_ids)) < masked_share] = MASK_ID
+    cu_seqlens = cu_seqlens_of(lengths)
+    input_ids[cu_seqlens[:-1][cu_seqlens.diff() > 0].long()] = 0
+    return input_ids
+
+
+def embedding_arguments(lengths: list[int], dtype: torch.dtype, hidden_size: int = 48) -> Arguments:
+    return {
+        "input_ids": random_ids(lengths),
+        "cu_seqlens": cu_seqlens_of(lengths),
+        "weight": torch.randn(VOCAB_SIZE, hidden_size).to(dtype),
+        "mask_id": MASK_ID,
+        "out_dtype": torch.float32,
+    }
+
+
+def rotary_arguments(
+    lengths: list[int], dtype: torch.dtype, num_heads: int = 5, head_dim: int = 24, packed: bool = False
+) -> Arguments:
+    inv_freq = 1 / 10000 ** (torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    angles = torch.outer(torch.arange(max(lengths, default=0), dtype=torch.float64), inv_freq)
+    where = {"cu_seqlens": cu_seqlens_of(lengths)} if packed else {"position_ids": position_ids_of(lengths)}
+    return {
+        "qkv": torch.randn(sum(lengths), 3, num_heads, head_dim).to(dtype),
+        "cos": angles.cos().float(),
+        "sin": angles.sin().float(),
+        **where,
+    }
+
+
+def attention_arguments(
+    lengths: list[int], dtype: torch.dtype, num_heads: int = 2, head_dim: int = 24
+) -> Arguments:
+    """Scores far from uniform, so that a key too many or too few is seen."""
+    query, key, value = torch.randn(3, sum(lengths), num_heads, head_dim).to(dtype)
+    return {
+        "query": query * 2,
+        "key": key,
+        "value": value,
+        "cu_seqlens": cu_seqlens_of(lengths),
+        "max_seqlen": max(lengths, default=0),
+        "softmax_scale": head_dim**-0.5,
+    }
+
+
+def norm_arguments(num_tokens: int, dtype: torch.dtype, hidden_size: int = 48) -> Arguments:
+    return {
+        "hidden_states": (torch.randn(num_tokens, hidden_size) * 5 + 1).to(dtype),
+        "weight": torch.randn(hidden_size).to(dtype),
+        "bias": torch.randn(hidden_size).to(dtype),
+        "eps": EPS,
+    }
+
+
+def add_norm_arguments(
+    num_tokens: int, dtype: torch.dtype, residual_dtype: torch.dtype, hidden_size: int = 48
+) -> Arguments:
+    arguments = norm_arguments(num_tokens, dtype, hidden_size)
+    residual = (torch.randn(num_tokens, hidden_size) * 20).to(residual_dtype)
+    return {"delta": arguments.pop("hidden_states"), "residual": residual, **arguments}
+
+
+def gelu_arguments(num_tokens: int, dtype: torch.dtype, width: int = 48) -> Arguments:
+    return {
+        "hidden_states": (torch.randn(num_tokens, width) * 3).to(dtype),
+        "bias": torch.randn(width).to(dtype),
+    }
+
+
+def linear_arguments(
+    num_tokens: int, dtype: torch.dtype, in_features: int = 48, out_features: int = 80
+) -> Arguments:
+    return {
+        "hidden_states": torch.randn(num_tokens, in_features).to(dtype),
+        "weight": (torch.randn(out_features, in_features) / in_features**0.5).to(dtype),
+        "bias": torch.randn(out_features).to(dtype),
+    }
+
+
+def pooling_arguments(lengths: list[int], dtype: torch.dtype, hidden_size: int = 48) -> Arguments:
+    return {
+        "hidden_states": (torch.randn(sum(lengths), hidden_size) * 3 + 1).to(dtype),
+        "cu_seqlens": cu_seqlens_of(lengths),
+    }
+
+
+EXAMPLES: dict[str, Callable[[list[int], torch.dtype], Arguments]] = {
+    "embed_tokens": embedding_arguments,
+    "rotary_qk_": rotary_arguments,
+    "rotary_qk_packed_": lambda lengths, dtype: rotary_arguments(lengths, dtype, packed=True),
+    "packed_attention": attention_arguments,
+    "layer_norm": lambda lengths, dtype: norm_arguments(sum(lengths), dtype),
+    "add_layer_norm_": lambda lengths, dtype: add_norm_arguments(sum(lengths), dtype, torch.float32),
+    "linear_gelu": lambda lengths, dtype: linear_arguments(sum(lengths), dtype),
+    "gemm_bias_gelu": lambda lengths, dtype: linear_arguments(sum(lengths), dtype),
+    "bias_gelu_": lambda lengths, dtype: gelu_arguments(sum(lengths), dtype),
+    "segment_mean": pooling_arguments,
+    "check_numerics": pooling_arguments,
+}
+all_operations = pytest.mark.parametrize("name", EXAMPLES)
+
+MODIFIED = {
+    "rotary_qk_": "qkv",
+    "rotary_qk_packed_": "qkv",
+    "add_layer_norm_": "residual",
+    "bias_gelu_": "hidden_states",
+}
+
+
+def kernel(name: str) -> Callable[..., Any]:
+    if name == "gemm_bias_gelu":
+        from esm_packed.kernels import gemm
+
+        return gemm.gemm_bias_gelu
+    function: Callable[..., Any] = getattr(kernels, name)
+    return function
+
+
+def in_pytorch(name: str) -> Callable[..., Any]:
+    if name in ("linear_gelu", "gemm_bias_gelu"):
+        return matmul.linear_gelu
+    function: Callable[..., Any] = getattr(reference, name)
+    return function
+
+
+def call(name: str, function: Callable[..., Any], arguments: Arguments) -> list[torch.Tensor]:
+    """What `function` returns, and then what it leaves in the argument it modifies."""
+    returned = function(**arguments)
+    results = [] if returned is None else list(returned) if isinstance(returned, tuple) else [returned]
+    if name in MODIFIED:
+        results.append(arguments[MODIFIED[name]])
+    return [result.cpu() for result in results]
+
+
+def run(name: str, arguments: Arguments, device: torch.device) -> list[torch.Tensor]:
+    """The results of the Triton kernel on copies of `arguments`."""
+    return call(name, kernel(name), moved(arguments, device))
+
+
+def moved(arguments: Arguments, device: torch.device) -> Arguments:
+    """Contiguous copies between guards."""
+    return {
+        key: torch.empty_like(value, device=device).copy_(value) if isinstance(value, torch.Tensor) else value
+        for key, value in arguments.items()
+    }
+
+
+def expect(name: str, arguments: Arguments, dtype: torch.dtype | None = None) -> list[torch.Tensor]:
+    """The results of the reference on copies of `arguments`, with all that is floating point in `dtype`."""
+
+    def copied(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return value.to(dtype if value.is_floating_point() else None, copy=True)
+        return dtype if dtype and isinstance(value, torch.dtype) else value
+
+    return call(name, in_pytorch(name), {key: copied(value) for key, value in arguments.items()})
+
+
+def check(name: str, arguments: Arguments, device: torch.device) -> list[torch.Tensor]:
+    """Hold the kernel to the error of PyTorch in the same dtype, and return its results."""
+    actual = run(name, arguments, device)
+    truth = expect(name, arguments, torch.float64)
+    for ours, same_dtype, true in zip(actual, expect(name, arguments), truth, strict=True):
+        assert ours.dtype == same_dtype.dtype
+        if ours.is_floating_point():
+            assert_as_close_as_pytorch(ours, same_dtype, true)
+        else:
+            assert torch.equal(ours, same_dtype)
+    return actual
+
+
+def assert_identical(actual: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert ours.dtype == theirs.dtype
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+
+
+@all_packs
+@pytest.mark.parametrize("mask_id", [MASK_ID, None], ids=["dropout", "plain"])
+def test_embed_tokens_in_every_pack(
+    lengths: list[int], mask_id: int | None, triton_device: torch.device
+) -> None:
+    arguments = embedding_arguments(lengths, torch.float32) | {"mask_id": mask_id}
+    embeddings, position_ids = check("embed_tokens", arguments, triton_device)
+    assert position_ids.dtype == torch.int32
+    assert torch.equal(position_ids, position_ids_of(lengths))
+    if mask_id is None:
+        assert torch.equal(embeddings, arguments["weight"][arguments["input_ids"].long()])
+
+
+@pytest.mark.parametrize("hidden_size", HIDDEN_SIZES)
+@all_dtypes
+@pytest.mark.parametrize("half_stream", [False, True], ids=["fp32 stream", "stream of the weights"])
+def test_embed_tokens_in_every_size(
+    hidden_size: int, dtype: torch.dtype, half_stream: bool, triton_device: torch.device
+) -> None:
+    arguments = embedding_arguments([3, 6], dtype, hidden_size)
+    if half_stream:
+        arguments["out_dtype"] = dtype
+    arguments["input_ids"] = arguments["input_ids"].long()
+    check("embed_tokens", arguments, triton_device)
+
+
+def test_embed_tokens_of_masks_alone(triton_device: torch.device) -> None:
+    """With nothing kept the scale is infinite, and the rows are still zero; the neighbours keep theirs."""
+    arguments = embedding_arguments([5, 4, 6], torch.float32)
+    arguments["input_ids"][5:9] = MASK_ID
+    embeddings, _ = check("embed_tokens", arguments, triton_device)
+    assert not embeddings[5:9].any()
+    assert embeddings[arguments["input_ids"] != MASK_ID].all()
+
+
+@pytest.mark.parametrize("num_heads, head_dim", HEADS)
+@all_dtypes
+def test_rotary_in_every_size(
+    num_heads: int, head_dim: int, dtype: torch.dtype, triton_device: torch.device
+) -> None:
+    arguments = rotary_arguments([3, 7], dtype, num_heads, head_dim)
+    (rotated,) = check("rotary_qk_", arguments, triton_device)
+    assert torch.equal(rotated[:, 2], arguments["qkv"][:, 2])
+    assert not torch.equal(rotated[:, :2], arguments["qkv"][:, :2])
+
+
+@all_packs
+def test_rotary_in_every_pack(lengths: list[int], triton_device: torch.device) -> None:
+    """Both forms give the same bits."""
+    arguments = rotary_arguments(lengths, torch.float16, 2)
+    (rotated,) = check("rotary_qk_", arguments, triton_device)
+    assert torch.equal(rotated[:, 2], arguments["qkv"][:, 2])
+    del arguments["position_ids"]
+    arguments["cu_seqlens"] = cu_seqlens_of(lengths)
+    assert torch.equal(run("rotary_qk_packed_", arguments, triton_device)[0], rotated)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["position_ids", "cu_seqlens"])
+def test_rotary_of_strided_tokens(packed: bool, triton_device: torch.device) -> None:
+    name = "rotary_qk_packed_" if packed else "rotary_qk_"
+    arguments = rotary_arguments([3, 15, 6], torch.float16, packed=packed)
+    buffer = torch.full((24, 5, 5, 24), NAN, dtype=torch.float16, device=triton_device)
+    view = buffer[:, 1:4]
+    view.copy_(arguments["qkv"])
+    strided = moved(arguments, triton_device) | {"qkv": view}
+    assert_identical(call(name, kernel(name), strided), run(name, arguments, triton_device))
+    assert buffer[:, ::4].isnan().all()
+
+
+@pytest.mark.parametrize("hidden_size", HIDDEN_SIZES)
+@all_dtypes
+@pytest.mark.parametrize("weight_dtype", [None, torch.float16], ids=["same", "fp16 weights"])
+def test_layer_norm_in_every_size(
+    hidden_size: int, dtype: torch.dtype, weight_dtype: torch.dtype | None, triton_device: torch.device
+) -> None:
+    arguments = norm_arguments(5, dtype, hidden_size)
+    for name in ("weight", "bias"):
+        arguments[name] = arguments[name].to(weight_dtype or dtype)
+    check("layer_norm", arguments, triton_device)
+
+
+def test_layer_norm_of_a_small_spread_about_a_large_mean(triton_device: torch.device) -> None:
+    """A variance taken as the mean of squares less the square of the mean would be lost."""
+    arguments = norm_arguments(9, torch.float32, 320)
+    arguments["hidden_states"] = torch.randn(9, 320) * 0.1 + 1000
+    check("layer_norm", arguments, triton_device)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 3, 4, 5, 8, 9])
+def test_layer_norm_of_every_remainder_of_rows(num_tokens: int, triton_device: torch.device) -> None:
+    check("layer_norm", norm_arguments(num_tokens, torch.float16, 480), triton_device)
+
+
+@pytest.mark.parametrize("hidden_size", HIDDEN_SIZES)
+@pytest.mark.parametrize(
+    "dtype, residual_dtype",
+    [(dtype, dtype) for dtype in DTYPES] + [(dtype, torch.float32) for dtype in HALF_TYPES],
+    ids=str,
+)
+def test_add_layer_norm(
+    hidden_size: int, dtype: torch.dtype, residual_dtype: torch.dtype, triton_device: torch.device
+) -> None:
+    arguments = add_norm_arguments(5, dtype, residual_dtype, hidden_size)
+    _, residual = check("add_layer_norm_", arguments, triton_device)
+    assert torch.equal(residual, expect("add_layer_norm_", arguments)[1])
+
+
+@half_types
+def test_add_layer_norm_normalises_the_sum_before_it_is_rounded(
+    dtype: torch.dtype, triton_device: torch.device
+) -> None:
+    """Additions too small for the residual stream still reach the norm."""
+    arguments = add_norm_arguments(4, dtype, dtype, 320)
+    arguments["residual"] = torch.ones(4, 320, dtype=dtype)
+    arguments["delta"] = (torch.randn(4, 320) * 1e-4).to(dtype)
+    normalised, residual = check("add_layer_norm_", arguments, triton_device)
+    of_rounded = expect("layer_norm", {**norm_arguments(4, dtype, 320), "hidden_states": residual})[0]
+    assert not torch.allclose(normalised, of_rounded, rtol=0.1)
+
+
+@pytest.mark.parametrize("width", [1280, 1920, 2560, 5120, 10240, 20480])
+@all_dtypes
+def test_bias_gelu_in_every_size(width: int, dtype: torch.dtype, triton_device: torch.device) -> None:
+    check("bias_gelu_", gelu_arguments(9, dtype, width), triton_device)
+
+
+def test_gelu_is_the_erf_form(triton_device: torch.device) -> None:
+    """The tanh form differs by up to 4.7e-4."""
+    x = torch.linspace(-8, 8, 4001)[None]
+    (actual,) = run("bias_gelu_", {"hidden_states": x, "bias": torch.zeros(4001)}, triton_device)
+    assert float((actual - F.gelu(x.double())).abs().max()) < 1e-6
+
+
+@pytest.mark.parametrize("in_features, out_features", [(320, 1280), (480, 1920), (1280, 640)])
+@all_dtypes
+def test_linear_gelu(
+    in_features: int, out_features: int, dtype: torch.dtype, triton_device: torch.device
+) -> None:
+    check("linear_gelu", linear_arguments(9, dtype, in_features, out_features), triton_device)
+
+
+@pytest.fixture(params=["pointers", "tma"])
+def gemm_device(
+    request: pytest.FixtureRequest, triton_device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> torch.device:
+    """The device, with the kernel moving its tiles by pointers or by TMA descriptors."""
+    use_tma = request.param == "tma"
+    if use_tma and triton_device.type == "cuda" and launch.capability(triton_device) < 90:
+        pytest.skip("this GPU has no TMA")
+    monkeypatch.setattr(launch, "capability", lambda device: 90 if use_tma else 0)
+    return triton_device
+
+
+@pytest.mark.parametrize(
+    "num_tokens, in_features, out_features",
+    [
+        (1, 72, 136),
+        (17, 64, 128),
+        (127, 136, 120),
+        (128, 64, 8),
+        (129, 72, 264),
+        (9, 320, 136),
+    ],
+)
+@half_types
+def test_gemm_bias_gelu_around_its_tiles(
+    num_tokens: int, in_features: int, out_features: int, dtype: torch.dtype, gemm_device: torch.device
+) -> None:
+    arguments = linear_arguments(num_tokens, dtype, in_features, out_features)
+    check("gemm_bias_gelu", arguments, gemm_device)
+
+
+@pytest.mark.parametrize("num_programs", [1, 3, 100])
+def test_gemm_bias_gelu_computes_every_tile(
+    num_programs: int, gemm_device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nine rows of tiles, of which eight form a group, and two columns, shared among the programs."""
+    monkeypatch.setattr("esm_packed.kernels.gemm.num_multiprocessors", lambda device: num_programs)
+    check("gemm_bias_gelu", linear_arguments(8 * 128 + 1, torch.float16, 32, 136), gemm_device)
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize(
+    "dtype, input_precision",
+    [(dtype, "ieee") for dtype in DTYPES] + [(torch.float32, "tf32"), (torch.float32, "tf32x3")],
+    ids=str,
+)
+def test_packed_attention_in_every_size(
+    head_dim: int, dtype: torch.dtype, input_precision: str, triton_device: torch.device
+) -> None:
+    arguments = attention_arguments(BOUNDARIES, dtype, 1, head_dim)
+    arguments["input_precision"] = input_precision
+    (actual,) = run("packed_attention", arguments, triton_device)
+    (truth,) = expect("packed_attention", arguments, torch.float64)
+    # TF32 has the mantissa of FP16; the interpreter multiplies in FP32 whatever it is told.
+    in_tf32 = input_precision == "tf32" and triton_device.type == "cuda"
+    (yardstick,) = expect("packed_attention", arguments, torch.float16 if in_tf32 else None)
+    assert actual.dtype == dtype
+    assert_as_close_as_pytorch(actual, yardstick, truth)
+
+
+@all_packs
+def test_packed_attention_in_every_pack(lengths: list[int], triton_device: torch.device) -> None:
+    num_heads = 1 if lengths == MANY else 2
+    check("packed_attention", attention_arguments(lengths, torch.float16, num_heads), triton_device)
+
+
+@pytest.mark.parametrize("lengths", [WITH_EMPTY, LONG_AMONG_SHORT], ids=["with empty", "long among short"])
+def test_packed_attention_in_fp32_in_every_pack(lengths: list[int], triton_device: torch.device) -> None:
+    """Its one loop, in place of one over full blocks and one over the last, is code of its own."""
+    check("packed_attention", attention_arguments(lengths, torch.float32), triton_device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_packed_attention_of_each_sequence_is_that_of_the_sequence_alone(
+    dtype: torch.dtype, triton_device: torch.device
+) -> None:
+    lengths = [33, 3, 65, 64, 130, 1]
+    arguments = attention_arguments(lengths, dtype)
+    (packed,) = run("packed_attention", arguments, triton_device)
+    splits = [arguments[name].split(lengths) for name in ("query", "key", "value")]
+    for length, rows, query, key, value in zip(lengths, packed.split(lengths), *splits, strict=True):
+        alone = arguments | {"query": query, "key": key, "value": value, "max_seqlen": length}
+        alone["cu_seqlens"] = cu_seqlens_of([length])
+        assert torch.equal(run("packed_attention", alone, triton_device)[0], rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_packed_attention_of_strided_tokens(dtype: torch.dtype, triton_device: torch.device) -> None:
+    """Views of the projection, and three tensors whose tokens lie at different distances."""
+    arguments = attention_arguments([3, 40, 66], dtype)
+    expected = run("packed_attention", arguments, triton_device)
+    names = ("query", "key", "value")
+    qkv = torch.stack([arguments[name] for name in names], 1).to(triton_device)
+    views = dict(zip(names, qkv.unbind(1), strict=True))
+    apart = {}
+    for count, name in enumerate(names, 1):
+        buffer = torch.full((109, count, 2, 24), NAN, dtype=dtype, device=triton_device)
+        apart[name] = buffer[:, count - 1]
+        apart[name].copy_(arguments[name])
+    cu_seqlens = arguments["cu_seqlens"].to(triton_device)
+    for tensors in (views, apart):
+        arguments |= tensors | {"cu_seqlens": cu_seqlens}
+        assert_identical(call("packed_attention", kernels.packed_attention, arguments), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("block_m, block_n", [(16, 64), (128, 16), (32, 32)])
+def test_packed_attention_with_tuned_settings(
+    dtype: torch.dtype,
+    block_m: int,
+    block_n: int,
+    triton_device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+    launches: list[tuple[str, Arguments]],
+) -> None:
+    tuned = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": 4, "num_stages": 1}
+    name = "packed_attention" if dtype == torch.float16 else "packed_attention_ieee"
+    key = launch.settings_key(name, 24, dtype)
+    monkeypatch.setitem(launch.tuned_settings(triton_device), key, tuned)
+    check("packed_attention", attention_arguments([3, 0, 17, 64, 33, 0], dtype, 1), triton_device)
+    ((_, settings),) = launches
+    assert tuned.items() <= settings.items()
+
+
+@pytest.mark.parametrize("hidden_size", HIDDEN_SIZES)
+@all_dtypes
+def test_segment_mean_in_every_size(
+    hidden_size: int, dtype: torch.dtype, triton_device: torch.device
+) -> None:
+    check("segment_mean", pooling_arguments([3, 35, 5], dtype, hidden_size), triton_device)
+
+
+@pytest.mark.parametrize("lengths", [BOUNDARIES, ONE, MANY, LONG_AMONG_SHORT], ids=len)
+def test_segment_mean_leaves_out_bos_and_eos(lengths: list[int], triton_device: torch.device) -> None:
+    arguments = pooling_arguments(lengths, torch.float16, 120)
+    ends = arguments["cu_seqlens"].long()
+    arguments["hidden_states"][ends[:-1]] = NAN
+    arguments["hidden_states"][ends[1:] - 1] = INF
+    check("segment_mean", arguments, triton_device)
+
+
+def test_segment_mean_without_residues_is_nan_and_touches_no_neighbour(triton_device: torch.device) -> None:
+    lengths = [0, 5, 0, 0, 20, 2, 3, 0, 0]
+    arguments = pooling_arguments(lengths, torch.float32)
+    (means,) = run("segment_mean", arguments, triton_device)
+    filled = torch.tensor(lengths) > 2
+    assert means[~filled].isnan().all()
+    arguments["hidden_states"] = arguments["hidden_states"][[*range(25), *range(27, 30)]]
+    arguments["cu_seqlens"] = cu_seqlens_of([5, 20, 3])
+    assert torch.equal(run("segment_mean", arguments, triton_device)[0], means[filled])
+
+
+@pytest.mark.parametrize("hidden_size", [320, 480, 5120])
+@all_dtypes
+def test_check_numerics_in_every_size(
+    hidden_size: int, dtype: torch.dtype, triton_device: torch.device
+) -> None:
+    arguments = pooling_arguments([3, 13, 14, 1], dtype, hidden_size)
+    assert_identical(run("check_numerics", arguments, triton_device), expect("check_numerics", arguments))
+
+
+@all_packs
+@pytest.mark.parametrize("bad", [NAN, INF, -INF], ids=str)
+def test_check_numerics_blames_the_right_sequence(
+    lengths: list[int], bad: float, triton_device: torch.device
+) -> None:
+    """The first and the last number of one sequence are bad, and no neighbour is blamed."""
+    arguments = pooling_arguments(lengths, torch.float16, 40)
+    guilty = max(range(len(lengths)), key=lengths.__getitem__)
+    start, end = arguments["cu_seqlens"][guilty : guilty + 2].tolist()
+    arguments["hidden_states"][start, 0] = bad
+    arguments["hidden_states"][end - 1, -1] = bad
+    max_abs, nonfinite = run("check_numerics", arguments, triton_device)
+    assert nonfinite.nonzero().flatten().tolist() == [guilty]
+    assert_identical([max_abs, nonfinite], expect("check_numerics", arguments))
+
+
+def test_norms_of_values_near_the_fp16_limit(triton_device: torch.device) -> None:
+    """Squares and sums beyond FP16 stay finite, as does the norm of a sum that FP16 cannot hold."""
+    arguments = norm_arguments(5, torch.float16, 5120)
+    states = torch.rand(5, 5120).mul(5504).add(60000).mul(torch.randn(5, 5120).sign()).half()
+    states[0] = 65504
+    states[1, ::2], states[1, 1::2] = 65504, -65504
+    check("layer_norm", arguments | {"hidden_states": states}, triton_device)
+
+    arguments = add_norm_arguments(5, torch.float16, torch.float16, 5120)
+    arguments |= {"delta": states, "residual": states.clone()}
+    actual = run("add_layer_norm_", arguments, triton_device)
+    assert actual[1].isinf().all()
+    (truth, _), (same_dtype, residual) = (
+        expect("add_layer_norm_", arguments, dtype) for dtype in (torch.float64, None)
+    )
+    assert torch.equal(actual[1], residual)
+    assert_as_close_as_pytorch(actual[0], same_dtype, truth)
+
+
+def test_gelu_of_values_near_the_fp16_limit(triton_device: torch.device) -> None:
+    arguments = gelu_arguments(3, torch.float16, 320)
+    states = torch.empty(3, 320).fill_(65504)
+    states[:, ::2] = -65504
+    arguments = {"hidden_states": states.half(), "bias": torch.zeros(320).half()}
+    check("bias_gelu_", arguments, triton_device)
+    arguments["bias"][:4] = 100
+    (actual,) = run("bias_gelu_", arguments, triton_device)
+    assert_identical([actual], expect("bias_gelu_", arguments))
+    assert actual[:, 1].isposinf().all()
+    assert not actual[:, ::2].any()
+
+
+def test_attention_of_values_near_the_fp16_limit(triton_device: torch.device) -> None:
+    """Scores beyond FP16, weights that underflow, and sums of values beyond FP16."""
+    arguments = attention_arguments([3, 17, 66], torch.float16, 2, 64)
+    arguments["query"] *= 100
+    arguments["key"] *= 100
+    arguments["value"] = torch.rand(86, 2, 64).mul(5000).add(60000).half()
+    scores = arguments["query"].double()[0, 0] @ arguments["key"].double()[:, 0].T
+    assert scores.abs().max() > 65504
+    check("packed_attention", arguments, triton_device)
+
+
+def test_pooling_of_values_near_the_fp16_limit(triton_device: torch.device) -> None:
+    states = torch.empty(129, 320).fill_(-65504).half()
+    arguments = {"hidden_states": states, "cu_seqlens": cu_seqlens_of([129])}
+    (means,) = run("segment_mean", arguments, triton_device)
+    assert (means == -65504).all()
+    max_abs, nonfinite = run("check_numerics", arguments, triton_device)
+    assert max_abs.item() == 65504
+    assert not nonfinite.any()
+
+
+@all_operations
+def test_one_launch_for_each_call(
+    name: str, triton_device: torch.device, launches: list[tuple[str, Arguments]]
+) -> None:
+    run(name, EXAMPLES[name]([3, 5], torch.float16), triton_device)
+    assert len(launches) == 1
+
+
+@pytest.mark.parametrize("name", [name for name in EXAMPLES if name != "gemm_bias_gelu"])
+def test_double_precision_is_never_given_to_triton(
+    name: str, triton_device: torch.device, launches: list[tuple[str, Arguments]]
+) -> None:
+    arguments = EXAMPLES[name]([3, 5], torch.float64)
+    arguments |= {key: arguments[key].double() for key in ("cos", "sin", "residual") if key in arguments}
+    assert_identical(run(name, arguments, triton_device), expect(name, arguments))
+    assert not launches
+
+
+@all_operations
+def test_a_repeated_call_gives_the_same_bits(name: str, triton_device: torch.device) -> None:
+    arguments = EXAMPLES[name]([17, 3, 33], torch.float16)
+    first = run(name, arguments, triton_device)
+    assert_identical(run(name, arguments, triton_device), first)
+
+
+@all_operations
+@pytest.mark.parametrize("lengths", [[], [0], [0, 0, 0]], ids=len)
+@half_types
+def test_an_empty_batch_gives_an_empty_result(
+    name: str, lengths: list[int], dtype: torch.dtype, triton_device: torch.device
+) -> None:
+    arguments = EXAMPLES[name](lengths, dtype)
+    actual = run(name, arguments, triton_device)
+    if name == "segment_mean":  # the mean of no residues is none
+        assert actual[0].shape == (len(lengths), 48)
+        assert actual[0].isnan().all()
+        return
+    assert_identical(actual, expect(name, arguments))
+
+
+@all_operations
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_what_lies_around_the_arguments_is_neither_read_nor_written(
+    name: str, dtype: torch.dtype, triton_device: torch.device
+) -> None:
+    """Around floats lies NaN, around token ids `<mask>`, around cu_seqlens plausible boundaries."""
+    arguments = EXAMPLES[name]([17, 3, 33], dtype)
+    buffers = {}
+    guarded: Arguments = {}
+    for key, value in arguments.items():
+        guarded[key] = value
+        if isinstance(value, torch.Tensor):
+            around = NAN if value.is_floating_point() else MASK_ID
+            buffer = value.new_full((len(value) + 2 * GUARD_ROWS, *value.shape[1:]), around)
+            buffers[key] = buffer = buffer.to(triton_device)
+            guarded[key] = buffer[GUARD_ROWS:-GUARD_ROWS]
+            guarded[key].copy_(value)
+    assert_identical(call(name, kernel(name), guarded), run(name, arguments, triton_device))
+    for key, buffer in buffers.items():
+        for rows in (buffer[:GUARD_ROWS], buffer[-GUARD_ROWS:]):
+            assert (rows.isnan() if rows.is_floating_point() else rows == MASK_ID).all(), key
+        if key != MODIFIED.get(name):
+            assert torch.equal(guarded[key].cpu(), arguments[key]), key
+
+
+@pytest.mark.parametrize("name", [name for name in EXAMPLES if name != "embed_tokens"])
+@pytest.mark.parametrize("bad", [NAN, INF], ids=str)
+def test_a_bad_sequence_spoils_no_other(name: str, bad: float, triton_device: torch.device) -> None:
+    lengths = [17, 3, 33, 5, 66, 4]
+    arguments = EXAMPLES[name](lengths, torch.float16)
+    clean = run(name, arguments, triton_device)
+    bad_tokens = torch.zeros(sum(lengths), dtype=torch.bool)
+    for start, end in ((17, 20), (53, 58)):
+        bad_tokens[start:end] = True
+    spoilt = moved(arguments, torch.device("cpu"))
+    for value in spoilt.values():
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and len(value) == len(bad_tokens):
+            value[bad_tokens] = bad
+    bad_rows = bad_tokens
+    if name in ("segment_mean", "check_numerics"):
+        bad_rows = torch.tensor([False, True, False, True, False, False])
+    for ours, expected in zip(run(name, spoilt, triton_device), clean, strict=True):
+        assert torch.equal(ours[~bad_rows], expected[~bad_rows])
+        assert not torch.equal(ours[bad_rows], expected[bad_rows])
+
+
+def swapped_heads(tensor: torch.Tensor) -> torch.Tensor:
+    """The same shape, with heads and head_dim stored the other way round."""
+    return tensor.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+
+def every_other_column(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.repeat_interleave(2, -1)[..., ::2]
+
+
+@pytest.mark.parametrize(
+    "name, argument, change, message",
+    [
+        ("packed_attention", "query", swapped_heads, "query must be .* contiguous within a token"),
+        ("packed_attention", "key", swapped_heads, "key must be .* contiguous within a token"),
+        ("packed_attention", "value", lambda value: value[:, :1], "value must be"),
+        ("packed_attention", "key", lambda key: key[:-1], "key must be"),
+        ("rotary_qk_", "qkv", swapped_heads, "qkv must be contiguous within a token"),
+        ("rotary_qk_", "cos", lambda cos: cos.double(), "cos must be contiguous float32"),
+        ("rotary_qk_", "sin", lambda sin: sin.half(), "sin must be contiguous float32"),
+        ("rotary_qk_", "sin", lambda sin: sin[:, :-1], "sin must be contiguous float32"),
+        ("rotary_qk_packed_", "cos", every_other_column, "cos must be contiguous float32"),
+        ("layer_norm", "hidden_states", every_other_column, "hidden_states must be contiguous"),
+        ("add_layer_norm_", "delta", every_other_column, "must be contiguous"),
+        ("add_layer_norm_", "residual", every_other_column, "residual must be contiguous"),
+        ("add_layer_norm_", "residual", lambda residual: residual[:-1], "residual is .*, delta"),
+        ("bias_gelu_", "hidden_states", every_other_column, "hidden_states must be contiguous"),
+        ("segment_mean", "hidden_states", every_other_column, "hidden_states must be contiguous"),
+        ("check_numerics", "hidden_states", every_other_column, "hidden_states must be contiguous"),
+    ],
+)
+def test_what_the_kernels_cannot_read_is_refused(
+    name: str,
+    argument: str,
+    change: Callable[[torch.Tensor], torch.Tensor],
+    message: str,
+    triton_device: torch.device,
+) -> None:
+    arguments = moved(EXAMPLES[name]([3, 5], torch.float16), triton_device)
+    arguments[argument] = change(arguments[argument])
+    with pytest.raises(ValueError, match=message):
+        call(name, kernel(name), arguments)
+
+
+def test_an_unknown_input_precision_is_refused(triton_device: torch.device) -> None:
+    arguments = attention_arguments([3, 5], torch.float32) | {"input_precision": "fp32"}
+    with pytest.raises(ValueError, match="input_precision 'fp32' is none of 'ieee', 'tf32', 'tf32x3'"):
+        run("packed_attention", arguments, triton_device)
