@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+_HAS_ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+
 _ONEDNN_MAX_ADDENDS = 384
 """oneDNN adds all addends in one chain, which for long sums ends further from FP64 than MKL does."""
 
@@ -18,7 +20,7 @@ def _onednn_serves(hidden_states: torch.Tensor) -> bool:
         hidden_states.device.type == "cpu"
         and hidden_states.dtype == torch.float32
         and len(hidden_states) >= _ONEDNN_MIN_ROWS
-        and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        and _HAS_ONEDNN
     )
 
 

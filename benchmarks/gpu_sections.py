@@ -1,0 +1,268 @@
+"""What `gpu_check.py` runs in processes of their own: `python gpu_sections.py NAME --device D --out FILE`.
+
+The JSON file is written anew after every step, so that a step that hangs does not take the others with it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from gpu_cases import MODEL_SIZES, Workload, call, operation_dtypes, uniref_lengths
+from gpu_timing import copy_rate, matmul_rate, time_call
+
+from esm_packed import ESM2, kernels
+from esm_packed.attention import BackendError, PackedAttention, select_backend
+from esm_packed.config import DEFAULT_TOKEN_BUDGETS, ESM2Config
+from esm_packed.kernels.launch import dtype_name
+from esm_packed.numerics import PRECISIONS
+from esm_packed.packing import PackedBatch
+
+Save = Callable[[dict[str, Any]], None]
+
+MODEL_TOKENS = {"cuda": 32768, "cpu": 300}
+MODEL_NAMES = {"cuda": "esm2_t33_650M_UR50D", "cpu": "esm2_t6_8M_UR50D"}
+PROFILED_KERNELS = 25
+
+
+def machine(device: torch.device, save: Save, seconds: float) -> None:
+    """Versions and the GPU, as torch sees them."""
+    found: dict[str, Any] = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "triton": _version("triton"),
+        "cpu_threads": torch.get_num_threads(),
+        "fp32_precision": torch.backends.cuda.matmul.fp32_precision,
+    }
+    save(found)
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found |= {
+            "gpu": properties.name,
+            "capability": f"{properties.major}.{properties.minor}",
+            "memory_bytes": properties.total_memory,
+            "multiprocessors": properties.multi_processor_count,
+            "l2_bytes": getattr(properties, "L2_cache_size", None),
+        }
+        save(found)
+
+
+def _version(module: str) -> str | None:
+    try:
+        return str(__import__(module).__version__)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def every_launcher(device: torch.device, save: Save, seconds: float) -> None:
+    """Each launcher once on a small pack, for a memory checker to watch."""
+    launched = []
+    workload = Workload(MODEL_SIZES["8M"], [65, 3, 130, 17, 64, 1], device)
+    for operation, dtype in operation_dtypes():
+        if dtype == torch.bfloat16 or (device.type == "cpu" and operation.name == "gemm_bias_gelu"):
+            continue
+        call(operation.ours(), operation.arguments(workload, dtype), operation.mutates)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        launched.append(f"{operation.name} {dtype_name(dtype)}")
+        save({"launched": launched})
+    print(f"launched {len(launched)} kernels", flush=True)
+
+
+def ceilings(device: torch.device, save: Save, seconds: float) -> None:
+    """Rates of a copy and of matrix multiplications."""
+    rates: dict[str, float] = {"copy_bytes_per_second": copy_rate(device)}
+    save(rates)
+    for mode in ("fp16", "bf16", "tf32", "fp32"):
+        rates[f"{mode}_flops_per_second"] = matmul_rate(device, mode)
+        save(rates)
+
+
+def forward_flops(config: ESM2Config, lengths: list[int]) -> int:
+    """Operations of the layers on useful tokens; the language-model head is not run."""
+    tokens, hidden = sum(lengths), config.hidden_size
+    pairs = sum(length * length for length in lengths)
+    return config.num_layers * (24 * hidden * hidden * tokens + 4 * hidden * pairs)
+
+
+def model_speed(device: torch.device, save: Save, seconds: float) -> None:
+    """Forward passes with means of the 650M shape: precision modes and attention backends take turns."""
+    end = time.monotonic() + seconds
+    found: dict[str, Any] = {"variants": {}}
+    name = MODEL_NAMES[device.type]
+    lengths = uniref_lengths(MODEL_TOKENS[device.type])
+    found |= {"model": name, "total_tokens": sum(lengths), "num_sequences": len(lengths)}
+    found["default_token_budget"] = DEFAULT_TOKEN_BUDGETS[device.type]
+    rates = {mode: matmul_rate(device, mode) for mode in ("fp16", "tf32", "fp32")}
+    found["matmul_flops_per_second"] = rates
+    save(found)
+
+    for dtype, modes in (("fp16", ["fp16"]), ("fp32", ["tf32", "fp32"])):
+        if dtype == "fp16" and device.type == "cpu":
+            continue
+        model = ESM2.from_pretrained(f"random:{name}", device=device, dtype=dtype)
+        workload = Workload(model.config, lengths, device)
+        batch = PackedBatch(workload.input_ids, workload.cu_seqlens, workload.max_seqlen)
+        flops = forward_flops(model.config, lengths)
+        variants: dict[str, Callable[[], object]] = {}
+        for mode in modes:
+            for attention in ("auto", "triton", "sdpa"):
+                try:
+                    backend, attend = select_backend(
+                        attention, device, PRECISIONS[mode], model.config.head_dim
+                    )
+                except BackendError as error:
+                    found["variants"][f"{mode} {attention}"] = {"error": str(error)}
+                    continue
+                if attention == "auto":
+                    found.setdefault("auto_backends", {})[mode] = backend
+                variants.setdefault(f"{mode} {backend}", partial(_forward, model, batch, mode, attend))
+        times: dict[str, list[float]] = {variant: [] for variant in variants}
+        for round_number in range(5):
+            for variant, forward in variants.items():
+                if time.monotonic() > end:
+                    found["stopped_early"] = True
+                    break
+                try:
+                    measured = _measure(forward, device)
+                except Exception as error:
+                    found["variants"][variant] = {"error": f"{type(error).__name__}: {error}"}
+                    continue
+                times[variant].append(measured["seconds"])
+                mode = variant.split()[0]
+                typical = median(times[variant])
+                found["variants"][variant] = {
+                    "rounds": round_number + 1,
+                    "seconds": typical,
+                    "all_seconds": times[variant],
+                    "tokens_per_second": sum(lengths) / typical,
+                    "flops": flops,
+                    "share_of_matmul_rate": flops / typical / rates[mode],
+                    "peak_memory_bytes": measured["peak_memory_bytes"],
+                    "resident_memory_bytes": measured["resident_memory_bytes"],
+                }
+                save(found)
+        if dtype == "fp16":
+            found["kernels_of_one_forward"] = _profile(partial(_forward, model, batch, "fp16", model.attend))
+            save(found)
+        del model, variants
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    _small_model(device, found, save)
+
+
+def _forward(model: ESM2, batch: PackedBatch, mode: str, attend: PackedAttention) -> object:
+    """Means of the last layer, in one of the precision modes that share the model's dtype."""
+    model.precision_mode = PRECISIONS[mode]
+    layer = model.config.num_layers
+    output = model.forward_packed(batch.input_ids, batch.cu_seqlens, batch.max_seqlen, [layer], attend=attend)
+    return kernels.segment_mean(output.representations[layer], batch.cu_seqlens)
+
+
+def _measure(function: Callable[[], object], device: torch.device) -> dict[str, Any]:
+    """Seconds of one call, and memory beside what was there before it."""
+    if device.type != "cuda":
+        return {
+            "seconds": time_call(function, device, 1)[0],
+            "peak_memory_bytes": None,
+            "resident_memory_bytes": None,
+        }
+    torch.cuda.synchronize()
+    resident = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    seconds = time_call(function, device, 1)[0]
+    return {
+        "seconds": seconds,
+        "peak_memory_bytes": torch.cuda.max_memory_allocated(device),
+        "resident_memory_bytes": resident,
+    }
+
+
+def _profile(function: Callable[[], object]) -> Any:
+    """Microseconds and launches of each GPU kernel in one call, the longest first."""
+    try:
+        function()
+        torch.cuda.synchronize()
+        activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+        with torch.profiler.profile(activities=activities) as profile:
+            function()
+            torch.cuda.synchronize()
+        totals: dict[str, list[float]] = {}
+        for event in profile.events():
+            if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation:
+                entry = totals.setdefault(event.name[:120], [0.0, 0])
+                entry[0] += event.time_range.elapsed_us()
+                entry[1] += 1
+        longest = sorted(totals.items(), key=lambda item: -item[1][0])[:PROFILED_KERNELS]
+        return [
+            {"kernel": name, "microseconds": round(time_us, 1), "launches": int(count)}
+            for name, (time_us, count) in longest
+        ]
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def _small_model(device: torch.device, found: dict[str, Any], save: Save) -> None:
+    """The 8M model launched from Python, and replayed as a CUDA graph: what launching costs."""
+    if device.type != "cuda":
+        return
+    model = ESM2.from_pretrained("random:esm2_t6_8M_UR50D", device=device, dtype="fp16")
+    workload = Workload(model.config, uniref_lengths(4096), device)
+    batch = PackedBatch(workload.input_ids, workload.cu_seqlens, workload.max_seqlen)
+    forward = partial(_forward, model, batch, "fp16", model.attend)
+    result: dict[str, Any] = {"total_tokens": workload.total_tokens}
+    found["8M"] = result
+    try:
+        result["eager_seconds"] = median(time_call(forward, device, 20))
+        side_stream = torch.cuda.Stream()
+        side_stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side_stream):
+            forward()
+        torch.cuda.current_stream().wait_stream(side_stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            kept = forward()
+        result["graph_seconds"] = median(time_call(graph.replay, device, 20))
+        del kept
+    except Exception as error:
+        result["error"] = f"{type(error).__name__}: {error}"
+    save(found)
+
+
+SECTIONS: dict[str, Callable[[torch.device, Save, float], None]] = {
+    "machine": machine,
+    "every_launcher": every_launcher,
+    "ceilings": ceilings,
+    "model_speed": model_speed,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("section", choices=SECTIONS)
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, default=60.0)
+    arguments = parser.parse_args()
+    device = torch.device("cuda", 0) if arguments.device == "cuda" else torch.device("cpu")
+
+    def save(found: dict[str, Any]) -> None:
+        partial_file = arguments.out.with_suffix(".partial")
+        partial_file.write_text(json.dumps(found, default=str))
+        partial_file.replace(arguments.out)
+
+    with torch.no_grad():
+        SECTIONS[arguments.section](device, save, arguments.seconds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""The table at the end of `gpu_check.py`, made of its report alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from statistics import median
+from typing import Any
+
+Report = Mapping[str, Any]
+Key = tuple[str, str, str, str, str]
+
+
+def summary_lines(report: Report) -> Iterator[str]:
+    """Machine, sections, kernels, ratios, model; whatever part of it there is."""
+    sections = report["sections"]
+    machine = report["machine"]
+    yield " ".join(f"{name}={machine.get(name)}" for name in ("gpu", "driver", "torch", "triton", "cuda"))
+    yield from _section_lines(sections)
+    results = sections.get("kernel_benchmarks", {}).get("results", [])
+    timed = [result for result in results if "seconds" in result]
+    if timed:
+        yield from _ceiling_lines(timed)
+        yield from _kernel_lines(timed)
+        yield from _ratio_lines(timed)
+    yield from _model_lines(sections.get("model_speed", {}).get("found", {}))
+
+
+def _section_lines(sections: Report) -> Iterator[str]:
+    for name, section in sections.items():
+        counts = " ".join(f"{count} {outcome}" for outcome, count in section.get("counts", {}).items())
+        yield f"{name:20}{section['status']:15}{section['seconds']:7.1f} s  {counts}"
+        for test in list(section.get("failures", {}))[:6]:
+            yield f"    failed: {test.split('::')[-1]}"
+        for test in section.get("unfinished", []):
+            yield f"    unfinished: {test.split('::')[-1]}"
+
+
+def _ceiling_lines(results: Sequence[Report]) -> Iterator[str]:
+    rates = {result["ceiling_name"]: result["ceiling_per_second"] for result in results}
+    parts = [
+        f"{name} {rate / 1e12:.2f} TB/s" if name == "copy" else f"{name} {rate / 1e12:.0f} TFLOP/s"
+        for name, rate in sorted(rates.items())
+    ]
+    yield "ceilings: " + ", ".join(parts)
+
+
+def _key(result: Report) -> Key:
+    return (
+        result["operation"],
+        result["provider"],
+        result["model_size"],
+        result["dtype"],
+        result["lengths"],
+    )
+
+
+def _kernel_lines(results: Sequence[Report]) -> Iterator[str]:
+    """Median over blocks: microseconds, and share of the ceiling."""
+    shares: dict[Key, list[float]] = {}
+    seconds: dict[Key, list[float]] = {}
+    for result in results:
+        shares.setdefault(_key(result), []).append(result["share_of_ceiling"])
+        seconds.setdefault(_key(result), []).append(result["seconds"])
+    yield f"{'operation':32}{'shape':28}{'us':>9}  share of ceiling: ours | others"
+    for key, own in shares.items():
+        operation, provider, *shape = key
+        if provider not in ("ours", "fused"):
+            continue
+        others = ", ".join(
+            f"{other[1]} {median(values):.0%}"
+            for other, values in shares.items()
+            if other[0] == operation and list(other[2:]) == shape and other[1] != provider
+        )
+        time_us = 1e6 * median(seconds[key])
+        yield f"{operation:32}{' '.join(shape):28}{time_us:9.1f}  {median(own):6.1%} | {others}"
+
+
+def _ratio_lines(results: Sequence[Report]) -> Iterator[str]:
+    """Ratios are taken within a block."""
+    seconds = {(_key(result), result["block"]): result["seconds"] for result in results}
+    blocks = sorted({result["block"] for result in results})
+    shapes = dict.fromkeys(_key(result)[2:] for result in results)
+    wanted = [
+        ("attention: varlen time / ours", ("packed_attention", "varlen"), ("packed_attention", "ours")),
+        (
+            "rotary: cu_seqlens form / position_ids form",
+            ("rotary_qk_packed_", "ours"),
+            ("rotary_qk_", "ours"),
+        ),
+        ("fc1: matmul + bias_gelu_ / fused", ("gemm_bias_gelu", "separate"), ("gemm_bias_gelu", "fused")),
+        ("fc1: F.gelu(F.linear) / separate", ("gemm_bias_gelu", "torch"), ("gemm_bias_gelu", "separate")),
+    ]
+    for title, above, below in wanted:
+        for shape in shapes:
+            ratios = [
+                seconds[(*above, *shape), block] / seconds[(*below, *shape), block]
+                for block in blocks
+                if ((*above, *shape), block) in seconds and ((*below, *shape), block) in seconds
+            ]
+            if ratios:
+                spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
+                yield f"{title:46}{' '.join(shape):28}{median(ratios):6.2f}  ({spread})"
+
+
+def _model_lines(found: Report) -> Iterator[str]:
+    if not found:
+        return
+    yield f"{found.get('model')}: {found.get('total_tokens')} tokens, {found.get('num_sequences')} sequences"
+    for variant, values in found.get("variants", {}).items():
+        if "error" in values:
+            yield f"  {variant:16}{values['error'][:90]}"
+            continue
+        peak, resident = values["peak_memory_bytes"], values["resident_memory_bytes"]
+        memory = "" if peak is None else f"   peak {peak / 1e9:.2f} GB, of it weights {resident / 1e9:.2f} GB"
+        yield (
+            f"  {variant:16}{values['tokens_per_second']:12,.0f} tokens/s   "
+            f"{values['share_of_matmul_rate']:6.1%} of the measured matmul rate{memory}"
+        )
+    if small := found.get("8M"):
+        yield f"  8M, {small.get('total_tokens')} tokens: " + ", ".join(
+            f"{name} {1e3 * small[name]:.2f} ms"
+            for name in ("eager_seconds", "graph_seconds")
+            if name in small
+        )
