@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from esm_packed.kernels import launch
-from esm_packed.kernels.launch import Settings, launch_settings, next_power_of_2
+from esm_packed.kernels.launch import Settings, check_contiguous, launch_settings, next_power_of_2
 
 
 @triton.jit
@@ -165,6 +165,7 @@ def packed_attention(
                 f"{name} must be {tuple(query.shape)} and contiguous within a token, "
                 f"got {tuple(tensor.shape)} with strides {tensor.stride()}"
             )
+    check_contiguous(cu_seqlens=cu_seqlens)
     if input_precision not in ("ieee", "tf32", "tf32x3"):
         raise ValueError(f"input_precision {input_precision!r} is none of 'ieee', 'tf32', 'tf32x3'")
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
@@ -202,7 +203,8 @@ def _heuristic(head_dim: int, dtype: torch.dtype, input_precision: str, capabili
         small = head_dim > (64 if capability >= 90 else 32)
         block_n, num_stages = (32, 3) if small else (64, 2)
         return {"BLOCK_M": 64, "BLOCK_N": block_n, "num_warps": 4, "num_stages": num_stages}
-    block_m, block_n, num_warps = 32, 32, 8
+    # With eight warps, heads of 16 leave each thread less than 128 bits of a tile.
+    block_m, block_n, num_warps = 32, 32, 8 if head_dim > 16 else 4
     if input_precision == "tf32":
         block_m, num_warps = (64, 4) if head_dim <= 64 else (128, 8)
     elif input_precision == "tf32x3" and head_dim > 64:

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from esm_packed.kernels.launch import launch_settings
+from esm_packed.kernels.launch import check_contiguous, launch_settings
 from esm_packed.kernels.reference import TRAINED_KEEP_RATIO
 from esm_packed.kernels.segments import segment_bounds
 
@@ -37,7 +37,8 @@ def _embed_tokens_kernel(
     ids = tl.load(input_ids_ptr + token, mask=in_range, other=0)
     if MASK_ID >= 0:
         num_masked = token * 0
-        last_end = tl.max(tl.where(in_range, ends, 0), axis=0)
+        # Tokens beyond the last sequence, left there by a captured graph, have no end of their own.
+        last_end = tl.minimum(tl.max(tl.where(in_range, ends, 0), axis=0), total_tokens)
         for chunk in range(tl.min(starts, axis=0), last_end, BLOCK_C):
             other = chunk + tl.arange(0, BLOCK_C)
             is_mask = tl.load(input_ids_ptr + other, mask=other < last_end, other=-1) == MASK_ID
@@ -65,11 +66,12 @@ def embed_tokens(
     mask_id: int | None,
     out_dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `reference.embed_tokens`; all tensors contiguous.
+    """See `reference.embed_tokens`; all tensors contiguous, else ValueError.
 
     Each program counts the masked tokens of the sequences its own tokens belong to: nothing is read back,
     and no second launch is needed. FP32 scale, one rounding to `out_dtype`.
     """
+    check_contiguous(input_ids=input_ids, cu_seqlens=cu_seqlens, weight=weight)
     total_tokens, hidden_size = input_ids.numel(), weight.shape[1]
     embeddings = torch.empty(total_tokens, hidden_size, dtype=out_dtype, device=weight.device)
     position_ids = torch.empty(total_tokens, dtype=torch.int32, device=weight.device)

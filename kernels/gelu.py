@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from esm_packed.kernels.launch import launch_settings
+from esm_packed.kernels.launch import check_contiguous, launch_settings
 
 
 @triton.jit
@@ -53,10 +53,9 @@ def _bias_gelu_kernel(
 
 
 def bias_gelu_(hidden_states: torch.Tensor, bias: torch.Tensor) -> None:
-    """See `reference.bias_gelu_`; contiguous, FP32 arithmetic."""
+    """See `reference.bias_gelu_`; contiguous, else ValueError. FP32 arithmetic."""
     total_tokens, width = hidden_states.shape
-    if not hidden_states.is_contiguous():
-        raise ValueError(f"hidden_states must be contiguous, got strides {hidden_states.stride()}")
+    check_contiguous(hidden_states=hidden_states, bias=bias)
     settings = launch_settings(
         "bias_gelu_", width, hidden_states, {"BLOCK_T": 8, "BLOCK_N": 256, "num_warps": 4}
     )

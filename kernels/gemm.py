@@ -10,7 +10,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from esm_packed.kernels import launch
 from esm_packed.kernels.gelu import bias_gelu_, exact_gelu
-from esm_packed.kernels.launch import Settings, launch_settings, num_multiprocessors
+from esm_packed.kernels.launch import Settings, check_contiguous, launch_settings, num_multiprocessors
 
 
 @triton.jit(do_not_specialize=["total_tokens"])
@@ -73,6 +73,7 @@ def gemm_bias_gelu(hidden_states: torch.Tensor, weight: torch.Tensor, bias: torc
 
     Tiles travel by TMA where the GPU has it. The grid is persistent: one program per multiprocessor.
     """
+    check_contiguous(hidden_states=hidden_states, weight=weight, bias=bias)
     total_tokens, in_features = hidden_states.shape
     out_features = weight.shape[0]
     out = torch.empty(total_tokens, out_features, dtype=hidden_states.dtype, device=hidden_states.device)

@@ -76,6 +76,19 @@ def capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
+def check_contiguous(**tensors: torch.Tensor | None) -> None:
+    """See that the kernels' address arithmetic holds; a tensor that is not there passes.
+
+    Raises:
+        ValueError: names the argument that has gaps between its elements.
+    """
+    for name, tensor in tensors.items():
+        if tensor is not None and not tensor.is_contiguous():
+            raise ValueError(
+                f"{name} must be contiguous, got strides {tensor.stride()} for {tuple(tensor.shape)}"
+            )
+
+
 def next_power_of_2(value: int) -> int:
     """The smallest power of two that is at least `value`."""
     return 1 << (value - 1).bit_length()

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from esm_packed.kernels.launch import Settings, launch_settings, next_power_of_2
+from esm_packed.kernels.launch import Settings, check_contiguous, launch_settings, next_power_of_2
 
 
 @triton.jit(do_not_specialize=["total_tokens"])
@@ -45,14 +45,14 @@ def _layer_norm_kernel(
 def layer_norm(
     hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
 ) -> torch.Tensor:
-    """See `reference.layer_norm`; all tensors contiguous."""
+    """See `reference.layer_norm`; all tensors contiguous, else ValueError."""
     return _launch("layer_norm", hidden_states, None, weight, bias, eps)
 
 
 def add_layer_norm_(
     delta: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
 ) -> torch.Tensor:
-    """See `reference.add_layer_norm_`; all tensors contiguous.
+    """See `reference.add_layer_norm_`; all tensors contiguous, else ValueError.
 
     The sum is normalised before it is rounded to the dtype of `residual`.
     """
@@ -68,9 +68,7 @@ def _launch(
     eps: float,
 ) -> torch.Tensor:
     total_tokens, hidden_size = hidden_states.shape
-    for argument, tensor in (("hidden_states", hidden_states), ("residual", residual)):
-        if tensor is not None and not tensor.is_contiguous():
-            raise ValueError(f"{argument} must be contiguous, got strides {tensor.stride()}")
+    check_contiguous(hidden_states=hidden_states, residual=residual, weight=weight, bias=bias)
     if residual is not None and residual.shape != hidden_states.shape:
         raise ValueError(f"residual is {tuple(residual.shape)}, delta {tuple(hidden_states.shape)}")
     out = torch.empty_like(hidden_states, dtype=weight.dtype)

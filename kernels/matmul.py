@@ -21,6 +21,7 @@ def _onednn_serves(hidden_states: torch.Tensor) -> bool:
         and hidden_states.dtype == torch.float32
         and len(hidden_states) >= _ONEDNN_MIN_ROWS
         and _HAS_ONEDNN
+        and not torch.compiler.is_compiling()  # it cannot be traced, and Inductor calls oneDNN by itself
     )
 
 

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from esm_packed.kernels.launch import launch_settings
+from esm_packed.kernels.launch import check_contiguous, launch_settings
 
 
 @triton.jit
@@ -36,10 +36,9 @@ def _check_numerics_kernel(
 def check_numerics(
     hidden_states: torch.Tensor, cu_seqlens: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `reference.check_numerics`; contiguous."""
+    """See `reference.check_numerics`; contiguous, else ValueError."""
     num_sequences = cu_seqlens.numel() - 1
-    if not hidden_states.is_contiguous():
-        raise ValueError(f"hidden_states must be contiguous, got strides {hidden_states.stride()}")
+    check_contiguous(hidden_states=hidden_states, cu_seqlens=cu_seqlens)
     max_abs = torch.empty(num_sequences, dtype=torch.float32, device=hidden_states.device)
     nonfinite = torch.empty(num_sequences, dtype=torch.bool, device=hidden_states.device)
     hidden_size = hidden_states.shape[1]

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from esm_packed.kernels.launch import launch_settings
+from esm_packed.kernels.launch import check_contiguous, launch_settings
 
 
 @triton.jit
@@ -33,11 +33,10 @@ def _segment_mean_kernel(
 
 
 def segment_mean(hidden_states: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
-    """See `reference.segment_mean`; contiguous, FP32 accumulation in a fixed order."""
+    """See `reference.segment_mean`; contiguous, else ValueError; FP32 accumulation in a fixed order."""
     hidden_size = hidden_states.shape[1]
     num_sequences = cu_seqlens.numel() - 1
-    if not hidden_states.is_contiguous():
-        raise ValueError(f"hidden_states must be contiguous, got strides {hidden_states.stride()}")
+    check_contiguous(hidden_states=hidden_states, cu_seqlens=cu_seqlens)
     means = torch.empty(num_sequences, hidden_size, dtype=torch.float32, device=hidden_states.device)
     settings = launch_settings(
         "segment_mean", hidden_size, hidden_states, {"BLOCK_T": 32, "BLOCK_N": 128, "num_warps": 4}

@@ -167,7 +167,7 @@ def segment_mean(hidden_states: torch.Tensor, cu_seqlens: torch.Tensor) -> torch
     bounds = cu_seqlens.tolist()
     means = torch.empty(len(bounds) - 1, hidden_states.shape[1], dtype=dtype, device=hidden_states.device)
     for mean, (start, end) in zip(means, pairwise(bounds), strict=True):
-        torch.mean(hidden_states[start + 1 : end - 1], 0, dtype=dtype, out=mean)
+        torch.mean(hidden_states[start + 1 : max(start + 1, end - 1)], 0, dtype=dtype, out=mean)
     return means
 
 

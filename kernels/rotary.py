@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from esm_packed.kernels.launch import launch_settings, next_power_of_2
+from esm_packed.kernels.launch import check_contiguous, launch_settings, next_power_of_2
 from esm_packed.kernels.segments import segment_bounds
 
 
@@ -82,6 +82,7 @@ def _launch(
         raise ValueError(
             f"qkv must be contiguous within a token, got strides {qkv.stride()} for {tuple(qkv.shape)}"
         )
+    check_contiguous(position_ids=position_ids, cu_seqlens=cu_seqlens)
     for name, table in (("cos", cos), ("sin", sin)):
         if table.dtype != torch.float32 or table.shape[1] != head_dim // 2 or not table.is_contiguous():
             raise ValueError(

@@ -1,4 +1,4 @@
-"""What the compiler makes of every kernel for GPUs that are not here: no spills, wide accesses, few registers."""
+"""What the compiler makes of every kernel for GPUs that are not here: no spills, wide accesses."""
 
 from __future__ import annotations
 

@@ -145,3 +145,10 @@ def test_packed_attention_is_sdpa_of_each_sequence(head_dim: int) -> None:
     for rows, *alone in zip(actual.split(LENGTHS), *splits, strict=True):
         expected = F.scaled_dot_product_attention(*(t.transpose(0, 1) for t in alone), scale=0.3)
         assert relative_error(rows, expected.transpose(0, 1)) <= 1e-14
+
+
+def test_an_empty_sequence_has_no_mean_and_disturbs_no_other() -> None:
+    hidden_states = torch.randn(7, 4)
+    means = kernels.segment_mean(hidden_states, torch.tensor([0, 0, 7, 7], dtype=torch.int32))
+    assert means[[0, 2]].isnan().all()
+    torch.testing.assert_close(means[1], hidden_states[1:-1].mean(0))

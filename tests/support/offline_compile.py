@@ -111,8 +111,16 @@ def cases(hidden_size: int, num_heads: int, dtypes: tuple[torch.dtype, ...]) -> 
         )
 
 
-def compile_all(capabilities: tuple[int, ...], full: bool) -> dict[str, dict[str, dict[str, Any]]]:
-    """Case to capability to what `stub_driver.resources` found; without `full` only 650M in FP16 and FP32."""
+def compile_all(
+    capabilities: tuple[int, ...], full: bool, only: tuple[str, ...] = ()
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Case to capability to what `stub_driver.resources` found.
+
+    Args:
+        capabilities: compute capabilities, 90 for sm_90.
+        full: all models and dtypes, else 650M in FP16 and FP32.
+        only: kernels to compile, all when empty.
+    """
     models = ESM2_MODELS if full else {"": ESM2_MODELS["esm2_t33_650M_UR50D"]}
     dtypes = (torch.float16, torch.bfloat16, torch.float32) if full else (torch.float16, torch.float32)
     found: dict[str, dict[str, dict[str, Any]]] = {}
@@ -123,6 +131,8 @@ def compile_all(capabilities: tuple[int, ...], full: bool) -> dict[str, dict[str
         launch.num_multiprocessors = lambda device: 132
         for config in models.values():
             for name, run in cases(config.hidden_size, config.num_heads, dtypes):
+                if only and name.split("/")[0] not in only:
+                    continue
                 entry = found.setdefault(name, {})
                 if str(capability) in entry:
                     continue
@@ -138,20 +148,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--capabilities", type=int, nargs="+", default=CAPABILITIES)
     parser.add_argument("--full", action="store_true", help="all models and dtypes")
+    parser.add_argument("--only", nargs="+", default=(), help="kernels, such as rotary_qk_")
     parser.add_argument("--table", type=Path, help="record the registers under this Triton's version")
     options = parser.parse_args()
-    found = compile_all(tuple(options.capabilities), options.full)
+    found = compile_all(tuple(options.capabilities), options.full, tuple(options.only))
     if options.table is None:
         json.dump({"triton": triton.__version__, "kernels": found}, sys.stdout)
         return
     table = json.loads(options.table.read_text()) if options.table.exists() else {}
-    table[triton.__version__] = {
-        name: {capability: needs["registers"] for capability, needs in entry.items()}
-        for name, entry in sorted(found.items())
-    }
+    recorded = table.setdefault(triton.__version__, {})
+    for name, entry in found.items():
+        recorded[name] = {capability: needs["registers"] for capability, needs in entry.items()}
     lines = (
         f'"{version}": {{\n'
-        + ",\n".join(f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in entries.items())
+        + ",\n".join(f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in sorted(entries.items()))
         + "\n}"
         for version, entries in sorted(table.items())
     )
