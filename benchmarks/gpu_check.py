@@ -588,7 +588,8 @@ def main() -> int:
             check.save()
             print("\n".join(["", *lines]), flush=True)
     statuses = {section["status"] for section in check.report["sections"].values()}
-    return 1 if statuses & {"failed", "error", "timeout"} or "interrupted" in check.report else 0
+    unfinished = {"failed", "error", "timeout", "incomplete", "no time left"}
+    return 1 if statuses & unfinished or "interrupted" in check.report else 0
 
 
 if __name__ == "__main__":

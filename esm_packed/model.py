@@ -29,6 +29,9 @@ from esm_packed.weights import Checkpoint, CheckpointError, load_checkpoint
 
 LAYER_NORM_EPS = 1e-5
 
+MIN_ROTARY_POSITIONS = 1026
+"""Tables begin with room for what ESM-2 was trained on, so that they seldom grow."""
+
 
 @dataclass(frozen=True)
 class PackedOutput:
@@ -91,6 +94,7 @@ class ESM2(nn.Module):
         self.final_norm = nn.LayerNorm(config.hidden_size)
         self.lm_head = LMHead(config) if lm_head else None
         self.contact_head = nn.Linear(config.num_layers * config.num_heads, 1) if contact_head else None
+        self._outgrown_tables: list[tuple[torch.Tensor, torch.Tensor]] = []
         for name in ("inv_freq", "cos", "sin"):
             self.register_buffer(name, torch.empty(0), persistent=False)
 
@@ -349,7 +353,10 @@ class ESM2(nn.Module):
 
     def _rotary_tables(self, max_seqlen: int) -> tuple[torch.Tensor, torch.Tensor]:
         if self.cos.shape[0] < max_seqlen:
-            positions = torch.arange(max_seqlen, dtype=self.inv_freq.dtype, device=self.device)
+            # A captured CUDA graph may still read the tables it was captured with.
+            self._outgrown_tables.append((self.cos, self.sin))
+            size = max(max_seqlen, 2 * self.cos.shape[0], MIN_ROTARY_POSITIONS)
+            positions = torch.arange(size, dtype=self.inv_freq.dtype, device=self.device)
             angles = torch.outer(positions, self.inv_freq)
             self.cos, self.sin = angles.cos(), angles.sin()
         return self.cos, self.sin

@@ -95,7 +95,8 @@ def _packed_attention_kernel(
         first_tile = tl.maximum(first_tile, tl.max(tl.where(reached, tiles, 0), axis=0))
     length = end - start
     first_query = (program - first_tile) * BLOCK_M
-    if first_query >= length:
+    # Tiles of tokens behind the last sequence, left there by a captured graph, have no end.
+    if (first_query >= length) | (end == 2147483647):
         return
 
     head = tl.program_id(1) * HEAD_DIM
@@ -200,7 +201,7 @@ def packed_attention(
 def _heuristic(head_dim: int, dtype: torch.dtype, input_precision: str, capability: int) -> Settings:
     """Tiles that spill on none of sm_80 to sm_100 (the compile table in tests/kernels shows it)."""
     if dtype != torch.float32:
-        small = head_dim > (64 if capability >= 90 else 32)
+        small = head_dim > (64 if 90 <= capability < 120 else 32)
         block_n, num_stages = (32, 3) if small else (64, 2)
         return {"BLOCK_M": 64, "BLOCK_N": block_n, "num_warps": 4, "num_stages": num_stages}
     # With eight warps, heads of 16 leave each thread less than 128 bits of a tile.

@@ -32,13 +32,14 @@ def _embed_tokens_kernel(
     token = first + tl.arange(0, BLOCK_T)
     in_range = token < total_tokens
     starts, ends = segment_bounds(cu_seqlens_ptr, num_sequences, token, BLOCK_S)
-    tl.store(position_ids_ptr + token, token - starts, mask=in_range)
+    # Tokens behind the last sequence, left there by a captured graph, have no end, and position 0.
+    in_sequence = ends < 2147483647
+    tl.store(position_ids_ptr + token, tl.where(in_sequence, token - starts, 0), mask=in_range)
 
     ids = tl.load(input_ids_ptr + token, mask=in_range, other=0)
     if MASK_ID >= 0:
         num_masked = token * 0
-        # Tokens beyond the last sequence, left there by a captured graph, have no end of their own.
-        last_end = tl.minimum(tl.max(tl.where(in_range, ends, 0), axis=0), total_tokens)
+        last_end = tl.max(tl.where(in_sequence, ends, 0), axis=0)
         for chunk in range(tl.min(starts, axis=0), last_end, BLOCK_C):
             other = chunk + tl.arange(0, BLOCK_C)
             is_mask = tl.load(input_ids_ptr + other, mask=other < last_end, other=-1) == MASK_ID

@@ -15,8 +15,8 @@ def exact_gelu(x):
 
     erfc is exp(-x^2 / 2) times a polynomial in t = 1 / (1 + 0.275 |x|), the form of Abramowitz and Stegun
     7.1.26, fitted anew: 8e-8 relative error down to erfc / 2 = 1e-5, where 1 + erf has lost half its digits
-    to cancellation. `bias_gelu_` then has 28 instructions for each element on sm_90; with `tl.erf` it has 39,
-    for which an H200 moves memory too fast. Infinities become NaN.
+    to cancellation. Compiled for sm_90 by Triton 3.9.0, `bias_gelu_` then has 28 instructions for each
+    element, with `tl.erf` 39. Infinities become NaN.
     """
     magnitude = tl.abs(x)
     t = 1.0 / (1.0 + 0.275 * magnitude)
@@ -56,6 +56,8 @@ def bias_gelu_(hidden_states: torch.Tensor, bias: torch.Tensor) -> None:
     """See `reference.bias_gelu_`; contiguous, else ValueError. FP32 arithmetic."""
     total_tokens, width = hidden_states.shape
     check_contiguous(hidden_states=hidden_states, bias=bias)
+    if bias.shape != (width,):
+        raise ValueError(f"bias must be ({width},), got {tuple(bias.shape)}")
     settings = launch_settings(
         "bias_gelu_", width, hidden_states, {"BLOCK_T": 8, "BLOCK_N": 256, "num_warps": 4}
     )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import re
+import warnings
 from functools import cache
 from pathlib import Path
 
@@ -37,7 +39,15 @@ def tuned_settings(device: torch.device) -> dict[str, Settings]:
     path = config_path(torch.cuda.get_device_name(device))
     if not path.exists():
         return {}
-    settings: dict[str, Settings] = json.loads(path.read_text())["settings"]
+    tuned = json.loads(path.read_text())
+    here = importlib.metadata.version("triton")
+    if tuned["triton"].split(".")[:2] != here.split(".")[:2]:
+        warnings.warn(
+            f"{path} was tuned with Triton {tuned['triton']}, not {here}; `esm-packed tune` makes it anew",
+            stacklevel=2,
+        )
+        return {}
+    settings: dict[str, Settings] = tuned["settings"]
     return settings
 
 
@@ -55,7 +65,8 @@ def settings_key(kernel: str, size: int, dtype: torch.dtype) -> str:
 def launch_settings(kernel: str, size: int, tensor: torch.Tensor, heuristic: Settings) -> Settings:
     """The tuned settings for `tensor`'s device and dtype, or `heuristic`; see `settings_key`."""
     tuned = tuned_settings(tensor.device).get(settings_key(kernel, size, tensor.dtype), {})
-    # Triton 3.10 turns fused multiply-adds off unless asked for.
+    tuned = {name: value for name, value in tuned.items() if name in heuristic or name == "num_stages"}
+    # Triton announces that from 3.10 on fused multiply-adds are off unless asked for.
     return {"enable_fp_fusion": True, **heuristic, **tuned}
 
 

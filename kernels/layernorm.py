@@ -69,6 +69,9 @@ def _launch(
 ) -> torch.Tensor:
     total_tokens, hidden_size = hidden_states.shape
     check_contiguous(hidden_states=hidden_states, residual=residual, weight=weight, bias=bias)
+    for argument, tensor in (("weight", weight), ("bias", bias)):
+        if tensor.shape != (hidden_size,):
+            raise ValueError(f"{argument} must be ({hidden_size},), got {tuple(tensor.shape)}")
     if residual is not None and residual.shape != hidden_states.shape:
         raise ValueError(f"residual is {tuple(residual.shape)}, delta {tuple(hidden_states.shape)}")
     out = torch.empty_like(hidden_states, dtype=weight.dtype)

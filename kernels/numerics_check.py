@@ -42,7 +42,9 @@ def check_numerics(
     max_abs = torch.empty(num_sequences, dtype=torch.float32, device=hidden_states.device)
     nonfinite = torch.empty(num_sequences, dtype=torch.bool, device=hidden_states.device)
     hidden_size = hidden_states.shape[1]
-    settings = launch_settings("check_numerics", hidden_size, hidden_states, {"BLOCK": 4096, "num_warps": 8})
+    settings = launch_settings(
+        "check_numerics", hidden_size, hidden_states, {"BLOCK": 16384, "num_warps": 16}
+    )
     _check_numerics_kernel[(num_sequences,)](
         hidden_states, cu_seqlens, max_abs, nonfinite, HIDDEN_SIZE=hidden_size, **settings
     )

@@ -39,7 +39,7 @@ def segment_mean(hidden_states: torch.Tensor, cu_seqlens: torch.Tensor) -> torch
     check_contiguous(hidden_states=hidden_states, cu_seqlens=cu_seqlens)
     means = torch.empty(num_sequences, hidden_size, dtype=torch.float32, device=hidden_states.device)
     settings = launch_settings(
-        "segment_mean", hidden_size, hidden_states, {"BLOCK_T": 32, "BLOCK_N": 128, "num_warps": 4}
+        "segment_mean", hidden_size, hidden_states, {"BLOCK_T": 64, "BLOCK_N": 64, "num_warps": 4}
     )
     _segment_mean_kernel[(num_sequences, triton.cdiv(hidden_size, settings["BLOCK_N"]))](
         hidden_states, cu_seqlens, means, HIDDEN_SIZE=hidden_size, **settings

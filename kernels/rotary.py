@@ -33,8 +33,8 @@ def _rotary_qk_kernel(
     if position_ids_ptr is not None:
         position = tl.load(position_ids_ptr + token, mask=in_range, other=0)
     else:
-        starts, _ = segment_bounds(cu_seqlens_ptr, num_sequences, token, BLOCK_S)
-        position = tl.where(in_range, token - starts, 0)
+        starts, ends = segment_bounds(cu_seqlens_ptr, num_sequences, token, BLOCK_S)
+        position = tl.where(ends < 2147483647, token - starts, 0)
 
     dim = tl.arange(0, BLOCK_D)
     angle = position.to(tl.int64)[:, None] * HALF + dim[None, :]
@@ -83,6 +83,8 @@ def _launch(
             f"qkv must be contiguous within a token, got strides {qkv.stride()} for {tuple(qkv.shape)}"
         )
     check_contiguous(position_ids=position_ids, cu_seqlens=cu_seqlens)
+    if position_ids is not None and position_ids.shape != (total_tokens,):
+        raise ValueError(f"position_ids must be ({total_tokens},), got {tuple(position_ids.shape)}")
     for name, table in (("cos", cos), ("sin", sin)):
         if table.dtype != torch.float32 or table.shape[1] != head_dim // 2 or not table.is_contiguous():
             raise ValueError(

@@ -185,3 +185,15 @@ def test_loading_holds_the_model_and_one_tensor_more(tmp_path: Path, dtype: str)
     allowed = largest_merged_tensor if dtype == "fp32" else one_layer_in_fp32
     assert model_size > 140e6
     assert peak <= model_size + allowed, f"{peak / 1e6:.0f} MB for a model of {model_size / 1e6:.0f} MB"
+
+
+def test_rotary_tables_grow_and_outlive_what_was_captured_with_them() -> None:
+    model = ESM2.from_pretrained("demo")
+    first, _ = model._rotary_tables(5)
+    assert len(first) == 1026
+    again, _ = model._rotary_tables(1026)
+    assert again.data_ptr() == first.data_ptr()
+    grown, _ = model._rotary_tables(1027)
+    assert len(grown) == 2052
+    assert torch.equal(grown[:1026], first)
+    assert any(cos is first for cos, _ in model._outgrown_tables)

