@@ -93,10 +93,10 @@ def _packed_attention_kernel(
         start = tl.maximum(start, tl.max(tl.where(reached, bounds, 0), axis=0))
         end = tl.minimum(end, tl.min(tl.where(reached, 2147483647, bounds), axis=0))
         first_tile = tl.maximum(first_tile, tl.max(tl.where(reached, tiles, 0), axis=0))
-    length = end - start
-    first_query = (program - first_tile) * BLOCK_M
     # Tiles of tokens behind the last sequence, left there by a captured graph, have no end.
-    if (first_query >= length) | (end == 2147483647):
+    length = tl.where(end == 2147483647, 0, end - start)
+    first_query = (program - first_tile) * BLOCK_M
+    if first_query >= length:
         return
 
     head = tl.program_id(1) * HEAD_DIM
