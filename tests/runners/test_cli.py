@@ -337,7 +337,7 @@ def test_full_file_system(fasta, tmp_path, capsys, monkeypatch, without_computin
         assert cli.main(embed_arguments(tmp_path / "in.gz", disk)) == 5
         assert names_in(disk) == []
     finally:
-        subprocess.run(["umount", disk], check=True)
+        subprocess.run(["umount", "--lazy", disk], check=True)
 
 
 SLOW_EMBED = """

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import json
 import subprocess
 import sys
@@ -25,7 +27,8 @@ from esm_packed.runners.tuning_problems import Problem, problems, sample_lengths
 
 CONFIG = ESM2Config(num_layers=1, hidden_size=64, num_heads=2)
 GPU = "NVIDIA H200 (test)"
-FACTS = {"gpu": GPU, "tokens": 40}
+TRITON = importlib.metadata.version("triton") if importlib.util.find_spec("triton") else "none"
+FACTS = {"gpu": GPU, "tokens": 40, "triton": TRITON}
 QUIET = Console(quiet=True)
 
 
@@ -342,6 +345,9 @@ def test_settings_are_merged_and_launches_read_them(configs: Path) -> None:
     assert read == {"layer_norm/320/float32": {"BLOCK_T": 4, "num_warps": 4}}
     content = json.loads(path.read_text())
     assert {name: content[name] for name in FACTS} == FACTS
+    path.write_text(json.dumps(content | {"triton": "2.1.0"}))
+    with pytest.warns(UserWarning, match=r"was tuned with Triton 2\.1\.0, not"):
+        assert launch.tuned_settings.__wrapped__(torch.device("cuda", 0)) == {}
     assert content["measured"] == {
         "layer_norm/320/float32": {
             "heuristic_us": 10.0,
