@@ -45,13 +45,15 @@ examples:
   esm-packed COMMAND --help
 
 exit codes: 0 complete, 1 internal error, 2 wrong input or option, 3 finished with failed rows,
-4 interrupted, 5 out of space"""
+4 interrupted (repeat the command to continue), 5 out of space"""
 
 _EMBED_EPILOG = f"""\
 examples:
   esm-packed embed proteins.fasta -o embeddings.h5 --model demo
   esm-packed embed a.fasta b.fasta.gz -o all.h5 --model esm2_t12_35M_UR50D --layers 6,12
   zcat reads.faa.gz | esm-packed embed - -o reads.h5 --device cuda:1 --token-budget 65536
+
+The work is done in OUT.h5.run. Interrupted or killed, the same command continues it.
 
 models: {", ".join(list(ESM2_MODELS)[:3])},
 {", ".join(list(ESM2_MODELS)[3:])},
@@ -101,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except SystemExit as error:
             return error.code if isinstance(error.code, int) else EXIT_USAGE
         except KeyboardInterrupt as error:
-            _complain(f"interrupted ({error}); repeat the command to start again")
+            _complain(f"interrupted ({error}); repeat the command to continue")
             return EXIT_INTERRUPTED
         except Exception as error:
             return _report(error)
@@ -111,7 +113,7 @@ def _report(error: Exception) -> int:
     """Explain `error` in one line and return the exit code it calls for."""
     if _is_out_of_space(error):
         reason = error.strerror if isinstance(error, OSError) else str(error)
-        _complain(f"out of space: {reason}; free some and start again")
+        _complain(f"out of space: {reason}; free some and repeat the command to continue")
         return EXIT_OUT_OF_SPACE
     if isinstance(error, _user_errors()):
         _complain(str(error))
@@ -140,6 +142,7 @@ def _user_errors() -> tuple[type[Exception], ...]:
         "esm_packed.download": "CheckpointError",
         "esm_packed.runners.embed": "UsageError",
         "esm_packed.runners.fasta": "InputError",
+        "esm_packed.runners.plan": "PlanError",
         "esm_packed.runners.store": "StoreError",
     }
     return tuple(
@@ -215,6 +218,7 @@ def _build_parser() -> argparse.ArgumentParser:
     _add_embed(commands)
     _add_info(commands)
     _add_checkpoint(commands)
+    _add_status(commands)
     _add_tune(commands)
     return parser
 
@@ -236,7 +240,10 @@ def _add_embed(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser.add_argument(
         "-o", "--output", required=True, type=Path, metavar="OUT.h5", help="HDF5 file to make"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT.h5 if it is there")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace OUT.h5, or an unfinished run of other options"
+    )
+    parser.add_argument("--keep-run", action="store_true", help="keep OUT.h5.run when OUT.h5 is made")
     parser.add_argument("--quiet", action="store_true", help="no notes and no progress; the summary remains")
 
     model = parser.add_argument_group("model")
@@ -329,6 +336,17 @@ def _add_checkpoint(commands: argparse._SubParsersAction[_Parser]) -> None:
         "-o", "--output", required=True, type=Path, metavar="esm2_OUT.pt", help="file to make"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the file if it is there")
+
+
+def _add_status(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = commands.add_parser(
+        "status",
+        help="say how far a run is",
+        description="Say how far the run of an output is, and which processes are at work on it.",
+        allow_abbrev=False,
+    )
+    parser.set_defaults(run=_status)
+    parser.add_argument("output", type=Path, metavar="OUT.h5", help="the output, or its folder OUT.h5.run")
 
 
 def _add_tune(commands: argparse._SubParsersAction[_Parser]) -> None:
@@ -441,6 +459,7 @@ def _embed(options: argparse.Namespace) -> int:
         threads=options.threads,
         store_dtype=options.store_dtype,
         overwrite=options.overwrite,
+        keep_run=options.keep_run,
     )
     summary = embed_files(request, Console(options.quiet))
     if summary.already_complete:
@@ -453,6 +472,17 @@ def _embed(options: argparse.Namespace) -> int:
             "NaN, and `problems` in the output names them"
         )
         return EXIT_FAILED_ROWS
+    return EXIT_COMPLETE
+
+
+def _status(options: argparse.Namespace) -> int:
+    from esm_packed.runners.rundir import RunDirectory
+    from esm_packed.runners.status import describe_run
+
+    output: Path = options.output
+    if output.suffix == ".run":
+        output = output.with_suffix("")
+    _say(describe_run(RunDirectory(output.resolve())))
     return EXIT_COMPLETE
 
 

@@ -4,36 +4,38 @@ from __future__ import annotations
 
 import errno
 import json
-import math
 import platform
 import shutil
-import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from esm_packed.attention import select_backend
 from esm_packed.config import DEFAULT_MODEL, DEFAULT_TOKEN_BUDGETS
 from esm_packed.model import ESM2
-from esm_packed.numerics import Precision, resolve_device, resolve_precision
-from esm_packed.packing import SPECIAL_TOKENS, pack, packing_efficiency, plan_packs
+from esm_packed.numerics import PRECISIONS, Precision, resolve_device, resolve_precision
+from esm_packed.packing import packing_efficiency
 from esm_packed.runners.fasta import ReadOptions
-from esm_packed.runners.index import STDIN, FastaIndex, build_index
-from esm_packed.runners.progress import Advance, Console, byte_size, duration
+from esm_packed.runners.index import STDIN, FastaIndex, build_index, open_index
+from esm_packed.runners.pipeline import Pipeline, StageTimes
+from esm_packed.runners.plan import FLOPS_PER_SHARD, Plan, PlanError, cut_shards
+from esm_packed.runners.progress import Console, byte_size, duration
+from esm_packed.runners.rundir import ClaimedError, RunDirectory
+from esm_packed.runners.shards import Run, compute_shards, merge
 from esm_packed.runners.store import (
     FORMAT_VERSION,
-    STATUS_COMPUTED,
     STATUS_FAILED,
+    STATUS_RECOMPUTED,
     EmbeddingReader,
     EmbeddingWriter,
+    Shard,
     StoredProblem,
     StoreError,
     bytes_needed,
@@ -44,10 +46,6 @@ from esm_packed.version import __version__
 from esm_packed.weights import load_checkpoint
 
 STORE_DTYPES = {"fp32": "float32", "fp16": "float16"}
-
-MAX_BUFFER_RECORDS = 65_536
-MAX_BUFFER_RESIDUES = 8_000_000
-MAX_BUFFER_BYTES = 1 << 27
 
 
 class UsageError(ValueError):
@@ -71,7 +69,8 @@ class EmbedRequest:
         read: the rules for the input.
         threads: CPU threads, or None for torch's choice.
         store_dtype: fp32 or fp16, of the stored embeddings.
-        overwrite: replace an output that is already there.
+        overwrite: replace an output, or a run directory, of another run.
+        keep_run: leave the run directory when the output is made.
     """
 
     inputs: tuple[str, ...]
@@ -87,6 +86,7 @@ class EmbedRequest:
     threads: int | None = None
     store_dtype: str = "fp32"
     overwrite: bool = False
+    keep_run: bool = False
 
 
 @dataclass
@@ -102,23 +102,26 @@ class Summary:
     num_replaced: int
     num_duplicates: int
     num_left_out: int
+    num_identical: int = 0
     num_truncated: int = 0
+    num_recomputed: int = 0
     num_failed: int = 0
-    embedded_residues: int = 0
-    pack_tokens: list[int] = field(default_factory=list)
+    stages: StageTimes = field(default_factory=StageTimes)
     seconds: float = 0.0
     embedding_seconds: float = 0.0
+    is_merged: bool = False
     already_complete: bool = False
 
     @property
     def packing_efficiency(self) -> float:
         """Tokens over (packs x budget), without the packs of one sequence longer than the budget."""
-        return packing_efficiency(self.pack_tokens, self.token_budget)
+        return packing_efficiency(self.stages.pack_tokens, self.token_budget)
 
     def lines(self) -> list[str]:
         """The summary for the terminal."""
-        overlong = sum(tokens > self.token_budget for tokens in self.pack_tokens)
-        packs = f"{len(self.pack_tokens):,} of up to {self.token_budget:,} tokens"
+        stages = self.stages
+        overlong = sum(tokens > self.token_budget for tokens in stages.pack_tokens)
+        packs = f"{len(stages.pack_tokens):,} of up to {self.token_budget:,} tokens"
         if overlong:
             packs += f", {overlong:,} of them one longer sequence"
         values = {
@@ -127,12 +130,15 @@ class Summary:
             "truncated": f"{self.num_truncated:,}",
             "replaced": f"{self.num_replaced:,}",
             "duplicates": f"{self.num_duplicates:,}",
+            "identical": f"{self.num_identical:,} copied from an equal sequence",
             "left out": f"{self.num_left_out:,}",
+            "recomputed": f"{self.num_recomputed:,} in fp32",
             "failed": f"{self.num_failed:,}",
             "packs": packs,
             "packing efficiency": f"{self.packing_efficiency:.1%}",
             "wall time": f"{duration(self.seconds)}, embedding {duration(self.embedding_seconds)}",
-            "residues/s": f"{self.embedded_residues / self.embedding_seconds:,.0f}",
+            "stages": stages.describe(),
+            "residues/s": f"{stages.residues / max(stages.wall, 1e-9):,.0f}",
             "model": f"{self.model.model_name} (sha256 {self.model.model_sha256[:16]})",
             "dtype": self.model.precision,
             "device": self.device,
@@ -145,8 +151,11 @@ class Summary:
 def embed_files(request: EmbedRequest, console: Console) -> Summary:
     """Embed every record of `request.inputs` into `request.output`, which appears only when it is whole.
 
+    The work is done in the run directory `OUTPUT.run`. If one is there, the run it holds is continued.
+
     Raises:
-        UsageError: an option does not fit the model or the device, or the output cannot be where it should.
+        UsageError: an option does not fit the model or the device, the output cannot be where it should, or
+            the run directory belongs to another run or process.
         InputError: a fault in a FASTA file.
         CheckpointError: the model is missing or damaged.
         BackendError: the attention backend cannot be used.
@@ -167,75 +176,235 @@ def embed_files(request: EmbedRequest, console: Console) -> Summary:
         raise UsageError(str(error)) from error
     select_backend(request.attention, device, precision, head_dim=64)  # fails before the input is read
 
-    with _work_folder(output) as work_dir:
-        with console.progress("reading", "B", _input_bytes(request.inputs)) as advance:
-            index = build_index(request.inputs, work_dir, request.read, progress=advance)
-        model, layers = _load_model(request, device, precision, console)
-        token_budget = request.token_budget or DEFAULT_TOKEN_BUDGETS[device.type]
-        identity = run_identity(request, index, model, layers, token_budget)
-        summary = Summary(
-            output=request.output,
-            model=model,
-            device=_device_name(device),
-            token_budget=token_budget,
-            num_sequences=index.num_records,
-            num_residues=index.total_residues,
-            num_replaced=index.num_replaced,
-            num_duplicates=index.num_duplicates,
-            num_left_out=len(index.problems),
-        )
-        if existing_plan is not None:
-            if existing_plan != plan_hash(identity):
-                raise UsageError(
-                    f"{request.output}: exists already, made from other input or options; "
-                    "--overwrite replaces it"
-                )
-            with EmbeddingReader(output) as reader:
-                summary.num_failed = int(np.count_nonzero(reader.column("status") == STATUS_FAILED))
-            summary.already_complete = True
-            return summary
-
-        needed = bytes_needed(
-            index.num_records, model.config.hidden_size, len(layers), STORE_DTYPES[request.store_dtype]
-        )
-        check_space(output.parent, needed, console)
-        console.note(
-            f"embedding {index.num_records:,} sequences, {index.total_residues:,} residues, with "
-            f"{model.model_name} ({model.precision}, attention {model.attention_backend}) on {summary.device}"
-        )
-        with whole_or_nothing(output, overwrite=request.overwrite) as temporary:
-            _write_output(temporary, request, index, model, layers, identity, summary, console)
+    directory = RunDirectory(output)
+    with _claimed(directory):
+        summary = _run(request, directory, device, precision, existing_plan, console)
     summary.seconds = time.monotonic() - begin
     return summary
 
 
-def _write_output(
-    path: Path,
+@contextmanager
+def _claimed(directory: RunDirectory) -> Iterator[None]:
+    """Hold the run directory; one that has no plan when the block fails is removed."""
+    claim = directory.claim()
+    try:
+        claim.acquire()
+        directory.create()
+    except ClaimedError as holder:
+        raise UsageError(
+            f"{directory.path} is being worked on by {holder}; wait for it, or delete {claim.path} if that "
+            "process is gone"
+        ) from holder
+    except OSError as error:
+        claim.release()
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UsageError(f"{directory.output.parent}: cannot be written to: {error.strerror}") from error
+    try:
+        yield
+    except BaseException:
+        if not directory.plan_path.exists():
+            directory.remove()
+        raise
+    finally:
+        claim.release()
+
+
+def _run(
     request: EmbedRequest,
+    directory: RunDirectory,
+    device: torch.device,
+    precision: Precision,
+    existing_plan: str | None,
+    console: Console,
+) -> Summary:
+    """Index, plan, compute what is left, and merge; the caller holds the claim."""
+    index = None
+    if STDIN not in request.inputs:
+        index = open_index(request.inputs, directory.index_path, request.read)
+    if index is None:
+        with console.progress("reading", "B", _input_bytes(request.inputs)) as advance:
+            index = build_index(request.inputs, directory.index_path, request.read, progress=advance)
+    model, layers = _load_model(request, device, precision, console)
+    summary = Summary(
+        output=request.output,
+        model=model,
+        device=_device_name(device),
+        token_budget=request.token_budget or DEFAULT_TOKEN_BUDGETS[device.type],
+        num_sequences=index.num_records,
+        num_residues=index.total_residues,
+        num_replaced=index.num_replaced,
+        num_duplicates=index.num_duplicates,
+        num_identical=index.num_identical,
+        num_left_out=len(index.problems),
+    )
+    plan = _plan(request, directory, index, model, layers, summary, existing_plan)
+    if plan is None:
+        with EmbeddingReader(request.output) as reader:
+            summary.num_failed = int(np.count_nonzero(reader.column("status") == STATUS_FAILED))
+        summary.already_complete = True
+        if not request.keep_run:
+            directory.remove()
+        return summary
+
+    run = Run(directory, plan, index, request.max_length)
+    shards = range(plan.num_shards)
+    left = [shard for shard in shards if run.read(shard) is None]
+    needed = bytes_needed(
+        index.num_records, model.config.hidden_size, len(layers), STORE_DTYPES[request.store_dtype]
+    )
+    check_space(directory.output.parent, needed + needed * len(left) // len(shards), console)
+    if len(left) < len(shards):
+        console.note(f"continuing: {len(shards) - len(left):,} of {len(shards):,} shards are finished")
+    console.note(
+        f"embedding {index.num_records:,} sequences, {index.total_residues:,} residues, with "
+        f"{model.model_name} ({model.precision}, attention {model.attention_backend}) on {summary.device}"
+    )
+    while left:
+        _compute(request, run, left, model, layers, summary, console)
+        left = _merge(request, run, model, layers, summary, console)
+    if not summary.is_merged:
+        _merge(request, run, model, layers, summary, console)
+    if not request.keep_run:
+        directory.remove()
+    return summary
+
+
+def _plan(
+    request: EmbedRequest,
+    directory: RunDirectory,
     index: FastaIndex,
     model: ESM2,
     layers: Sequence[int],
-    identity: Mapping[str, Any],
+    summary: Summary,
+    existing_output: str | None,
+) -> Plan | None:
+    """The plan that is there, if it is this run's, or a new one; None if the output is complete already."""
+    try:
+        plan = Plan.read(directory.plan_path)
+        if request.token_budget is None:
+            summary.token_budget = plan.identity["token_budget"]
+    except FileNotFoundError:
+        plan = None
+    except PlanError as error:
+        if not request.overwrite:
+            raise UsageError(str(error)) from error
+        plan = None
+    identity = run_identity(request, index, model, layers, summary.token_budget)
+    if existing_output is not None:
+        if existing_output != plan_hash(identity):
+            raise UsageError(
+                f"{request.output}: exists already, made from other input or options; --overwrite replaces it"
+            )
+        return None
+    if plan is not None:
+        try:
+            plan.check_same(identity, directory.path)
+            return plan
+        except PlanError as error:
+            if not request.overwrite:
+                raise UsageError(str(error)) from error
+    run = Run(directory, Plan(identity, request.inputs, (0, index.num_records)), index, request.max_length)
+    starts = cut_shards(
+        run.embedded_lengths(0, index.num_records),
+        run.is_computed(0, index.num_records),
+        model.config,
+        model.config.hidden_size * len(layers) * np.dtype(STORE_DTYPES[request.store_dtype]).itemsize,
+        FLOPS_PER_SHARD[model.device.type],
+    )
+    plan = Plan(identity, request.inputs, starts)
+    directory.forget_shards()
+    plan.write(directory.plan_path)
+    return plan
+
+
+def _compute(
+    request: EmbedRequest,
+    run: Run,
+    shards: Sequence[int],
+    model: ESM2,
+    layers: Sequence[int],
     summary: Summary,
     console: Console,
 ) -> None:
-    """Compute the embeddings and write the whole file; what happened is noted in `summary`."""
+    begin = time.monotonic()
+
+    def in_fp32() -> ESM2:
+        console.note("loading the model in fp32, to recompute what is not finite")
+        fp32_request = replace(request, dtype="fp32", attention="auto")
+        return _load_model(fp32_request, model.device, PRECISIONS["fp32"], console)[0]
+
+    total = sum(
+        int(
+            run.embedded_lengths(*run.plan.records(shard))[
+                run.computed(shard) - run.plan.records(shard)[0]
+            ].sum()
+        )
+        for shard in shards
+    )
+    with console.progress("embedding", "residues", total) as advance:
+        pipeline = Pipeline(
+            model,
+            layers,
+            STORE_DTYPES[request.store_dtype],
+            summary.token_budget,
+            in_fp32 if model.precision in ("fp16", "bf16", "tf32") else None,
+            advance,
+        )
+        compute_shards(run, shards, pipeline)
+    summary.embedding_seconds += time.monotonic() - begin
+    summary.stages.add(pipeline.times)
+
+
+def _merge(
+    request: EmbedRequest, run: Run, model: ESM2, layers: Sequence[int], summary: Summary, console: Console
+) -> list[int]:
+    """Make the output of the finished shards.
+
+    Returns:
+        Shards whose files turned out to be damaged; the output is made if there is none.
+    """
+    damaged: list[int] = []
+
+    def read(number: int) -> Shard:
+        shard = run.read(number)
+        if shard is None:
+            damaged.append(number)
+            raise StoreError(f"shard {number} is damaged")
+        return shard
+
+    index = run.index
+    output = run.directory.output
     left_out = [StoredProblem(left.sequence_id, left.file, left.line, left.reason) for left in index.problems]
-    with EmbeddingWriter(
-        path,
-        num_sequences=index.num_records,
-        hidden_size=model.config.hidden_size,
-        layers=layers,
-        store_dtype=STORE_DTYPES[request.store_dtype],
-    ) as writer:
-        writer.write_problems(left_out)
-        begin = time.monotonic()
-        total = int(_embedded_lengths(index.lengths, request.max_length).sum(dtype=np.int64))
-        with console.progress("embedding", "residues", total) as advance:
-            _embed_all(request, index, model, layers, writer, summary, advance)
-        summary.embedding_seconds = time.monotonic() - begin
-        writer.write_plan(identity, request.inputs)
-        writer.write_attributes(_attributes(request, model, summary))
+    store_dtype = STORE_DTYPES[request.store_dtype]
+    total = index.num_records * model.config.hidden_size * len(layers) * np.dtype(store_dtype).itemsize
+    try:
+        with (
+            whole_or_nothing(output, overwrite=request.overwrite) as temporary,
+            EmbeddingWriter(
+                temporary,
+                num_sequences=index.num_records,
+                hidden_size=model.config.hidden_size,
+                layers=layers,
+                store_dtype=store_dtype,
+            ) as writer,
+            console.progress("merging", "B", total) as advance,
+        ):
+            writer.write_problems(left_out)
+            merge(run, read, writer, layers, advance)
+            writer.write_plan(run.plan.identity, run.plan.input_names)
+            writer.write_attributes(_attributes(request, model, summary))
+    except StoreError:
+        if damaged:
+            return damaged
+        raise
+    summary.is_merged = True
+    with EmbeddingReader(output) as reader:
+        status = reader.column("status")
+        summary.num_failed = int(np.count_nonzero(status == STATUS_FAILED))
+        summary.num_recomputed = int(np.count_nonzero(status == STATUS_RECOMPUTED))
+        summary.num_truncated = int(np.count_nonzero(reader.column("truncated")))
+    return []
 
 
 def check_output(output: Path, inputs: Sequence[str], overwrite: bool) -> str | None:
@@ -288,20 +457,6 @@ def _load_model(
     return model, list(dict.fromkeys(reversed(layers)))[::-1]
 
 
-@contextmanager
-def _work_folder(output: Path) -> Iterator[Path]:
-    try:
-        folder = tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".index", dir=output.parent)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise UsageError(f"{output.parent}: cannot be written to: {error.strerror}") from error
-    try:
-        yield Path(folder)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 def _input_bytes(inputs: Sequence[str]) -> int | None:
     paths = [Path(path) for path in inputs]
     return sum(path.stat().st_size for path in paths) if all(path.is_file() for path in paths) else None
@@ -342,104 +497,10 @@ def check_space(folder: Path, needed: int, console: Console) -> None:
     console.note(sizes)
 
 
-def cut_buffers(
-    lengths: npt.NDArray[np.int32], max_records: int, max_residues: int
-) -> Iterator[tuple[int, int]]:
-    """Cut records into consecutive ranges [start, stop) within both limits; a longer record is alone.
-
-    Args:
-        lengths: (num_records,) residues; only one range of it is read at a time.
-        max_records: most records in a range.
-        max_residues: most residues in a range.
-    """
-    start = 0
-    while start < len(lengths):
-        filled = np.cumsum(lengths[start : start + max_records], dtype=np.int64)
-        count = max(1, int(np.searchsorted(filled, max_residues, side="right")))
-        yield start, start + count
-        start += count
-
-
-def _embedded_lengths(lengths: npt.NDArray[np.int32], max_length: int) -> npt.NDArray[np.int32]:
-    return np.minimum(lengths, max_length) if max_length else np.asarray(lengths)
-
-
-def _embed_all(
-    request: EmbedRequest,
-    index: FastaIndex,
-    model: ESM2,
-    layers: Sequence[int],
-    writer: EmbeddingWriter,
-    summary: Summary,
-    advance: Advance,
-) -> None:
-    row_bytes = 4 * model.config.hidden_size * len(layers)
-    max_records = max(1, min(MAX_BUFFER_RECORDS, MAX_BUFFER_BYTES // row_bytes))
-    for start, stop in cut_buffers(index.lengths, max_records, MAX_BUFFER_RESIDUES):
-        token_ids = index.token_ids(start, stop, request.max_length)
-        sequence_ids = index.sequence_ids(start, stop)
-        lengths = np.array(index.lengths[start:stop])
-        embedded_lengths = _embedded_lengths(lengths, request.max_length)
-        rows = {
-            layer: np.empty((stop - start, model.config.hidden_size), STORE_DTYPES[request.store_dtype])
-            for layer in layers
-        }
-        for members in plan_packs(embedded_lengths + SPECIAL_TOKENS, summary.token_budget):
-            embeddings = _embed_pack(model, [token_ids[member] for member in members], layers)
-            for layer in layers:
-                with np.errstate(over="ignore"):  # too large for FP16 becomes Inf, which is looked for below
-                    rows[layer][members] = embeddings[layer]
-            residues = int(embedded_lengths[members].sum())
-            summary.embedded_residues += residues
-            summary.pack_tokens.append(residues + SPECIAL_TOKENS * len(members))
-            advance(residues)
-
-        status = mark_failures(rows)
-        failed = np.flatnonzero(status == STATUS_FAILED)
-        summary.num_failed += len(failed)
-        summary.num_truncated += int(np.count_nonzero(embedded_lengths < lengths))
-        writer.write_rows(
-            start,
-            sequence_ids=sequence_ids,
-            lengths=lengths,
-            embedded_lengths=embedded_lengths,
-            status=status,
-            embeddings=rows,
-        )
-        reason = f"the embedding is not finite (dtype {model.precision}, stored as {request.store_dtype})"
-        writer.write_problems([StoredProblem(sequence_ids[row], "", 0, reason) for row in failed])
-
-
-def _embed_pack(
-    model: ESM2, token_ids: Sequence[npt.NDArray[np.uint8]], layers: Sequence[int]
-) -> dict[int, npt.NDArray[np.floating[Any]]]:
-    """For each layer (len(token_ids), hidden_size) mean embeddings."""
-    batch = pack(token_ids).to(model.device)
-    try:
-        return {layer: rows.cpu().numpy() for layer, rows in model.embed_packed(batch, layers).items()}
-    except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
-            raise
-        raise UsageError(
-            f"out of memory on {model.device} with {batch.total_tokens:,} tokens in a pack, the longest "
-            f"sequence {batch.max_seqlen - SPECIAL_TOKENS:,} residues; lower --token-budget or --max-length"
-        ) from error
-
-
-def mark_failures(rows: Mapping[int, npt.NDArray[np.floating[Any]]]) -> npt.NDArray[np.uint8]:
-    """The status (n,) of rows the model gave; one that is not finite in some layer becomes NaN in all."""
-    finite = np.logical_and.reduce([np.isfinite(layer_rows).all(axis=1) for layer_rows in rows.values()])
-    for layer_rows in rows.values():
-        layer_rows[~finite] = math.nan
-    return np.where(finite, STATUS_COMPUTED, STATUS_FAILED).astype(np.uint8)
-
-
 def _attributes(request: EmbedRequest, model: ESM2, summary: Summary) -> dict[str, str | int]:
     packing = {
         "algorithm": "first-fit decreasing",
         "token_budget": summary.token_budget,
-        "packs": len(summary.pack_tokens),
-        "efficiency": round(summary.packing_efficiency, 4),
     }
     versions = {
         "esm-packed": __version__,

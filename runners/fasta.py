@@ -33,6 +33,8 @@ INVALID = INVALID_ID
 
 _HINT_INVALID = "--invalid x replaces such characters by X, --invalid skip leaves such records out"
 _COMMENT_LINE = re.compile(rb"[\r\n];[^\r\n]*")
+_IS_SPACE = np.zeros(ord(" ") + 1, dtype=np.bool_)
+_IS_SPACE[list(b" \t\n\r\v\f")] = True
 _NUCLEOTIDE_CODES = np.unique(RESIDUE_TO_ID[np.frombuffer(b"ACGTUN", dtype=np.uint8)])
 
 Codes = npt.NDArray[np.uint8]
@@ -92,17 +94,24 @@ class ParsedBlock:
     """The n records of one block of text; positions are bytes from the start of the block.
 
     `header_begins` (just behind the `>`), `header_ends` (where the sequence begins), `sequence_ends` (in
-    front of a trailing `*`) and `lengths` (residues) are (n,) int64; `codes` is what `residue_codes` gives.
+    front of a trailing `*`), `name_begins`, `name_ends` (of the ID) and `lengths` (residues) are (n,) int64;
+    `codes` is what `residue_codes` gives.
     """
 
+    block: bytes
     header_begins: Positions
     header_ends: Positions
     sequence_ends: Positions
+    name_begins: Positions
+    name_ends: Positions
     lengths: Positions
-    names: list[bytes]
     codes: Codes
     faults: list[Fault]
     num_replaced: int
+
+    def name(self, record: int) -> str:
+        """The ID of `record`; empty if it has none."""
+        return self.block[self.name_begins[record] : self.name_ends[record]].decode("utf-8")
 
     def count_nucleotides(self, record: int) -> int:
         """How many residues of `record` are one of A, C, G, T, U, N."""
@@ -216,21 +225,26 @@ def parse_block(block: bytes, options: ReadOptions) -> ParsedBlock:
     replaced are counted instead.
     """
     text = np.frombuffer(block, dtype=np.uint8)
-    marks = np.flatnonzero(text == ord(">"))
-    before = text[marks - 1]  # for the first mark any byte will do: it is known to start a record
-    at_line_start = (before == ord("\n")) | (before == ord("\r"))
-    at_line_start[0] = True
-    starts = marks[at_line_start]
-    is_line_end = text == ord("\n")
-    if b"\r" in block:
-        is_line_end |= text == ord("\r")
-    line_ends = np.append(np.flatnonzero(is_line_end), len(block))
+    spaces = np.flatnonzero(text <= ord(" "))  # all white space, in one pass, and control characters
+    characters = text[spaces]
+    line_ends = spaces[(characters == ord("\n")) | (characters == ord("\r"))]
+    spaces = np.append(spaces[_IS_SPACE[characters]], len(block))
+    following = line_ends[:-1] if line_ends.size and line_ends[-1] == len(block) - 1 else line_ends
+    starts = np.append(0, following[text[following + 1] == ord(">")] + 1)
+    line_ends = np.append(line_ends, len(block))
+    header_begins = starts + 1
     header_ends = line_ends[np.searchsorted(line_ends, starts)]
     ends = np.append(starts[1:], len(block))
+    name_begins, name_ends = _find_names(block, header_begins, header_ends, spaces, options.full_header)
 
     codes = residue_codes(block, header_ends, ends, options.gaps)
-    present = np.append(codes != NOTHING, False)  # one more: an empty last record may begin at the very end
-    lengths = np.add.reduceat(present, header_ends, dtype=np.int64)
+    absent = np.flatnonzero(codes == NOTHING)
+
+    def count_present(begins: Positions, ends: Positions) -> Positions:
+        num_absent: Positions = np.searchsorted(absent, ends) - np.searchsorted(absent, begins)
+        return ends - begins - num_absent
+
+    lengths = count_present(header_ends, ends)
 
     suspects = np.flatnonzero(codes >= NEVER_REPLACED)
     if suspects.size:
@@ -240,8 +254,7 @@ def parse_block(block: bytes, options: ReadOptions) -> ParsedBlock:
         stops, owner = stops[is_last], owner[is_last]
         if stops.size:
             # What stands behind the last `*` of a record decides whether it ends the sequence.
-            tails = np.stack([stops + 1, ends[owner]], axis=1).ravel()
-            trailing = np.add.reduceat(present, tails, dtype=np.int64)[::2] == 0
+            trailing = count_present(stops + 1, ends[owner]) == 0
             stops, owner = stops[trailing], owner[trailing]
             ends[owner] = stops
             lengths[owner] -= 1
@@ -254,23 +267,40 @@ def parse_block(block: bytes, options: ReadOptions) -> ParsedBlock:
         suspects = suspects[codes[suspects] == NEVER_REPLACED]
         num_replaced -= len(suspects)
 
-    header_begins = starts + 1
-    names = [
-        record_name(block[begin:end], options.full_header)
-        for begin, end in zip(header_begins.tolist(), header_ends.tolist(), strict=True)
-    ]
-
     faults: dict[int, Fault] = {}
     owners, first = np.unique(np.searchsorted(header_ends, suspects) - 1, return_index=True)
     for record, position in zip(owners.tolist(), suspects[first].tolist(), strict=True):
         faults[record] = _character_fault(block, record, position)
     for record in np.flatnonzero(lengths == 0).tolist():
         faults[record] = Fault(record, int(starts[record]), "the record has no residues")
-    if b"" in names:
-        for record in (record for record, name in enumerate(names) if not name):
-            faults[record] = Fault(record, int(starts[record]), "no ID after '>'")
-    in_order = [faults[record] for record in sorted(faults)]
-    return ParsedBlock(header_begins, header_ends, ends, lengths, names, codes, in_order, num_replaced)
+    for record in np.flatnonzero(name_ends == name_begins).tolist():
+        faults[record] = Fault(record, int(starts[record]), "no ID after '>'")
+    return ParsedBlock(
+        block=block,
+        header_begins=header_begins,
+        header_ends=header_ends,
+        sequence_ends=ends,
+        name_begins=name_begins,
+        name_ends=name_ends,
+        lengths=lengths,
+        codes=codes,
+        faults=[faults[record] for record in sorted(faults)],
+        num_replaced=num_replaced,
+    )
+
+
+def _find_names(
+    block: bytes, header_begins: Positions, header_ends: Positions, spaces: Positions, full_header: bool
+) -> tuple[Positions, Positions]:
+    """Where the IDs begin and end; `spaces` are the positions of white space and, last, len(block)."""
+    begins = header_begins.copy()
+    ends = spaces[np.searchsorted(spaces, begins)]
+    one_by_one = range(len(begins)) if full_header else np.flatnonzero(ends == begins).tolist()
+    for record in one_by_one:
+        header = block[header_begins[record] : header_ends[record]]
+        begins[record] = header_ends[record] - len(header.lstrip())
+        ends[record] = begins[record] + len(record_name(header, full_header))
+    return begins, ends
 
 
 def _character_fault(block: bytes, record: int, position: int) -> Fault:

@@ -1,9 +1,10 @@
 """FASTA files to a compact index: one pass that checks all, then random access to any range of records.
 
-The index is one row of 24 bytes for each record in `work_dir/records.bin`, memory-mapped; sequences and
-headers stay where they are: in the user's files or, for gzip, pipes and standard input, in an uncompressed
-copy in `work_dir`. Memory is bounded by the chunk size or the longest record, plus 16 bytes for each record
-while IDs are compared (more if there are duplicates), plus a note for each record left out.
+An index is a folder: `records.bin`, one row of 24 bytes for each record, and `first_same.bin`, 8 bytes that
+name the first record of the same sequence, both memory-mapped; and `index.json`, which is written last and
+says what the index was made from, so that a later process can take it over. Sequences and headers stay where
+they are: in the user's files or, for gzip, pipes and standard input, in an uncompressed copy in the folder.
+Memory is bounded by the chunk size or the longest record, plus a note for each record left out.
 """
 
 from __future__ import annotations
@@ -11,16 +12,18 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
+import json
 import os
 import stat
 import sys
 import zlib
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, astuple, dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -32,82 +35,55 @@ from esm_packed.runners.fasta import (
     parse_block,
     preamble_fault,
     record_at,
-    record_name,
-    residue_codes,
     shorten,
     text_fault,
     token_ids_of,
 )
+from esm_packed.runners.hashes import (
+    ROW,
+    Rows,
+    confirm_firsts,
+    hash_rows,
+    hashes_of,
+    records_with,
+    sort_rows,
+    write_firsts,
+)
+from esm_packed.runners.records import (
+    RECORD,
+    STDIN,
+    InputFile,
+    Problem,
+    RecordReader,
+    Records,
+    Source,
+    line_numbers,
+    lines_at,
+    size_and_mtime,
+)
 
-STDIN = "-"
+__all__ = ["STDIN", "FastaIndex", "InputFile", "Problem", "build_index", "open_index"]
+
 MAX_RECORD_BYTES = 1 << 26
 """Longest record that is read, as a record is held in memory whole; the longest proteins are about 46 kB."""
 DNA_RECORDS = 100
 DNA_FRACTION = 0.9
 
+_FORMAT_VERSION = 1
+_METADATA = "index.json"
+_RECORDS = "records.bin"
+_FIRST_SAME = "first_same.bin"
+_ID_HASHES = "id_hashes.bin"
+_SEQUENCE_HASHES = "sequence_hashes.bin"
+_FIRST_IDS = "first_ids.bin"
+_KEPT = "kept.bin"
+_NEXT_COPIES = "next_copies.bin"
+_FILES = (_RECORDS, _FIRST_SAME, _ID_HASHES, _SEQUENCE_HASHES, _FIRST_IDS, _KEPT, _NEXT_COPIES)
+
 _BOM = b"\xef\xbb\xbf"
 _COMPRESSED = {b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip"}
-_DUPLICATES_BATCH = 1 << 16
-
-# Bytes from the start of the readable file; the sequence begins where the header ends. `copy` is 0, or the
-# number in the `__2` that tells this record from an earlier one of the same ID.
-_RECORD = np.dtype(
-    [
-        ("header", "<i8"),
-        ("header_bytes", "<i4"),
-        ("sequence_bytes", "<i4"),
-        ("length", "<i4"),
-        ("copy", "<i4"),
-    ]
-)
-_Records = npt.NDArray[Any]
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A record that was left out; `line` counts from 1 and is where the reason shows."""
-
-    sequence_id: str
-    file: str
-    line: int
-    reason: str
-
-    def located(self) -> str:
-        """File, line and record, as errors name them."""
-        return f"{self.file}, line {self.line}, record {shorten(self.sequence_id)}"
-
-
-class InputFile(NamedTuple):
-    """One input as the user named it; `size` in bytes and `sha256` (hex) are of the file as it is on disk."""
-
-    path: str
-    size: int
-    sha256: str
-
-
-@dataclass
-class _Source:
-    """Where the records of one input can be read: the file itself or its uncompressed copy."""
-
-    name: str
-    path: Path
-    first_record: int
-    unchanged: tuple[int, int] | None = None  # size and mtime in ns of the user's own file
-
-    def open(self) -> BinaryIO:
-        """The file, for reading.
-
-        Raises:
-            InputError: it is gone or no longer the file that was indexed.
-        """
-        try:
-            file = self.path.open("rb", buffering=1 << 18)
-        except OSError as error:
-            raise InputError(f"{self.name}: cannot be read any more: {error.strerror}") from error
-        if self.unchanged is not None and _size_and_mtime(file) != self.unchanged:
-            file.close()
-            raise InputError(f"{self.name}: the file was changed while it was in use; start again")
-        return file
+_ROWS_AT_ONCE = 1 << 17
+_IDS_AT_ONCE = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -126,7 +102,10 @@ class FastaIndex:
     Attributes:
         num_records: how many, records left out not counted.
         lengths: (num_records,) int32, residues after cleaning; memory-mapped, read-only.
+        first_same: (num_records,) int64, the first record of the same residues, which may be the record
+            itself; memory-mapped, read-only.
         total_residues: sum of `lengths`.
+        num_identical: records whose residues an earlier one has.
         num_replaced: characters that became X, in duplicates left out too.
         num_duplicates: records that had the ID of an earlier one.
         problems: the records left out, in input order.
@@ -135,28 +114,28 @@ class FastaIndex:
 
     def __init__(
         self,
-        records: _Records,
-        sources: list[_Source],
-        options: ReadOptions,
-        inputs: list[InputFile],
+        reader: RecordReader,
+        first_same: npt.NDArray[np.int64],
         *,
-        num_replaced: int = 0,
-        num_duplicates: int = 0,
-        problems: list[Problem] | None = None,
+        num_identical: int,
+        num_replaced: int,
+        num_duplicates: int,
+        problems: list[Problem],
     ) -> None:
-        self._records = records
-        self._sources = sources
-        self._options = options
-        self.num_records = len(records)
-        self.lengths: npt.NDArray[np.int32] = records["length"]
+        self._reader = reader
+        self._records = reader.records
+        self.num_records = len(self._records)
+        self.lengths: npt.NDArray[np.int32] = self._records["length"]
+        self.first_same = first_same
         self.total_residues = int(self.lengths.sum(dtype=np.int64))
+        self.num_identical = num_identical
         self.num_replaced = num_replaced
         self.num_duplicates = num_duplicates
-        self.problems: list[Problem] = problems or []
-        self.inputs = inputs
+        self.problems = problems
+        self.inputs = [InputFile(source.given, source.size, source.sha256) for source in reader.sources]
 
     def token_ids(self, start: int, stop: int, max_length: int = 0) -> list[npt.NDArray[np.uint8]]:
-        """The residues of records [start, stop), read with one read for each file they lie in.
+        """The residues of records [start, stop), read a few MB at a time.
 
         Args:
             start, stop: record numbers, 0 <= start <= stop <= num_records.
@@ -172,28 +151,8 @@ class FastaIndex:
         self._check_range(start, stop)
         if max_length < 0:
             raise ValueError(f"max_length must be 0 (no limit) or positive; got {max_length}")
-        sequences: list[npt.NDArray[np.uint8]] = []
-        for source, begin, end in self._by_source(start, stop):
-            records = self._records[begin:end]
-            begins = records["header"] + records["header_bytes"]
-            ends = begins + records["sequence_bytes"]
-            base, num_bytes = int(begins[0]), int(ends[-1] - begins[0])
-            with source.open() as file:
-                file.seek(base)
-                text = file.read(num_bytes)
-            lengths = records["length"].astype(np.int64)
-            # The input may be longer than what is read here; a shorter text shows as too few residues.
-            residues = token_ids_of(
-                residue_codes(text.ljust(num_bytes), begins - base, ends - base, self._options.gaps)
-            )
-            if len(residues) != lengths.sum():
-                raise InputError(f"{source.name}: the file was changed while it was in use; start again")
-            stops = np.cumsum(lengths)
-            starts = stops - lengths
-            if max_length:
-                stops = np.minimum(stops, starts + max_length)
-            sequences += [residues[a:b] for a, b in zip(starts.tolist(), stops.tolist(), strict=True)]
-        return sequences
+        sequences = self._reader.token_ids(np.arange(start, stop))
+        return [residues[: max_length or None] for residues in sequences]
 
     def sequence_ids(self, start: int, stop: int) -> list[str]:
         """The IDs of records [start, stop), `__2` and so on included.
@@ -203,11 +162,11 @@ class FastaIndex:
             InputError: a file is gone or was changed since the index was made.
         """
         self._check_range(start, stop)
-        ids = self._ids_in_file(np.arange(start, stop))
+        names = self._reader.names(np.arange(start, stop))
         copies = self._records["copy"][start:stop].tolist()
         return [
             name.decode("utf-8") + (f"__{copy}" if copy else "")
-            for name, copy in zip(ids, copies, strict=True)
+            for name, copy in zip(names, copies, strict=True)
         ]
 
     def _check_range(self, start: int, stop: int) -> None:
@@ -215,36 +174,6 @@ class FastaIndex:
             raise ValueError(
                 f"start, stop must be within 0 to {self.num_records} and ordered; got {start}, {stop}"
             )
-
-    def _by_source(self, start: int, stop: int) -> Iterator[tuple[_Source, int, int]]:
-        limits = [source.first_record for source in self._sources[1:]] + [self.num_records]
-        for source, limit in zip(self._sources, limits, strict=True):
-            begin, end = max(start, source.first_record), min(stop, limit)
-            if begin < end:
-                yield source, begin, end
-
-    def _ids_in_file(self, indices: npt.NDArray[np.int64]) -> list[bytes]:
-        """The IDs as the files have them, of ascending record numbers."""
-        names: list[bytes] = []
-        if not len(indices):
-            return names
-        for source, begin, end in self._by_source(int(indices[0]), int(indices[-1]) + 1):
-            wanted = indices[np.searchsorted(indices, begin) : np.searchsorted(indices, end)]
-            if not len(wanted):
-                continue
-            rows = self._records[wanted]
-            places = zip(rows["header"].tolist(), rows["header_bytes"].tolist(), strict=True)
-            with source.open() as file:
-                for position, num_bytes in places:
-                    file.seek(position)
-                    names.append(record_name(file.read(num_bytes), self._options.full_header))
-        return names
-
-    def _places(self, records: list[int]) -> list[tuple[int, int]]:
-        """Source number and byte position of each record's header."""
-        firsts = [source.first_record for source in self._sources]
-        sources = np.searchsorted(firsts, records, side="right") - 1
-        return list(zip(sources.tolist(), self._records["header"][records].tolist(), strict=True))
 
 
 class _HashingReader(io.RawIOBase):
@@ -294,13 +223,15 @@ def build_index(
     for path in paths:
         _check_opens(path)
     work_dir.mkdir(parents=True, exist_ok=True)
+    _clear(work_dir)
     with (
-        (work_dir / "records.bin").open("wb") as records_file,
-        (work_dir / "id_hashes.bin").open("wb") as hashes_file,
+        (work_dir / _RECORDS).open("wb") as records_file,
+        (work_dir / _ID_HASHES).open("wb") as ids_file,
+        (work_dir / _SEQUENCE_HASHES).open("wb") as sequences_file,
     ):
-        builder = _Pass(options, records_file, hashes_file)
+        builder = _Pass(options, records_file, ids_file, sequences_file)
         for number, path in enumerate(paths):
-            builder.read_input(path, work_dir / f"input-{number}.fasta", progress, chunk_size)
+            builder.read_input(path, work_dir / _copy_name(number), progress, chunk_size)
         builder.check_not_dna()
     if not builder.num_records:
         first = _problems(builder.sources, builder.left_out[:1])[0]
@@ -309,26 +240,126 @@ def build_index(
             f"{first.located()}: {first.reason}"
         )
     num_duplicates = _settle_duplicates(builder, work_dir)
+    num_identical = _find_identical(builder, work_dir)
+    problems = _problems(builder.sources, builder.left_out)
+    copies = [_copy_name(number) for number, source in enumerate(builder.sources) if source.is_copy]
+    for name in (_RECORDS, _FIRST_SAME, *copies):
+        _sync(work_dir / name)
+    metadata = {
+        "format_version": _FORMAT_VERSION,
+        "options": asdict(options),
+        "files": {name: (work_dir / name).stat().st_size for name in (_RECORDS, _FIRST_SAME, *copies)},
+        "inputs": [
+            {
+                "given": source.given,
+                "absolute": str(Path(source.given).absolute()),
+                "copy": _copy_name(number) if source.is_copy else None,
+                "stat": source.stat,
+                "first_record": source.first_record,
+                "size": source.size,
+                "sha256": source.sha256,
+            }
+            for number, source in enumerate(builder.sources)
+        ],
+        "num_identical": num_identical,
+        "num_replaced": builder.num_replaced,
+        "num_duplicates": num_duplicates,
+        "problems": [astuple(problem) for problem in problems],
+    }
+    temporary = work_dir / (_METADATA + ".tmp")
+    temporary.write_text(json.dumps(metadata), encoding="ascii")
+    _sync(temporary)
+    temporary.replace(work_dir / _METADATA)
+    _sync(work_dir)
+    return _restore(work_dir, metadata)
+
+
+def open_index(paths: Sequence[str], work_dir: Path, options: ReadOptions) -> FastaIndex | None:
+    """The index that `build_index` left in `work_dir`, if it is whole and was made from just this.
+
+    The inputs must have the same paths, sizes and modification times. Standard input passes for unchanged:
+    only the caller can know whether there is anything new in it. A pipe never does.
+    """
+    try:
+        metadata = json.loads((work_dir / _METADATA).read_text(encoding="ascii"))
+        if (
+            metadata["format_version"] != _FORMAT_VERSION
+            or metadata["options"] != asdict(options)
+            or [entry["given"] for entry in metadata["inputs"]] != list(paths)
+            or any((work_dir / name).stat().st_size != size for name, size in metadata["files"].items())
+            or not all(map(_is_unchanged, metadata["inputs"]))
+        ):
+            return None
+        return _restore(work_dir, metadata)
+    except (OSError, ValueError, TypeError, KeyError):
+        return None  # not there, or nothing that this version left
+
+
+def _is_unchanged(entry: dict[str, Any]) -> bool:
+    if entry["given"] == STDIN:
+        return True
+    path = Path(entry["given"]).absolute()
+    unchanged: bool = list(size_and_mtime(path.stat())) == entry["stat"]
+    return unchanged and str(path) == entry["absolute"]
+
+
+def _restore(work_dir: Path, metadata: dict[str, Any]) -> FastaIndex:
+    sources = [
+        Source(
+            given=entry["given"],
+            path=work_dir.absolute() / entry["copy"] if entry["copy"] else Path(entry["absolute"]),
+            is_copy=bool(entry["copy"]),
+            stat=tuple(entry["stat"]) if entry["stat"] else None,
+            first_record=entry["first_record"],
+            size=entry["size"],
+            sha256=entry["sha256"],
+        )
+        for entry in metadata["inputs"]
+    ]
+    records = np.memmap(work_dir / _RECORDS, dtype=RECORD, mode="r")
     return FastaIndex(
-        np.memmap(work_dir / "records.bin", dtype=_RECORD, mode="r"),
-        builder.sources,
-        options,
-        builder.inputs,
-        num_replaced=builder.num_replaced,
-        num_duplicates=num_duplicates,
-        problems=_problems(builder.sources, builder.left_out),
+        RecordReader(records, sources, ReadOptions(**metadata["options"])),
+        np.memmap(work_dir / _FIRST_SAME, dtype=np.int64, mode="r"),
+        num_identical=metadata["num_identical"],
+        num_replaced=metadata["num_replaced"],
+        num_duplicates=metadata["num_duplicates"],
+        problems=[Problem(*problem) for problem in metadata["problems"]],
     )
+
+
+def _copy_name(number: int) -> str:
+    return f"input-{number}.fasta"
+
+
+def _clear(work_dir: Path) -> None:
+    """Remove an earlier index, first what vouches for it; a process that has it mapped keeps its pages."""
+    for name in (_METADATA, _METADATA + ".tmp", *_FILES):
+        (work_dir / name).unlink(missing_ok=True)
+    for pattern in ("input-*.fasta", "*.bin.spare"):
+        for path in work_dir.glob(pattern):
+            path.unlink()
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file or folder is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 class _Pass:
     """The state of the pass over all inputs."""
 
-    def __init__(self, options: ReadOptions, records_file: BinaryIO, hashes_file: BinaryIO) -> None:
+    def __init__(
+        self, options: ReadOptions, records_file: BinaryIO, ids_file: BinaryIO, sequences_file: BinaryIO
+    ) -> None:
         self.options = options
         self.records_file = records_file
-        self.hashes_file = hashes_file
-        self.sources: list[_Source] = []
-        self.inputs: list[InputFile] = []
+        self.ids_file = ids_file
+        self.sequences_file = sequences_file
+        self.sources: list[Source] = []
         self.left_out: list[_LeftOut] = []
         self.num_records = 0
         self.num_replaced = 0
@@ -345,7 +376,7 @@ class _Pass:
         with ExitStack() as stack:
             file = sys.stdin.buffer if path == STDIN else stack.enter_context(_open_input(path))
             can_be_read_again = path != STDIN and stat.S_ISREG(os.fstat(file.fileno()).st_mode)
-            unchanged = _size_and_mtime(file) if can_be_read_again else None  # as it is before the first read
+            status = size_and_mtime(os.fstat(file.fileno())) if can_be_read_again else None
             hashing = _HashingReader(file, progress)
             # gzip reads in small pieces, so that what is beneath it must be buffered.
             stream: BinaryIO = io.BufferedReader(hashing, max(chunk_size, io.DEFAULT_BUFFER_SIZE))
@@ -359,12 +390,11 @@ class _Pass:
             if is_gzip:
                 stream = gzip.GzipFile(fileobj=stream)  # type: ignore[assignment]
             if can_be_read_again and not is_gzip:
-                copy.unlink(missing_ok=True)
                 copy_file = None
-                source = _Source(name, Path(path).absolute(), self.num_records, unchanged)
+                source = Source(path, Path(path).absolute(), False, status, self.num_records)
             else:
                 copy_file = stack.enter_context(copy.open("wb"))
-                source = _Source(name, copy.absolute(), self.num_records)
+                source = Source(path, copy.absolute(), True, status, self.num_records)
             self.sources.append(source)
 
             is_start = True
@@ -376,9 +406,11 @@ class _Pass:
                     self._add_block(position, block)
             if is_start:
                 raise InputError(f"{name}: {'no records' if hashing.size else 'the file is empty'}")
-            if unchanged is not None and (unchanged[0] != hashing.size or unchanged != _size_and_mtime(file)):
+            if status is not None and (
+                status[0] != hashing.size or status != size_and_mtime(os.fstat(file.fileno()))
+            ):
                 raise InputError(f"{name}: the file was changed while it was being read; start again")
-            self.inputs.append(InputFile(path, hashing.size, hashing.sha256.hexdigest()))
+            source.size, source.sha256 = hashing.size, hashing.sha256.hexdigest()
 
     def _blocks(
         self, stream: BinaryIO, chunk_size: int, copy: BinaryIO | None
@@ -433,37 +465,38 @@ class _Pass:
         if unreadable is not None:
             raise self._error(position, block, *unreadable)
         parsed = parse_block(block, self.options)
-        keep = np.ones(len(parsed.names), dtype=np.bool_)
+        keep = np.ones(len(parsed.lengths), dtype=np.bool_)
         for fault in parsed.faults:
             if self.options.invalid != "skip":
                 raise self._error(position, block, fault.position, fault.reason, fault.hint)
             keep[fault.record] = False
-            name = parsed.names[fault.record].decode("utf-8")
-            self.left_out.append(
-                _LeftOut((len(self.sources) - 1, position + fault.position), name, fault.reason)
-            )
+            place = (len(self.sources) - 1, position + fault.position)
+            self.left_out.append(_LeftOut(place, parsed.name(fault.record), fault.reason))
 
         accepted = np.flatnonzero(keep)
         if not self.dna_checked:
             if self.first_accepted is None and len(accepted):
                 first = int(accepted[0])
                 place = (len(self.sources) - 1, position + int(parsed.header_begins[first]))
-                self.first_accepted = _LeftOut(place, parsed.names[first].decode("utf-8"), "")
+                self.first_accepted = _LeftOut(place, parsed.name(first), "")
             for record in accepted[: DNA_RECORDS - self.num_records].tolist():
                 self.num_nucleotides += parsed.count_nucleotides(record)
                 self.num_tested_residues += int(parsed.lengths[record])
             if self.num_records + len(accepted) >= DNA_RECORDS:
                 self.check_not_dna()
 
-        rows = np.zeros(len(keep), dtype=_RECORD)
+        rows = np.zeros(len(keep), dtype=RECORD)
         rows["header"] = position + parsed.header_begins
         rows["header_bytes"] = parsed.header_ends - parsed.header_begins
         rows["sequence_bytes"] = parsed.sequence_ends - parsed.header_ends
         rows["length"] = parsed.lengths
-        # Python's own hash is fast and only picks candidates: the IDs themselves are compared afterwards.
-        hashes = np.fromiter(map(hash, parsed.names), dtype=np.int64, count=len(keep))
+        residues = token_ids_of(parsed.codes).tobytes()
+        ends = np.cumsum(parsed.lengths)
+        ids = hashes_of(block, parsed.name_begins, parsed.name_ends)
+        sequences = hashes_of(residues, ends - parsed.lengths, ends)
         self.records_file.write(rows[keep].tobytes())
-        self.hashes_file.write(hashes[keep].tobytes())
+        self.ids_file.write(hash_rows(ids[keep], self.num_records).tobytes())
+        self.sequences_file.write(hash_rows(sequences[keep], self.num_records).tobytes())
         self.num_records += len(accepted)
         self.num_replaced += parsed.num_replaced
 
@@ -485,7 +518,7 @@ class _Pass:
         self, block_position: int, block: bytes, fault: int, reason: str, hint: str = ""
     ) -> InputError:
         """The error for byte `fault` of the block that begins at `block_position` of the newest input."""
-        line = _line_numbers(self.sources[-1].path, [block_position + fault])[0]
+        line = line_numbers(self.sources[-1].path, [block_position + fault])[0]
         name = record_at(block, fault, self.options.full_header)
         record = "" if name is None else f", record {shorten(name)}"
         return InputError(
@@ -514,43 +547,10 @@ def _check_opens(path: str) -> None:
         _open_input(path).close()
 
 
-def _size_and_mtime(file: BinaryIO) -> tuple[int, int]:
-    status = os.fstat(file.fileno())
-    return status.st_size, status.st_mtime_ns
-
-
-def _line_numbers(path: Path, positions: Sequence[int]) -> list[int]:
-    """The lines, counted from 1, in which the bytes at ascending `positions` lie."""
-    lines: list[int] = []
-    line, after_cr, num_read = 1, False, 0
-    with path.open("rb", buffering=1 << 18) as file:
-        for position in positions:
-            while num_read < position and (text := file.read(min(position - num_read, 1 << 22))):
-                num_read += len(text)
-                line += text.count(b"\n") + text.count(b"\r") - text.count(b"\r\n")
-                line -= after_cr and text.startswith(b"\n")
-                after_cr = text.endswith(b"\r")
-            lines.append(line)
-    return lines
-
-
-def _lines_at(sources: list[_Source], places: Iterable[tuple[int, int]]) -> dict[tuple[int, int], int]:
-    """Line number of each (source number, byte position), with one pass over each file."""
-    by_source: defaultdict[int, set[int]] = defaultdict(set)
-    for source, position in places:
-        by_source[source].add(position)
-    lines: dict[tuple[int, int], int] = {}
-    for source, positions in by_source.items():
-        ordered = sorted(positions)
-        numbers = _line_numbers(sources[source].path, ordered)
-        lines.update({(source, position): line for position, line in zip(ordered, numbers, strict=True)})
-    return lines
-
-
-def _problems(sources: list[_Source], left_out: list[_LeftOut]) -> list[Problem]:
+def _problems(sources: Sequence[Source], left_out: list[_LeftOut]) -> list[Problem]:
     """`left_out` in input order, with line numbers."""
     places = [entry.place for entry in left_out] + [entry.same_as for entry in left_out if entry.same_as]
-    lines = _lines_at(sources, places)
+    lines = lines_at(sources, places)
     problems = []
     for entry in sorted(left_out, key=lambda entry: entry.place):
         reason = entry.reason
@@ -562,74 +562,114 @@ def _problems(sources: list[_Source], left_out: list[_LeftOut]) -> list[Problem]
 
 def _settle_duplicates(builder: _Pass, work_dir: Path) -> int:
     """Do as `options.duplicates` says; the number of records that had the ID of an earlier one."""
-    hashes_path, records_path = work_dir / "id_hashes.bin", work_dir / "records.bin"
-    hashes = np.fromfile(hashes_path, dtype=np.int64)
-    hashes_path.unlink()
-    in_order = np.sort(hashes)
-    if not (in_order[1:] == in_order[:-1]).any():
-        return 0
-
-    order = np.argsort(hashes, kind="stable")
-    mapped = np.memmap(records_path, dtype=_RECORD, mode="r+")
+    mapped = np.memmap(work_dir / _RECORDS, dtype=RECORD, mode="r+")
     records = np.asarray(mapped)  # single elements of a memmap itself are slow to reach
-    index = FastaIndex(records, builder.sources, builder.options, builder.inputs)
-    rule = builder.options.duplicates
-    num_duplicates = 0
-    keep = np.ones(len(records), dtype=np.bool_)
-
-    def is_taken(name: bytes) -> bool:
-        first, last = (int(np.searchsorted(in_order, hash(name), side=side)) for side in ("left", "right"))
-        return name in index._ids_in_file(order[first:last])
-
-    for name, members in _same_ids(index, order, in_order):
-        num_duplicates += len(members) - 1
-        copy = 2
-        places = index._places(members)
-        for later, place in zip(members[1:], places[1:], strict=True):
-            repeated = _LeftOut(place, name.decode("utf-8"), "the same ID as in", places[0])
-            if rule == "error":
-                problem = _problems(builder.sources, [repeated])[0]
-                raise InputError(
-                    f"{problem.located()}: {problem.reason} (--duplicates first keeps the first record of an "
-                    f"ID, --duplicates rename adds __2, __3 ...)"
-                )
-            if rule == "first":
-                keep[later] = False
-                builder.left_out.append(repeated)
-            else:
-                while is_taken(b"%s__%d" % (name, copy)):
-                    copy += 1
-                records["copy"][later] = copy
-                copy += 1
-    mapped.flush()
-    if not keep.all():
-        for source in builder.sources:
-            source.first_record = int(np.count_nonzero(keep[: source.first_record]))
-        kept_path = work_dir / "records.kept.bin"
-        with kept_path.open("wb") as file:
-            for start in range(0, len(records), 1 << 20):
-                file.write(records[start : start + (1 << 20)][keep[start : start + (1 << 20)]].tobytes())
-        kept_path.replace(records_path)
+    reader = RecordReader(records, builder.sources, builder.options)
+    sort_rows(work_dir / _ID_HASHES)
+    rows = np.asarray(np.memmap(work_dir / _ID_HASHES, dtype=ROW, mode="r"))
+    firsts = write_firsts(rows, work_dir / _FIRST_IDS)
+    num_duplicates = confirm_firsts(firsts, reader.names)
+    if num_duplicates:
+        if builder.options.duplicates == "rename":
+            _rename(reader, rows, firsts, work_dir)
+        else:
+            keep = _keep_first(builder, reader, firsts)
+            _drop_rows(work_dir / _RECORDS, records, keep)
+            hashes = np.memmap(work_dir / _SEQUENCE_HASHES, dtype=ROW, mode="r")
+            _drop_rows(work_dir / _SEQUENCE_HASHES, hashes, keep)
+        mapped.flush()
+    for name in (_ID_HASHES, _FIRST_IDS):
+        (work_dir / name).unlink()
     return num_duplicates
 
 
-def _same_ids(
-    index: FastaIndex, order: npt.NDArray[np.int64], in_order: npt.NDArray[np.int64]
-) -> Iterator[tuple[bytes, list[int]]]:
-    """Each ID that several records have, with their ascending numbers, by where it is first repeated.
+def _repeats(reader: RecordReader, firsts: npt.NDArray[np.int64]) -> Iterator[list[tuple[int, int, bytes]]]:
+    """Batches of (record, first record of its ID, ID) of all whose ID an earlier one has, in order."""
+    for start in range(0, len(firsts), _IDS_AT_ONCE):
+        part = np.array(firsts[start : start + _IDS_AT_ONCE])
+        records = start + np.flatnonzero(part != np.arange(start, start + len(part)))
+        if len(records):
+            names = reader.names(records)
+            yield list(zip(records.tolist(), part[records - start].tolist(), names, strict=True))
 
-    `in_order` are the hashes of all IDs, sorted; `order` are the record numbers in that order (stable).
-    """
-    same = np.concatenate([[False], in_order[1:] == in_order[:-1], [False]])
-    begins = np.flatnonzero(~same[:-1] & same[1:])
-    ends = np.flatnonzero(same[:-1] & ~same[1:]) + 1
-    by_repeat = np.argsort(order[begins + 1])
-    for batch in np.split(by_repeat, range(_DUPLICATES_BATCH, len(by_repeat), _DUPLICATES_BATCH)):
-        runs = [order[begins[run] : ends[run]] for run in batch]
-        wanted = np.sort(np.concatenate(runs))
-        names = dict(zip(wanted.tolist(), index._ids_in_file(wanted), strict=True))
-        for run in runs:
-            members: defaultdict[bytes, list[int]] = defaultdict(list)
-            for record in run.tolist():
-                members[names[record]].append(record)
-            yield from ((name, numbers) for name, numbers in members.items() if len(numbers) > 1)
+
+def _keep_first(builder: _Pass, reader: RecordReader, firsts: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    """Which records stay when only the first of each ID does; InputError if all have to."""
+    keep = np.ones(len(firsts), dtype=np.bool_)
+    for record, first, name in chain.from_iterable(_repeats(reader, firsts)):
+        repeated = _LeftOut(
+            reader.place(record), name.decode("utf-8"), "the same ID as in", reader.place(first)
+        )
+        if builder.options.duplicates == "error":
+            problem = _problems(builder.sources, [repeated])[0]
+            raise InputError(
+                f"{problem.located()}: {problem.reason} (--duplicates first keeps the first record of an "
+                f"ID, --duplicates rename adds __2, __3 ...)"
+            )
+        keep[record] = False
+        builder.left_out.append(repeated)
+    for source in builder.sources:
+        source.first_record = int(np.count_nonzero(keep[: source.first_record]))
+    builder.num_records = int(np.count_nonzero(keep))
+    return keep
+
+
+def _drop_rows(path: Path, rows: Records | Rows, keep: npt.NDArray[np.bool_]) -> None:
+    """Write anew the file of `rows` without those that are not kept; hashes get their new record numbers."""
+    num_kept = 0
+    kept_path = path.with_name(_KEPT)
+    with kept_path.open("wb") as file:
+        for start in range(0, len(rows), _ROWS_AT_ONCE):
+            kept = rows[start : start + _ROWS_AT_ONCE][keep[start : start + _ROWS_AT_ONCE]]
+            if rows.dtype == ROW:
+                kept["record"] = np.arange(num_kept, num_kept + len(kept))
+            file.write(kept.tobytes())
+            num_kept += len(kept)
+    kept_path.replace(path)
+
+
+def _rename(reader: RecordReader, rows: Rows, firsts: npt.NDArray[np.int64], work_dir: Path) -> None:
+    """Number the records of an ID from 2 on, past the IDs that the files already have; `rows` are sorted."""
+
+    def is_taken(name: bytes, hash_halves: Sequence[int]) -> bool:
+        same_hash = records_with(rows, *hash_halves)
+        return len(same_hash) > 0 and name in reader.names(same_hash)
+
+    path = work_dir / _NEXT_COPIES
+    next_copies = np.asarray(np.memmap(path, dtype=np.int32, mode="w+", shape=firsts.shape))
+    for batch in _repeats(reader, firsts):
+        # What the names become if none is taken is hashed at once: one by one takes ten times as long.
+        expected: list[bytes] = []
+        in_batch: Counter[int] = Counter()
+        for _, first, name in batch:
+            expected.append(b"%s__%d" % (name, max(2, next_copies[first]) + in_batch[first]))
+            in_batch[first] += 1
+        hashes = _hashes_of_names(expected)
+        for (record, first, name), new_name, halves in zip(batch, expected, hashes, strict=True):
+            copy = max(2, int(next_copies[first]))
+            while True:
+                wanted = b"%s__%d" % (name, copy)
+                if not is_taken(wanted, halves if wanted == new_name else _hashes_of_names([wanted])[0]):
+                    break
+                copy += 1
+            reader.records["copy"][record] = copy
+            next_copies[first] = copy + 1
+    path.unlink()
+
+
+def _hashes_of_names(names: list[bytes]) -> list[list[int]]:
+    ends = np.cumsum([len(name) for name in names])
+    hashes: list[list[int]] = hashes_of(b"".join(names), np.append(0, ends[:-1]), ends).tolist()
+    return hashes
+
+
+def _find_identical(builder: _Pass, work_dir: Path) -> int:
+    """Write the first record of each sequence; the number of records that are copies of an earlier one."""
+    records = np.memmap(work_dir / _RECORDS, dtype=RECORD, mode="r")
+    sort_rows(work_dir / _SEQUENCE_HASHES)
+    rows = np.asarray(np.memmap(work_dir / _SEQUENCE_HASHES, dtype=ROW, mode="r"))
+    firsts = write_firsts(rows, work_dir / _FIRST_SAME)
+    reader = RecordReader(records, builder.sources, builder.options)
+    num_identical = confirm_firsts(firsts, reader.residues, records["length"])
+    (work_dir / _SEQUENCE_HASHES).unlink()
+    return num_identical

@@ -11,6 +11,7 @@ import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 FORMAT = "esm-packed"
+SHARD_FORMAT = "esm-packed shard"
 FORMAT_VERSION = 1
 
 STATUS_COMPUTED = 0
@@ -197,6 +199,90 @@ class _FailureKeepingFile(io.RawIOBase):
         return self._end
 
 
+@dataclass(frozen=True)
+class Shard:
+    """What was computed of one shard of a run, a row for each record that was not left to a copy.
+
+    Args:
+        status: (n,) uint8, STATUS values.
+        embeddings: layer to (n, hidden_size).
+        reasons: row to why it failed or was recomputed.
+    """
+
+    status: npt.NDArray[np.uint8]
+    embeddings: Mapping[int, npt.NDArray[np.floating[Any]]]
+    reasons: Mapping[int, str]
+
+
+def write_shard(path: Path, shard: Shard, number: int, plan: str) -> None:
+    """Write a finished shard: on disk whole, or not at all.
+
+    Args:
+        path: the file to make; one that is there is replaced.
+        number: of the shard in its plan.
+        plan: hash of the plan.
+
+    Raises:
+        OSError: the disk is full or fails.
+    """
+    with whole_or_nothing(path) as temporary:
+        with _hdf5_output(temporary) as file:
+            file.attrs["format"] = SHARD_FORMAT
+            file.attrs["plan_hash"] = plan
+            file.attrs["shard"] = number
+            file.create_dataset("status", data=shard.status)
+            for layer, rows in shard.embeddings.items():
+                file.create_dataset(f"mean/{layer}", data=rows)
+            file.create_dataset("reasons", data=json.dumps(dict(shard.reasons)), dtype=_TEXT)
+        # HDF5 does not mind what stands behind its own end of a file.
+        with temporary.open("r+b") as raw:
+            digest = hashlib.file_digest(raw, "sha256").digest()
+            raw.write(digest)
+
+
+def read_shard(path: Path, number: int, plan: str) -> Shard:
+    """Read a finished shard and see that it is what was written.
+
+    Raises:
+        StoreError: it is cut short, altered, or another run's.
+        FileNotFoundError: it is not there.
+    """
+    with path.open("rb") as raw:
+        digest = hashlib.sha256()
+        remaining = max(0, os.fstat(raw.fileno()).st_size - digest.digest_size)
+        while remaining and (block := raw.read(min(remaining, 1 << 20))):
+            digest.update(block)
+            remaining -= len(block)
+        is_whole = raw.read() == digest.digest()
+    if not is_whole:  # HDF5 can hang on a damaged file, so it must not see one
+        raise StoreError(f"{path}: damaged or cut short")
+    with h5py.File(path, "r") as file:
+        attributes = dict(file.attrs)
+        if attributes != {"format": SHARD_FORMAT, "plan_hash": plan, "shard": number}:
+            raise StoreError(f"{path}: another shard, or another run's")
+        return Shard(
+            status=file["status"][:],
+            embeddings={int(layer): rows[:] for layer, rows in file["mean"].items()},
+            reasons={int(row): text for row, text in json.loads(file["reasons"].asstr()[()]).items()},
+        )
+
+
+@contextmanager
+def _hdf5_output(path: Path) -> Iterator[Any]:
+    """A new HDF5 file; a failed write is raised as what it was when the block ends, or before."""
+    output = _FailureKeepingFile(path)
+    try:
+        with signals_deferred():
+            try:
+                with h5py.File(output, "w") as file:
+                    yield file
+            finally:
+                output.close()
+    finally:
+        if output.failure is not None:
+            raise output.failure
+
+
 class EmbeddingWriter:
     """Writes an output file of a known number of rows, in any order of row ranges.
 
@@ -283,6 +369,18 @@ class EmbeddingWriter:
             self._columns["status"][rows] = status
             for layer, dataset in self._embeddings.items():
                 dataset[rows] = embeddings[layer]
+
+    def embeddings(self, layer: int, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.floating[Any]]:
+        """Embeddings written before, of ascending distinct `rows`."""
+        with self._hdf5():
+            values: npt.NDArray[np.floating[Any]] = self._embeddings[layer][rows]
+        return values
+
+    def status(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
+        """Status written before, of ascending distinct `rows`."""
+        with self._hdf5():
+            values: npt.NDArray[np.uint8] = self._columns["status"][rows]
+        return values
 
     def write_problems(self, problems: Sequence[StoredProblem]) -> None:
         """Append records that are left out or failed."""

@@ -1,6 +1,7 @@
 import errno
 import gzip
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -296,7 +297,7 @@ def test_internal_errors_hide_the_traceback_unless_asked(fasta, capsys, monkeypa
     monkeypatch.setenv("ESM_PACKED_DEBUG", "1")
     assert cli.main(embed_arguments(fasta, fasta.parent)) == 1
     assert "Traceback" in capsys.readouterr().err
-    assert names_in(fasta.parent) == ["in.fasta"]
+    assert names_in(fasta.parent) == ["in.fasta", "out.h5.run"]
 
 
 def test_too_little_space_is_found_before_computing(fasta, capsys, monkeypatch):
@@ -305,17 +306,20 @@ def test_too_little_space_is_found_before_computing(fasta, capsys, monkeypatch):
     monkeypatch.setattr(embed.shutil, "disk_usage", lambda folder: usage)
     assert cli.main(embed_arguments(fasta, fasta.parent)) == 5
     assert_one_line_error(capsys.readouterr().err, "out of space", "1.0 kB are free")
-    assert names_in(fasta.parent) == ["in.fasta"]
+    assert names_in(fasta.parent) == ["in.fasta", "out.h5.run"]
 
 
 def test_space_that_runs_out_while_writing(fasta, tmp_path, capsys, monkeypatch, without_computing):
     def full(descriptor, data, position):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(os, "pwrite", full)
-    assert cli.main(embed_arguments(fasta, tmp_path)) == 5
-    assert_one_line_error(capsys.readouterr().err, "out of space")
-    assert names_in(tmp_path) == ["in.fasta"]
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "pwrite", full)
+        assert cli.main(embed_arguments(fasta, tmp_path)) == 5
+    assert_one_line_error(capsys.readouterr().err, "out of space", "repeat the command to continue")
+    assert names_in(tmp_path) == ["in.fasta", "out.h5.run"]
+    assert cli.main(embed_arguments(fasta, tmp_path)) == 0
+    assert names_in(tmp_path) == ["in.fasta", "out.h5"]
 
 
 def test_full_file_system(fasta, tmp_path, capsys, monkeypatch, without_computing):
@@ -331,7 +335,8 @@ def test_full_file_system(fasta, tmp_path, capsys, monkeypatch, without_computin
         monkeypatch.setattr(embed, "check_space", lambda *call: None)
         assert cli.main(embed_arguments(fasta, disk)) == 5
         assert_one_line_error(capsys.readouterr().err, "out of space")
-        assert names_in(disk) == []
+        assert names_in(disk) == ["out.h5.run"]
+        shutil.rmtree(disk / "out.h5.run")
         # and the index's own copy of a compressed input
         (tmp_path / "in.gz").write_bytes(gzip.compress(b">a\n" + b"MKTLL" * 100_000))
         assert cli.main(embed_arguments(tmp_path / "in.gz", disk)) == 5
@@ -364,13 +369,13 @@ def test_a_signal_ends_the_run_cleanly(fasta, number):
             if line == "computing\n":
                 break
             before += line
-        assert len(names_in(fasta.parent)) == 3
+        assert names_in(fasta.parent) == [".out.h5.claim", "in.fasta", "out.h5.run"]
         process.send_signal(number)
         process.send_signal(number)
         after = process.stderr.read()
     assert process.returncode == 4, before + after
-    assert after == f"esm-packed: error: interrupted ({number.name}); repeat the command to start again\n"
-    assert names_in(fasta.parent) == ["in.fasta"]
+    assert after == f"esm-packed: error: interrupted ({number.name}); repeat the command to continue\n"
+    assert names_in(fasta.parent) == ["in.fasta", "out.h5.run"]
 
 
 def test_a_log_gets_timed_lines(fasta, capsys, monkeypatch, without_computing):
@@ -478,7 +483,7 @@ def test_an_output_made_meanwhile_by_another_run_is_kept(fasta, capsys, monkeypa
     assert cli.main(embed_arguments(fasta, fasta.parent)) == cli.EXIT_USAGE
     assert "another run has made this file meanwhile" in capsys.readouterr().err
     assert output.read_text() == "another run's result"
-    assert names_in(fasta.parent) == ["in.fasta", "out.h5"]
+    assert names_in(fasta.parent) == ["in.fasta", "out.h5", "out.h5.run"]
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
@@ -491,3 +496,27 @@ def test_a_full_log_does_not_end_the_run(fasta, stream):
     assert done.returncode == 0
     with EmbeddingReader(fasta.parent / "out.h5") as reader:
         assert reader.num_sequences == 3
+
+
+def test_status(fasta, capsys, monkeypatch):
+    output = fasta.parent / "out.h5"
+    assert cli.main(["status", str(output)]) == cli.EXIT_USAGE
+    assert "neither this output nor a run" in capsys.readouterr().err
+
+    def fail(self, batch, layers):
+        raise ValueError("some bug")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(ESM2, "embed_packed", fail)
+        assert cli.main(embed_arguments(fasta, fasta.parent)) == 1
+    capsys.readouterr()
+    for name in (output, f"{output}.run"):
+        assert cli.main(["status", str(name)]) == 0
+        shown = capsys.readouterr().out
+        assert "0 of 1 shards finished" in shown
+        assert "nobody is at work on it" in shown
+
+    assert cli.main(embed_arguments(fasta, fasta.parent)) == 0
+    capsys.readouterr()
+    assert cli.main(["status", str(output)]) == 0
+    assert "complete" in capsys.readouterr().out

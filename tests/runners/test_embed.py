@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -15,7 +16,7 @@ from esm_packed.alphabet import encode
 from esm_packed.model import ESM2
 from esm_packed.packing import pack
 from esm_packed.runners import embed
-from esm_packed.runners.embed import EmbedRequest, UsageError, cut_buffers, embed_files
+from esm_packed.runners.embed import EmbedRequest, UsageError, embed_files
 from esm_packed.runners.fasta import InputError, ReadOptions
 from esm_packed.runners.progress import Console
 from esm_packed.runners.store import STATUS_FAILED, EmbeddingReader, StoredProblem, plan_hash
@@ -99,29 +100,20 @@ def test_rows_come_in_input_order_and_equal_each_sequence_alone(fasta, sequences
     expected = one_by_one(model, sequences, 6)
     np.testing.assert_allclose(reader.embeddings(), expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
     assert summary.num_sequences == len(LENGTHS)
-    assert summary.embedded_residues == summary.num_residues == sum(LENGTHS)
-    assert sum(summary.pack_tokens) == sum(LENGTHS) + 2 * len(LENGTHS)
-    assert max(summary.pack_tokens) <= 128
+    assert summary.stages.residues == summary.num_residues == sum(LENGTHS)
+    assert sum(summary.stages.pack_tokens) == sum(LENGTHS) + 2 * len(LENGTHS)
+    assert max(summary.stages.pack_tokens) <= 128
     assert 0.5 < summary.packing_efficiency <= 1
     assert names_in(fasta.parent) == ["in.fasta", "out.h5"]
 
 
-@pytest.mark.parametrize("limits", [(1, 10**6), (5, 10**6), (10**6, 100)])
-def test_buffers_change_nothing(fasta, sequences, model, monkeypatch, limits):
-    monkeypatch.setattr(embed, "MAX_BUFFER_RECORDS", limits[0])
-    monkeypatch.setattr(embed, "MAX_BUFFER_RESIDUES", limits[1])
+@pytest.mark.parametrize("flops_per_shard", [1.0, 2e9, 5e9], ids=["a record each", "few", "two"])
+def test_shards_change_nothing(fasta, sequences, model, monkeypatch, flops_per_shard):
+    monkeypatch.setitem(embed.FLOPS_PER_SHARD, "cpu", flops_per_shard)
     _, reader = run(fasta)
     assert reader.sequence_ids() == list(sequences)
     expected = one_by_one(model, sequences, 6)
     np.testing.assert_allclose(reader.embeddings(), expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
-
-
-def test_cut_buffers():
-    lengths = np.array([3, 3, 3, 20, 1, 1], dtype=np.int32)
-    assert list(cut_buffers(lengths, 10, 6)) == [(0, 2), (2, 3), (3, 4), (4, 6)]
-    assert list(cut_buffers(lengths, 2, 1000)) == [(0, 2), (2, 4), (4, 6)]
-    assert list(cut_buffers(np.full(4, 2**30, np.int32), 4, 2**40)) == [(0, 4)]
-    assert list(cut_buffers(lengths[:0], 10, 6)) == []
 
 
 def test_layers(fasta, sequences, model):
@@ -150,7 +142,7 @@ def test_default_length_is_1022_and_0_is_the_whole(tmp_path, without_computing):
     assert reader.column("embedded_lengths").tolist() == [1022]
     summary, reader = run(tmp_path / "in.fasta", max_length=0, overwrite=True)
     assert reader.column("embedded_lengths").tolist() == [1100]
-    assert summary.pack_tokens == [1102]
+    assert summary.stages.pack_tokens == [1102]
     assert "1 of them one longer sequence" in "\n".join(summary.lines())
 
 
@@ -229,7 +221,7 @@ def test_what_is_not_finite_becomes_a_failed_row(fasta, model, monkeypatch):
     for layer in (3, 6):
         assert np.flatnonzero(np.isnan(reader.embeddings(layer)).any(axis=1)).tolist() == [row]
         assert np.isnan(reader.embeddings(layer)[row]).all()
-    reason = "the embedding is not finite (dtype fp32, stored as fp32)"
+    reason = "the embedding is not finite (dtype fp32, stored as float32)"
     assert reader.problems() == [StoredProblem(f"protein{row}", "", 0, reason)]
 
 
@@ -289,23 +281,137 @@ def test_output_through_a_link_replaces_its_target(fasta, tmp_path, without_comp
     assert names_in(tmp_path / "elsewhere") == ["real.h5"]
 
 
-def test_failures_leave_nothing_behind(fasta, model, monkeypatch):
+def test_a_failed_run_is_continued(fasta, sequences, model, monkeypatch):
+    """What was finished before the failure is not computed again, and the file is the same."""
+    _, uninterrupted = run(fasta, output=fasta.parent / "reference.h5")
+    monkeypatch.setitem(embed.FLOPS_PER_SHARD, "cpu", 1.0)
+    original, calls = ESM2.embed_packed, []
+
+    def fail_at_the_sixth(self, batch, layers):
+        calls.append(batch.num_sequences)
+        if len(calls) == 6:
+            raise RuntimeError("broken")
+        return original(self, batch, layers)
+
+    monkeypatch.setattr(ESM2, "embed_packed", fail_at_the_sixth)
+    with pytest.raises(RuntimeError, match="broken"):
+        run(fasta)
+    assert names_in(fasta.parent) == ["in.fasta", "out.h5.run", "reference.h5"]
+    finished = names_in(fasta.parent / "out.h5.run" / "shards")
+    assert len(finished) >= 3
+
+    calls[:] = [0] * 6
+    _, reader = run(fasta)
+    assert len(calls) - 6 == len(LENGTHS) - len(finished)
+    assert reader.sequence_ids() == uninterrupted.sequence_ids()
+    assert names_in(fasta.parent) == ["in.fasta", "out.h5", "reference.h5"]
+
+
+def test_an_unfinished_run_of_other_options_is_kept(fasta, model, monkeypatch):
     def fail(*call):
         raise RuntimeError("broken")
 
-    monkeypatch.setattr(ESM2, "embed_packed", fail)
-    with pytest.raises(RuntimeError, match="broken"):
+    with monkeypatch.context() as broken:
+        broken.setattr(ESM2, "embed_packed", fail)
+        with pytest.raises(RuntimeError, match="broken"):
+            run(fasta)
+    with pytest.raises(UsageError, match=r"max_length was 1022, now 10.*--overwrite"):
+        run(fasta, max_length=10)
+    run(fasta, max_length=10, overwrite=True)
+    assert names_in(fasta.parent) == ["in.fasta", "out.h5"]
+
+
+@pytest.mark.parametrize("damage", ["cut short", "altered", "another shard", "gone"])
+def test_a_damaged_shard_is_computed_again(fasta, model, monkeypatch, damage):
+    monkeypatch.setitem(embed.FLOPS_PER_SHARD, "cpu", 1.0)
+    _, undamaged = run(fasta, output=fasta.parent / "reference.h5")
+    with monkeypatch.context() as stopped:
+        stopped.setattr(embed, "_merge", lambda *call: pytest.fail("stopped"))
+        with pytest.raises(pytest.fail.Exception):
+            run(fasta)
+    shard = fasta.parent / "out.h5.run" / "shards" / "00004.h5"
+    content = bytearray(shard.read_bytes())
+    if damage == "cut short":
+        shard.write_bytes(content[:-200])
+    elif damage == "altered":
+        with h5py.File(shard, "r+") as file:
+            file["mean/6"][0, 17] += 1
+    elif damage == "another shard":
+        shutil.copy(shard.with_name("00003.h5"), shard)
+    else:
+        shard.unlink()
+    calls = []
+    original = ESM2.embed_packed
+
+    def count(self, batch, layers):
+        calls.append(batch.num_sequences)
+        return original(self, batch, layers)
+
+    monkeypatch.setattr(ESM2, "embed_packed", count)
+    _, reader = run(fasta)
+    assert calls == [1]
+    assert reader.embeddings().tobytes() == undamaged.embeddings().tobytes()
+
+
+def test_a_second_process_is_refused(fasta, model):
+    directory = embed.RunDirectory((fasta.parent / "out.h5").resolve())
+    with directory.claim(), pytest.raises(UsageError, match="is being worked on by process"):
         run(fasta)
     assert names_in(fasta.parent) == ["in.fasta"]
+    run(fasta)
 
 
-def test_out_of_memory_names_the_way_out(fasta, model, monkeypatch):
-    def fail(*call):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+def test_identical_sequences_are_computed_once(fasta, sequences, model, monkeypatch):
+    monkeypatch.setitem(embed.FLOPS_PER_SHARD, "cpu", 1e9)
+    copies = {
+        f"copy{number}": sequence for number, sequence in enumerate(sequences.values()) if number % 3 == 0
+    }
+    fasta.write_text(to_fasta(sequences | copies))
+    summary, reader = run(fasta)
+    assert summary.num_identical == len(copies)
+    assert summary.stages.sequences == len(sequences)
+    rows = dict(zip(reader.sequence_ids(), reader.embeddings(), strict=True))
+    for number in range(0, len(sequences), 3):
+        np.testing.assert_array_equal(rows[f"copy{number}"], rows[f"protein{number}"])
 
-    monkeypatch.setattr(ESM2, "embed_packed", fail)
-    with pytest.raises(UsageError, match="lower --token-budget"):
-        run(fasta)
+
+def test_out_of_memory_halves_the_pack(fasta, model, monkeypatch):
+    original = ESM2.embed_packed
+
+    def limited(self, batch, layers):
+        if batch.total_tokens > 85:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(self, batch, layers)
+
+    _, unlimited = run(fasta, output=fasta.parent / "reference.h5")
+    monkeypatch.setattr(ESM2, "embed_packed", limited)
+    summary, reader = run(fasta)
+    assert summary.stages.num_halved > 0
+    assert summary.num_failed == 1
+    failed = LENGTHS.index(90)
+    assert np.flatnonzero(reader.column("status") == STATUS_FAILED).tolist() == [failed]
+    assert "90 residues do not fit into the memory" in reader.problems()[0].reason
+    kept = np.arange(len(LENGTHS)) != failed
+    np.testing.assert_allclose(reader.embeddings()[kept], unlimited.embeddings()[kept], rtol=1e-4, atol=1e-5)
+
+
+def test_what_overflows_in_half_precision_is_recomputed(fasta, sequences, model, monkeypatch):
+    original = ESM2.embed_packed
+
+    def overflow(self, batch, layers):
+        rows = original(self, batch, layers)
+        if self.precision == "fp16":
+            rows[6][batch.cu_seqlens.diff() == 92, 5] = torch.inf
+        return rows
+
+    monkeypatch.setattr(ESM2, "embed_packed", overflow)
+    summary, reader = run(fasta, dtype="fp16")
+    row = LENGTHS.index(90)
+    assert summary.num_recomputed == 1
+    assert reader.column("status").tolist() == [int(number == row) for number in range(len(LENGTHS))]
+    expected = one_by_one(model, {"": sequences[f"protein{row}"]}, 6)[0]
+    np.testing.assert_allclose(reader.embeddings()[row], expected, rtol=1e-5, atol=1e-5)
+    assert reader.problems()[0].sequence_id == f"protein{row}"
 
 
 def test_input_is_checked_before_the_model_is_loaded(tmp_path, monkeypatch):
@@ -332,7 +438,7 @@ import sys
 from pathlib import Path
 import torch
 from esm_packed.config import ESM2Config
-from esm_packed.runners import embed
+from esm_packed.runners import embed, plan
 from esm_packed.runners.progress import Console
 
 class Model:
@@ -345,8 +451,8 @@ class Model:
         self.peak = max(self.peak, int(status.split("RssAnon:")[1].split()[0]))
         return {2: torch.ones(batch.num_sequences, 64)}
 
-# small buffers, so that even the shorter input is many of them
-embed.MAX_BUFFER_RECORDS = 4096
+# small shards, so that even the shorter input is many of them
+plan.MAX_SHARD_RECORDS = 4096
 embed.build_index = functools.partial(embed.build_index, chunk_size=1 << 18)
 for number in (60_000, 240_000):
     model = Model()

@@ -6,6 +6,7 @@ import errno
 import gzip
 import hashlib
 import io
+import json
 import os
 import re
 import sys
@@ -19,14 +20,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from esm_packed.alphabet import RESIDUE_TO_ID, decode
+from esm_packed.runners import hashes as hashes_module
 from esm_packed.runners import index as index_module
 from esm_packed.runners.fasta import InputError, ReadOptions
-from esm_packed.runners.index import FastaIndex, Problem, build_index
+from esm_packed.runners.index import FastaIndex, Problem, build_index, open_index
 
 DATA = Path(__file__).parents[2].parent / "shared" / "data"
 DATA_COUNTS = {
@@ -70,6 +73,13 @@ def error_of(tmp_path: Path, *contents: bytes, **options: Any) -> str:
     with pytest.raises(InputError) as caught:
         read(tmp_path, *contents, **options)
     return str(caught.value).replace(str(tmp_path) + "/", "")
+
+
+def hashes_by_length(
+    text: bytes, begins: npt.NDArray[np.int64], ends: npt.NDArray[np.int64]
+) -> npt.NDArray[np.uint64]:
+    """Hashes that only tell lengths apart, so that most matches are false ones."""
+    return np.stack([ends - begins] * 2, axis=1).astype(np.uint64)
 
 
 class Refused(Exception):
@@ -141,6 +151,24 @@ def read_slowly(files: Sequence[bytes], options: ReadOptions) -> SlowResult:
     return result
 
 
+def firsts_of(items: Sequence[Any]) -> list[int]:
+    firsts: dict[Any, int] = {}
+    return [firsts.setdefault(item, number) for number, item in enumerate(items)]
+
+
+def known_of(made: FastaIndex | None) -> tuple[Any, ...]:
+    """All that an index knows."""
+    assert made is not None
+    return (
+        records_of(made),
+        made.lengths.tolist(),
+        made.first_same.tolist(),
+        (made.num_records, made.total_residues, made.num_identical, made.num_replaced, made.num_duplicates),
+        made.problems,
+        made.inputs,
+    )
+
+
 def slow_records(data: bytes, full_header: bool) -> list[tuple[str, int, list[tuple[str, int]]]]:
     """(ID, line of the header, [(character, line)] of the sequence without white space) of each record."""
     try:
@@ -187,6 +215,11 @@ def compare(files: Sequence[bytes], options: ReadOptions, chunk_size: int) -> No
         assert records_of(made) == expected.records
         assert made.num_replaced == expected.num_replaced
         assert made.num_duplicates == expected.num_duplicates
+        assert made.first_same.tolist() == firsts_of([residues for _, residues in expected.records])
+        assert made.num_identical == np.count_nonzero(made.first_same != np.arange(made.num_records))
+        assert known_of(open_index([str(path) for path in paths], Path(folder, "work"), options)) == known_of(
+            made
+        )
         left_out = [
             (problem.sequence_id, int(Path(problem.file).stem), problem.line) for problem in made.problems
         ]
@@ -409,7 +442,7 @@ def test_the_first_of_several_duplicates_is_reported(tmp_path: Path) -> None:
 
 
 def test_only_equal_ids_are_duplicates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(index_module, "hash", lambda name: len(name), raising=False)
+    monkeypatch.setattr(index_module, "hashes_of", hashes_by_length)
     made, records = read(tmp_path, b">a\nM\n>b\nK\n>a\nL\n>c\nV\n>b\nW\n>a__2\nR", duplicates="rename")
     assert [name for name, _ in records] == ["a", "b", "a__3", "c", "b__2", "a__2"]
     assert made.num_duplicates == 2
@@ -592,14 +625,16 @@ def test_a_range_is_one_read_for_each_file(tmp_path: Path, monkeypatch: pytest.M
     made, _ = read(tmp_path, text, text.replace(b">", b">x"))
     reads: list[int] = []
 
-    class Counting(io.BytesIO):
-        def read(self, size: int | None = -1, /) -> bytes:
-            reads.append(size or 0)
-            return super().read(size)
+    def counting(descriptor: int, num_bytes: int, position: int) -> bytes:
+        reads.append(num_bytes)
+        return pread(descriptor, num_bytes, position)
 
-    monkeypatch.setattr(index_module._Source, "open", lambda source: Counting(source.path.read_bytes()))
+    pread = os.pread
+    monkeypatch.setattr(os, "pread", counting)
     assert len(made.token_ids(10, 1500)) == 1490
     assert len(reads) == 2
+    assert len(made.sequence_ids(10, 1500)) == 1490
+    assert len(reads) == 4
 
 
 def test_a_changed_file_is_noticed(tmp_path: Path) -> None:
@@ -655,7 +690,12 @@ def test_index_on_disk_is_mapped_and_rebuilt(tmp_path: Path) -> None:
     assert isinstance(made.lengths, np.memmap)
     assert made.lengths.dtype == np.int32
     assert not made.lengths.flags.writeable
-    assert sorted(path.name for path in (tmp_path / "work").iterdir()) == ["records.bin"]
+    assert made.first_same.tolist() == [0]
+    assert isinstance(made.first_same, np.memmap)
+    assert made.first_same.dtype == np.int64
+    assert not made.first_same.flags.writeable
+    names = sorted(path.name for path in (tmp_path / "work").iterdir())
+    assert names == ["first_same.bin", "index.json", "records.bin"]
 
 
 def test_a_line_of_eight_megabytes(tmp_path: Path) -> None:
@@ -683,9 +723,17 @@ def test_a_record_beyond_all_bounds_is_refused(tmp_path: Path, monkeypatch: pyte
     )
 
 
-def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("distinct", "limit"), [(True, 4_000_000), (False, 18_000_000)])
+def test_memory_does_not_grow_with_the_file(distinct: bool, limit: int, tmp_path: Path) -> None:
     path = tmp_path / "many.fa"
-    path.write_bytes(b"".join(b">n%d\n%s\n" % (number, b"MKVLWEDRHK" * 50) for number in range(40_000)))
+    letters = bytes.maketrans(b"0123456789", b"LAGVSERTID")
+    numbers = [b"%08d" % (number if distinct else 0) for number in range(40_000)]
+    records = [
+        b">n%d\n%s%s\n" % (number, b"MKVLWEDRHK" * 50, digits.translate(letters))
+        for number, digits in enumerate(numbers)
+    ]
+    path.write_bytes(b"".join(records))
+    del numbers, records
     assert path.stat().st_size > 20_000_000
     tracemalloc.start()
     try:
@@ -694,4 +742,243 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     finally:
         tracemalloc.stop()
     assert made.num_records == 40_000
-    assert peak < 4_000_000
+    assert made.num_identical == (0 if distinct else 39_999)
+    assert peak < limit
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    sequences=st.lists(st.text("MKV", min_size=1, max_size=3), min_size=1, max_size=40),
+    in_memory=st.sampled_from([1, 2, 5, 1 << 20]),
+    collide=st.booleans(),
+)
+def test_identical_sequences_are_found_by_sorting_on_disk(
+    sequences: list[str], in_memory: int, collide: bool
+) -> None:
+    """Also where nothing fits into memory, and where hashes are equal although sequences are not."""
+    text = "".join(
+        f">n{number}\n{residues[:1].lower()}\n{residues[1:]}*\n" for number, residues in enumerate(sequences)
+    )
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hashes_module, "ROWS_IN_MEMORY", in_memory)
+        patch.setattr(hashes_module, "_MAX_BATCH_RECORDS", in_memory + 2)
+        patch.setattr(hashes_module, "_MAX_BATCH_BYTES", in_memory)
+        if collide:
+            patch.setattr(index_module, "hashes_of", hashes_by_length)
+        path = Path(folder, "a.fa")
+        path.write_text(text)
+        made = build_index([str(path)], Path(folder, "work"), ReadOptions())
+        assert made.first_same.tolist() == firsts_of(sequences)
+        assert made.num_identical == len(sequences) - len(set(sequences))
+        assert [decode(sequence) for sequence in made.token_ids(0, len(sequences))] == sequences
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    values=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=60),
+    in_memory=st.integers(1, 9),
+)
+def test_rows_are_sorted_by_hash_and_record(values: list[tuple[int, int]], in_memory: int) -> None:
+    digits = np.zeros((len(values), 16), dtype=np.uint8)
+    digits[:, [7, 8]] = np.array(values)  # the highest byte of one half and the lowest of the other
+    hashes = digits.view(np.uint64)
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hashes_module, "ROWS_IN_MEMORY", in_memory)
+        path = Path(folder, "rows")
+        path.write_bytes(hashes_module.hash_rows(hashes, 0).tobytes())
+        hashes_module.sort_rows(path)
+        rows = np.fromfile(path, dtype=hashes_module.ROW)
+        assert rows["record"].tolist() == sorted(
+            range(len(values)), key=lambda record: (values[record], record)
+        )
+        for number, value in enumerate(values):
+            found = hashes_module.records_with(rows, *hashes[number].tolist())
+            assert found.tolist() == [record for record, other in enumerate(values) if other == value]
+        assert hashes_module.records_with(rows, 2**64 - 1, 0).tolist() == []
+        assert [path.name for path in Path(folder).iterdir()] == ["rows"]
+
+
+def test_identical_sequences_over_several_files_and_left_out_records(tmp_path: Path) -> None:
+    contents = (
+        b">a\nMK\n>a\nVW\n>b\nJ\n>c\nVW\n",
+        gzip.compress(b">d\nm\n;x\nk*\n>c\nMK\n>e\nM-\n>f\nV W"),
+        b">g\nVW\n>h\nMKV",
+    )
+    made, records = read(tmp_path, *contents, duplicates="first", invalid="skip")
+    assert [name for name, _ in records] == ["a", "c", "d", "f", "g", "h"]
+    assert made.first_same.tolist() == [0, 1, 0, 1, 1, 5]
+    assert made.num_identical == 3
+
+
+def test_an_index_is_opened_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b">s\nMKV\n>a\nRR\n")))
+    paths = ["-", str(tmp_path / "plain.fa"), str(tmp_path / "packed.gz")]
+    Path(paths[1]).write_bytes(b">a\nMKV\n>b\nMJ\n>c\nM*K\n")
+    Path(paths[2]).write_bytes(gzip.compress(b">d\nMKV\n>a\nW1\n>\nMK\n"))
+    options = ReadOptions(invalid="skip", duplicates="rename")
+    made = build_index(paths, tmp_path / "work", options)
+    assert [problem.sequence_id for problem in made.problems] == ["b", "c", "a", ""]
+    expected = known_of(made)
+    assert known_of(open_index(paths, tmp_path / "work", options)) == expected
+    (tmp_path / "work").rename(tmp_path / "moved")  # copies are found where the index is
+    assert known_of(open_index(paths, tmp_path / "moved", options)) == expected
+
+    assert open_index(paths, tmp_path / "work", options) is None
+    assert open_index(paths[:2], tmp_path / "moved", options) is None
+    assert open_index(paths[::-1], tmp_path / "moved", options) is None
+    assert open_index(paths, tmp_path / "moved", ReadOptions(invalid="skip")) is None
+    monkeypatch.setattr(index_module, "_FORMAT_VERSION", 0)
+    assert open_index(paths, tmp_path / "moved", options) is None
+
+
+@pytest.mark.parametrize("name", ["plain.fa", "packed.gz"])
+def test_an_index_of_a_changed_input_is_not_opened(name: str, tmp_path: Path) -> None:
+    paths = [str(tmp_path / "plain.fa"), str(tmp_path / "packed.gz")]
+    Path(paths[0]).write_bytes(b">a\nMKV\n")
+    Path(paths[1]).write_bytes(gzip.compress(b">b\nMKV\n"))
+    build_index(paths, tmp_path / "work", ReadOptions())
+    path, content = tmp_path / name, (tmp_path / name).read_bytes()
+    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+
+    def opens() -> bool:
+        return open_index(paths, tmp_path / "work", ReadOptions()) is not None
+
+    assert opens()
+    os.utime(path, ns=(times[0], times[1] + 1))
+    assert not opens()
+    os.utime(path, ns=times)
+    assert opens()
+    path.write_bytes(content + b"\n")
+    os.utime(path, ns=times)
+    assert not opens()
+    path.unlink()
+    assert not opens()
+    path.write_bytes(content)
+    os.utime(path, ns=times)
+    assert opens()
+
+
+def test_the_same_name_in_another_folder_is_another_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.fa").write_bytes(b">a\nMKV\n")
+        os.utime(tmp_path / folder / "a.fa", ns=(0, 0))
+    monkeypatch.chdir(tmp_path / "one")
+    build_index(["a.fa"], tmp_path / "work", ReadOptions())
+    assert open_index(["a.fa"], tmp_path / "work", ReadOptions()) is not None
+    monkeypatch.chdir(tmp_path / "two")
+    assert open_index(["a.fa"], tmp_path / "work", ReadOptions()) is None
+
+
+def test_an_index_that_is_not_whole_is_not_opened(tmp_path: Path) -> None:
+    path = tmp_path / "a.gz"
+    path.write_bytes(gzip.compress(b">a\nMKV\n>b\nJ\n>c\nMKV\n"))
+    options = ReadOptions(invalid="skip")
+    work_dir = tmp_path / "work"
+    build_index([str(path)], work_dir, options)
+    names = sorted(file.name for file in work_dir.iterdir())
+    assert names == ["first_same.bin", "index.json", "input-0.fasta", "records.bin"]
+    for name in names:
+        content = (work_dir / name).read_bytes()
+        (work_dir / name).unlink()
+        assert open_index([str(path)], work_dir, options) is None
+        for num_bytes in {0, 1, len(content) // 2, len(content) - 1}:
+            (work_dir / name).write_bytes(content[:num_bytes])
+            assert open_index([str(path)], work_dir, options) is None, (name, num_bytes)
+        (work_dir / name).write_bytes(content)
+    assert open_index([str(path)], work_dir, options) is not None
+    for content in (b"[]", b"{}", b"null", b'{"format_version": 1}', b"\xff"):
+        (work_dir / "index.json").write_bytes(content)
+        assert open_index([str(path)], work_dir, options) is None
+
+
+def test_an_index_cut_short_at_any_step_is_not_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each step of a second run ends the process in turn: the first run's index is never taken for it."""
+    path = tmp_path / "a.gz"
+
+    class Killed(BaseException):
+        pass
+
+    def kill(*_: Any, **__: Any) -> None:
+        raise Killed
+
+    steps = ("_Pass", "_settle_duplicates", "sort_rows", "write_firsts", "confirm_firsts", "_find_identical")
+    for module, step in [(index_module, step) for step in (*steps, "_sync", "_problems")] + [
+        (json, "dumps"),
+        (Path, "replace"),
+    ]:
+        path.write_bytes(gzip.compress(b">a\nMKV\n>b\nMKV\n"))
+        build_index([str(path)], tmp_path / "work", ReadOptions())
+        path.write_bytes(gzip.compress(b">b\nMKV\n>a\nMKW\n"))
+        with monkeypatch.context() as patch:
+            patch.setattr(module, step, kill)
+            with pytest.raises(Killed):
+                build_index([str(path)], tmp_path / "work", ReadOptions())
+        assert open_index([str(path)], tmp_path / "work", ReadOptions()) is None, step
+        made = build_index([str(path)], tmp_path / "work", ReadOptions())
+        assert known_of(open_index([str(path)], tmp_path / "work", ReadOptions())) == known_of(made)
+        names = sorted(file.name for file in (tmp_path / "work").iterdir())
+        assert names == ["first_same.bin", "index.json", "input-0.fasta", "records.bin"]
+
+
+def test_a_pipe_is_never_unchanged(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_bytes, args=(b">a\nMK\n",))
+    writer.start()
+    build_index([str(pipe)], tmp_path / "work", ReadOptions())
+    writer.join()
+    assert open_index([str(pipe)], tmp_path / "work", ReadOptions()) is None
+
+
+def test_an_index_in_use_survives_its_replacement(tmp_path: Path) -> None:
+    made, _ = read(tmp_path, b">a\nMK\n>b\nMK\n")
+    path = tmp_path / "other.fa"
+    path.write_bytes(b">c\nMKV\n")
+    build_index([str(path)], tmp_path / "work", ReadOptions())
+    assert (made.lengths.tolist(), made.first_same.tolist()) == ([2, 2], [0, 0])
+
+
+@settings(max_examples=300, deadline=None)
+@given(pieces=st.lists(st.binary(max_size=20), min_size=1, max_size=30), gap=st.binary(max_size=9))
+def test_hashes_depend_on_the_piece_alone(pieces: list[bytes], gap: bytes) -> None:
+    text, begins, ends = gap, [], []
+    for piece in pieces:
+        begins.append(len(text))
+        text += piece
+        ends.append(len(text))
+        text += gap
+    hashes = [tuple(row) for row in hashes_module.hashes_of(text, np.array(begins), np.array(ends)).tolist()]
+    for piece, halves in zip(pieces, hashes, strict=True):
+        alone = hashes_module.hashes_of(piece, np.array([0]), np.array([len(piece)]))
+        assert tuple(alone[0].tolist()) == halves
+    assert len(set(hashes)) == len(set(pieces))
+    for half in (0, 1):
+        assert len({row[half] for row in hashes}) == len(set(pieces))
+
+
+def test_hashes_of_like_pieces_are_spread_evenly() -> None:
+    """Residues are small numbers, and most differences between sequences are small too."""
+    base = np.random.default_rng(5).integers(4, 24, size=60, dtype=np.uint8)
+    pieces = {base.tobytes()}
+    for first in range(60):
+        for second in range(first):
+            swapped = base.copy()
+            swapped[[first, second]] = swapped[[second, first]]
+            pieces.add(swapped.tobytes())
+            changed = base.copy()
+            changed[first], changed[second] = 4 + first % 20, 4 + second % 20
+            pieces.add(changed.tobytes())
+    text = b"".join(sorted(pieces))
+    ends = np.arange(60, len(text) + 1, 60)
+    hashes = hashes_module.hashes_of(text, ends - 60, ends)
+    for half in (0, 1):
+        assert len(np.unique(hashes[:, half])) == len(pieces)
+        for shift in range(0, 64, 8):
+            counts = np.bincount((hashes[:, half] >> np.uint64(shift)).astype(np.uint8), minlength=256)
+            mean = len(pieces) / 256
+            assert np.square(counts - mean).sum() / mean < 255 + 6 * (2 * 255) ** 0.5  # chi-squared

@@ -1,0 +1,215 @@
+"""Equal items among millions: 128-bit hashes in a file, sorted there, and each match confirmed by the items.
+
+Memory is bounded by `ROWS_IN_MEMORY`, whatever the number of items or of equal ones; the files are mapped, so
+that the pages of them in memory belong to the operating system's cache.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+ROW = np.dtype([("high", "<u8"), ("low", "<u8"), ("record", "<i8")])
+"""The two halves of a hash and the number of the record it belongs to."""
+ROWS_IN_MEMORY = 1 << 17
+
+_HASH_BYTES = 16
+_WORD_BYTES = 8
+_WORD_MASKS = np.array([(1 << 8 * num_bytes) - 1 for num_bytes in range(_WORD_BYTES + 1)], dtype=np.uint64)
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_MIX_1 = np.uint64(0xFF51AFD7ED558CCD)
+_MIX_2 = np.uint64(0xC4CEB9FE1A85EC53)
+_HALF = np.uint64(32)
+_MAX_BATCH_BYTES = 1 << 21
+_MAX_BATCH_RECORDS = 1 << 14
+
+Rows = npt.NDArray[Any]
+Hashes = npt.NDArray[np.uint64]
+Positions = npt.NDArray[np.int64]
+
+
+def hashes_of(text: bytes, begins: Positions, ends: Positions) -> Hashes:
+    """(n, 2) halves of the hashes of the n pieces [begins, ends) of `text`, n > 0.
+
+    Each word of 8 bytes, its position in the piece added, and to the last one the length, goes through
+    MurmurHash3's finaliser; one half is the sum of the results, the other the sum of a function of them.
+    This is no cryptographic hash, but several times as fast as one call for each piece; whoever contrives
+    equal hashes costs us time, as every match is confirmed, and nothing else.
+    """
+    lengths = ends - begins
+    num_words = np.maximum(-(-lengths // _WORD_BYTES), 1)
+    stops = np.cumsum(num_words)
+    firsts = stops - num_words
+    in_piece = np.arange(stops[-1]) - np.repeat(firsts, num_words)
+    # a word at every byte, the last ones reaching beyond the text
+    overlapping = np.ndarray(len(text) + 1, np.dtype("<u8"), text + bytes(_WORD_BYTES), strides=(1,))
+    words = overlapping[np.repeat(begins, num_words) + _WORD_BYTES * in_piece]
+    words[stops - 1] &= _WORD_MASKS[lengths - _WORD_BYTES * (num_words - 1)]
+    words += in_piece.astype(np.uint64) * _GOLDEN
+    words[stops - 1] += lengths.astype(np.uint64) * _MIX_2
+    for factor in (_MIX_1, _MIX_2):
+        words ^= words >> np.uint64(33)
+        words *= factor
+    words ^= words >> np.uint64(33)
+    hashes = np.empty((len(begins), 2), dtype=np.uint64)
+    hashes[:, 0] = np.add.reduceat(words, firsts)
+    words *= _GOLDEN
+    words ^= words >> _HALF
+    words *= _MIX_1
+    hashes[:, 1] = np.add.reduceat(words, firsts)
+    return hashes
+
+
+def hash_rows(hashes: Hashes, first_record: int) -> Rows:
+    """`ROW`s of (n, 2) hashes that belong to consecutive records."""
+    rows = np.empty(len(hashes), dtype=ROW)
+    rows["high"] = hashes[:, 0]
+    rows["low"] = hashes[:, 1]
+    rows["record"] = np.arange(first_record, first_record + len(hashes))
+    return rows
+
+
+def sort_rows(path: Path) -> None:
+    """Sort a file of `ROW`s, which are in the order of their records, by hash and then by record.
+
+    A range too large for memory is distributed by one byte of the hash, then each part by the next byte.
+    Each step keeps the order of equal rows, so that millions of the same hash need no sorting at the end.
+    """
+    rows = np.asarray(np.memmap(path, dtype=ROW, mode="r+"))
+    if len(rows) <= ROWS_IN_MEMORY:
+        rows[:] = rows[_order(rows)]
+        return
+    spare_path = path.with_name(path.name + ".spare")
+    spare = np.asarray(np.memmap(spare_path, dtype=ROW, mode="w+", shape=rows.shape))
+    parts = [(0, len(rows), 0)]
+    while parts:
+        begin, end, digit = parts.pop()
+        if end - begin <= ROWS_IN_MEMORY:
+            part = rows[begin:end]
+            part[:] = part[_order(part)]
+        elif digit < _HASH_BYTES:
+            bounds = _distribute(rows, spare, begin, end, digit)
+            parts += [(first, last, digit + 1) for first, last in pairwise(bounds) if last - first > 1]
+    del spare
+    spare_path.unlink()
+
+
+def _order(rows: Rows) -> npt.NDArray[np.intp]:
+    """The order of `rows` by hash; equal hashes stay as they are."""
+    high = np.ascontiguousarray(rows["high"])
+    order = np.argsort(high)  # several times as fast as a stable sort, and almost all are different
+    same = high[order[1:]] == high[order[:-1]]
+    if same.any():
+        tied = np.append(same, False) | np.append(False, same)
+        among = order[tied]
+        order[tied] = among[np.lexsort((among, rows["low"][among], high[among]))]
+    return order
+
+
+def _chunks(begin: int, end: int) -> Iterator[slice]:
+    for start in range(begin, end, ROWS_IN_MEMORY):
+        yield slice(start, min(start + ROWS_IN_MEMORY, end))
+
+
+def _distribute(rows: Rows, spare: Rows, begin: int, end: int, digit: int) -> list[int]:
+    """Order rows [begin, end) by one byte of their hash; where the parts of equal bytes begin, and `end`."""
+    column = digit ^ 7  # little-endian halves: the highest byte is the last
+
+    def digits_of(part: slice) -> npt.NDArray[np.uint8]:
+        return rows[part].view(np.uint8).reshape(-1, ROW.itemsize)[:, column]
+
+    counts = np.zeros(256, dtype=np.int64)
+    for part in _chunks(begin, end):
+        counts += np.bincount(digits_of(part), minlength=256)
+    bounds = [begin + int(bound) for bound in np.append(0, np.cumsum(counts))]
+    if counts.max() < end - begin:
+        vacant = bounds[:-1]
+        for part in _chunks(begin, end):
+            digits = digits_of(part)
+            in_order = rows[part][np.argsort(digits, kind="stable")]
+            done = 0
+            for value, count in enumerate(np.bincount(digits, minlength=256).tolist()):
+                spare[vacant[value] : vacant[value] + count] = in_order[done : done + count]
+                vacant[value] += count
+                done += count
+        for part in _chunks(begin, end):
+            rows[part] = spare[part]
+    return bounds
+
+
+def records_with(rows: Rows, high: int, low: int) -> Positions:
+    """The records of this hash in sorted `rows`, ascending."""
+    begin = bisect_left(rows["high"], high)
+    same_high = rows[begin : bisect_right(rows["high"], high, begin)]
+    found: Positions = same_high["record"][same_high["low"] == low]
+    return found
+
+
+def write_firsts(rows: Rows, path: Path) -> npt.NDArray[np.int64]:
+    """For each record the first one of the same hash, from sorted `rows`; a mapped file, made at `path`."""
+    firsts = np.asarray(np.memmap(path, dtype=np.int64, mode="w+", shape=rows.shape))
+    for part in _chunks(0, len(rows)):
+        firsts[part] = np.arange(part.start, part.stop)
+    previous = np.zeros(1, dtype=ROW)
+    group = -1  # the first record of the hash that the last chunk ended with
+    for part in _chunks(0, len(rows)):
+        chunk = np.concatenate([previous, rows[part]])
+        is_copy = (chunk["high"][1:] == chunk["high"][:-1]) & (chunk["low"][1:] == chunk["low"][:-1])
+        if part.start == 0:
+            is_copy[0] = False
+        records = chunk["record"][1:]
+        previous = chunk[-1:].copy()
+        begin_records = np.append(group, records[~is_copy])
+        if is_copy.any():
+            owners = np.cumsum(~is_copy)[is_copy]
+            firsts[records[is_copy]] = begin_records[owners]
+        group = int(begin_records[-1])
+    return firsts
+
+
+def confirm_firsts(
+    firsts: npt.NDArray[np.int64],
+    read: Callable[[Positions], list[bytes]],
+    sizes: npt.NDArray[np.int32] | None = None,
+) -> int:
+    """Correct `firsts` where items of one hash differ after all; how many records have an earlier equal one.
+
+    Args:
+        firsts: (n,) what `write_firsts` gave.
+        read: the items of these ascending record numbers.
+        sizes: (n,) bytes of the items, to bound what is read at a time; None for small ones.
+    """
+    num_copies = 0
+    others: dict[tuple[int, bytes], int] = {}  # the first record of each further item of a hash
+    for records, originals in _copies(firsts, sizes):
+        wanted = np.union1d(records, originals)
+        items = dict(zip(wanted.tolist(), read(wanted), strict=True))
+        for record, original in zip(records.tolist(), originals.tolist(), strict=True):
+            if items[record] != items[original]:
+                original = others.setdefault((original, items[record]), record)
+                firsts[record] = original
+            num_copies += record != original
+    return num_copies
+
+
+def _copies(
+    firsts: npt.NDArray[np.int64], sizes: npt.NDArray[np.int32] | None
+) -> Iterator[tuple[Positions, Positions]]:
+    """(records, their firsts) of those that have an earlier one, in batches of bounded number and size."""
+    for start in range(0, len(firsts), _MAX_BATCH_RECORDS):
+        part = np.array(firsts[start : start + _MAX_BATCH_RECORDS])
+        copies = np.flatnonzero(part != np.arange(start, start + len(part)))
+        if not copies.size:
+            continue
+        cuts: npt.NDArray[np.intp] = np.empty(0, dtype=np.intp)
+        if sizes is not None:
+            filled = np.cumsum(sizes[start : start + len(part)][copies], dtype=np.int64) // _MAX_BATCH_BYTES
+            cuts = np.flatnonzero(np.diff(filled)) + 1
+        for batch in np.split(copies, cuts):
+            yield batch + start, part[batch]

@@ -1,0 +1,160 @@
+"""How a run is cut up: shards of like cost, and which records are computed at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from esm_packed.config import ESM2Config
+from esm_packed.packing import SPECIAL_TOKENS
+from esm_packed.runners.store import plan_hash
+
+PLAN_FORMAT = 1
+MAX_SHARD_RECORDS = 65_536
+MAX_SHARD_BYTES = 1 << 27
+"""Most embeddings a shard may hold, as they are kept in memory until it is written."""
+
+_BLOCK_RECORDS = 1 << 16
+
+FLOPS_PER_SHARD = {"cpu": 5e12, "cuda": 1e16}
+"""About 30 to 60 s of work at 100 GFLOP/s and 250 TFLOP/s."""
+
+
+class PlanError(ValueError):
+    """A run directory belongs to another run; the message says what differs."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run, fixed before anything is computed and the same for every process that works on it.
+
+    Args:
+        identity: what makes two runs the same one.
+        input_names: the inputs as the user named them.
+        starts: first record of each shard, and the number of records at the end.
+    """
+
+    identity: Mapping[str, Any]
+    input_names: tuple[str, ...]
+    starts: tuple[int, ...]
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 (hex) of the identity."""
+        return plan_hash(self.identity)
+
+    @property
+    def num_shards(self) -> int:
+        """Shards of the run."""
+        return len(self.starts) - 1
+
+    def records(self, shard: int) -> tuple[int, int]:
+        """Records [start, stop) of a shard."""
+        return self.starts[shard], self.starts[shard + 1]
+
+    def write(self, path: Path) -> None:
+        """Write the plan so that it is there whole or not at all."""
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        content = {
+            "format": PLAN_FORMAT,
+            "identity": self.identity,
+            "input_names": list(self.input_names),
+            "starts": list(self.starts),
+        }
+        content["sha256"] = plan_hash(content)
+        with temporary.open("w") as file:
+            json.dump(content, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+
+    @classmethod
+    def read(cls, path: Path) -> Plan:
+        """Read a plan.
+
+        Raises:
+            PlanError: the file is no plan, or a newer program's.
+            OSError: it is not there or cannot be read.
+        """
+        try:
+            content = json.loads(path.read_text())
+            is_whole = content.pop("sha256") == plan_hash(content)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            is_whole = False
+        if not is_whole:
+            raise PlanError(f"{path}: damaged; --overwrite starts anew")
+        if content["format"] != PLAN_FORMAT:
+            raise PlanError(f"{path}: made by another version of esm-packed; --overwrite starts anew")
+        return cls(content["identity"], tuple(content["input_names"]), tuple(content["starts"]))
+
+    def check_same(self, identity: Mapping[str, Any], where: Path) -> None:
+        """See that a run of `identity` may continue this one.
+
+        Raises:
+            PlanError: names what differs, with both values.
+        """
+        differing = [
+            f"{name} was {self.identity.get(name)!r}, now {identity.get(name)!r}"
+            for name in sorted(self.identity.keys() | identity.keys())
+            if self.identity.get(name) != identity.get(name)
+        ]
+        if differing:
+            raise PlanError(
+                f"{where}: an unfinished run with other input or options ({'; '.join(differing)}); "
+                "repeat its command to continue it, or --overwrite to start anew"
+            )
+
+
+def sequence_flops(lengths: npt.NDArray[np.int64], config: ESM2Config) -> npt.NDArray[np.float64]:
+    """Floating-point operations to embed sequences of `lengths` residues, attention included."""
+    tokens = lengths.astype(np.float64) + SPECIAL_TOKENS
+    hidden_size = config.hidden_size
+    return config.num_layers * (24.0 * hidden_size**2 * tokens + 4.0 * hidden_size * tokens**2)
+
+
+def cut_shards(
+    lengths: npt.NDArray[np.int32],
+    is_computed: npt.NDArray[np.bool_],
+    config: ESM2Config,
+    row_bytes: int,
+    flops_per_shard: float,
+) -> tuple[int, ...]:
+    """Cut the records into contiguous shards that cost alike.
+
+    Args:
+        lengths: (num_records,) residues that are embedded.
+        is_computed: (num_records,) False for records whose embedding is copied from an earlier one.
+        config: shape of the model.
+        row_bytes: size of a record's embeddings.
+        flops_per_shard: about what a shard should cost.
+
+    Returns:
+        First record of each shard, then the number of records.
+    """
+    max_records = max(1, min(MAX_SHARD_RECORDS, MAX_SHARD_BYTES // row_bytes))
+    starts = [0]
+    spent = 0.0  # on the shard that is being filled, in blocks before this one
+    for first in range(0, len(lengths), _BLOCK_RECORDS):
+        block = slice(first, first + _BLOCK_RECORDS)
+        flops = np.where(is_computed[block], sequence_flops(lengths[block].astype(np.int64), config), 0.0)
+        cumulative = np.concatenate([[0.0], np.cumsum(flops)])
+        place = 0
+        while place < len(flops):
+            room = cumulative[place] + flops_per_shard - spent
+            stop = int(np.searchsorted(cumulative, room, side="right")) - 1
+            if first + place == starts[-1]:
+                stop = max(stop, place + 1)  # a record that costs more than a shard is one
+            stop = max(place, min(stop, starts[-1] + max_records - first, len(flops)))
+            spent += cumulative[stop] - cumulative[place]
+            place = stop
+            if place < len(flops):
+                starts.append(first + place)
+                spent = 0.0
+    return (*starts, len(lengths))

@@ -1,0 +1,796 @@
+"""Real processes that are killed, interrupted, starved of space and set against each other."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+
+from esm_packed.runners.pipeline import PACKS_AHEAD, PACKS_IN_FLIGHT, SHARDS_AHEAD
+from esm_packed.runners.store import EmbeddingReader
+
+MODEL = "demo"
+WAIT_SECONDS = 120.0
+
+# The queues, and one pack or shard in the hands of each of the three threads.
+MOST_SHARDS_IN_FLIGHT = PACKS_AHEAD + PACKS_IN_FLIGHT + SHARDS_AHEAD + 3
+
+# Importing torch takes longer than the runs here, so one process imports it and forks the others. Each is a
+# real process with a life, a pid and a death of its own.
+NURSERY = """
+import json, os, sys, time, traceback
+import torch
+from dataclasses import replace
+from esm_packed.model import ESM2
+from esm_packed.runners import cli, embed, pipeline, plan, rundir, shards, store
+torch.set_num_threads(1)
+ESM2.from_pretrained("demo")
+
+def live(job):
+    streams = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0), os.dup2(streams, 1), os.dup2(streams, 2)
+    embed.FLOPS_PER_SHARD["cpu"] = job["flops_per_shard"]
+    original = embed.embed_files
+    changes = {name: tuple(value) if isinstance(value, list) else value
+               for name, value in job["changes"].items()}
+    embed.embed_files = lambda request, console: original(replace(request, **changes), console)
+    exec(job["patch"], globals())
+    return cli.main(job["arguments"])
+
+for line in sys.stdin:
+    job = json.loads(line)
+    if "wait" not in job:
+        pid = os.fork()
+        if pid == 0:
+            code = 99
+            try:
+                code = live(job)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush(), sys.stderr.flush()
+                os._exit(code)
+        answer = pid
+    else:
+        deadline, answer = time.monotonic() + job["seconds"], None
+        while answer is None and time.monotonic() < deadline:
+            ended, status = os.waitpid(job["wait"], os.WNOHANG)
+            answer = os.waitstatus_to_exitcode(status) if ended else time.sleep(0.005)
+    print(json.dumps(answer), flush=True)
+"""
+
+# Dies at the n-th operation that changes the file system; of a write, half has been done by then.
+DIE_AT_STEP = """
+STEP, ONLY = {step}, {only!r}
+steps = []
+def counted(name):
+    original = getattr(os, name)
+    def operation(*call, **options):
+        target = os.readlink(f"/proc/self/fd/{{call[0]}}") if isinstance(call[0], int) else os.fspath(call[0])
+        if ONLY in str(target) and (name != "open" or call[1] & os.O_CREAT):
+            steps.append(f"{{name}} {{target}}")
+            if len(steps) == STEP:
+                if name == "pwrite":
+                    original(call[0], bytes(call[1])[: len(call[1]) // 2], *call[2:])
+                os.write(2, f"died at {{steps[-1]}}\\n".encode())
+                os.kill(os.getpid(), 9)
+        return original(*call, **options)
+    setattr(os, name, operation)
+for name in ("open", "pwrite", "fsync", "replace", "rename", "link", "unlink", "mkdir", "rmdir", "ftruncate"):
+    counted(name)
+main = cli.main
+def main_and_count(arguments):
+    try:
+        return main(arguments)
+    finally:
+        os.write(2, f"steps {{len(steps)}}\\n".encode())
+cli.main = main_and_count
+"""
+
+# Computes as slowly as a large model would, so that others have the time to interfere.
+SLOW = """
+original_embed = ESM2.embed_packed
+def slow_embed(self, batch, layers):
+    time.sleep({seconds})
+    return original_embed(self, batch, layers)
+ESM2.embed_packed = slow_embed
+"""
+
+
+@dataclass
+class Child:
+    """A process that runs the command line."""
+
+    nursery: Nursery
+    pid: int
+    log: Path
+
+    def wait(self, seconds: float = WAIT_SECONDS) -> int:
+        """Its exit code, negative for the signal that killed it."""
+        code = self.nursery.ask({"wait": self.pid, "seconds": seconds})
+        if code is None:
+            os.kill(self.pid, signal.SIGKILL)
+            self.nursery.ask({"wait": self.pid, "seconds": 10})
+            pytest.fail(f"still running after {seconds} s:\n{self.output()}")
+        assert isinstance(code, int)
+        return code
+
+    def output(self) -> str:
+        return self.log.read_text() if self.log.exists() else ""
+
+    def kill(self) -> int:
+        """kill -9; the exit code, which is another one if it had ended before."""
+        os.kill(self.pid, signal.SIGKILL)  # until it is waited for, a pid is not given to another process
+        return self.wait()
+
+
+class Nursery:
+    """Starts processes that have everything imported already."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", NURSERY], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self._number = 0
+
+    def ask(self, job: dict[str, Any]) -> Any:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(job) + "\n")
+        self._process.stdin.flush()
+        return json.loads(self._process.stdout.readline())
+
+    def start(
+        self,
+        fasta: Path,
+        output: Path,
+        *options: str,
+        flops_per_shard: float = 1.0,
+        patch: str = "",
+        **changes: Any,
+    ) -> Child:
+        """Embed `fasta`; by default each record is a shard of its own.
+
+        Args:
+            fasta: input.
+            output: file to make.
+            options: further ones of the command line.
+            flops_per_shard: how finely to cut.
+            patch: run in the process before it begins.
+            changes: to the request, for what the command line need not offer.
+        """
+        self._number += 1
+        log = output.parent / "logs" / f"{self._number}.log"
+        log.parent.mkdir(exist_ok=True)
+        arguments = ["embed", str(fasta), "-o", str(output), "--model", MODEL, "--device", "cpu"]
+        job = {
+            "arguments": [*arguments, "--threads", "1", "--token-budget", "256", *options],
+            "log": str(log),
+            "flops_per_shard": flops_per_shard,
+            "patch": patch,
+            "changes": changes,
+        }
+        return Child(self, self.ask(job), log)
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(timeout=30)
+
+
+@pytest.fixture(scope="module")
+def nursery() -> Iterator[Nursery]:
+    nursery = Nursery()
+    nursery.ask({"wait": 0, "seconds": 0})  # answers when everything is imported
+    yield nursery
+    nursery.close()
+
+
+def write_fasta(path: Path, number: int, length: int, seed: int = 0) -> Path:
+    """Random proteins, each fifth one a copy of an earlier one."""
+    rng = random.Random(seed)
+    sequences: list[str] = []
+    for record in range(number):
+        residues = rng.choices("LAGVSERTIDPKQNFYMHWC", k=rng.randint(length // 2, length * 3 // 2))
+        sequences.append("".join(residues) if record % 5 != 4 else rng.choice(sequences))
+    path.write_text("".join(f">protein{n}\n{sequence}\n" for n, sequence in enumerate(sequences)))
+    return path
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run must reproduce."""
+
+    ids: list[str]
+    status: bytes
+    lengths: bytes
+    embeddings: bytes
+
+    @classmethod
+    def of(cls, path: Path) -> Result:
+        with EmbeddingReader(path) as reader:
+            embeddings = reader.embeddings()
+            assert np.isfinite(embeddings).all()
+            assert np.abs(embeddings).sum(axis=1).all(), "a row was never written"
+            return cls(
+                reader.sequence_ids(),
+                reader.column("status").tobytes(),
+                reader.column("lengths").tobytes(),
+                embeddings.tobytes(),
+            )
+
+
+@dataclass(frozen=True)
+class Work:
+    """An input, and what an undisturbed run makes of it."""
+
+    fasta: Path
+    flops_per_shard: float
+    expected: Result
+    seconds: float
+    num_shards: int
+
+
+def undisturbed(nursery: Nursery, folder: Path, number: int, length: int, flops_per_shard: float) -> Work:
+    fasta = write_fasta(folder / "in.fasta", number, length)
+    begin = time.monotonic()
+    output = folder / "out.h5"
+    child = nursery.start(fasta, output, flops_per_shard=flops_per_shard, keep_run=True)
+    assert child.wait() == 0, child.output()
+    seconds = time.monotonic() - begin
+    return Work(fasta, flops_per_shard, Result.of(output), seconds, len(shards_of(output)))
+
+
+@pytest.fixture(scope="module")
+def many_shards(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Work:
+    # not so small that a shard holds copies only
+    work = undisturbed(nursery, tmp_path_factory.mktemp("many"), 120, 100, 3.5e8)
+    assert work.num_shards >= 30
+    return work
+
+
+@pytest.fixture(scope="module")
+def few_shards(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Work:
+    work = undisturbed(nursery, tmp_path_factory.mktemp("few"), 12, 40, 1.6e8)
+    assert 3 <= work.num_shards <= 10
+    return work
+
+
+def shards_of(output: Path) -> dict[str, tuple[int, int]]:
+    """Finished shards, with what tells a file that was written again from one that was not."""
+    folder = output.with_name(f"{output.name}.run") / "shards"
+    if not folder.exists():
+        return {}
+    return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.glob("[0-9]*.h5")}
+
+
+def names_in(folder: Path) -> list[str]:
+    """What lies beside the output, without this test's own logs."""
+    return sorted(path.name for path in folder.iterdir() if path.name != "logs")
+
+
+def wait_until(condition: Any, seconds: float = WAIT_SECONDS) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.005)
+
+
+def continue_to_the_end(nursery: Nursery, work: Work, output: Path) -> None:
+    """Repeat the command; it ends well, with the file of the undisturbed run and nothing beside it."""
+    child = nursery.start(work.fasta, output, flops_per_shard=work.flops_per_shard)
+    assert child.wait() == 0, child.output()
+    assert Result.of(output) == work.expected
+    assert names_in(output.parent) == [output.name]
+
+
+def kill_at_random(nursery: Nursery, work: Work, folder: Path, kills: int, seed: int) -> None:
+    """Kill a run and its continuations at random moments; behind one that ends comes another."""
+    rng = random.Random(seed)
+    folder.mkdir()
+    output = folder / "out.h5"
+    before: dict[str, tuple[int, int]] = {}
+    litter: list[str] = []
+    killed = 0
+    while killed < kills or not output.exists():
+        child = nursery.start(work.fasta, output, flops_per_shard=work.flops_per_shard, keep_run=True)
+        if killed < kills:
+            time.sleep(rng.uniform(0.0, work.seconds))
+            code = child.kill()
+        else:
+            code = child.wait()
+        now = shards_of(output)
+        assert before.items() <= now.items(), "a finished shard was computed again"
+        if code == -signal.SIGKILL:
+            killed += 1
+            before = now
+            continue
+        assert code == 0, child.output()
+        assert Result.of(output) == work.expected
+        assert len(now) == work.num_shards
+        litter += litter_in(folder)
+        if killed < kills:
+            shutil.rmtree(folder)
+            folder.mkdir()
+            before = {}
+    assert litter == []
+
+
+def litter_in(folder: Path) -> list[str]:
+    """Temporary files, and a claim that nobody holds, of a folder with a finished run."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob(".*"))
+
+
+def test_killed_at_random_moments(nursery: Nursery, many_shards: Work, tmp_path: Path) -> None:
+    kill_at_random(nursery, many_shards, tmp_path / "run", 8, seed=1)
+
+
+@pytest.mark.slow
+def test_killed_at_25_random_moments(nursery: Nursery, many_shards: Work, tmp_path: Path) -> None:
+    kill_at_random(nursery, many_shards, tmp_path / "run", 25, seed=2)
+
+
+def count_steps(nursery: Nursery, work: Work, folder: Path, only: str) -> int:
+    patch = DIE_AT_STEP.format(step=0, only=only)
+    folder.mkdir()
+    child = nursery.start(work.fasta, folder / "out.h5", flops_per_shard=work.flops_per_shard, patch=patch)
+    assert child.wait() == 0, child.output()
+    return int(child.output().rpartition("steps ")[2])
+
+
+def kill_at_steps(nursery: Nursery, work: Work, folder: Path, only: str, steps: int | None) -> None:
+    total = count_steps(nursery, work, folder / "counted", only)
+    assert total >= 3
+    chosen = range(1, total + 1)
+    if steps is not None and steps < total:
+        chosen = sorted(random.Random(only).sample(chosen, steps))  # type: ignore[assignment]
+    faults = []
+    for step in chosen:
+        patch = DIE_AT_STEP.format(step=step, only=only)
+        place = folder / f"step{step}"
+        place.mkdir()
+        output = place / "out.h5"
+        child = nursery.start(work.fasta, output, flops_per_shard=work.flops_per_shard, patch=patch)
+        code = child.wait()
+        if code != -signal.SIGKILL:  # threads do not take the same number of steps each time
+            assert code == 0, child.output()
+            continue
+        before = shards_of(output)
+        if output.exists():
+            assert Result.of(output) == work.expected
+        again = nursery.start(work.fasta, output, flops_per_shard=work.flops_per_shard, keep_run=True)
+        where = f"step {step} ({child.output().strip().splitlines()[-1]})"
+        if again.wait() != 0:
+            faults.append(f"{where}: {again.output()}")
+            continue
+        now = shards_of(output)
+        if now and not before.items() <= now.items():
+            faults.append(f"{where}: finished shards were computed again")
+        if Result.of(output) != work.expected:
+            faults.append(f"{where}: another result")
+        if litter := litter_in(place):
+            faults.append(f"{where}: left {litter}")
+    assert not faults, "\n".join(faults)
+
+
+@pytest.mark.parametrize("only", [".claim", "plan.json", "shards/", "/index", ".out.h5."])
+def test_killed_at_a_step_on_disk(nursery: Nursery, few_shards: Work, tmp_path: Path, only: str) -> None:
+    kill_at_steps(nursery, few_shards, tmp_path, only, 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("only", [".claim", "plan.json", "shards/", "/index", ".out.h5."])
+def test_killed_at_every_step_on_disk(nursery: Nursery, few_shards: Work, tmp_path: Path, only: str) -> None:
+    kill_at_steps(nursery, few_shards, tmp_path, only, 40)
+
+
+KILLED_AFTER_MERGE = """
+def killed(self):
+    os.kill(os.getpid(), 9)
+rundir.RunDirectory.remove = killed
+"""
+
+
+def test_killed_between_merging_and_cleaning_up(nursery: Nursery, few_shards: Work, tmp_path: Path) -> None:
+    output = tmp_path / "out.h5"
+    child = nursery.start(
+        few_shards.fasta, output, flops_per_shard=few_shards.flops_per_shard, patch=KILLED_AFTER_MERGE
+    )
+    assert child.wait() == -signal.SIGKILL
+    assert Result.of(output) == few_shards.expected
+    again = nursery.start(few_shards.fasta, output, flops_per_shard=few_shards.flops_per_shard)
+    assert again.wait() == 0
+    assert "already complete" in again.output()
+    assert names_in(tmp_path) == ["out.h5"], "the run directory of a finished run is left for ever"
+
+
+def stopped_in_the_middle(nursery: Nursery, work: Work, output: Path, shards: int = 4) -> None:
+    """Leave a run directory with at least so many finished shards, and no output."""
+    patch = SLOW.format(seconds=0.05)
+    child = nursery.start(work.fasta, output, flops_per_shard=work.flops_per_shard, patch=patch)
+    wait_until(lambda: len(shards_of(output)) >= shards)
+    assert child.kill() == -signal.SIGKILL
+    assert not output.exists()
+
+
+def test_damage_to_a_killed_run_is_found(nursery: Nursery, many_shards: Work, tmp_path: Path) -> None:
+    """A truncated shard, a missing rename, altered bytes and an empty file, all at once."""
+    output = tmp_path / "out.h5"
+    stopped_in_the_middle(nursery, many_shards, output, 7)
+    folder = tmp_path / "out.h5.run" / "shards"
+    cut, altered, unnamed, empty, *whole = sorted(folder.glob("[0-9]*.h5"))
+    cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
+    with h5py.File(altered) as file:  # where the numbers are; other bytes need not mean anything
+        rows = next(iter(file["mean"].values()))
+        place = rows.id.get_offset() + rows.size * rows.dtype.itemsize // 2
+    content = bytearray(altered.read_bytes())
+    content[place] ^= 1
+    altered.write_bytes(content)
+    unnamed.rename(folder / f".{unnamed.name}.0123abcd.tmp")
+    empty.write_bytes(b"")
+    before = shards_of(output)
+    child = nursery.start(
+        many_shards.fasta, output, flops_per_shard=many_shards.flops_per_shard, keep_run=True
+    )
+    assert child.wait() == 0, child.output()
+    assert Result.of(output) == many_shards.expected
+    now = shards_of(output)
+    assert {name for name in before if before[name] != now[name]} == {cut.name, altered.name, empty.name}
+    assert all(now[path.name] == before[path.name] for path in whole)
+    assert list(folder.glob(".*")) == [], "temporary files of killed processes are left"
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[]", b'{"format": 1}', b'{"format": 99}'])
+def test_a_damaged_plan_is_refused_and_can_be_overwritten(
+    nursery: Nursery, few_shards: Work, tmp_path: Path, content: bytes
+) -> None:
+    output = tmp_path / "out.h5"
+    stopped_in_the_middle(nursery, few_shards, output, 1)
+    (tmp_path / "out.h5.run" / "plan.json").write_bytes(content)
+    child = nursery.start(few_shards.fasta, output, flops_per_shard=few_shards.flops_per_shard)
+    assert child.wait() == 2, child.output()
+    assert "plan.json" in child.output()
+    assert "--overwrite" in child.output()
+    assert shards_of(output), "what was finished is kept until the user says otherwise"
+    child = nursery.start(few_shards.fasta, output, "--overwrite", flops_per_shard=few_shards.flops_per_shard)
+    assert child.wait() == 0, child.output()
+    assert Result.of(output) == few_shards.expected
+
+
+def test_an_altered_cut_never_gives_a_wrong_file(nursery: Nursery, few_shards: Work, tmp_path: Path) -> None:
+    """A plan whose shards no longer cover the input must not become an output with empty rows."""
+    output = tmp_path / "out.h5"
+    stopped_in_the_middle(nursery, few_shards, output, 1)
+    path = tmp_path / "out.h5.run" / "plan.json"
+    plan = json.loads(path.read_text())
+    plan["starts"] = plan["starts"][:-1]
+    path.write_text(json.dumps(plan))
+    child = nursery.start(few_shards.fasta, output, flops_per_shard=few_shards.flops_per_shard)
+    code = child.wait()
+    if output.exists():
+        assert Result.of(output) == few_shards.expected
+    assert code == 2, child.output()
+
+
+FOREIGN = {"host": "elsewhere.example", "pid": 1, "process_started": "1", "since": "then", "token": "0"}
+
+
+@pytest.mark.parametrize("content", [json.dumps(FOREIGN), "", "garbage", "[]", "null", '{"host": null}'])
+def test_a_fresh_claim_of_somebody_else_is_respected_and_an_old_one_taken_over(
+    nursery: Nursery, few_shards: Work, tmp_path: Path, content: str
+) -> None:
+    output = tmp_path / "out.h5"
+    stopped_in_the_middle(nursery, few_shards, output, 1)
+    claim = tmp_path / ".out.h5.claim"
+    claim.write_text(content)
+    os.utime(claim)
+    child = nursery.start(few_shards.fasta, output, flops_per_shard=few_shards.flops_per_shard)
+    assert child.wait() == 2, child.output()
+    assert str(claim) in child.output()
+    if content == json.dumps(FOREIGN):
+        assert "process 1 on elsewhere.example" in child.output()
+    old = time.time() - 601
+    os.utime(claim, (old, old))
+    continue_to_the_end(nursery, few_shards, output)
+
+
+def test_a_claim_of_this_host_without_a_process_is_taken_over_at_once(
+    nursery: Nursery, few_shards: Work, tmp_path: Path
+) -> None:
+    output = tmp_path / "out.h5"
+    stopped_in_the_middle(nursery, few_shards, output, 1)
+    mine = FOREIGN | {"host": socket.gethostname(), "process_started": "no such time"}
+    for content in (mine, {"host": socket.gethostname()}, mine | {"pid": "?"}):
+        (tmp_path / ".out.h5.claim").write_text(json.dumps(content))
+        child = nursery.start(
+            few_shards.fasta, output, flops_per_shard=few_shards.flops_per_shard, keep_run=True
+        )
+        assert child.wait() in (0, 2), child.output()
+        assert "internal error" not in child.output()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("seconds", [0.0, 0.35])
+def test_interrupted(
+    nursery: Nursery, many_shards: Work, tmp_path: Path, number: signal.Signals, seconds: float
+) -> None:
+    output = tmp_path / "out.h5"
+    child = nursery.start(
+        many_shards.fasta,
+        output,
+        flops_per_shard=many_shards.flops_per_shard,
+        patch=SLOW.format(seconds=0.05),
+    )
+    wait_until(lambda: len(shards_of(output)) >= 3)
+    time.sleep(seconds)
+    begin = time.monotonic()
+    os.kill(child.pid, number)
+    os.kill(child.pid, number)
+    assert child.wait() == 4, child.output()
+    assert time.monotonic() - begin < 10
+    last = child.output().strip().splitlines()[-1]
+    assert number.name in last
+    assert "repeat the command to continue" in last
+    assert "Traceback" not in child.output()
+    assert not (tmp_path / ".out.h5.claim").exists()
+    assert list((tmp_path / "out.h5.run" / "shards").glob(".*")) == []
+    before = shards_of(output)
+    assert len(before) >= 3
+    again = nursery.start(
+        many_shards.fasta, output, flops_per_shard=many_shards.flops_per_shard, keep_run=True
+    )
+    assert again.wait() == 0, again.output()
+    assert before.items() <= shards_of(output).items()
+    assert Result.of(output) == many_shards.expected
+
+
+SLOW_MERGE = """
+write_rows = store.EmbeddingWriter.write_rows
+def slow_write_rows(self, start, **rows):
+    os.write(2, b"row by row\\n")
+    time.sleep(0.2)
+    write_rows(self, start, **rows)
+store.EmbeddingWriter.write_rows = slow_write_rows
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_interrupted_while_merging(
+    nursery: Nursery, few_shards: Work, tmp_path: Path, number: signal.Signals
+) -> None:
+    output = tmp_path / "out.h5"
+    child = nursery.start(
+        few_shards.fasta, output, flops_per_shard=few_shards.flops_per_shard, patch=SLOW_MERGE
+    )
+    wait_until(lambda: "row by row" in child.output())
+    os.kill(child.pid, number)
+    assert child.wait() == 4, child.output()
+    assert "repeat the command to continue" in child.output().splitlines()[-1]
+    assert names_in(tmp_path) == ["out.h5.run"]
+    assert not (tmp_path / ".out.h5.claim").exists()
+    assert len(shards_of(output)) == few_shards.num_shards
+    continue_to_the_end(nursery, few_shards, output)
+
+
+SLOW_DISK = """
+original_write = store.write_shard
+def slow_write(path, *shard):
+    os.write(2, b"writing\\n")
+    time.sleep(2.5)
+    original_write(path, *shard)
+shards.write_shard = slow_write
+"""
+
+
+def test_interrupted_again_while_the_last_shard_is_written(
+    nursery: Nursery, few_shards: Work, tmp_path: Path
+) -> None:
+    """Whoever has no patience gets the same exit code, and nothing is harmed."""
+    output = tmp_path / "out.h5"
+    child = nursery.start(
+        few_shards.fasta, output, flops_per_shard=few_shards.flops_per_shard, patch=SLOW_DISK
+    )
+    wait_until(lambda: "writing" in child.output())
+    for _ in range(3):
+        os.kill(child.pid, signal.SIGINT)
+        time.sleep(1.2)
+        if not Path(f"/proc/{child.pid}").exists():
+            break
+    assert child.wait() == 4, child.output()
+    assert "Traceback" not in child.output()
+    continue_to_the_end(nursery, few_shards, output)
+
+
+FULL_AFTER = """
+import errno
+original_pwrite, room = os.pwrite, [{size}]
+def pwrite(descriptor, data, position):
+    room[0] -= len(data)
+    if room[0] < 0:
+        raise OSError(errno.ENOSPC, "No space left on device")
+    return original_pwrite(descriptor, data, position)
+os.pwrite = pwrite
+"""
+
+
+@pytest.mark.parametrize("size", [0, 60_000, 200_000])
+def test_space_that_runs_out_and_comes_back(
+    nursery: Nursery, many_shards: Work, tmp_path: Path, size: int
+) -> None:
+    output = tmp_path / "out.h5"
+    child = nursery.start(
+        many_shards.fasta,
+        output,
+        flops_per_shard=many_shards.flops_per_shard,
+        patch=FULL_AFTER.format(size=size),
+    )
+    assert child.wait() == 5, child.output()
+    assert "out of space" in child.output().splitlines()[-1]
+    assert not output.exists()
+    assert names_in(tmp_path) == ["out.h5.run"]
+    assert not (tmp_path / ".out.h5.claim").exists()
+    before = shards_of(output)
+    assert (len(before) > 0) == (size > 0)
+    continue_to_the_end(nursery, many_shards, output)
+
+
+def test_full_file_system_is_continued_when_there_is_space(
+    nursery: Nursery, many_shards: Work, tmp_path: Path
+) -> None:
+    """Whatever it is that finds the disk full: a claim, the plan, a shard or the merged file."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk], capture_output=True)
+    if mount.returncode:
+        pytest.skip("mounting a small file system is not allowed here")
+    try:
+        ballast = disk / "ballast"
+        output = disk / "out.h5"
+        (disk / "logs").symlink_to(tmp_path)  # so that nothing but the run takes space
+        most_finished = 0
+        for room in (0, 8, 24, 64, 120, 200, 300, 400, 600, 1000, 2000):
+            free = shutil.disk_usage(disk).free + (ballast.stat().st_size if ballast.exists() else 0)
+            ballast.unlink(missing_ok=True)
+            with ballast.open("wb") as file:
+                os.posix_fallocate(file.fileno(), 0, max(1, free - room * 1024))
+            before = shards_of(output)
+            child = nursery.start(
+                many_shards.fasta,
+                output,
+                flops_per_shard=many_shards.flops_per_shard,
+                patch="embed.check_space = lambda *call: None",
+            )
+            code = child.wait()
+            if code == 0:
+                break
+            assert code == 5, f"{room} KiB: {child.output()}"
+            assert "out of space" in child.output().splitlines()[-1]
+            assert not output.exists()
+            assert before.items() <= shards_of(output).items()
+            most_finished = max(most_finished, len(shards_of(output)))
+        assert most_finished, "nothing was finished before the disk was full"
+        assert Result.of(output) == many_shards.expected
+        assert names_in(disk) == ["ballast", "out.h5"]
+    finally:
+        subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+def test_the_second_of_two_processes_is_refused(nursery: Nursery, many_shards: Work, tmp_path: Path) -> None:
+    output = tmp_path / "out.h5"
+    patch = SLOW.format(seconds=0.05)
+    first = nursery.start(many_shards.fasta, output, flops_per_shard=many_shards.flops_per_shard, patch=patch)
+    wait_until(lambda: shards_of(output))
+    second = nursery.start(many_shards.fasta, output, flops_per_shard=many_shards.flops_per_shard)
+    assert second.wait() == 2, second.output()
+    assert f"process {first.pid} on {socket.gethostname()}" in second.output().splitlines()[-1]
+    assert first.wait() == 0, first.output()
+    assert Result.of(output) == many_shards.expected
+    assert names_in(tmp_path) == ["out.h5"]
+
+
+def test_of_two_processes_started_together_one_computes(
+    nursery: Nursery, few_shards: Work, tmp_path: Path
+) -> None:
+    for attempt in range(3):
+        folder = tmp_path / str(attempt)
+        folder.mkdir()
+        output = folder / "out.h5"
+        both = [
+            nursery.start(few_shards.fasta, output, flops_per_shard=few_shards.flops_per_shard)
+            for _ in range(2)
+        ]
+        codes = sorted(child.wait() for child in both)
+        # the later one is refused, or finds the work done
+        assert codes in ([0, 0], [0, 2]), "\n".join(child.output() for child in both)
+        assert Result.of(output) == few_shards.expected
+        assert names_in(folder) == ["out.h5"]
+
+
+def test_a_process_that_comes_while_another_ends_is_told_so(
+    nursery: Nursery, few_shards: Work, tmp_path: Path
+) -> None:
+    """The run directory may go at any moment; that is never an internal error."""
+    for attempt in range(5):
+        folder = tmp_path / str(attempt)
+        folder.mkdir()
+        output = folder / "out.h5"
+        first = nursery.start(few_shards.fasta, output, flops_per_shard=few_shards.flops_per_shard)
+        time.sleep(few_shards.seconds * (0.3 + 0.15 * attempt))
+        second = nursery.start(few_shards.fasta, output, flops_per_shard=few_shards.flops_per_shard)
+        codes = [first.wait(), second.wait()]
+        assert codes[0] == 0, first.output()
+        assert codes[1] in (0, 2), second.output()
+        assert Result.of(output) == few_shards.expected
+        assert names_in(folder) == ["out.h5"]
+
+
+@pytest.mark.parametrize("how", ["other input", "other options", "other options, overwriting"])
+def test_a_second_process_that_differs_does_no_harm(
+    nursery: Nursery, many_shards: Work, few_shards: Work, tmp_path: Path, how: str
+) -> None:
+    output = tmp_path / "out.h5"
+    zipped = tmp_path / "in.fasta.gz"  # read from a copy in the run directory
+    subprocess.run(["gzip", "-c", many_shards.fasta], stdout=zipped.open("wb"), check=True)
+    other = tmp_path / "other.fasta.gz"
+    subprocess.run(["gzip", "-c", few_shards.fasta], stdout=other.open("wb"), check=True)
+    patch = SLOW.format(seconds=0.05)
+    first = nursery.start(zipped, output, flops_per_shard=many_shards.flops_per_shard, patch=patch)
+    wait_until(lambda: len(shards_of(output)) >= 3)
+    before = shards_of(output)
+    options = ["--max-length", "20"] if "options" in how else []
+    if "overwriting" in how:
+        options.append("--overwrite")
+    second = nursery.start(other if how == "other input" else zipped, output, *options, flops_per_shard=1.6e8)
+    assert second.wait() == 2, second.output()
+    assert before.items() <= shards_of(output).items(), "the first process's work was deleted"
+    assert first.wait() == 0, first.output()
+    assert Result.of(output) == many_shards.expected
+
+
+def test_a_mistake_of_a_second_process_does_not_remove_what_the_first_works_in(
+    nursery: Nursery, few_shards: Work, tmp_path: Path
+) -> None:
+    """While the first loads its model there is an index and no plan yet."""
+    output = tmp_path / "out.h5"
+    patch = """
+load = embed._load_model
+def slow_load(*call):
+    os.write(2, b"loading\\n")
+    time.sleep(1.5)
+    return load(*call)
+embed._load_model = slow_load
+"""
+    first = nursery.start(few_shards.fasta, output, flops_per_shard=few_shards.flops_per_shard, patch=patch)
+    wait_until(lambda: "loading" in first.output())
+    second = nursery.start(few_shards.fasta, output, "--layers", "99")
+    assert second.wait() == 2, second.output()
+    assert first.wait() == 0, first.output()
+    assert Result.of(output) == few_shards.expected
+
+
+def test_a_shard_of_copies_only_is_finished(nursery: Nursery, tmp_path: Path) -> None:
+    """As when two releases of a database are given: the second half is nothing but copies."""
+    fasta = tmp_path / "in.fasta"
+    sequences = ["MKTLLAGVSE", "MKVLAWW", "MMMRPQ"]
+    fasta.write_text("".join(f">{n}\n{sequences[n % 3]}\n" for n in range(9)))
+    output = tmp_path / "out.h5"
+    child = nursery.start(fasta, output, flops_per_shard=1.0)
+    assert child.wait() == 0, child.output()
+    with EmbeddingReader(output) as reader:
+        rows = reader.embeddings()
+    assert rows[:3].tobytes() == rows[3:6].tobytes() == rows[6:].tobytes()

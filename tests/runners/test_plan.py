@@ -1,0 +1,205 @@
+"""How records are cut into shards, and the file that fixes it."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from esm_packed.config import ESM2_MODELS
+from esm_packed.runners import plan as plan_module
+from esm_packed.runners.plan import (
+    MAX_SHARD_BYTES,
+    MAX_SHARD_RECORDS,
+    Plan,
+    PlanError,
+    cut_shards,
+    sequence_flops,
+)
+
+CONFIG = ESM2_MODELS["esm2_t6_8M_UR50D"]
+IDENTITY = {"inputs": [{"size": 3, "sha256": "ab"}], "layers": [6], "token_budget": 128, "dtype": "fp32"}
+
+
+def costs(lengths: npt.NDArray[np.int32], is_computed: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
+    return np.where(is_computed, sequence_flops(lengths.astype(np.int64), CONFIG), 0.0)
+
+
+records = st.lists(st.tuples(st.integers(1, 5000), st.booleans()), min_size=1, max_size=200)
+
+
+@given(records, st.floats(1.0, 1e13), st.sampled_from([1280, MAX_SHARD_BYTES // 3, 2 * MAX_SHARD_BYTES]))
+def test_shards_cover_the_input_and_cost_alike(
+    records: list[tuple[int, bool]], flops_per_shard: float, row_bytes: int
+) -> None:
+    lengths = np.array([length for length, _ in records], np.int32)
+    is_computed = np.array([computed for _, computed in records])
+    starts = cut_shards(lengths, is_computed, CONFIG, row_bytes, flops_per_shard)
+    assert starts[0] == 0
+    assert starts[-1] == len(records)
+    assert all(start < stop for start, stop in pairwise(starts))
+    assert all(type(start) is int for start in starts), "JSON knows no numpy"
+    flops = costs(lengths, is_computed)
+    most = max(1, MAX_SHARD_BYTES // row_bytes)
+    for start, stop in pairwise(starts):
+        assert stop - start <= most
+        cost = flops[start:stop].sum()
+        # not more than asked for, but for a single record; and no room left for the next one
+        assert cost <= flops_per_shard * (1 + 1e-9) or stop - start == 1
+        if stop < len(records) and stop - start < most:
+            assert cost + flops[stop] > flops_per_shard * (1 - 1e-9)
+
+
+def test_equal_records_are_cut_evenly() -> None:
+    lengths = np.full(1000, 300, np.int32)
+    flops = costs(lengths, np.ones(1000, np.bool_))
+    starts = cut_shards(lengths, np.ones(1000, np.bool_), CONFIG, 1280, flops[0] * 10.5)
+    assert set(np.diff(starts)) == {10}
+
+
+def test_a_shard_has_a_bounded_number_of_records() -> None:
+    number = 2 * MAX_SHARD_RECORDS + 5
+    lengths = np.ones(number, np.int32)
+    starts = cut_shards(lengths, np.ones(number, np.bool_), CONFIG, 4, 1e30)
+    assert starts == (0, MAX_SHARD_RECORDS, 2 * MAX_SHARD_RECORDS, number)
+
+
+def test_copies_cost_nothing_but_count_as_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan_module, "MAX_SHARD_RECORDS", 10)
+    is_computed = np.zeros(25, np.bool_)
+    is_computed[0] = True
+    assert cut_shards(np.full(25, 50, np.int32), is_computed, CONFIG, 4, 1e30) == (0, 10, 20, 25)
+
+
+def test_sums_stay_exact_enough_for_hundreds_of_millions_of_records() -> None:
+    """Cumulative costs of a large input are near 1e20, where doubles are 16,384 apart."""
+    flops = costs(np.array([300], np.int32), np.array([True]))[0]
+    assert np.spacing(flops * 5e8) < flops / 1e4
+
+
+words = st.text(st.characters(codec="utf-8"), max_size=20)
+values = words | st.integers() | st.booleans() | st.lists(st.integers())
+identities = st.dictionaries(words, values, max_size=6)
+
+
+@given(
+    identities,
+    st.lists(words, max_size=4),
+    st.lists(st.integers(1, 2**40), min_size=1, max_size=50, unique=True),
+)
+def test_a_plan_is_read_as_it_was_written(
+    tmp_path_factory: pytest.TempPathFactory,
+    identity: dict[str, object],
+    names: list[str],
+    cuts: list[int],
+) -> None:
+    folder = tmp_path_factory.mktemp("plan")
+    written = Plan(identity, tuple(names), (0, *sorted(cuts)))
+    written.write(folder / "plan.json")
+    read = Plan.read(folder / "plan.json")
+    assert read == written
+    assert read.hash == written.hash
+    assert read.num_shards == len(cuts)
+    assert [path.name for path in folder.iterdir()] == ["plan.json"]
+    read.check_same(identity, folder)
+
+
+def a_plan(path: Path) -> Plan:
+    plan = Plan(IDENTITY, ("in.fasta",), (0, 10, 20, 25))
+    plan.write(path)
+    return plan
+
+
+def test_the_hash_is_that_of_the_identity_alone(tmp_path: Path) -> None:
+    one = Plan(IDENTITY, ("a",), (0, 1))
+    assert one.hash == Plan(dict(reversed(IDENTITY.items())), ("b",), (0, 1, 2)).hash
+    assert one.hash != Plan(IDENTITY | {"dtype": "fp64"}, ("a",), (0, 1)).hash
+
+
+def test_no_plan_is_told_from_a_damaged_one(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        Plan.read(tmp_path / "plan.json")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\x00" * 100,
+        b"\xff\xfe",
+        b"null",
+        b"[]",
+        b"{}",
+        b"3",
+        b'{"format": 1}',
+        b'{"format": 2, "identity": {}, "input_names": [], "starts": [0, 1]}',
+        b'{"format": 1, "identity": [], "input_names": [], "starts": [0, 1]}',
+        b'{"format": 1, "identity": {}, "input_names": [], "starts": []}',
+        b'{"format": 1, "identity": {}, "input_names": [], "starts": [0, "a"]}',
+        b'{"format": 1, "identity": {}, "input_names": [], "starts": [0, 5, 3]}',
+        b'{"format": 1, "identity": {}, "input_names": [], "starts": [2, 5]}',
+        b'{"format": 1, "identity": {}, "input_names": [], "starts": [0, 5, 5]}',
+        b'{"format": 1, "identity": {}, "input_names": 7, "starts": [0, 5]}',
+    ],
+)
+def test_a_damaged_plan_is_an_error_that_says_what_to_do(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "plan.json"
+    path.write_bytes(content)
+    with pytest.raises(PlanError, match="--overwrite") as error:
+        Plan.read(path)
+    assert str(path) in str(error.value)
+
+
+@given(st.data())
+def test_a_plan_cut_short_or_altered_is_never_another_plan(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    """A changed digit in the cut, the inputs or the budget would give a wrong file without a word."""
+    path = tmp_path_factory.mktemp("plan") / "plan.json"
+    written = a_plan(path)
+    content = bytearray(path.read_bytes())
+    if data.draw(st.booleans(), "cut short"):
+        content = content[: data.draw(st.integers(0, len(content) - 1))]
+    else:
+        place = data.draw(st.integers(0, len(content) - 1))
+        content[place] = data.draw(st.sampled_from(b"0123456789 a,\x00\xff"))
+    path.write_bytes(content)
+    try:
+        read = Plan.read(path)
+    except PlanError:
+        return
+    assert read == written
+
+
+def test_what_differs_is_named_with_both_values(tmp_path: Path) -> None:
+    plan = a_plan(tmp_path / "plan.json")
+    plan.check_same(dict(IDENTITY), tmp_path)
+    with pytest.raises(PlanError) as error:
+        plan.check_same(IDENTITY | {"dtype": "fp64", "layers": [3]}, tmp_path)
+    for part in ("dtype was 'fp32', now 'fp64'", "layers was [6], now [3]", str(tmp_path), "--overwrite"):
+        assert part in str(error.value)
+    assert "token_budget" not in str(error.value)
+    with pytest.raises(PlanError, match="reproducible was None, now True"):
+        plan.check_same(IDENTITY | {"reproducible": True}, tmp_path)
+
+
+def test_a_failed_write_keeps_the_plan_that_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "plan.json"
+    written = a_plan(path)
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        Plan(IDENTITY, (), (0, 1)).write(path)
+    assert Plan.read(path) == written
+    assert json.loads(path.read_text())["starts"] == [0, 10, 20, 25]

@@ -1,0 +1,289 @@
+"""Claims: one holder at a time, taken over from the dead, whatever the file holds."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from esm_packed.runners import rundir
+from esm_packed.runners.rundir import STALE_SECONDS, Claim, ClaimedError, RunDirectory
+from esm_packed.runners.store import Shard, StoreError, read_shard, write_shard
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> RunDirectory:
+    directory = RunDirectory(tmp_path / "out.h5")
+    directory.create()
+    return directory
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def write_claim(path: Path, silent: float = 0.0, **changes: object) -> None:
+    """Another process's claim, refreshed `silent` seconds ago; by default of a host that nobody can ask."""
+    holder = {"host": "elsewhere", "pid": 1, "process_started": "1", "since": "then", "token": "0"}
+    path.write_text(json.dumps(holder | changes))
+    os.utime(path, (time.time() - silent,) * 2)
+
+
+def pid_of_the_dead() -> int:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def test_a_claim_is_held_until_it_is_released(directory: RunDirectory) -> None:
+    first, second = directory.claim(), directory.claim()
+    first.acquire()
+    with pytest.raises(ClaimedError, match=rf"process {os.getpid()} on {socket.gethostname()}, since 2"):
+        second.acquire()
+    first.release()
+    with second:
+        assert names_in(directory.output.parent) == [".out.h5.claim", "out.h5.run"]
+    assert names_in(directory.output.parent) == ["out.h5.run"]
+
+
+def test_a_claim_names_its_holder(directory: RunDirectory) -> None:
+    with directory.claim() as claim:
+        holder = json.loads(claim.path.read_text())
+    assert holder["pid"] == os.getpid()
+    assert holder["host"] == socket.gethostname()
+    assert {"process_started", "since", "token"} <= holder.keys()
+
+
+def test_a_released_claim_of_somebody_else_is_left(directory: RunDirectory) -> None:
+    """A process that was stopped for long finds its claim taken over, and must not give that one back."""
+    claim = directory.claim()
+    claim.acquire()
+    write_claim(claim.path)
+    claim.release()
+    assert claim.path.exists()
+
+
+def test_a_claim_of_a_dead_process_of_this_host_is_taken_over_at_once(directory: RunDirectory) -> None:
+    claim = directory.claim()
+    write_claim(claim.path, host=socket.gethostname(), pid=pid_of_the_dead())
+    with claim:
+        assert json.loads(claim.path.read_text())["pid"] == os.getpid()
+
+
+def test_a_number_that_now_is_another_process_does_not_hold(directory: RunDirectory) -> None:
+    claim = directory.claim()
+    write_claim(claim.path, host=socket.gethostname(), pid=os.getpid(), process_started="12")
+    with claim:
+        pass
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"\xff\xfe\x00", b"[]", b"null", b"3", b'"text"', b"{}", b'{"host": []}']
+)
+def test_a_claim_that_says_nothing_holds_until_it_is_old(directory: RunDirectory, content: bytes) -> None:
+    claim = directory.claim()
+    claim.path.write_bytes(content)
+    with pytest.raises(ClaimedError):
+        claim.acquire()
+    old = time.time() - STALE_SECONDS - 1
+    os.utime(claim.path, (old, old))
+    with claim:
+        pass
+
+
+@pytest.mark.parametrize("changes", [{"pid": None}, {"pid": "?"}, {"pid": -1}, {"process_started": None}])
+def test_a_claim_of_this_host_with_an_odd_holder_is_never_an_internal_error(
+    directory: RunDirectory, changes: dict[str, object]
+) -> None:
+    claim = directory.claim()
+    write_claim(claim.path, host=socket.gethostname(), **changes)
+    try:
+        claim.acquire()
+    except ClaimedError:
+        return
+    claim.release()
+
+
+def test_a_claim_of_another_host_holds_while_it_is_refreshed(directory: RunDirectory) -> None:
+    claim = directory.claim()
+    write_claim(claim.path, silent=STALE_SECONDS - 30)
+    with pytest.raises(ClaimedError, match="process 1 on elsewhere, since then"):
+        claim.acquire()
+    write_claim(claim.path, silent=STALE_SECONDS + 1)
+    with claim:
+        pass
+    assert names_in(directory.output.parent) == ["out.h5.run"]
+
+
+def test_a_claim_is_refreshed(directory: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rundir, "HEARTBEAT_SECONDS", 0.02)
+    with directory.claim() as claim:
+        os.utime(claim.path, (1.0, 1.0))
+        deadline = time.monotonic() + 10
+        while claim.path.stat().st_mtime < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
+def test_no_thread_outlives_a_claim(directory: RunDirectory) -> None:
+    before = threading.active_count()
+    for _ in range(5):
+        with directory.claim():
+            assert threading.active_count() == before + 1
+    assert threading.active_count() == before
+
+
+def race(count: int, act: Callable[[int], None]) -> None:
+    """Let `count` threads act at the same moment; an error in one is raised here."""
+    barrier = threading.Barrier(count)
+    errors: list[BaseException] = []
+
+    def run(number: int) -> None:
+        barrier.wait()
+        try:
+            act(number)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(number,), daemon=True) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+        assert not thread.is_alive()
+    if errors:
+        raise errors[0]
+
+
+@pytest.mark.parametrize("stale", [False, True], ids=["free", "stale"])
+@pytest.mark.parametrize("count", [2, 8])
+def test_of_many_that_race_for_a_claim_one_gets_it(directory: RunDirectory, stale: bool, count: int) -> None:
+    for attempt in range(40):
+        path = directory.path / f"{attempt:05}.claim"
+        if stale:
+            write_claim(path, silent=STALE_SECONDS + 1)
+        claims = [Claim(path) for _ in range(count)]
+        got: list[int] = []
+
+        def act(number: int, claims: list[Claim] = claims, got: list[int] = got) -> None:
+            try:
+                claims[number].acquire()
+            except ClaimedError:
+                return
+            got.append(number)
+
+        race(count, act)
+        assert len(got) == 1, f"attempt {attempt}: {len(got)} hold the claim"
+        claims[got[0]].release()
+    assert names_in(directory.path) == ["index", "shards"]
+
+
+def test_who_saw_a_stale_claim_long_ago_takes_nothing(
+    directory: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sees a stale claim; before A acts B takes it over, and C asks, too."""
+    path = directory.claim().path
+    write_claim(path, silent=STALE_SECONDS + 1)
+    a, b, c = (Claim(path) for _ in range(3))
+    link = os.link
+    holders: list[str] = []
+
+    def slow_link(source: Path, target: Path) -> None:
+        if ".after-" in str(target) and not holders:
+            holders.append("b")  # from here on linking is undisturbed
+            b.acquire()
+            with pytest.raises(ClaimedError):
+                c.acquire()
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", slow_link)
+    try:
+        a.acquire()
+        holders.append("a")
+    except ClaimedError:
+        pass
+    for claim in (a, b, c):
+        claim.release()
+    assert holders == ["b"], f"{holders} all hold one claim"
+
+
+def test_finished_shards_are_those_of_the_plan(directory: RunDirectory) -> None:
+    for name in ("00000.h5", "00002.h5", "00009.h5", ".00001.h5.abcd.tmp"):
+        (directory.path / "shards" / name).touch()
+    assert directory.finished(3) == [0, 2]
+    directory.forget_shards()
+    assert directory.finished(3) == []
+
+
+def test_more_shards_than_five_digits(directory: RunDirectory) -> None:
+    directory.shard_path(123_456).touch()
+    assert directory.finished(123_457) == [123_456]
+
+
+def test_removing_twice_is_no_error(directory: RunDirectory) -> None:
+    directory.remove()
+    directory.remove()
+    assert not directory.path.exists()
+
+
+def a_shard() -> Shard:
+    rows = np.random.default_rng(0).standard_normal((7, 12)).astype(np.float32)
+    status = np.array([0, 0, 1, 0, 2, 0, 0], np.uint8)
+    return Shard(status, {3: rows, 6: -rows}, {2: "recomputed", 4: "not finite"})
+
+
+def same(one: Shard, other: Shard) -> bool:
+    return (
+        one.status.tobytes() == other.status.tobytes()
+        and one.reasons == other.reasons
+        and one.embeddings.keys() == other.embeddings.keys()
+        and all(rows.tobytes() == other.embeddings[layer].tobytes() for layer, rows in one.embeddings.items())
+    )
+
+
+def test_a_shard_is_read_as_it_was_written(directory: RunDirectory) -> None:
+    path = directory.shard_path(3)
+    write_shard(path, a_shard(), 3, "plan")
+    read = read_shard(path, 3, "plan")
+    assert same(read, a_shard())
+    assert read.reasons == a_shard().reasons
+    assert names_in(path.parent) == ["00003.h5"]
+    for number, plan in ((4, "plan"), (3, "another plan")):
+        with pytest.raises(StoreError, match="another run's"):
+            read_shard(path, number, plan)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_shard_cut_short_or_altered_is_never_another_shard(directory: RunDirectory, seed: int) -> None:
+    """Whatever bytes a disk makes of a shard, it reads as what was written or is refused."""
+    path = directory.shard_path(3)
+    write_shard(path, a_shard(), 3, "plan")
+    whole = path.read_bytes()
+    rng = np.random.default_rng(seed)
+    for _ in range(250):
+        content = bytearray(whole)
+        kind = rng.integers(3)
+        if kind == 0:
+            content = content[: rng.integers(len(whole))]
+        elif kind == 1:
+            for place in rng.integers(len(whole), size=rng.integers(1, 4)):
+                content[place] = rng.integers(256)
+        else:
+            start = int(rng.integers(len(whole)))
+            stop = min(len(whole), start + int(rng.integers(1, 4096)))
+            content[start:stop] = bytes(stop - start)
+        path.write_bytes(content)
+        try:
+            read = read_shard(path, 3, "plan")
+        except StoreError:
+            continue
+        assert same(read, a_shard())
