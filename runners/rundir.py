@@ -57,14 +57,11 @@ class Claim:
         draft = self.path.with_name(f".{self.path.name}.{self._token}.tmp")
         try:
             draft.write_text(json.dumps(holder))
-            while not _link(draft, self.path) and not self._take_over(draft):
-                pass
-        except FileNotFoundError:
-            if not self.path.parent.exists():
-                raise
-            raise ClaimedError(
-                "another process, which has just begun and swept this one's draft away"
-            ) from None
+            try:
+                while not _link(draft, self.path) and not self._take_over(draft):
+                    pass
+            except FileNotFoundError:
+                raise ClaimedError("another process, which has just swept this one's draft away") from None
         finally:
             draft.unlink(missing_ok=True)
         self._thread = threading.Thread(target=self._refresh, name=f"claim {self.path.name}", daemon=True)
