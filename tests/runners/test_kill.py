@@ -20,14 +20,10 @@ import h5py
 import numpy as np
 import pytest
 
-from esm_packed.runners.pipeline import PACKS_AHEAD, PACKS_IN_FLIGHT, SHARDS_AHEAD
 from esm_packed.runners.store import EmbeddingReader
 
 MODEL = "demo"
 WAIT_SECONDS = 120.0
-
-# The queues, and one pack or shard in the hands of each of the three threads.
-MOST_SHARDS_IN_FLIGHT = PACKS_AHEAD + PACKS_IN_FLIGHT + SHARDS_AHEAD + 3
 
 # Importing torch takes longer than the runs here, so one process imports it and forks the others. Each is a
 # real process with a life, a pid and a death of its own.
