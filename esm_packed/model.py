@@ -250,17 +250,22 @@ class ESM2(nn.Module):
             logits = self.lm_head(hidden_states, self.embedding.weight)
         return PackedOutput(representations, logits)
 
-    def embed_packed(self, batch: PackedBatch, layers: Sequence[int]) -> dict[int, torch.Tensor]:
+    def embed_packed(
+        self, batch: PackedBatch, layers: Sequence[int], *, attend: PackedAttention | None = None
+    ) -> dict[int, torch.Tensor]:
         """Mean embedding of each sequence over its residues, BOS and EOS left out.
 
         Args:
             batch: the sequences, on the model's device.
             layers: 0 to num_layers.
+            attend: used in place of the model's attention backend.
 
         Returns:
             Layer to (num_sequences, hidden_size) FP32 (FP64 in the FP64 mode), on the model's device.
         """
-        output = self.forward_packed(batch.input_ids, batch.cu_seqlens, batch.max_seqlen, layers)
+        output = self.forward_packed(
+            batch.input_ids, batch.cu_seqlens, batch.max_seqlen, layers, attend=attend
+        )
         return {
             layer: kernels.segment_mean(hidden_states, batch.cu_seqlens)
             for layer, hidden_states in output.representations.items()
