@@ -37,6 +37,17 @@ class ESM2Config:
                 f"hidden_size {self.hidden_size} must be a multiple of 2 * num_heads = {2 * self.num_heads}"
             )
 
+    def resolve_layer(self, layer: int) -> int:
+        """`layer` counted from 0; negative ones count back from the last, which is -1.
+
+        Raises:
+            ValueError: there is no such layer.
+        """
+        resolved = layer + self.num_layers + 1 if layer < 0 else layer
+        if not 0 <= resolved <= self.num_layers:
+            raise ValueError(f"layer {layer} does not exist: the model has layers 0 to {self.num_layers}")
+        return resolved
+
     @property
     def head_dim(self) -> int:
         """Width of one attention head."""

@@ -298,7 +298,7 @@ class ESM2(nn.Module):
         """
         if isinstance(sequences, str):
             raise TypeError("sequences is one string; pass a list of them")
-        layer = self.resolve_layer(layer)
+        layer = self.config.resolve_layer(layer)
         token_ids = [
             _encode_named(f"sequences[{index}]", sequence) for index, sequence in enumerate(sequences)
         ]
@@ -343,18 +343,6 @@ class ESM2(nn.Module):
         with torch.no_grad():
             head = self.contact_head
             return contact_probabilities(collect.maps, head.weight, head.bias).cpu().numpy()
-
-    def resolve_layer(self, layer: int) -> int:
-        """`layer` counted from 0; negative ones count back from the last.
-
-        Raises:
-            ValueError: there is no such layer.
-        """
-        last = self.config.num_layers
-        resolved = layer + last + 1 if layer < 0 else layer
-        if not 0 <= resolved <= last:
-            raise ValueError(f"layer {layer} does not exist: {self.model_name} has layers 0 to {last}")
-        return resolved
 
     def _rotary_tables(self, max_seqlen: int) -> tuple[torch.Tensor, torch.Tensor]:
         if self.cos.shape[0] < max_seqlen:

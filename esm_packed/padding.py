@@ -88,8 +88,11 @@ def padded_attention(
     num_heads, head_dim = query.shape[1:]
     lengths = cu_seqlens.diff()[::2]
     is_token = torch.arange(max_seqlen, device=query.device) < lengths[:, None]
+    shape = (-1, max_seqlen, num_heads, head_dim)
     attended = F.scaled_dot_product_attention(
-        *(x.reshape(-1, max_seqlen, num_heads, head_dim).transpose(1, 2) for x in (query, key, value)),
+        query.reshape(shape).transpose(1, 2),
+        key.reshape(shape).transpose(1, 2),
+        value.reshape(shape).transpose(1, 2),
         attn_mask=is_token[:, None, None, :],
         scale=softmax_scale,
     )

@@ -15,7 +15,7 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -52,6 +52,8 @@ examples:
   esm-packed embed proteins.fasta -o embeddings.h5 --model demo
   esm-packed embed a.fasta b.fasta.gz -o all.h5 --model esm2_t12_35M_UR50D --layers 6,12
   zcat reads.faa.gz | esm-packed embed - -o reads.h5 --device cuda:1 --token-budget 65536
+  esm-packed embed proteome.fasta -o proteome.h5 --devices all --fp32-compare 100
+  esm-packed embed proteome.fasta -o proteome.h5 --shard $SLURM_ARRAY_TASK_ID/8
 
 The work is done in OUT.h5.run. Interrupted or killed, the same command continues it.
 
@@ -115,7 +117,10 @@ def _report(error: Exception) -> int:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         _complain(f"out of space: {reason}; free some and repeat the command to continue")
         return EXIT_OUT_OF_SPACE
-    if isinstance(error, _user_errors()):
+    if _is_of(error, {"esm_packed.runners.ray_engine": "EngineError"}):
+        _complain(f"{error}; what is finished is kept, repeat the command to continue")
+        return EXIT_INTERRUPTED
+    if _is_of(error, _USER_ERRORS):
         _complain(str(error))
         return EXIT_USAGE
     if os.environ.get("ESM_PACKED_DEBUG"):
@@ -135,18 +140,24 @@ def _is_out_of_space(error: BaseException | None) -> bool:
     return False
 
 
-def _user_errors() -> tuple[type[Exception], ...]:
-    """What a command raises for its user's mistakes, as far as the modules that could raise it are loaded."""
-    classes = {
-        "esm_packed.attention": "BackendError",
-        "esm_packed.download": "CheckpointError",
-        "esm_packed.runners.embed": "UsageError",
-        "esm_packed.runners.fasta": "InputError",
-        "esm_packed.runners.plan": "PlanError",
-        "esm_packed.runners.store": "StoreError",
-    }
-    return tuple(
-        getattr(sys.modules[module], name) for module, name in classes.items() if module in sys.modules
+_USER_ERRORS = {
+    "esm_packed.attention": "BackendError",
+    "esm_packed.download": "CheckpointError",
+    "esm_packed.runners.fasta": "InputError",
+    "esm_packed.runners.plan": "PlanError",
+    "esm_packed.runners.request": "UsageError",
+    "esm_packed.runners.slices": "SliceError",
+    "esm_packed.runners.store": "StoreError",
+}
+"""What a command raises for its user's mistakes, by module."""
+
+
+def _is_of(error: Exception, classes: Mapping[str, str]) -> bool:
+    """Whether `error` is one of `classes`; a module that is not loaded cannot have raised it."""
+    return any(
+        isinstance(error, getattr(sys.modules[module], name))
+        for module, name in classes.items()
+        if module in sys.modules
     )
 
 
@@ -218,6 +229,7 @@ def _build_parser() -> argparse.ArgumentParser:
     _add_embed(commands)
     _add_info(commands)
     _add_checkpoint(commands)
+    _add_merge(commands)
     _add_status(commands)
     _add_tune(commands)
     return parser
@@ -245,6 +257,12 @@ def _add_embed(commands: argparse._SubParsersAction[_Parser]) -> None:
     )
     parser.add_argument("--keep-run", action="store_true", help="keep OUT.h5.run when OUT.h5 is made")
     parser.add_argument("--quiet", action="store_true", help="no notes and no progress; the summary remains")
+    parser.add_argument(
+        "--log-json",
+        type=Path,
+        metavar="FILE",
+        help="append metrics to FILE every ten seconds, a JSON object in each line",
+    )
 
     model = parser.add_argument_group("model")
     model.add_argument("--model", default=DEFAULT_MODEL, help="see below (default: %(default)s)")
@@ -273,6 +291,13 @@ def _add_embed(commands: argparse._SubParsersAction[_Parser]) -> None:
     )
     compute.add_argument("--dtype", choices=DTYPES, help="precision (default: fp16 on a GPU, fp32 on a CPU)")
     compute.add_argument(
+        "--fp32-compare",
+        type=_count(0),
+        default=0,
+        metavar="N",
+        help="compute N sampled sequences in FP32, too, and report how far off the others are",
+    )
+    compute.add_argument(
         "--attention",
         choices=ATTENTIONS,
         default="auto",
@@ -287,7 +312,46 @@ def _add_embed(commands: argparse._SubParsersAction[_Parser]) -> None:
         + ")",
     )
     compute.add_argument(
-        "--threads", type=_count(1), metavar="N", help="CPU threads (default: torch's choice)"
+        "--threads", type=_count(1), metavar="N", help="CPU threads of each worker (default: torch's choice)"
+    )
+    compute.add_argument(
+        "--disable-packing",
+        action="store_true",
+        default=_is_set("ESM_PACKED_DISABLE_PACKING"),
+        help="padded batches in place of packs, to compare with (also ESM_PACKED_DISABLE_PACKING=1)",
+    )
+    compute.add_argument(
+        "--disable-fp16",
+        action="store_true",
+        default=_is_set("ESM_PACKED_DISABLE_FP16"),
+        help="FP32 wherever FP16 or BF16 would be used (also ESM_PACKED_DISABLE_FP16=1)",
+    )
+
+    many = parser.add_argument_group("several devices and machines")
+    many.add_argument(
+        "--devices",
+        type=_gpu_numbers,
+        metavar="all|LIST",
+        help="GPUs of this machine, such as 0,1; a worker on each, through Ray",
+    )
+    many.add_argument(
+        "--workers",
+        type=_count(1),
+        metavar="N",
+        help="Ray workers, each with one GPU or --threads CPU threads",
+    )
+    many.add_argument(
+        "--engine",
+        choices=("auto", "in-process", "ray"),
+        default="auto",
+        help="who computes (default: Ray for several workers, else this process)",
+    )
+    many.add_argument("--ray-address", metavar="ADDRESS", help="a Ray cluster, such as auto or HEAD:6379")
+    many.add_argument(
+        "--shard",
+        metavar="INDEX/COUNT",
+        help="compute this part of the run alone, without Ray; auto takes both from torchrun or Slurm. The "
+        "process that finishes last makes OUT.h5",
     )
 
     rules = parser.add_argument_group(
@@ -347,6 +411,21 @@ def _add_status(commands: argparse._SubParsersAction[_Parser]) -> None:
     )
     parser.set_defaults(run=_status)
     parser.add_argument("output", type=Path, metavar="OUT.h5", help="the output, or its folder OUT.h5.run")
+
+
+def _add_merge(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = commands.add_parser(
+        "merge",
+        help="put the finished shards of a run together",
+        description="Put the shards of a run together when all are finished. `embed` does this itself; it\n"
+        "is needed when the last process was killed before it could. It takes neither model nor GPU.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(run=_merge)
+    parser.add_argument("output", type=Path, metavar="OUT.h5", help="the output, or its folder OUT.h5.run")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT.h5 if it is there")
+    parser.add_argument("--keep-run", action="store_true", help="keep OUT.h5.run when OUT.h5 is made")
 
 
 def _add_tune(commands: argparse._SubParsersAction[_Parser]) -> None:
@@ -426,6 +505,18 @@ def _device(text: str) -> str:
     return text
 
 
+def _is_set(variable: str) -> bool:
+    return os.environ.get(variable, "0") not in ("", "0")
+
+
+def _gpu_numbers(text: str) -> tuple[int, ...]:
+    if text == "all":
+        return ()
+    if not re.fullmatch(r"\d{1,3}(,\d{1,3})*", text) or len(set(text.split(","))) < text.count(",") + 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither all nor a list of GPU numbers such as 0,1")
+    return tuple(map(int, text.split(",")))
+
+
 def _say(lines: Sequence[str]) -> None:
     """Print the answer; the work is done even if nobody can read it."""
     try:
@@ -435,17 +526,30 @@ def _say(lines: Sequence[str]) -> None:
 
 
 def _embed(options: argparse.Namespace) -> int:
+    import torch
+
     from esm_packed.runners.embed import EmbedRequest, embed_files
     from esm_packed.runners.fasta import ReadOptions
     from esm_packed.runners.progress import Console
+    from esm_packed.runners.slices import local_device_number, parse_slice
 
+    device = options.device
+    if options.shard == "auto" and device == "auto" and (num_devices := torch.cuda.device_count()):
+        device = f"cuda:{local_device_number(os.environ, num_devices)}"
     request = EmbedRequest(
         inputs=tuple(options.fasta),
         output=options.output,
         model=options.model,
-        device=options.device,
+        device=device,
+        devices=options.devices,
+        engine=options.engine,
+        ray_address=options.ray_address,
+        workers=options.workers,
+        part=parse_slice(options.shard, os.environ) if options.shard is not None else None,
         dtype=options.dtype,
+        disable_fp16=options.disable_fp16,
         attention=options.attention,
+        layout="padded" if options.disable_packing else "packed",
         layers=options.layers,
         max_length=options.max_length,
         token_budget=options.token_budget,
@@ -458,6 +562,8 @@ def _embed(options: argparse.Namespace) -> int:
         ),
         threads=options.threads,
         store_dtype=options.store_dtype,
+        fp32_compare=options.fp32_compare,
+        log_json=options.log_json,
         overwrite=options.overwrite,
         keep_run=options.keep_run,
     )
@@ -466,6 +572,8 @@ def _embed(options: argparse.Namespace) -> int:
         _say([f"already complete: {summary.output} holds this run ({summary.num_sequences:,} sequences)"])
     else:
         _say(summary.lines())
+        for warning in summary.warnings():
+            warnings.warn(warning, stacklevel=1)
     if summary.num_failed:
         _complain(
             f"{summary.num_failed:,} of {summary.num_sequences:,} embeddings are not finite; their rows are "
@@ -475,14 +583,29 @@ def _embed(options: argparse.Namespace) -> int:
     return EXIT_COMPLETE
 
 
+def _merge(options: argparse.Namespace) -> int:
+    from esm_packed.runners.embed import merge_files
+    from esm_packed.runners.progress import Console
+
+    output = _output_of(options.output)
+    missing = merge_files(output, Console(), overwrite=options.overwrite, keep_run=options.keep_run)
+    if missing:
+        _complain(f"{missing:,} shards of {output} are missing; the command that began the run computes them")
+        return EXIT_INTERRUPTED
+    _say([f"merged: {output}"])
+    return EXIT_COMPLETE
+
+
+def _output_of(path: Path) -> Path:
+    """The output, which may be named by its run directory."""
+    return path.with_suffix("") if path.suffix == ".run" else path
+
+
 def _status(options: argparse.Namespace) -> int:
     from esm_packed.runners.rundir import RunDirectory
     from esm_packed.runners.status import describe_run
 
-    output: Path = options.output
-    if output.suffix == ".run":
-        output = output.with_suffix("")
-    _say(describe_run(RunDirectory(output.resolve())))
+    _say(describe_run(RunDirectory(_output_of(options.output).resolve())))
     return EXIT_COMPLETE
 
 
@@ -495,8 +618,8 @@ def _info(options: argparse.Namespace) -> int:
 
 def _checkpoint(options: argparse.Namespace) -> int:
     from esm_packed.download import contact_regression_path
-    from esm_packed.runners.embed import UsageError
     from esm_packed.runners.progress import Console
+    from esm_packed.runners.request import UsageError
     from esm_packed.weights import load_checkpoint, save_fair_esm
 
     if options.output.suffix != ".pt" or not options.output.name.startswith("esm2"):

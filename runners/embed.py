@@ -1,157 +1,53 @@
-"""FASTA files to one HDF5 file of embeddings, on one device."""
+"""FASTA files to one HDF5 file of embeddings: index, plan, compute what is left, merge."""
 
 from __future__ import annotations
 
 import errno
-import json
-import platform
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 import torch
 
 from esm_packed.attention import select_backend
-from esm_packed.config import DEFAULT_MODEL, DEFAULT_TOKEN_BUDGETS
-from esm_packed.model import ESM2
-from esm_packed.numerics import PRECISIONS, Precision, resolve_device, resolve_precision
-from esm_packed.packing import packing_efficiency
-from esm_packed.runners.fasta import ReadOptions
+from esm_packed.numerics import resolve_device
+from esm_packed.runners.claims import ClaimedError, describe_holder, holder_of
+from esm_packed.runners.engine import Engine, InProcessEngine
 from esm_packed.runners.index import STDIN, FastaIndex, build_index, open_index
-from esm_packed.runners.pipeline import Pipeline, StageTimes
+from esm_packed.runners.merging import DamagedShardError, merge_run
 from esm_packed.runners.plan import FLOPS_PER_SHARD, Plan, PlanError, cut_shards
-from esm_packed.runners.progress import Console, byte_size, duration
-from esm_packed.runners.rundir import ClaimedError, RunDirectory
-from esm_packed.runners.shards import Run, compute_shards, merge
+from esm_packed.runners.progress import Console, byte_size
+from esm_packed.runners.request import STORE_DTYPES, EmbedRequest, UsageError
+from esm_packed.runners.rundir import WHOLE_RUN, RunDirectory
+from esm_packed.runners.shards import Run
+from esm_packed.runners.slices import Slice
 from esm_packed.runners.store import (
     FORMAT_VERSION,
-    STATUS_FAILED,
-    STATUS_RECOMPUTED,
     EmbeddingReader,
-    EmbeddingWriter,
-    Shard,
-    StoredProblem,
     StoreError,
     bytes_needed,
     plan_hash,
-    whole_or_nothing,
 )
-from esm_packed.version import __version__
-from esm_packed.weights import load_checkpoint
+from esm_packed.runners.summary import Summary
+from esm_packed.runners.watch import watching
+from esm_packed.weights import Checkpoint, load_checkpoint
 
-STORE_DTYPES = {"fp32": "float32", "fp16": "float16"}
+__all__ = ["EmbedRequest", "Summary", "UsageError", "embed_files", "merge_files"]
 
-
-class UsageError(ValueError):
-    """The user's mistake; `str(error)` is the full message for the terminal."""
-
-
-@dataclass(frozen=True)
-class EmbedRequest:
-    """What `esm-packed embed` is asked to do.
-
-    Args:
-        inputs: FASTA files, `-` for standard input.
-        output: the HDF5 file to make.
-        model: as `ESM2.from_pretrained` takes it.
-        device: auto, cpu, cuda or cuda:INDEX.
-        dtype: precision mode, or None for the device's default.
-        attention: attention backend, or auto.
-        layers: layers to keep, negative ones counted from the last; the last one listed is `embeddings`.
-        max_length: residues kept of each sequence; 0 keeps all.
-        token_budget: tokens in a pack, BOS and EOS included; None for the device's default.
-        read: the rules for the input.
-        threads: CPU threads, or None for torch's choice.
-        store_dtype: fp32 or fp16, of the stored embeddings.
-        overwrite: replace an output, or a run directory, of another run.
-        keep_run: leave the run directory when the output is made.
-    """
-
-    inputs: tuple[str, ...]
-    output: Path
-    model: str = DEFAULT_MODEL
-    device: str = "auto"
-    dtype: str | None = None
-    attention: str = "auto"
-    layers: tuple[int, ...] = (-1,)
-    max_length: int = 1022
-    token_budget: int | None = None
-    read: ReadOptions = field(default_factory=ReadOptions)
-    threads: int | None = None
-    store_dtype: str = "fp32"
-    overwrite: bool = False
-    keep_run: bool = False
-
-
-@dataclass
-class Summary:
-    """What a run did; `already_complete` when the output was there and nothing had to be done."""
-
-    output: Path
-    model: ESM2
-    device: str
-    token_budget: int
-    num_sequences: int
-    num_residues: int
-    num_replaced: int
-    num_duplicates: int
-    num_left_out: int
-    num_identical: int = 0
-    num_truncated: int = 0
-    num_recomputed: int = 0
-    num_failed: int = 0
-    stages: StageTimes = field(default_factory=StageTimes)
-    seconds: float = 0.0
-    embedding_seconds: float = 0.0
-    is_merged: bool = False
-    already_complete: bool = False
-
-    @property
-    def packing_efficiency(self) -> float:
-        """Tokens over (packs x budget), without the packs of one sequence longer than the budget."""
-        return packing_efficiency(self.stages.pack_tokens, self.token_budget)
-
-    def lines(self) -> list[str]:
-        """The summary for the terminal."""
-        stages = self.stages
-        overlong = sum(tokens > self.token_budget for tokens in stages.pack_tokens)
-        packs = f"{len(stages.pack_tokens):,} of up to {self.token_budget:,} tokens"
-        if overlong:
-            packs += f", {overlong:,} of them one longer sequence"
-        values = {
-            "sequences": f"{self.num_sequences:,}",
-            "residues": f"{self.num_residues:,}",
-            "truncated": f"{self.num_truncated:,}",
-            "replaced": f"{self.num_replaced:,}",
-            "duplicates": f"{self.num_duplicates:,}",
-            "identical": f"{self.num_identical:,} copied from an equal sequence",
-            "left out": f"{self.num_left_out:,}",
-            "recomputed": f"{self.num_recomputed:,} in fp32",
-            "failed": f"{self.num_failed:,}",
-            "packs": packs,
-            "packing efficiency": f"{self.packing_efficiency:.1%}",
-            "wall time": f"{duration(self.seconds)}, embedding {duration(self.embedding_seconds)}",
-            "stages": stages.describe(),
-            "residues/s": f"{stages.residues / max(stages.wall, 1e-9):,.0f}",
-            "model": f"{self.model.model_name} (sha256 {self.model.model_sha256[:16]})",
-            "dtype": self.model.precision,
-            "device": self.device,
-            "attention": self.model.attention_backend,
-            "output": f"{self.output} ({byte_size(self.output.stat().st_size)})",
-        }
-        return [f"{name:<20}{value}" for name, value in values.items()]
+WAIT_SECONDS = 0.5
 
 
 def embed_files(request: EmbedRequest, console: Console) -> Summary:
     """Embed every record of `request.inputs` into `request.output`, which appears only when it is whole.
 
-    The work is done in the run directory `OUTPUT.run`. If one is there, the run it holds is continued.
+    The work is done in the run directory `OUTPUT.run`. If one is there, the run it holds is continued. With
+    `request.part` only that slice of the shards is computed, and the output is made by the process that finds
+    all of them there.
 
     Raises:
         UsageError: an option does not fit the model or the device, the output cannot be where it should, or
@@ -163,43 +59,359 @@ def embed_files(request: EmbedRequest, console: Console) -> Summary:
     """
     begin = time.monotonic()
     output = request.output.resolve()
-    try:
-        existing_plan = check_output(output, request.inputs, request.overwrite)
-    except OSError as error:  # no right to look there, a name too long
-        raise UsageError(f"{output}: {error.strerror}") from error
-    if request.threads is not None:
-        torch.set_num_threads(request.threads)
-    try:
-        device = resolve_device(request.device)
-        precision = resolve_precision(request.dtype, device)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-    select_backend(request.attention, device, precision, head_dim=64)  # fails before the input is read
-
+    _check_request(request)
+    check_output(output, request.inputs, request.overwrite)
+    device = _device(request)
+    if request.ray_address is None:  # fails before the input is read
+        select_backend(request.attention, device, request.precision(device), head_dim=64)
     directory = RunDirectory(output)
-    with _claimed(directory):
-        summary = _run(request, directory, device, precision, existing_plan, console)
-    summary.seconds = time.monotonic() - begin
-    return summary
+    with ExitStack() as stack:
+        session = _Session(request, directory, device, console, stack)
+        if request.part is None:
+            with _claimed(directory, WHOLE_RUN, console):
+                if session.prepare():
+                    session.compute(range(session.run.plan.num_shards))
+                    session.finish()
+        else:
+            _embed_slice(session, request.part)
+    session.summary.seconds = time.monotonic() - begin
+    return session.summary
+
+
+def merge_files(output: Path, console: Console, *, overwrite: bool = False, keep_run: bool = False) -> int:
+    """Put the finished shards of the run of `output` together.
+
+    Returns:
+        How many shards are missing; the output is made if there is none.
+
+    Raises:
+        UsageError: there is no such run, or other processes are at work on it.
+    """
+    output = output.resolve()
+    check_output(output, (), overwrite)
+    directory = RunDirectory(output)
+    if not directory.plan_path.exists():
+        raise UsageError(f"{directory.path}: there is no run to merge; esm-packed embed begins one")
+    with _claimed(directory, "merging", console):
+        run = Run.open(directory)
+        missing = run.plan.num_shards - len(run.finished(range(run.plan.num_shards)))
+        while not missing:
+            try:
+                merge_run(run, console, overwrite=overwrite)
+                break
+            except DamagedShardError:
+                missing = 1
+        if not missing and not keep_run:
+            directory.remove()
+    return missing
+
+
+def _embed_slice(session: _Session, part: Slice) -> None:
+    """Join the run, compute one slice of it, and merge if that was the last one."""
+    directory, console = session.directory, session.console
+    with ExitStack() as member:
+        with _claimed(directory, f"joining with slice {part}", console):
+            _check_others(directory, part)
+            if not session.prepare():
+                return
+            shards = range(session.run.plan.num_shards)
+            if len(session.run.finished(shards)) == len(shards):
+                session.finish()
+                return
+            member.enter_context(directory.slice_claim(part))
+        session.compute(part.shards(len(shards)), verify=False)
+    with _claimed(directory, f"leaving with slice {part}", console):
+        # another process may have found all shards there, and merged them
+        if not session.is_merged_by_another():
+            session.summary.part = str(part)
+            session.summary.missing_shards = len(shards) - len(session.run.finished(shards))
+            if not session.summary.missing_shards:
+                session.finish()
+
+
+def _check_others(directory: RunDirectory, part: Slice | None) -> None:
+    """See that `part` (None: the whole run) does not overlap with what others compute.
+
+    Raises:
+        UsageError: it does; says with whom.
+    """
+    for other, path in directory.live_slices().items():
+        who = describe_holder(holder_of(path))
+        if part == other:
+            raise UsageError(
+                f"slice {part} of {directory.path} is being worked on by {who}; wait for it, or delete "
+                f"{path} if that process is gone"
+            )
+        if part is None or part.count != other.count:
+            wanted = "the whole run" if part is None else f"slice {part}"
+            raise UsageError(
+                f"{directory.path} is being worked on in {other.count} slices, {other} by {who}; {wanted} "
+                "overlaps with them"
+            )
+
+
+class _Session:
+    """One process's part in a run."""
+
+    run: Run
+    summary: Summary
+
+    def __init__(
+        self,
+        request: EmbedRequest,
+        directory: RunDirectory,
+        device: torch.device,
+        console: Console,
+        stack: ExitStack,
+    ) -> None:
+        self.request = request
+        self.directory = directory
+        self.device = device
+        self.console = console
+        self._stack = stack  # closes the engine
+        self._engine: Engine | None = None
+
+    def prepare(self) -> bool:
+        """Read the input and plan, or find a plan; False if the output is complete already.
+
+        Call it with the claim held.
+        """
+        request = self.request
+        existing_plan = check_output(self.directory.output, request.inputs, request.overwrite)
+        index = self._index()
+        with self.console.byte_steps() as report:
+            self.checkpoint = load_checkpoint(request.model, progress=report)
+        config = self.checkpoint.config
+        layers = request.resolved_layers(config)
+        plan = self._existing_plan()
+        if request.token_budget is not None:
+            token_budget = request.token_budget
+        elif plan is not None:
+            token_budget = plan.token_budget
+        elif existing_plan is not None:
+            with EmbeddingReader(self.directory.output) as reader:
+                token_budget = int(reader.plan["identity"]["token_budget"])
+        else:
+            token_budget = self.engine().token_budget()
+        identity = run_identity(request, index, self.checkpoint, self.device, layers, token_budget)
+        self.summary = Summary(
+            output=request.output,
+            model_name=self.checkpoint.model_name,
+            model_sha256=self.checkpoint.sha256,
+            dtype=identity["dtype"],
+            device="",
+            token_budget=token_budget,
+            num_sequences=index.num_records,
+            num_residues=index.total_residues,
+            num_replaced=index.num_replaced,
+            num_duplicates=index.num_duplicates,
+            num_left_out=len(index.problems),
+            num_identical=index.num_identical,
+            num_to_compare=request.fp32_compare,
+        )
+        if existing_plan is not None:
+            if existing_plan != plan_hash(identity):
+                raise UsageError(
+                    f"{request.output}: exists already, made from other input or options; --overwrite "
+                    "replaces it"
+                )
+            self._is_complete()
+            return False
+        if plan is not None:
+            try:
+                plan.check_same(identity, self.directory.path)
+            except PlanError as error:
+                if not request.overwrite:
+                    raise UsageError(str(error)) from error
+                plan = None
+        self.run = Run(self.directory, plan or self._new_plan(identity, index, layers), index)
+        return True
+
+    def engine(self) -> Engine:
+        """What computes, started when it is first needed."""
+        if self._engine is None:
+            self._engine = self._stack.enter_context(self._new_engine())
+        return self._engine
+
+    def compute(self, shards: Sequence[int], *, verify: bool = True) -> None:
+        """Compute those of `shards` that are not finished.
+
+        Args:
+            shards: their numbers.
+            verify: read the finished ones, and compute again what is damaged; else merging does that.
+        """
+        run, request = self.run, self.request
+        if verify:
+            left = [shard for shard in shards if run.read(shard) is None]
+        else:
+            finished = set(run.finished(shards))
+            left = [shard for shard in shards if shard not in finished]
+        rows = run.index.num_records
+        needed = bytes_needed(
+            rows, run.plan.hidden_size, len(run.plan.layers), STORE_DTYPES[request.store_dtype]
+        )
+        check_space(
+            self.directory.output.parent, needed + needed * len(left) // run.plan.num_shards, self.console
+        )
+        if len(left) < len(shards):
+            self.console.note(
+                f"continuing: {len(shards) - len(left):,} of {len(shards):,} shards are finished"
+            )
+        if left:
+            self._compute(left)
+
+    def _compute(self, shards: Sequence[int]) -> None:
+        begin = time.monotonic()
+        engine, run = self.engine(), self.run
+        self.summary.device = engine.describe()
+        self.console.note(
+            f"embedding {run.index.num_records:,} sequences, {run.index.total_residues:,} residues, with "
+            f"{run.plan.model_name} ({run.plan.identity['dtype']}) on {self.summary.device}"
+        )
+        total = sum(run.residues(shard) for shard in shards)
+        with watching(
+            self.console, engine.num_workers, self.request.log_json, total, run.plan.token_budget
+        ) as watch:
+            try:
+                engine.compute(run, shards, watch)
+            finally:
+                self.summary.stages = engine.times
+        self.summary.embedding_seconds += time.monotonic() - begin
+
+    def finish(self) -> None:
+        """Merge; what turns out to be damaged is computed again. Call it with the claim held."""
+        begin = time.monotonic()
+        while True:
+            try:
+                merge_run(self.run, self.console, overwrite=self.request.overwrite)
+                break
+            except DamagedShardError as damaged:
+                self.console.note(f"{damaged}; it is computed again")
+                self._compute([damaged.shard])
+        self.summary.merging_seconds = time.monotonic() - begin
+        self.summary.device = self.summary.device or "none, all was computed before"
+        self.summary.read_output()
+        if not self.request.keep_run:
+            self.directory.remove()
+
+    def is_merged_by_another(self) -> bool:
+        """Whether the run's output is there, and with that all is done. Call it with the claim held.
+
+        Raises:
+            UsageError: another run has taken this one's place.
+        """
+        plan_hash_there = check_output(self.directory.output, (), overwrite=False)
+        with suppress(FileNotFoundError, PlanError):
+            if plan_hash_there is None and Plan.read(self.directory.plan_path).hash == self.run.plan.hash:
+                return False
+        if not self.directory.plan_path.exists():
+            self.directory.remove()  # holding the claim has made it anew
+        if plan_hash_there != self.run.plan.hash:
+            raise UsageError(
+                f"{self.directory.path}: removed, or replaced by another run, while this one computed"
+            )
+        self._is_complete()
+        return True
+
+    def _is_complete(self) -> None:
+        self.summary.read_output()
+        self.summary.already_complete = True
+        if not self.request.keep_run:
+            self.directory.remove()
+
+    def _index(self) -> FastaIndex:
+        request, path = self.request, self.directory.index_path
+        if STDIN not in request.inputs:
+            index = open_index(request.inputs, path, request.read)
+            if index is not None:
+                return index
+        if self.directory.live_slices():
+            raise UsageError(
+                f"{self.directory.path}: others are at work on this run, and {', '.join(request.inputs)} is "
+                "not what they read: name the same files in the same way, with the same input rules"
+            )
+        with self.console.progress("reading", "B", _input_bytes(request.inputs)) as advance:
+            return build_index(request.inputs, path, request.read, progress=advance)
+
+    def _existing_plan(self) -> Plan | None:
+        try:
+            return Plan.read(self.directory.plan_path)
+        except FileNotFoundError:
+            return None
+        except PlanError as error:
+            if not self.request.overwrite:
+                raise UsageError(str(error)) from error
+            return None
+
+    def _new_plan(self, identity: dict[str, Any], index: FastaIndex, layers: Sequence[int]) -> Plan:
+        config = self.checkpoint.config
+        uncut = Plan(
+            identity,
+            self.request.inputs,
+            (0, index.num_records),
+            self.checkpoint.model_name,
+            config.hidden_size,
+        )
+        run = Run(self.directory, uncut, index)
+        starts = cut_shards(
+            run.embedded_lengths(0, index.num_records),
+            run.is_computed(0, index.num_records),
+            config,
+            config.hidden_size * len(layers) * np.dtype(STORE_DTYPES[self.request.store_dtype]).itemsize,
+            FLOPS_PER_SHARD[self.device.type],
+        )
+        plan = replace(uncut, starts=starts)
+        self.directory.forget_shards()
+        plan.write(self.directory.plan_path)
+        return plan
+
+    def _new_engine(self) -> Engine:
+        request = self.request
+        several = request.ray_address is not None or (request.workers or 1) > 1
+        several |= len(_gpu_numbers(request)) > 1
+        if request.engine == "ray" or (request.engine == "auto" and several):
+            from esm_packed.runners.ray_engine import RayEngine
+
+            return RayEngine(request, self.device, _gpu_numbers(request), self.checkpoint, self.console)
+        if several:
+            raise UsageError("--engine in-process computes on one device; --engine ray on several")
+        return InProcessEngine(request, self.checkpoint, self.device)
 
 
 @contextmanager
-def _claimed(directory: RunDirectory) -> Iterator[None]:
-    """Hold the run directory; one that has no plan when the block fails is removed."""
-    claim = directory.claim()
+def _claimed(directory: RunDirectory, purpose: str, console: Console) -> Iterator[None]:
+    """Hold the run; a directory that has no plan when the block fails is removed.
+
+    A process that computes a slice waits for others that join, leave or merge.
+    """
+    claim = directory.claim(purpose)
+    is_waiting = False
     try:
-        claim.acquire()
+        while True:
+            try:
+                claim.acquire()
+                break
+            except ClaimedError as holder:
+                if WHOLE_RUN in (purpose, holder.purpose):
+                    raise UsageError(
+                        f"{directory.path} is being worked on by {holder}; wait for it, or delete "
+                        f"{claim.path} if that process is gone"
+                    ) from holder
+                if not is_waiting:
+                    console.note(f"waiting for {holder}, which is {holder.purpose or 'at work on the run'}")
+                is_waiting = True
+                time.sleep(WAIT_SECONDS)
+        if purpose == WHOLE_RUN:
+            _check_others(directory, None)
         directory.create()
-    except ClaimedError as holder:
-        raise UsageError(
-            f"{directory.path} is being worked on by {holder}; wait for it, or delete {claim.path} if that "
-            "process is gone"
-        ) from holder
     except OSError as error:
         claim.release()
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise UsageError(f"{directory.output.parent}: cannot be written to: {error.strerror}") from error
+    except BaseException:
+        claim.release()
+        raise
     try:
         yield
     except BaseException:
@@ -208,203 +420,6 @@ def _claimed(directory: RunDirectory) -> Iterator[None]:
         raise
     finally:
         claim.release()
-
-
-def _run(
-    request: EmbedRequest,
-    directory: RunDirectory,
-    device: torch.device,
-    precision: Precision,
-    existing_plan: str | None,
-    console: Console,
-) -> Summary:
-    """Index, plan, compute what is left, and merge; the caller holds the claim."""
-    index = None
-    if STDIN not in request.inputs:
-        index = open_index(request.inputs, directory.index_path, request.read)
-    if index is None:
-        with console.progress("reading", "B", _input_bytes(request.inputs)) as advance:
-            index = build_index(request.inputs, directory.index_path, request.read, progress=advance)
-    model, layers = _load_model(request, device, precision, console)
-    summary = Summary(
-        output=request.output,
-        model=model,
-        device=_device_name(device),
-        token_budget=request.token_budget or DEFAULT_TOKEN_BUDGETS[device.type],
-        num_sequences=index.num_records,
-        num_residues=index.total_residues,
-        num_replaced=index.num_replaced,
-        num_duplicates=index.num_duplicates,
-        num_identical=index.num_identical,
-        num_left_out=len(index.problems),
-    )
-    plan = _plan(request, directory, index, model, layers, summary, existing_plan)
-    if plan is None:
-        with EmbeddingReader(request.output) as reader:
-            summary.num_failed = int(np.count_nonzero(reader.column("status") == STATUS_FAILED))
-        summary.already_complete = True
-        if not request.keep_run:
-            directory.remove()
-        return summary
-
-    run = Run(directory, plan, index, request.max_length)
-    shards = range(plan.num_shards)
-    left = [shard for shard in shards if run.read(shard) is None]
-    needed = bytes_needed(
-        index.num_records, model.config.hidden_size, len(layers), STORE_DTYPES[request.store_dtype]
-    )
-    check_space(directory.output.parent, needed + needed * len(left) // len(shards), console)
-    if len(left) < len(shards):
-        console.note(f"continuing: {len(shards) - len(left):,} of {len(shards):,} shards are finished")
-    console.note(
-        f"embedding {index.num_records:,} sequences, {index.total_residues:,} residues, with "
-        f"{model.model_name} ({model.precision}, attention {model.attention_backend}) on {summary.device}"
-    )
-    while left:
-        _compute(request, run, left, model, layers, summary, console)
-        left = _merge(request, run, model, layers, summary, console)
-    if not summary.is_merged:
-        _merge(request, run, model, layers, summary, console)
-    if not request.keep_run:
-        directory.remove()
-    return summary
-
-
-def _plan(
-    request: EmbedRequest,
-    directory: RunDirectory,
-    index: FastaIndex,
-    model: ESM2,
-    layers: Sequence[int],
-    summary: Summary,
-    existing_output: str | None,
-) -> Plan | None:
-    """The plan that is there, if it is this run's, or a new one; None if the output is complete already."""
-    try:
-        plan = Plan.read(directory.plan_path)
-        if request.token_budget is None:
-            summary.token_budget = plan.identity["token_budget"]
-    except FileNotFoundError:
-        plan = None
-    except PlanError as error:
-        if not request.overwrite:
-            raise UsageError(str(error)) from error
-        plan = None
-    identity = run_identity(request, index, model, layers, summary.token_budget)
-    if existing_output is not None:
-        if existing_output != plan_hash(identity):
-            raise UsageError(
-                f"{request.output}: exists already, made from other input or options; --overwrite replaces it"
-            )
-        return None
-    if plan is not None:
-        try:
-            plan.check_same(identity, directory.path)
-            return plan
-        except PlanError as error:
-            if not request.overwrite:
-                raise UsageError(str(error)) from error
-    run = Run(directory, Plan(identity, request.inputs, (0, index.num_records)), index, request.max_length)
-    starts = cut_shards(
-        run.embedded_lengths(0, index.num_records),
-        run.is_computed(0, index.num_records),
-        model.config,
-        model.config.hidden_size * len(layers) * np.dtype(STORE_DTYPES[request.store_dtype]).itemsize,
-        FLOPS_PER_SHARD[model.device.type],
-    )
-    plan = Plan(identity, request.inputs, starts)
-    directory.forget_shards()
-    plan.write(directory.plan_path)
-    return plan
-
-
-def _compute(
-    request: EmbedRequest,
-    run: Run,
-    shards: Sequence[int],
-    model: ESM2,
-    layers: Sequence[int],
-    summary: Summary,
-    console: Console,
-) -> None:
-    begin = time.monotonic()
-
-    def in_fp32() -> ESM2:
-        console.note("loading the model in fp32, to recompute what is not finite")
-        fp32_request = replace(request, dtype="fp32", attention="auto")
-        return _load_model(fp32_request, model.device, PRECISIONS["fp32"], console)[0]
-
-    total = sum(
-        int(
-            run.embedded_lengths(*run.plan.records(shard))[
-                run.computed(shard) - run.plan.records(shard)[0]
-            ].sum()
-        )
-        for shard in shards
-    )
-    with console.progress("embedding", "residues", total) as advance:
-        pipeline = Pipeline(
-            model,
-            layers,
-            STORE_DTYPES[request.store_dtype],
-            summary.token_budget,
-            in_fp32 if model.precision in ("fp16", "bf16", "tf32") else None,
-            advance,
-        )
-        compute_shards(run, shards, pipeline)
-    summary.embedding_seconds += time.monotonic() - begin
-    summary.stages.add(pipeline.times)
-
-
-def _merge(
-    request: EmbedRequest, run: Run, model: ESM2, layers: Sequence[int], summary: Summary, console: Console
-) -> list[int]:
-    """Make the output of the finished shards.
-
-    Returns:
-        Shards whose files turned out to be damaged; the output is made if there is none.
-    """
-    damaged: list[int] = []
-
-    def read(number: int) -> Shard:
-        shard = run.read(number)
-        if shard is None:
-            damaged.append(number)
-            raise StoreError(f"shard {number} is damaged")
-        return shard
-
-    index = run.index
-    output = run.directory.output
-    left_out = [StoredProblem(left.sequence_id, left.file, left.line, left.reason) for left in index.problems]
-    store_dtype = STORE_DTYPES[request.store_dtype]
-    total = index.num_records * model.config.hidden_size * len(layers) * np.dtype(store_dtype).itemsize
-    try:
-        with (
-            whole_or_nothing(output, overwrite=request.overwrite) as temporary,
-            EmbeddingWriter(
-                temporary,
-                num_sequences=index.num_records,
-                hidden_size=model.config.hidden_size,
-                layers=layers,
-                store_dtype=store_dtype,
-            ) as writer,
-            console.progress("merging", "B", total) as advance,
-        ):
-            writer.write_problems(left_out)
-            merge(run, read, writer, layers, advance)
-            writer.write_plan(run.plan.identity, run.plan.input_names)
-            writer.write_attributes(_attributes(request, model, summary))
-    except StoreError:
-        if damaged:
-            return damaged
-        raise
-    summary.is_merged = True
-    with EmbeddingReader(output) as reader:
-        status = reader.column("status")
-        summary.num_failed = int(np.count_nonzero(status == STATUS_FAILED))
-        summary.num_recomputed = int(np.count_nonzero(status == STATUS_RECOMPUTED))
-        summary.num_truncated = int(np.count_nonzero(reader.column("truncated")))
-    return []
 
 
 def check_output(output: Path, inputs: Sequence[str], overwrite: bool) -> str | None:
@@ -416,6 +431,13 @@ def check_output(output: Path, inputs: Sequence[str], overwrite: bool) -> str | 
     Raises:
         UsageError: it cannot be made, or what is there is something else.
     """
+    try:
+        return _check_output(output, inputs, overwrite)
+    except OSError as error:  # no right to look there, a name too long
+        raise UsageError(f"{output}: {error.strerror}") from error
+
+
+def _check_output(output: Path, inputs: Sequence[str], overwrite: bool) -> str | None:
     if output.is_dir():
         raise UsageError(f"{output}: this is a directory; name the file to make, such as embeddings.h5")
     if not output.parent.is_dir():
@@ -437,24 +459,53 @@ def check_output(output: Path, inputs: Sequence[str], overwrite: bool) -> str | 
         ) from None
 
 
-def _load_model(
-    request: EmbedRequest, device: torch.device, precision: Precision, console: Console
-) -> tuple[ESM2, list[int]]:
-    with console.byte_steps() as report:
-        checkpoint = load_checkpoint(request.model, progress=report)
-    backend = select_backend(request.attention, device, precision, checkpoint.config.head_dim)
-    try:
-        model = ESM2.from_checkpoint(checkpoint, device, precision, backend)
-    except torch.OutOfMemoryError as error:
+def _check_request(request: EmbedRequest) -> None:
+    """See that the options fit each other."""
+    if request.part is not None and STDIN in request.inputs:
+        raise UsageError("--shard: standard input cannot be read by every process; name files")
+    if request.part is not None and request.overwrite:
         raise UsageError(
-            f"{request.model} in {precision.name} does not fit into the memory of {device}"
-        ) from error
+            "--shard with --overwrite: the processes would replace each other's work; delete "
+            f"{request.output} and {request.output}.run first"
+        )
+    if request.devices is not None and not request.device.startswith(("auto", "cuda")):
+        raise UsageError(f"--devices names GPUs and --device is {request.device}; leave one of them out")
+    if request.ray_address is not None and request.engine == "in-process":
+        raise UsageError("--ray-address needs --engine ray")
+    if request.ray_address is not None and request.device == "auto":
+        raise UsageError(
+            "--ray-address: say --device cuda or --device cpu; this machine may differ from the others"
+        )
+    if request.log_json is not None:
+        try:
+            request.log_json.open("a").close()
+        except OSError as error:
+            raise UsageError(f"--log-json {request.log_json}: {error.strerror}") from error
+
+
+def _device(request: EmbedRequest) -> torch.device:
+    """The device of this process's first or only worker."""
+    if request.ray_address is not None:
+        return torch.device(request.device.partition(":")[0])
+    numbers = _gpu_numbers(request)
     try:
-        layers = [model.resolve_layer(layer) for layer in request.layers]
+        return resolve_device(f"cuda:{numbers[0]}" if numbers else request.device)
     except ValueError as error:
-        raise UsageError(f"--layers: {error}") from error
-    # of a layer listed twice the last mention counts: it says which one `embeddings` is
-    return model, list(dict.fromkeys(reversed(layers)))[::-1]
+        raise UsageError(str(error)) from error
+
+
+def _gpu_numbers(request: EmbedRequest) -> tuple[int, ...]:
+    """The GPUs that `--devices` asks for; empty without it."""
+    if request.devices is None or request.ray_address is not None:
+        return ()
+    count = torch.cuda.device_count()
+    if not count:
+        raise UsageError(
+            "--devices: torch finds no CUDA device here; --device cpu --workers N uses CPU cores"
+        )
+    if missing := [number for number in request.devices if number >= count]:
+        raise UsageError(f"--devices: there is no GPU {missing[0]}, only 0 to {count - 1}")
+    return request.devices or tuple(range(count))
 
 
 def _input_bytes(inputs: Sequence[str]) -> int | None:
@@ -463,14 +514,20 @@ def _input_bytes(inputs: Sequence[str]) -> int | None:
 
 
 def run_identity(
-    request: EmbedRequest, index: FastaIndex, model: ESM2, layers: Sequence[int], token_budget: int
+    request: EmbedRequest,
+    index: FastaIndex,
+    checkpoint: Checkpoint,
+    device: torch.device,
+    layers: Sequence[int],
+    token_budget: int,
 ) -> dict[str, Any]:
     """What makes two runs the same one; device, attention backend and versions may differ."""
     return {
         "format_version": FORMAT_VERSION,
         "inputs": [{"size": file.size, "sha256": file.sha256} for file in index.inputs],
-        "model_sha256": model.model_sha256,
-        "dtype": model.precision,
+        "model_sha256": checkpoint.sha256,
+        "dtype": request.precision(device).name,
+        "layout": request.layout,
         "layers": list(layers),
         "kinds": ["mean"],
         "max_length": request.max_length,
@@ -495,35 +552,3 @@ def check_space(folder: Path, needed: int, console: Console) -> None:
     if needed > free:
         raise OSError(errno.ENOSPC, sizes)
     console.note(sizes)
-
-
-def _attributes(request: EmbedRequest, model: ESM2, summary: Summary) -> dict[str, str | int]:
-    packing = {
-        "algorithm": "first-fit decreasing",
-        "token_budget": summary.token_budget,
-    }
-    versions = {
-        "esm-packed": __version__,
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "h5py": h5py.__version__,
-        "python": platform.python_version(),
-    }
-    return {
-        "model_name": model.model_name,
-        "model_sha256": model.model_sha256,
-        "dtype": model.precision,
-        "store_dtype": request.store_dtype,
-        "max_length": request.max_length,
-        "attention_backend": model.attention_backend,
-        "device": summary.device,
-        "packing": json.dumps(packing),
-        "versions": json.dumps(versions),
-    }
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return f"{device} ({torch.cuda.get_device_name(device)})"
-    threads = torch.get_num_threads()
-    return f"{device} ({threads} thread{'s' if threads > 1 else ''})"

@@ -281,18 +281,48 @@ def open_index(paths: Sequence[str], work_dir: Path, options: ReadOptions) -> Fa
     only the caller can know whether there is anything new in it. A pipe never does.
     """
     try:
-        metadata = json.loads((work_dir / _METADATA).read_text(encoding="ascii"))
+        metadata = _read_metadata(work_dir)
         if (
-            metadata["format_version"] != _FORMAT_VERSION
-            or metadata["options"] != asdict(options)
+            metadata["options"] != asdict(options)
             or [entry["given"] for entry in metadata["inputs"]] != list(paths)
-            or any((work_dir / name).stat().st_size != size for name, size in metadata["files"].items())
             or not all(map(_is_unchanged, metadata["inputs"]))
         ):
             return None
         return _restore(work_dir, metadata)
     except (OSError, ValueError, TypeError, KeyError):
         return None  # not there, or nothing that this version left
+
+
+def reopen_index(work_dir: Path) -> FastaIndex:
+    """The index in `work_dir`, whatever it was made from; it can be opened from any working directory.
+
+    Raises:
+        InputError: none can be read, or a file that sequences are read from is gone or has changed.
+    """
+    try:
+        metadata = _read_metadata(work_dir)
+        index = _restore(work_dir, metadata)
+    except (OSError, ValueError, TypeError, KeyError):
+        raise InputError(f"{work_dir}: there is no whole index of the inputs") from None
+    for entry in metadata["inputs"]:
+        path = Path(entry["absolute"])
+        if not entry["copy"] and (not path.exists() or list(size_and_mtime(path.stat())) != entry["stat"]):
+            raise InputError(f"{path}: gone, changed since the run was planned, or not to be seen from here")
+    return index
+
+
+def _read_metadata(work_dir: Path) -> dict[str, Any]:
+    """What `index.json` says.
+
+    Raises:
+        OSError, ValueError, TypeError, KeyError: it is not there, of another version, or not whole.
+    """
+    metadata: dict[str, Any] = json.loads((work_dir / _METADATA).read_text(encoding="ascii"))
+    if metadata["format_version"] != _FORMAT_VERSION:
+        raise ValueError("of another version")
+    if any((work_dir / name).stat().st_size != size for name, size in metadata["files"].items()):
+        raise ValueError("cut short")
+    return metadata
 
 
 def _is_unchanged(entry: dict[str, Any]) -> bool:

@@ -5,8 +5,8 @@
     writer thread   writes finished shards
 
 The queues between them are short, so memory stays bounded; whichever stage is slowest, the others wait for
-it, and the time each spends at work tells which one it was. The device is waited for once per pack, for a
-result that is one pack old, while it computes the next.
+it, and the time each spends at work tells which one it was. On a GPU packs and results travel on streams of
+their own; the device is waited for once per pack, for a result one pack old, while it computes the next.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -26,8 +26,15 @@ import numpy.typing as npt
 import torch
 
 from esm_packed.model import ESM2
-from esm_packed.packing import SPECIAL_TOKENS, PackedBatch, pack, plan_packs
-from esm_packed.runners.store import STATUS_COMPUTED, STATUS_FAILED, STATUS_RECOMPUTED, Shard
+from esm_packed.packing import SPECIAL_TOKENS, PackedBatch, pack
+from esm_packed.padding import LAYOUTS, Layout
+from esm_packed.runners.store import (
+    STATUS_COMPUTED,
+    STATUS_FAILED,
+    STATUS_RECOMPUTED,
+    Comparison,
+    Shard,
+)
 
 PACKS_AHEAD = 4
 SHARDS_AHEAD = 2
@@ -38,15 +45,22 @@ TokenIds = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class ShardInput:
-    """What a shard computes: the residues of each of its records."""
+    """What a shard computes.
+
+    Args:
+        number: of the shard.
+        token_ids: the residues of each of its records.
+        compared: records, as places in `token_ids`, that are also computed in FP32 on their own.
+    """
 
     number: int
     token_ids: Sequence[TokenIds]
+    compared: Sequence[int] = ()
 
 
 @dataclass
 class StageTimes:
-    """Seconds each stage was at work, and tokens computed."""
+    """Seconds each stage was at work, and what went through."""
 
     reading: float = 0.0
     copying: float = 0.0
@@ -56,7 +70,13 @@ class StageTimes:
     tokens: int = 0
     residues: int = 0
     sequences: int = 0
-    pack_tokens: list[int] = field(default_factory=list)
+    packs: int = 0
+    overlong_packs: int = 0
+    """Packs of one sequence that is longer than the budget."""
+    tokens_in_budget: int = 0
+    """Tokens of sequences in the other packs, padding not counted."""
+    packs_queued: int = 0
+    """Packs that were ready when one was taken, summed over packs: near zero, the device waited for packs."""
     num_halved: int = 0
 
     def add(self, other: StageTimes) -> None:
@@ -64,12 +84,44 @@ class StageTimes:
         for name, value in vars(other).items():
             setattr(self, name, getattr(self, name) + value)
 
-    def describe(self) -> str:
-        """Shares of the wall time, and which stage was at work for the longest."""
-        stages = ("reading", "copying", "computing", "writing")
-        wall = max(self.wall, 1e-9)
-        shares = ", ".join(f"{stage} {getattr(self, stage) / wall:.0%}" for stage in stages)
-        return f"{shares} of the time; {max(stages, key=lambda stage: getattr(self, stage))} was the slowest"
+    def packing_efficiency(self, token_budget: int) -> float:
+        """Tokens over (packs x budget) without overlong packs; 1 if there is no other."""
+        packs = self.packs - self.overlong_packs
+        return self.tokens_in_budget / (packs * token_budget) if packs else 1.0
+
+    @property
+    def busy(self) -> float:
+        """Share of the wall time in which the device computed."""
+        return self.computing / self.wall if self.wall else 0.0
+
+    @property
+    def bottleneck(self) -> str:
+        """The stage that was at work for the longest."""
+        return max(STAGES, key=lambda stage: float(getattr(self, stage)))
+
+
+STAGES = ("reading", "copying", "computing", "writing")
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A pipeline at one moment.
+
+    Args:
+        times: so far.
+        shard: being computed; None between shards.
+        packs_waiting: laid out and ready.
+        shards_waiting: computed and not yet written.
+        memory_bytes: allocated on the device, None where it does not say.
+        utilization: of the device in percent, None where it does not say.
+    """
+
+    times: StageTimes
+    shard: int | None
+    packs_waiting: int
+    shards_waiting: int
+    memory_bytes: int | None
+    utilization: int | None
 
 
 class _Done:
@@ -88,6 +140,7 @@ class _Progress:
     status: npt.NDArray[np.uint8]
     packs_left: int
     reasons: dict[int, str] = field(default_factory=dict)
+    comparisons: dict[int, Comparison] = field(default_factory=dict)
 
 
 @dataclass
@@ -102,7 +155,24 @@ class _InFlight:
     pack: _Pack
     rows: dict[int, torch.Tensor]
     events: tuple[torch.cuda.Event, ...] = ()
-    """Before and after computing, and after the copies back."""
+    """Before and after copying to the device, computing, and copying back."""
+
+
+@dataclass(frozen=True)
+class _Streams:
+    """Of a GPU: packs go there, and results come back, while others are computed."""
+
+    to_device: torch.cuda.Stream
+    compute: torch.cuda.Stream
+    to_host: torch.cuda.Stream
+
+    @classmethod
+    def of(cls, device: torch.device) -> _Streams:
+        to_device, to_host = (
+            torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            for _ in range(2)
+        )
+        return cls(to_device, torch.cuda.current_stream(device), to_host)
 
 
 class Pipeline:
@@ -113,9 +183,10 @@ class Pipeline:
         layers: to keep.
         store_dtype: of the embeddings, "float32" or "float16".
         token_budget: tokens in a pack.
-        in_fp32: loads the model in FP32 for sequences whose embedding is not finite; called at most once.
-            None where the model computes in FP32 or better already.
-        on_residues: told of residues as they are computed.
+        in_fp32: loads the model in FP32, for sequences whose embedding is not finite and for those that are
+            compared; called at most once. None where the model computes in FP32 or better already.
+        on_pack: told of residues as a pack of them is done.
+        layout: packed, or padded to compare with.
     """
 
     def __init__(
@@ -125,7 +196,8 @@ class Pipeline:
         store_dtype: str,
         token_budget: int,
         in_fp32: Callable[[], ESM2] | None = None,
-        on_residues: Callable[[int], None] = lambda count: None,
+        on_pack: Callable[[int], None] = lambda residues: None,
+        layout: Layout = LAYOUTS["packed"],
     ) -> None:
         self.model = model
         self.layers = list(layers)
@@ -134,8 +206,14 @@ class Pipeline:
         self.times = StageTimes()
         self._load_fp32 = in_fp32
         self._fp32_model: ESM2 | None = None
-        self._on_residues = on_residues
+        self._on_pack = on_pack
+        self._layout = layout
+        self._streams = _Streams.of(model.device) if model.device.type == "cuda" else None
         self._stopping = threading.Event()
+        self._packs: queue.Queue[_Pack | _Progress | _Done] = queue.Queue(PACKS_AHEAD)
+        self._finished: queue.Queue[tuple[int, Shard] | _Done] = queue.Queue(SHARDS_AHEAD)
+        self._began: float | None = None
+        self._shard: int | None = None
 
     def run(self, shards: Iterable[ShardInput], write: Callable[[int, Shard], None]) -> None:
         """Compute `shards` in their order.
@@ -147,9 +225,9 @@ class Pipeline:
         Raises:
             Exception: whatever `shards` or `write` raised; shards not yet handed to `write` are dropped.
         """
-        begin = time.monotonic()
-        packs: queue.Queue[_Pack | _Progress | _Done] = queue.Queue(PACKS_AHEAD)
-        finished: queue.Queue[tuple[int, Shard] | _Done] = queue.Queue(SHARDS_AHEAD)
+        self._began = time.monotonic()
+        packs = self._packs = queue.Queue(PACKS_AHEAD)
+        finished = self._finished = queue.Queue(SHARDS_AHEAD)
         failure: list[BaseException] = []
         self._stopping.clear()
         reader = threading.Thread(target=self._read, args=(shards, packs), name="reader", daemon=True)
@@ -167,9 +245,22 @@ class Pipeline:
                     packs.get(timeout=0.05)
             finished.put(_Done())
             writer.join()
-            self.times.wall += time.monotonic() - begin
+            self.times.wall += time.monotonic() - self._began
+            self._began = self._shard = None
         if failure:
             raise failure[0]
+
+    def snapshot(self) -> Snapshot:
+        """Where the work is; may be called from any thread."""
+        times = replace(self.times)
+        if (began := self._began) is not None:
+            times.wall += time.monotonic() - began
+        memory = utilization = None
+        if self._streams is not None:
+            memory = torch.cuda.memory_allocated(self.model.device)
+            with suppress(Exception):  # the library that knows is not always there, nor always right
+                utilization = torch.cuda.utilization(self.model.device)
+        return Snapshot(times, self._shard, self._packs.qsize(), self._finished.qsize(), memory, utilization)
 
     def _read(self, shards: Iterable[ShardInput], packs: queue.Queue[_Pack | _Progress | _Done]) -> None:
         try:
@@ -186,7 +277,7 @@ class Pipeline:
         begin = time.monotonic()
         for shard in shards:
             lengths = np.fromiter(map(len, shard.token_ids), np.int64, len(shard.token_ids))
-            members_of = plan_packs(lengths + SPECIAL_TOKENS, self.token_budget)
+            members_of = self._layout.plan(lengths + SPECIAL_TOKENS, self.token_budget)
             shape = (len(lengths), self.model.config.hidden_size)
             progress = _Progress(
                 shard,
@@ -204,7 +295,7 @@ class Pipeline:
         self.times.reading += time.monotonic() - begin
 
     def _lay_out(self, shard: ShardInput, members: npt.NDArray[np.int64]) -> PackedBatch:
-        batch = pack([shard.token_ids[member] for member in members.tolist()])
+        batch = self._layout.lay_out([shard.token_ids[member] for member in members.tolist()])
         if self.model.device.type != "cuda":
             return batch
         return PackedBatch(batch.input_ids.pin_memory(), batch.cu_seqlens.pin_memory(), batch.max_seqlen)
@@ -223,6 +314,7 @@ class Pipeline:
                 finished.put((progress.shard.number, self._finish(progress)))
 
         while not failure:
+            self.times.packs_queued += packs.qsize()
             item = packs.get()
             if isinstance(item, _Done):
                 if item.error is not None:
@@ -233,6 +325,7 @@ class Pipeline:
                     take_back()
                 finished.put((item.shard.number, self._finish(item)))
                 continue
+            self._shard = item.progress.shard.number
             for part in self._parts_that_fit(item, in_flight, take_back):
                 in_flight.append(part)
                 while len(in_flight) >= PACKS_IN_FLIGHT:
@@ -274,47 +367,63 @@ class Pipeline:
             yield from self._parts_that_fit(part, in_flight, take_back)
 
     def _launch(self, item: _Pack) -> _InFlight:
-        begin = time.monotonic()
-        device = self.model.device
-        batch = item.batch.to(device, non_blocking=True)
-        copied = time.monotonic()
-        if device.type != "cuda":
-            rows = self.model.embed_packed(batch, self.layers)
-            self.times.copying += copied - begin
-            self.times.computing += time.monotonic() - copied
+        if self._streams is None:
+            begin = time.monotonic()
+            rows = self._layout.embed(self.model, item.batch, self.layers)
+            self.times.computing += time.monotonic() - begin
             return _InFlight(item, rows)
-        stream = torch.cuda.current_stream(device)
-        start, end, copied_back = (
+        streams = self._streams
+        events = tuple(
             torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-            for _ in range(3)
+            for _ in range(6)
         )
-        start.record(stream)
-        on_device = self.model.embed_packed(batch, self.layers)
-        end.record(stream)
-        rows = {layer: values.to("cpu", non_blocking=True) for layer, values in on_device.items()}
-        copied_back.record(stream)
-        return _InFlight(item, rows, (start, end, copied_back))
+        going, gone, start, end, returning, returned = events
+        with torch.cuda.stream(streams.to_device):
+            going.record()
+            batch = item.batch.to(self.model.device, non_blocking=True)
+            gone.record()
+        streams.compute.wait_event(gone)
+        for tensor in (batch.input_ids, batch.cu_seqlens):
+            tensor.record_stream(streams.compute)
+        start.record(streams.compute)
+        on_device = self._layout.embed(self.model, batch, self.layers)
+        end.record(streams.compute)
+        streams.to_host.wait_event(end)
+        with torch.cuda.stream(streams.to_host):
+            returning.record()
+            rows = {layer: values.to("cpu", non_blocking=True) for layer, values in on_device.items()}
+            returned.record()
+        for values in on_device.values():
+            values.record_stream(streams.to_host)
+        return _InFlight(item, rows, events)
 
     def _take_back(self, done: _InFlight) -> _Progress | None:
         """Put the rows of a pack into its shard; the shard if it is complete with that."""
         item, progress = done.pack, done.pack.progress
         if done.events:
-            start, end, copied_back = done.events
-            copied_back.synchronize()
+            going, gone, start, end, returning, returned = done.events
+            returned.synchronize()
             self.times.computing += start.elapsed_time(end) / 1000
+            self.times.copying += (going.elapsed_time(gone) + returning.elapsed_time(returned)) / 1000
         begin = time.monotonic()
         for layer, rows in done.rows.items():
             with np.errstate(over="ignore"):  # too large for FP16 becomes Inf, which is looked for below
                 progress.rows[layer][item.members] = rows.numpy()
+        self.times.copying += time.monotonic() - begin
         self._check_finite(item)
-        residues = item.batch.total_tokens - SPECIAL_TOKENS * len(item.members)
+        self._compare(item)
+        residues = sum(len(progress.shard.token_ids[member]) for member in item.members.tolist())
         if done.rows:
-            self.times.tokens += item.batch.total_tokens
+            tokens = residues + SPECIAL_TOKENS * len(item.members)
+            self.times.tokens += tokens
             self.times.residues += residues
             self.times.sequences += len(item.members)
-            self.times.pack_tokens.append(item.batch.total_tokens)
-        self.times.copying += time.monotonic() - begin
-        self._on_residues(residues)
+            self.times.packs += 1
+            if item.batch.total_tokens > self.token_budget:
+                self.times.overlong_packs += 1
+            else:
+                self.times.tokens_in_budget += tokens
+        self._on_pack(residues)
         progress.packs_left -= 1
         return progress if progress.packs_left == 0 else None
 
@@ -326,29 +435,58 @@ class Pipeline:
             reason = (
                 f"the embedding is not finite (dtype {self.model.precision}, stored as {self.store_dtype})"
             )
-            model = self._in_fp32()
-            if model is not None:
-                alone = pack([progress.shard.token_ids[member]]).to(model.device)
-                for layer, rows in model.embed_packed(alone, self.layers).items():
-                    with np.errstate(over="ignore"):
-                        progress.rows[layer][member] = rows[0].cpu().numpy()
-                if self._finite(progress, np.array([member]))[0]:
-                    progress.status[member] = STATUS_RECOMPUTED
-                    progress.reasons[member] = f"{reason}; recomputed in fp32"
-                    continue
-                reason += ", nor is that in fp32"
+            if self._load_fp32 is not None:
+                try:
+                    alone = self._alone_in_fp32(progress, member)
+                except RuntimeError as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    reason += ", and there is no memory to compute it in fp32"
+                else:
+                    for layer, row in alone.items():
+                        with np.errstate(over="ignore"):
+                            progress.rows[layer][member] = row
+                    if self._finite(progress, np.array([member]))[0]:
+                        progress.status[member] = STATUS_RECOMPUTED
+                        progress.reasons[member] = f"{reason}; recomputed in fp32"
+                        continue
+                    reason += ", nor is that in fp32"
             self._fail_row(progress, member, reason)
+
+    def _compare(self, item: _Pack) -> None:
+        """Hold sampled rows against the same sequences in FP32, each on its own."""
+        progress = item.progress
+        for member in progress.shard.compared:
+            if member not in item.members or progress.status[member] != STATUS_COMPUTED:
+                continue
+            try:
+                truth = self._alone_in_fp32(progress, member)[self.layers[-1]].astype(np.float64)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                continue  # a row less to compare
+            row = progress.rows[self.layers[-1]][member].astype(np.float64)
+            norms = float(np.linalg.norm(row)), float(np.linalg.norm(truth))
+            progress.comparisons[member] = Comparison(
+                cosine=float(row @ truth) / (norms[0] * norms[1]),
+                max_error=float(np.abs(row - truth).max()),
+                relative_error=float(np.linalg.norm(row - truth)) / norms[1],
+            )
+
+    def _alone_in_fp32(self, progress: _Progress, member: int) -> dict[int, npt.NDArray[np.float32]]:
+        """Embeddings by layer of one sequence in a pack of its own, in FP32 or what is better."""
+        if self._fp32_model is None:
+            self._fp32_model = self._load_fp32() if self._load_fp32 is not None else self.model
+        model = self._fp32_model
+        alone = pack([progress.shard.token_ids[member]]).to(model.device)
+        rows_by_layer = model.embed_packed(alone, self.layers)
+        return {layer: rows[0].cpu().numpy() for layer, rows in rows_by_layer.items()}
 
     def _finite(self, progress: _Progress, members: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
         finite = np.ones(len(members), dtype=np.bool_)
         for rows in progress.rows.values():
             finite &= np.isfinite(rows[members]).all(axis=1)
         return finite
-
-    def _in_fp32(self) -> ESM2 | None:
-        if self._fp32_model is None and self._load_fp32 is not None:
-            self._fp32_model = self._load_fp32()
-        return self._fp32_model
 
     def _fail_row(self, progress: _Progress, member: int, reason: str) -> None:
         progress.status[member] = STATUS_FAILED
@@ -357,7 +495,7 @@ class Pipeline:
             rows[member] = math.nan
 
     def _finish(self, progress: _Progress) -> Shard:
-        return Shard(progress.status, progress.rows, progress.reasons)
+        return Shard(progress.status, progress.rows, progress.reasons, progress.comparisons)
 
     def _write(
         self,

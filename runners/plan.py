@@ -39,11 +39,30 @@ class Plan:
         identity: what makes two runs the same one.
         input_names: the inputs as the user named them.
         starts: first record of each shard, and the number of records at the end.
+        model_name: for people; `model_sha256` in the identity says which model it is.
+        hidden_size: columns of the embeddings.
     """
 
     identity: Mapping[str, Any]
     input_names: tuple[str, ...]
     starts: tuple[int, ...]
+    model_name: str = ""
+    hidden_size: int = 0
+
+    @property
+    def layers(self) -> list[int]:
+        """Layers kept; the last one is `embeddings`."""
+        return list(self.identity["layers"])
+
+    @property
+    def token_budget(self) -> int:
+        """Tokens in a pack."""
+        return int(self.identity["token_budget"])
+
+    @property
+    def max_length(self) -> int:
+        """Residues kept of a sequence; 0 keeps all."""
+        return int(self.identity["max_length"])
 
     @property
     def hash(self) -> str:
@@ -67,6 +86,8 @@ class Plan:
             "identity": self.identity,
             "input_names": list(self.input_names),
             "starts": list(self.starts),
+            "model_name": self.model_name,
+            "hidden_size": self.hidden_size,
         }
         content["sha256"] = plan_hash(content)
         with temporary.open("w") as file:
@@ -92,7 +113,13 @@ class Plan:
             raise PlanError(f"{path}: damaged; --overwrite starts anew")
         if content["format"] != PLAN_FORMAT:
             raise PlanError(f"{path}: made by another version of esm-packed; --overwrite starts anew")
-        return cls(content["identity"], tuple(content["input_names"]), tuple(content["starts"]))
+        return cls(
+            content["identity"],
+            tuple(content["input_names"]),
+            tuple(content["starts"]),
+            content["model_name"],
+            content["hidden_size"],
+        )
 
     def check_same(self, identity: Mapping[str, Any], where: Path) -> None:
         """See that a run of `identity` may continue this one.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Protocol
 
@@ -58,6 +58,30 @@ class Console:
             yield _LogLines(self, label, unit, total)
 
     @contextmanager
+    def lines(self, count: int) -> Iterator[Callable[[Sequence[str]], None]]:
+        """`count` lines below the progress that are told anew now and then, while the block runs."""
+        if self._quiet:
+            yield lambda texts: None
+        elif self._terminal:
+            with ExitStack() as stack:
+                bars = [
+                    stack.enter_context(
+                        tqdm(
+                            total=0, bar_format="{desc}", position=number + 1, leave=False, dynamic_ncols=True
+                        )
+                    )
+                    for number in range(count)
+                ]
+
+                def show(texts: Sequence[str]) -> None:
+                    for bar, text in zip(bars, texts, strict=False):
+                        bar.set_description_str(text)
+
+                yield show
+        else:
+            yield _LoggedLines(self)
+
+    @contextmanager
     def byte_steps(self) -> Iterator[Callable[[str, int, int | None], None]]:
         """Show steps that follow one another, each told as (what it is, bytes done, bytes in all)."""
         with ExitStack() as stack:
@@ -84,6 +108,18 @@ def _discard(value: object) -> None:
     pass
 
 
+class _LoggedLines:
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._last = time.monotonic()
+
+    def __call__(self, texts: Sequence[str]) -> None:
+        if time.monotonic() - self._last >= LOG_INTERVAL_SECONDS:
+            self._last = time.monotonic()
+            for text in texts:
+                self._console.note(text)
+
+
 class _LogLines:
     def __init__(self, console: Console, label: str, unit: str, total: int | None) -> None:
         self._console, self._label, self._unit, self._total = console, label, unit, total
@@ -98,7 +134,7 @@ class _LogLines:
         self._last_line = now
         rate = self._done / (now - self._start)
         text = f"{self._label}: {self._done:,} {self._unit}, {rate:,.0f} {self._unit}/s"
-        if self._total and self._done:
+        if self._total and self._done > 0:
             text += f", {self._done / self._total:.1%}, {duration((self._total - self._done) / rate)} left"
         self._console.note(text)
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 
+from esm_packed.runners.claims import describe_holder, holder_of
 from esm_packed.runners.plan import Plan, PlanError
-from esm_packed.runners.rundir import RunDirectory, holder_of
+from esm_packed.runners.rundir import RunDirectory
 from esm_packed.runners.store import EmbeddingReader, StoreError
 
 
@@ -30,7 +31,7 @@ def _describe_unfinished(directory: RunDirectory) -> list[str]:
     try:
         plan = Plan.read(directory.plan_path)
     except FileNotFoundError:
-        return [f"{directory.path}: no plan yet, the input is being read", _worker(directory)]
+        return [f"{directory.path}: no plan yet, the input is being read", *_workers(directory)]
     finished = directory.finished(plan.num_shards)
     records = sum(stop - start for start, stop in map(plan.records, finished))
     lines = [
@@ -42,17 +43,20 @@ def _describe_unfinished(directory: RunDirectory) -> list[str]:
         per_minute = 60 * (len(times) - 1) / (times[-1] - times[0])
         silent = time.time() - times[-1]
         lines.append(f"{per_minute:.1f} shards a minute so far, the last one {silent:,.0f} s ago")
-    return [*lines, _worker(directory)]
+    return [*lines, *_workers(directory)]
 
 
-def _worker(directory: RunDirectory) -> str:
-    path = directory.claim().path
-    holder = holder_of(path)
-    try:
-        silent = time.time() - path.stat().st_mtime
-    except FileNotFoundError:
-        return "nobody is at work on it; the command that began it continues it"
-    return (
-        f"process {holder.get('pid', '?')} on {holder.get('host', '?')} works on it since "
-        f"{holder.get('since', '?')}, last sign of life {silent:,.0f} s ago"
-    )
+def _workers(directory: RunDirectory) -> list[str]:
+    """Who is at work: one process on all of it, or several on slices."""
+    claims = {f"slice {part}": path for part, path in directory.live_slices().items()}
+    claims["the run"] = directory.claim().path
+    lines = []
+    for name, path in claims.items():
+        try:
+            silent = time.time() - path.stat().st_mtime
+        except FileNotFoundError:
+            continue
+        lines.append(
+            f"{name}: {describe_holder(holder_of(path))}, last sign of life {max(0.0, silent):,.0f} s ago"
+        )
+    return lines or ["nobody is at work on it; the command that began it continues it"]

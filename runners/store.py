@@ -11,7 +11,7 @@ import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, NamedTuple
@@ -31,6 +31,9 @@ STATUS_FAILED = 2
 _CHUNK_BYTES = 1 << 18
 _TEXT = h5py.string_dtype()
 _PROBLEM = np.dtype([("sequence_id", _TEXT), ("file", _TEXT), ("line", np.int64), ("reason", _TEXT)])
+_COMPARISON = np.dtype(
+    [("sequence_id", _TEXT), ("cosine", "f8"), ("max_error", "f8"), ("relative_error", "f8")]
+)
 
 
 class StoredProblem(NamedTuple):
@@ -40,6 +43,27 @@ class StoredProblem(NamedTuple):
     file: str
     line: int
     reason: str
+
+
+class Comparison(NamedTuple):
+    """How far a mean embedding is from the same in FP32.
+
+    Args:
+        cosine: similarity of the two.
+        max_error: largest difference of a component.
+        relative_error: L2 norm of the difference over that of the FP32 embedding.
+    """
+
+    cosine: float
+    max_error: float
+    relative_error: float
+
+
+class StoredComparison(NamedTuple):
+    """A sampled sequence and how its embedding compares with FP32."""
+
+    sequence_id: str
+    comparison: Comparison
 
 
 class StoreError(ValueError):
@@ -207,11 +231,15 @@ class Shard:
         status: (n,) uint8, STATUS values.
         embeddings: layer to (n, hidden_size).
         reasons: row to why it failed or was recomputed.
+        comparisons: sampled row to how it compares with FP32.
+        made_by: the device, attention backend and versions that computed it.
     """
 
     status: npt.NDArray[np.uint8]
     embeddings: Mapping[int, npt.NDArray[np.floating[Any]]]
     reasons: Mapping[int, str]
+    comparisons: Mapping[int, Comparison] = field(default_factory=dict)
+    made_by: Mapping[str, str] = field(default_factory=dict)
 
 
 def write_shard(path: Path, shard: Shard, number: int, plan: str) -> None:
@@ -233,7 +261,8 @@ def write_shard(path: Path, shard: Shard, number: int, plan: str) -> None:
             file.create_dataset("status", data=shard.status)
             for layer, rows in shard.embeddings.items():
                 file.create_dataset(f"mean/{layer}", data=rows)
-            file.create_dataset("reasons", data=json.dumps(dict(shard.reasons)), dtype=_TEXT)
+            for name in ("reasons", "comparisons", "made_by"):
+                file.create_dataset(name, data=json.dumps(dict(getattr(shard, name))), dtype=_TEXT)
         # HDF5 does not mind what stands behind its own end of a file.
         with temporary.open("r+b") as raw:
             digest = hashlib.file_digest(raw, "sha256").digest()
@@ -260,10 +289,13 @@ def read_shard(path: Path, number: int, plan: str) -> Shard:
         attributes = dict(file.attrs)
         if attributes != {"format": SHARD_FORMAT, "plan_hash": plan, "shard": number}:
             raise StoreError(f"{path}: another shard, or another run's")
+        notes = {name: json.loads(file[name].asstr()[()]) for name in ("reasons", "comparisons", "made_by")}
         return Shard(
             status=file["status"][:],
             embeddings={int(layer): rows[:] for layer, rows in file["mean"].items()},
-            reasons={int(row): text for row, text in json.loads(file["reasons"].asstr()[()]).items()},
+            reasons={int(row): text for row, text in notes["reasons"].items()},
+            comparisons={int(row): Comparison(*values) for row, values in notes["comparisons"].items()},
+            made_by=notes["made_by"],
         )
 
 
@@ -327,9 +359,7 @@ class EmbeddingWriter:
             layer: self._create(_dataset_of(layer, layers), num_sequences, (hidden_size,), store_dtype)
             for layer in layers
         }
-        self._problems = self._file.create_dataset(
-            "problems", (0,), _PROBLEM, maxshape=(None,), chunks=(1024,)
-        )
+        self._append("problems", _PROBLEM, ())
         self._file.attrs["format"] = FORMAT
         self._file.attrs["format_version"] = FORMAT_VERSION
         self._file.attrs["layers"] = np.array(layers, dtype=np.int32)
@@ -384,16 +414,27 @@ class EmbeddingWriter:
 
     def write_problems(self, problems: Sequence[StoredProblem]) -> None:
         """Append records that are left out or failed."""
-        if not problems:
-            return
-        records = np.array(
+        self._append(
+            "problems",
+            _PROBLEM,
             [(_utf8(each.sequence_id), _utf8(each.file), each.line, _utf8(each.reason)) for each in problems],
-            dtype=_PROBLEM,
         )
+
+    def write_comparisons(self, comparisons: Sequence[StoredComparison]) -> None:
+        """Append sampled sequences and how they compare with FP32."""
+        if comparisons:
+            records = [(_utf8(each.sequence_id), *each.comparison) for each in comparisons]
+            self._append("fp32_compare", _COMPARISON, records)
+
+    def _append(self, name: str, dtype: np.dtype[Any], records: Sequence[tuple[Any, ...]]) -> None:
         with self._hdf5():
-            written = len(self._problems)
-            self._problems.resize(written + len(records), axis=0)
-            self._problems[written:] = records
+            if name not in self._file:
+                self._file.create_dataset(name, (0,), dtype, maxshape=(None,), chunks=(1024,))
+            if records:
+                dataset = self._file[name]
+                written = len(dataset)
+                dataset.resize(written + len(records), axis=0)
+                dataset[written:] = np.array(records, dtype=dtype)
 
     def write_plan(self, identity: Mapping[str, Any], input_names: Sequence[str]) -> None:
         """Keep what defines a run: its hash in an attribute, the whole as JSON (attributes end at 64 KB)."""
@@ -537,6 +578,15 @@ class EmbeddingReader:
         return [
             StoredProblem(sequence_id.decode(), file.decode(), int(line), reason.decode())
             for sequence_id, file, line, reason in self._file["problems"][:].tolist()
+        ]
+
+    def comparisons(self) -> list[StoredComparison]:
+        """Sampled sequences and how they compare with FP32."""
+        if "fp32_compare" not in self._file:
+            return []
+        return [
+            StoredComparison(sequence_id.decode(), Comparison(*values))
+            for sequence_id, *values in self._file["fp32_compare"][:].tolist()
         ]
 
     def close(self) -> None:

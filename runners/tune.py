@@ -27,8 +27,8 @@ from esm_packed.config import ESM2_MODELS
 from esm_packed.kernels import launch
 from esm_packed.kernels.launch import Settings
 from esm_packed.numerics import PRECISIONS, matmul_precision, resolve_device
-from esm_packed.runners.embed import UsageError
 from esm_packed.runners.progress import Console, duration
+from esm_packed.runners.request import UsageError
 from esm_packed.runners.tuning_problems import Problem, problems
 from esm_packed.version import __version__
 

@@ -86,7 +86,7 @@ def test_devices_that_cannot_serve_are_refused(device: str) -> None:
 
 @pytest.mark.parametrize("layer", [6, -7])
 def test_layers_that_do_not_exist_are_refused(demo: ESM2, layer: int) -> None:
-    with pytest.raises(ValueError, match=f"layer {layer} does not exist: demo has layers 0 to 5"):
+    with pytest.raises(ValueError, match=f"layer {layer} does not exist: the model has layers 0 to 5"):
         demo.embed(["MK"], layer=layer)
 
 

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from esm_packed.config import ESM2Config
-from esm_packed.packing import SPECIAL_TOKENS, PackedBatch
+from esm_packed.packing import SPECIAL_TOKENS, PackedBatch, packing_efficiency, plan_packs
 from esm_packed.runners import pipeline as pipeline_module
 from esm_packed.runners.pipeline import PACKS_AHEAD, PACKS_IN_FLIGHT, SHARDS_AHEAD, Pipeline, ShardInput
 from esm_packed.runners.store import STATUS_COMPUTED, STATUS_FAILED, STATUS_RECOMPUTED, Shard
@@ -112,7 +112,14 @@ def test_every_shard_is_written_once_in_order(
     total = sum(map(sum, lengths))
     assert pipeline.times.residues == total
     assert pipeline.times.sequences == sum(map(len, lengths))
-    assert sum(pipeline.times.pack_tokens) == total + SPECIAL_TOKENS * pipeline.times.sequences
+    assert pipeline.times.tokens == total + SPECIAL_TOKENS * pipeline.times.sequences
+    packs = [
+        int((np.array(each)[members] + SPECIAL_TOKENS).sum())
+        for each in lengths
+        for members in plan_packs(np.array(each) + SPECIAL_TOKENS, budget)
+    ]
+    assert pipeline.times.packs == len(packs)
+    assert pipeline.times.packing_efficiency(budget) == pytest.approx(packing_efficiency(packs, budget))
 
 
 @pytest.mark.parametrize("in_flight", [1, 2, 3, 50])
@@ -327,5 +334,5 @@ def test_only_what_is_not_finite_is_recomputed_and_the_model_loaded_once() -> No
 def test_progress_is_told_of_every_residue_once() -> None:
     told: list[int] = []
     shards = [shard_input(number, [10, 30, 20, 100]) for number in range(4)]
-    run_in_time(new_pipeline(Model(), on_residues=told.append), shards, lambda number, shard: None)
+    run_in_time(new_pipeline(Model(), on_pack=told.append), shards, lambda number, shard: None)
     assert sum(told) == 4 * 160

@@ -15,8 +15,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from esm_packed.runners import rundir
-from esm_packed.runners.rundir import STALE_SECONDS, Claim, ClaimedError, RunDirectory
+from esm_packed.runners import claims
+from esm_packed.runners.claims import STALE_SECONDS, Claim, ClaimedError
+from esm_packed.runners.rundir import RunDirectory
 from esm_packed.runners.store import Shard, StoreError, read_shard, write_shard
 
 
@@ -125,7 +126,7 @@ def test_a_claim_of_another_host_holds_while_it_is_refreshed(directory: RunDirec
 
 
 def test_a_claim_is_refreshed(directory: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rundir, "HEARTBEAT_SECONDS", 0.02)
+    monkeypatch.setattr(claims, "HEARTBEAT_SECONDS", 0.02)
     with directory.claim() as claim:
         os.utime(claim.path, (1.0, 1.0))
         deadline = time.monotonic() + 10
@@ -184,7 +185,7 @@ def test_of_many_that_race_for_a_claim_one_gets_it(directory: RunDirectory, stal
         race(count, act)
         assert len(got) == 1, f"attempt {attempt}: {len(got)} hold the claim"
         claims[got[0]].release()
-    assert names_in(directory.path) == ["index", "shards"]
+    assert names_in(directory.path) == ["index", "logs", "shards", "slices"]
 
 
 def test_who_saw_a_stale_claim_long_ago_takes_nothing(

@@ -1,0 +1,148 @@
+"""The shards of a run put together to its output."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from esm_packed.padding import LAYOUTS
+from esm_packed.runners.plan import Plan
+from esm_packed.runners.progress import Advance, Console
+from esm_packed.runners.request import STORE_DTYPES
+from esm_packed.runners.shards import Run
+from esm_packed.runners.store import (
+    STATUS_COMPUTED,
+    EmbeddingWriter,
+    Shard,
+    StoredComparison,
+    StoredProblem,
+    whole_or_nothing,
+)
+
+
+class DamagedShardError(RuntimeError):
+    """A shard is not there or not what was written; its file has been removed.
+
+    Args:
+        shard: its number.
+    """
+
+    def __init__(self, shard: int) -> None:
+        super().__init__(f"shard {shard} is missing or damaged")
+        self.shard = shard
+
+
+def merge_run(run: Run, console: Console, *, overwrite: bool) -> None:
+    """Make the output of a run, all of whose shards are finished.
+
+    Raises:
+        DamagedShardError: one of them turns out not to be; there is no output then.
+        StoreError: the output exists by now and may not be replaced.
+        OSError: the disk is full or fails.
+    """
+    plan, index, output = run.plan, run.index, run.directory.output
+    store_dtype = STORE_DTYPES[plan.identity["store_dtype"]]
+    total = index.num_records * plan.hidden_size * len(plan.layers) * np.dtype(store_dtype).itemsize
+    made_by: list[Mapping[str, str]] = []
+
+    def read(number: int) -> Shard:
+        shard = run.read(number)
+        if shard is None:
+            raise DamagedShardError(number)
+        if shard.made_by not in made_by:
+            made_by.append(shard.made_by)
+        return shard
+
+    with (
+        whole_or_nothing(output, overwrite=overwrite) as temporary,
+        EmbeddingWriter(
+            temporary,
+            num_sequences=index.num_records,
+            hidden_size=plan.hidden_size,
+            layers=plan.layers,
+            store_dtype=store_dtype,
+        ) as writer,
+        console.progress("merging", "B", total) as advance,
+    ):
+        writer.write_problems(
+            [StoredProblem(left.sequence_id, left.file, left.line, left.reason) for left in index.problems]
+        )
+        merge(run, read, writer, advance)
+        writer.write_plan(plan.identity, plan.input_names)
+        writer.write_attributes(_attributes(plan, made_by))
+
+
+def merge(run: Run, shards: Callable[[int], Shard], writer: EmbeddingWriter, advance: Advance) -> None:
+    """Append all shards in input order, rows of copied records from where they were computed.
+
+    Args:
+        run: whose shards they are.
+        shards: reads one.
+        writer: of the output.
+        advance: told of bytes of embeddings written.
+    """
+    reasons: dict[int, str] = {}
+    for number in range(run.plan.num_shards):
+        shard = shards(number)
+        start, stop = run.plan.records(number)
+        records = run.computed(number)
+        sources = np.array(run.index.first_same[start:stop])
+        status = np.empty(stop - start, np.uint8)
+        rows = {
+            layer: np.empty((stop - start, computed.shape[1]), computed.dtype)
+            for layer, computed in shard.embeddings.items()
+        }
+        here = sources >= start
+        place = np.searchsorted(records, sources[here])
+        earlier, which = np.unique(sources[~here], return_inverse=True)
+        status[here] = shard.status[place]
+        if len(earlier):
+            status[~here] = writer.status(earlier)[which]
+        for layer in run.plan.layers:
+            rows[layer][here] = shard.embeddings[layer][place]
+            if len(earlier):
+                rows[layer][~here] = writer.embeddings(layer, earlier)[which]
+        sequence_ids = run.index.sequence_ids(start, stop)
+        writer.write_rows(
+            start,
+            sequence_ids=sequence_ids,
+            lengths=np.array(run.index.lengths[start:stop]),
+            embedded_lengths=run.embedded_lengths(start, stop),
+            status=status,
+            embeddings=rows,
+        )
+        reasons.update((int(records[row]), reason) for row, reason in shard.reasons.items())
+        writer.write_problems(
+            [
+                StoredProblem(sequence_ids[row], "", 0, reasons[int(sources[row])])
+                for row in np.flatnonzero(status != STATUS_COMPUTED).tolist()
+            ]
+        )
+        writer.write_comparisons(
+            [
+                StoredComparison(sequence_ids[int(records[row]) - start], comparison)
+                for row, comparison in shard.comparisons.items()
+            ]
+        )
+        advance(sum(values.nbytes for values in rows.values()))
+
+
+def _attributes(plan: Plan, made_by: Sequence[Mapping[str, str]]) -> dict[str, str | int]:
+    """Root attributes; what differed between shards is listed."""
+    identity = plan.identity
+    packing = {"algorithm": LAYOUTS[identity["layout"]].algorithm, "token_budget": plan.token_budget}
+    made = {
+        name: "; ".join(sorted({str(each[name]) for each in made_by}))
+        for name in ("device", "attention_backend", "versions", "disabled")
+    }
+    return {
+        "model_name": plan.model_name,
+        "model_sha256": identity["model_sha256"],
+        "dtype": identity["dtype"],
+        "store_dtype": identity["store_dtype"],
+        "max_length": plan.max_length,
+        "packing": json.dumps(packing),
+        **made,
+    }

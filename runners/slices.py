@@ -1,0 +1,88 @@
+"""Static slices of a run: which shards a process computes, and on which of its node's devices."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+class SliceError(ValueError):
+    """`--shard` cannot be understood; the message says why and shows what can."""
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Part `index`, counted from 0, of `count` parts of a run."""
+
+    index: int
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.index}/{self.count}"
+
+    def shards(self, num_shards: int) -> range:
+        """Numbers of the shards in this part: every `count`-th one."""
+        return range(self.index, num_shards, self.count)
+
+
+def parse_slice(text: str, environment: Mapping[str, str]) -> Slice:
+    """Read `INDEX/COUNT`, or take both from what started the process when `text` is `auto`.
+
+    `auto` knows torchrun (RANK, WORLD_SIZE), Slurm tasks (SLURM_PROCID, SLURM_NTASKS) and Slurm arrays that
+    begin at 0 and count by 1 (SLURM_ARRAY_TASK_ID and its kin), in this order.
+
+    Raises:
+        SliceError: `text` is neither, or the environment does not say.
+    """
+    if text != "auto":
+        found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+        if not found or int(found[1]) >= int(found[2]):
+            raise SliceError(
+                f"--shard {text!r} is neither auto nor INDEX/COUNT with INDEX from 0 to COUNT - 1"
+            )
+        return Slice(int(found[1]), int(found[2]))
+    for index, count in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
+        if index in environment and count in environment:
+            part = Slice(_number(environment, index), _number(environment, count))
+            # a single task is no slice: in a Slurm array every job step is one
+            if part.count > 1 or index == "RANK":
+                return part
+    if "SLURM_ARRAY_TASK_ID" in environment:
+        return _array_slice(environment)
+    raise SliceError(
+        "--shard auto: neither torchrun nor Slurm started this process with several tasks; say --shard "
+        "INDEX/COUNT, such as --shard 0/8"
+    )
+
+
+def _array_slice(environment: Mapping[str, str]) -> Slice:
+    task, least, most, step, count = (
+        _number(environment, f"SLURM_ARRAY_TASK_{name}") for name in ("ID", "MIN", "MAX", "STEP", "COUNT")
+    )
+    if least != 0 or step != 1 or most != count - 1:
+        raise SliceError(
+            f"--shard auto: this Slurm array goes from {least} to {most} by {step} in {count} tasks; submit "
+            "it as --array=0-7, or say --shard INDEX/COUNT, such as --shard $SLURM_ARRAY_TASK_ID/8"
+        )
+    return Slice(task, count)
+
+
+def local_device_number(environment: Mapping[str, str], num_devices: int) -> int:
+    """Which of the devices that a process sees is its own, by its number on its node.
+
+    Args:
+        environment: of the process; LOCAL_RANK (torchrun) or SLURM_LOCALID are looked for.
+        num_devices: how many it sees; a process that sees one has been given its own.
+    """
+    for name in ("LOCAL_RANK", "SLURM_LOCALID"):
+        if name in environment:
+            return _number(environment, name) % max(1, num_devices)
+    return 0
+
+
+def _number(environment: Mapping[str, str], name: str) -> int:
+    text = environment.get(name, "")
+    if not re.fullmatch(r"\d{1,9}", text):
+        raise SliceError(f"--shard auto: {name} is {text!r}, not a number; say --shard INDEX/COUNT")
+    return int(text)

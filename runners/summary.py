@@ -1,0 +1,143 @@
+"""What a run did, in the lines that are printed at its end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from esm_packed.runners.pipeline import STAGES, StageTimes
+from esm_packed.runners.progress import byte_size, duration
+from esm_packed.runners.store import (
+    STATUS_FAILED,
+    STATUS_RECOMPUTED,
+    Comparison,
+    EmbeddingReader,
+)
+
+JUDGED_PACKS = 20
+"""Of fewer packs the last ones, which are not full, decide the efficiency."""
+
+JUDGED_SECONDS = 10.0
+
+
+@dataclass
+class Summary:
+    """What a run did; `already_complete` when the output was there and nothing had to be done."""
+
+    output: Path
+    model_name: str
+    model_sha256: str
+    dtype: str
+    device: str
+    token_budget: int
+    num_sequences: int
+    num_residues: int
+    num_replaced: int
+    num_duplicates: int
+    num_left_out: int
+    num_identical: int
+    attention: str = ""
+    num_truncated: int = 0
+    num_recomputed: int = 0
+    num_failed: int = 0
+    comparisons: list[Comparison] = field(default_factory=list)
+    num_to_compare: int = 0
+    stages: StageTimes = field(default_factory=StageTimes)
+    seconds: float = 0.0
+    embedding_seconds: float = 0.0
+    merging_seconds: float = 0.0
+    already_complete: bool = False
+    part: str = ""
+    missing_shards: int = 0
+    """Shards of other slices that are not there yet, so that there is no output."""
+
+    @property
+    def packing_efficiency(self) -> float:
+        """Tokens over (packs x budget), without the packs of one sequence longer than the budget."""
+        return self.stages.packing_efficiency(self.token_budget)
+
+    def read_output(self) -> None:
+        """Take from the output what only it knows, work of earlier processes included."""
+        with EmbeddingReader(self.output) as reader:
+            status = reader.column("status")
+            self.num_failed = int(np.count_nonzero(status == STATUS_FAILED))
+            self.num_recomputed = int(np.count_nonzero(status == STATUS_RECOMPUTED))
+            self.num_truncated = int(np.count_nonzero(reader.column("truncated")))
+            self.comparisons = [each.comparison for each in reader.comparisons()]
+            self.attention = reader.attributes.get("attention_backend", "")
+
+    def warnings(self) -> list[str]:
+        """What in the run deserves a look."""
+        found = []
+        efficiency = self.packing_efficiency
+        if self.stages.packs >= JUDGED_PACKS and efficiency < 0.85:
+            level = "error" if efficiency < 0.8 else "warning"
+            found.append(
+                f"packing {level}: packs are only {efficiency:.0%} full; a --token-budget well above the "
+                "longest sequence fills them"
+            )
+        if self.stages.wall >= JUDGED_SECONDS and self.stages.busy < 0.8:
+            level = "critical" if self.stages.busy < 0.5 else "mild"
+            found.append(
+                f"device idle ({level}): it computed only {self.stages.busy:.0%} of the time; "
+                f"{self._slowest_other()} took the longest besides"
+            )
+        return found
+
+    def _slowest_other(self) -> str:
+        others = [stage for stage in STAGES if stage != "computing"]
+        return max(others, key=lambda stage: float(getattr(self.stages, stage)))
+
+    def lines(self) -> list[str]:
+        """The summary for the terminal."""
+        stages = self.stages
+        packs = f"{stages.packs:,} of up to {self.token_budget:,} tokens"
+        if stages.overlong_packs:
+            packs += f", {stages.overlong_packs:,} of them one longer sequence"
+        if stages.num_halved:
+            packs += f", {stages.num_halved:,} halved for want of memory"
+        wall = max(stages.wall, 1e-9)
+        shares = ", ".join(f"{stage} {getattr(stages, stage) / wall:.0%}" for stage in STAGES)
+        values = {
+            "sequences": f"{self.num_sequences:,}",
+            "residues": f"{self.num_residues:,}",
+            "truncated": f"{self.num_truncated:,}",
+            "replaced": f"{self.num_replaced:,}",
+            "duplicates": f"{self.num_duplicates:,}",
+            "identical": f"{self.num_identical:,} copied from an equal sequence",
+            "left out": f"{self.num_left_out:,}",
+            "recomputed": f"{self.num_recomputed:,} in fp32",
+            "failed": f"{self.num_failed:,}",
+            **self._comparison_lines(),
+            "packs": packs,
+            "packing efficiency": f"{self.packing_efficiency:.1%}",
+            "wall time": f"{duration(self.seconds)}, embedding {duration(self.embedding_seconds)}, merging "
+            f"{duration(self.merging_seconds)}",
+            "stages": f"{shares} of the time; {stages.bottleneck} was the slowest",
+            "residues/s": f"{stages.residues / max(self.embedding_seconds, 1e-9):,.0f}",
+            "model": f"{self.model_name} (sha256 {self.model_sha256[:16]})",
+            "dtype": self.dtype,
+            "device": self.device,
+            "attention": self.attention,
+        }
+        if self.missing_shards:
+            values["slice"] = (
+                f"{self.part} is done; {self.missing_shards:,} shards of other slices are missing"
+            )
+        else:
+            values["output"] = f"{self.output} ({byte_size(self.output.stat().st_size)})"
+        return [f"{name:<20}{value}" for name, value in values.items()]
+
+    def _comparison_lines(self) -> dict[str, str]:
+        if not self.comparisons and not self.num_to_compare:
+            return {}
+        if not self.comparisons:
+            return {"against fp32": f"none of {self.num_to_compare:,} compared yet"}
+        cosines = [each.cosine for each in self.comparisons]
+        return {
+            "against fp32": f"{len(cosines):,} sequences: cosine at least {min(cosines):.8f}, largest error "
+            f"{max(each.max_error for each in self.comparisons):.3g}, relative error at most "
+            f"{max(each.relative_error for each in self.comparisons):.3g}"
+        }

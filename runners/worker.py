@@ -1,0 +1,168 @@
+"""One device at work on a run: its model, its pipeline and its log."""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import h5py
+import numpy as np
+import torch
+
+from esm_packed.attention import BackendError, select_backend
+from esm_packed.model import ESM2
+from esm_packed.numerics import PRECISIONS, Precision
+from esm_packed.padding import LAYOUTS
+from esm_packed.runners.pipeline import Pipeline, ShardInput, is_out_of_memory
+from esm_packed.runners.request import STORE_DTYPES, EmbedRequest, UsageError
+from esm_packed.runners.shards import Run
+from esm_packed.runners.store import Shard, write_shard
+from esm_packed.version import __version__
+from esm_packed.weights import Checkpoint
+
+
+class Worker:
+    """Computes shards on one device.
+
+    Args:
+        request: how.
+        checkpoint: of the model.
+        device: where.
+        rank: number of the worker among those of its run, for the log.
+        on_pack: told of residues as a pack of them is done.
+
+    Raises:
+        UsageError: the model does not fit into the memory of the device.
+        BackendError: the attention backend cannot be used.
+    """
+
+    def __init__(
+        self,
+        request: EmbedRequest,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        rank: int = 0,
+        on_pack: Callable[[int], None] = lambda residues: None,
+    ) -> None:
+        self.rank = rank
+        self._request = request
+        self._checkpoint = checkpoint
+        self._on_pack = on_pack
+        self._log = logging.getLogger(f"{__name__}.{rank}")
+        self.model = self._load(device, request.precision(device), request.attention)
+        self.pipeline: Pipeline | None = None
+
+    def begin(self, run: Run) -> None:
+        """Get ready to compute shards of `run`, whose plan fixes what is not left to the device."""
+        request, plan = self._request, run.plan
+        self._open_log(run.directory.logs_path)
+        self.pipeline = Pipeline(
+            self.model,
+            plan.layers,
+            STORE_DTYPES[request.store_dtype],
+            plan.token_budget,
+            self._load_fp32 if self.model.precision in ("fp16", "bf16", "tf32") else None,
+            self._on_pack,
+            LAYOUTS[request.layout],
+        )
+        self._log.info("works on %s: %s", run.directory.path, json.dumps(self.made_by))
+
+    def compute(self, run: Run, shards: Iterable[int]) -> None:
+        """Compute `shards`, in this order, and write each to its file."""
+
+        def inputs() -> Iterable[ShardInput]:
+            for number in shards:
+                self._log.info("shard %d: begun", number)
+                yield run.input_of(number, self._request.fp32_compare)
+
+        def write(number: int, shard: Shard) -> None:
+            made = replace(shard, made_by=self.made_by)
+            write_shard(run.directory.shard_path(number), made, number, run.plan.hash)
+            self._log.info("shard %d: finished, %d sequences", number, len(shard.status))
+
+        self._run(inputs(), write)
+
+    def compute_part(self, run: Run, shard: int, first: int, last: int) -> Shard:
+        """Compute the sequences [first, last) of those that a shard computes, without writing them."""
+        whole = run.input_of(shard)
+        self._log.info("shard %d: sequences %d to %d of it on their own", shard, first, last)
+        results: list[Shard] = []
+        self._run([ShardInput(shard, whole.token_ids[first:last])], lambda number, part: results.append(part))
+        return replace(results[0], made_by=self.made_by)
+
+    def _run(self, inputs: Iterable[ShardInput], write: Callable[[int, Shard], None]) -> None:
+        assert self.pipeline is not None
+        try:
+            self.pipeline.run(inputs, write)
+        except BaseException as error:
+            self._log.error("stopped: %s: %s", type(error).__name__, error)
+            raise
+
+    @property
+    def made_by(self) -> dict[str, str]:
+        """What of the device and the programs a shard should remember."""
+        padded = self._request.layout == "padded"
+        versions = {
+            "esm-packed": __version__,
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "h5py": h5py.__version__,
+            "python": platform.python_version(),
+        }
+        disabled = [
+            name
+            for name, is_disabled in (("packing", padded), ("fp16", self._request.disable_fp16))
+            if is_disabled
+        ]
+        return {
+            "device": device_name(self.model.device),
+            "attention_backend": "sdpa, padded" if padded else self.model.attention_backend,
+            "versions": json.dumps(versions),
+            "disabled": ", ".join(disabled),
+        }
+
+    def _load(self, device: torch.device, precision: Precision, attention: str) -> ESM2:
+        backend = select_backend(attention, device, precision, self._checkpoint.config.head_dim)
+        try:
+            return ESM2.from_checkpoint(self._checkpoint, device, precision, backend)
+        except torch.OutOfMemoryError as error:
+            raise UsageError(
+                f"{self._checkpoint.model_name} in {precision.name} does not fit into the memory of {device}"
+            ) from error
+
+    def _load_fp32(self) -> ESM2:
+        """The model in FP32, beside the one at work, or on the CPU where there is no room for it."""
+        self._log.info("loading the model in fp32, to compute single sequences anew")
+        try:
+            return self._load(self.model.device, PRECISIONS["fp32"], "auto")
+        except (UsageError, BackendError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+                raise
+            self._log.warning("%s; it is computed on the CPU", error)
+            torch.cuda.empty_cache()
+            return self._load(torch.device("cpu"), PRECISIONS["fp32"], "auto")
+
+    def _open_log(self, folder: Path) -> None:
+        part = (
+            f"slice-{self._request.part.index}-of-{self._request.part.count}." if self._request.part else ""
+        )
+        for handler in self._log.handlers[:]:
+            handler.close()
+            self._log.removeHandler(handler)
+        handler = logging.FileHandler(folder / f"{part}worker-{self.rank}.log", delay=True)
+        handler.setFormatter(logging.Formatter(f"%(asctime)s rank {self.rank} %(message)s"))
+        self._log.addHandler(handler)
+        self._log.setLevel(logging.INFO)
+        self._log.propagate = False
+
+
+def device_name(device: torch.device) -> str:
+    """As `cuda:0 (NVIDIA H200)` or `cpu (8 threads)`."""
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    threads = torch.get_num_threads()
+    return f"{device} ({threads} thread{'s' if threads > 1 else ''})"

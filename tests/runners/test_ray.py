@@ -1,0 +1,341 @@
+"""Workers on Ray: the same file as one process, whatever happens to a worker."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from nursery import Result, names_in, shards_of, write_fasta
+
+from esm_packed.runners import cli, embed, ray_engine
+from esm_packed.runners.embed import EmbedRequest, UsageError, embed_files
+from esm_packed.runners.progress import Console
+from esm_packed.runners.ray_engine import EngineError, RayEngine, RayWorker
+from esm_packed.runners.store import EmbeddingReader
+
+ray = pytest.importorskip("ray", reason="Ray is not installed")
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+POISON_LENGTH = 77
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(embed.FLOPS_PER_SHARD, "cpu", 3.5e8)
+    monkeypatch.setattr(ray_engine, "BACK_OFF_SECONDS", 0.05)
+
+
+def request_for(fasta: Path, output: Path, **changes: Any) -> EmbedRequest:
+    request = EmbedRequest((str(fasta),), output, model="demo", device="cpu", threads=1, token_budget=256)
+    return replace(request, **changes)
+
+
+def run(fasta: Path, output: Path, **changes: Any) -> embed.Summary:
+    return embed_files(request_for(fasta, output, **changes), Console(quiet=True))
+
+
+@pytest.fixture(scope="module")
+def fasta(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_fasta(tmp_path_factory.mktemp("input") / "in.fasta", 100, 100)
+
+
+@pytest.fixture
+def expected(fasta: Path, tmp_path: Path) -> Iterator[Result]:
+    output = tmp_path / "one process" / "out.h5"
+    output.parent.mkdir()
+    run(fasta, output)
+    yield Result.of(output)
+
+
+class SlowWorker(RayWorker):
+    """Computes as slowly as a large model, so that there is time to interfere."""
+
+    def compute(self, shard: int) -> Any:
+        time.sleep(0.15)
+        return super().compute(shard)
+
+
+def worker_pids() -> list[int]:
+    """Processes of this test's Ray workers, which Ray gives a title."""
+    listed = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True)
+    lines = [line.split(None, 1) for line in listed.stdout.splitlines()[1:]]
+    return [int(pid) for pid, command in lines if command.startswith("ray::") and "Worker" in command]
+
+
+def test_two_workers_give_the_file_of_one_process(fasta: Path, tmp_path: Path, expected: Result) -> None:
+    output = tmp_path / "out.h5"
+    log = tmp_path / "metrics.jsonl"
+    summary = run(fasta, output, engine="ray", workers=2, keep_run=True, log_json=log, fp32_compare=7)
+    assert Result.of(output) == expected
+    logs = {path.name: path.read_text() for path in (tmp_path / "out.h5.run" / "logs").iterdir()}
+    assert sorted(logs) == ["worker-0.log", "worker-1.log"]
+    for rank in (0, 1):
+        assert f"rank {rank} shard" in logs[f"worker-{rank}.log"]
+    with EmbeddingReader(output) as reader:
+        computed = len(np.unique(reader.embeddings(), axis=0))
+        assert reader.attributes["device"] == "cpu (1 thread)"
+        assert len(reader.comparisons()) == 7
+    assert summary.stages.sequences == computed
+    last = log.read_text().splitlines()[-1]
+    assert '"event": "end"' in last
+    assert '"rank": 1' in last
+    assert not worker_pids()
+
+
+def kill_workers(kills: int, output: Path, ended: threading.Event, seed: int) -> int:
+    """kill -9 a worker at random moments, each time after some shard was finished."""
+    rng = random.Random(seed)
+    killed: list[int] = []
+    seen = -1
+    while len(killed) < kills and not ended.wait(0.02):
+        now = len(shards_of(output))
+        pids = [pid for pid in worker_pids() if pid not in killed]
+        if now <= seen or not pids:
+            continue
+        time.sleep(rng.uniform(0.0, 0.3))
+        pid = rng.choice(pids)
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+        killed.append(pid)
+        seen = len(shards_of(output))
+    return len(killed)
+
+
+def check_kills(
+    fasta: Path, output: Path, expected: Result, monkeypatch: pytest.MonkeyPatch, kills: int
+) -> None:
+    monkeypatch.setattr(RayEngine, "worker_class", SlowWorker)
+    killed = 0
+    while killed < kills:
+        ended = threading.Event()
+        with ThreadPoolExecutor(1) as pool:
+            killer = pool.submit(kill_workers, kills - killed, output, ended, seed=killed)
+            try:
+                run(fasta, output, engine="ray", workers=2)
+            finally:
+                ended.set()
+        assert killer.result(), "nothing was killed"
+        killed += killer.result()
+        assert Result.of(output) == expected
+        output.unlink()
+        assert names_in(output.parent) == ["one process"]
+
+
+def test_killed_workers_are_replaced(
+    fasta: Path, tmp_path: Path, expected: Result, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_kills(fasta, tmp_path / "out.h5", expected, monkeypatch, 3)
+
+
+@pytest.mark.slow
+def test_workers_killed_at_25_random_moments(
+    fasta: Path, tmp_path: Path, expected: Result, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_kills(fasta, tmp_path / "out.h5", expected, monkeypatch, 25)
+
+
+class PoisonedWorker(RayWorker):
+    """One sequence, known by its length, ends it."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        model = self._worker.model
+        original = model.embed_packed
+
+        def embed_packed(batch: Any, layers: Any) -> Any:
+            if (batch.cu_seqlens.diff() == POISON_LENGTH + 2).any():
+                self.end()
+            return original(batch, layers)
+
+        model.embed_packed = embed_packed  # type: ignore[method-assign]
+
+    def end(self) -> None:
+        os._exit(1)
+
+
+class RaisingWorker(PoisonedWorker):
+    def end(self) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+@pytest.mark.parametrize("worker_class", [PoisonedWorker, RaisingWorker])
+def test_a_sequence_that_ends_its_worker_is_found_and_left_out(
+    fasta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, worker_class: type[RayWorker]
+) -> None:
+    poisoned = tmp_path / "in.fasta"
+    records = fasta.read_text().split(">")[1:]
+    records = [record for record in records if len(record.split("\n")[1]) != POISON_LENGTH][:60]
+    records.insert(31, f"poison\n{'MKV' * 25}MK\n")
+    poisoned.write_text("".join(f">{record}" for record in records))
+    truth = tmp_path / "truth.h5"
+    run(poisoned, truth)
+    monkeypatch.setattr(RayEngine, "worker_class", worker_class)
+    output = tmp_path / "out.h5"
+    monkeypatch.setitem(embed.FLOPS_PER_SHARD, "cpu", 3e9)  # the poison has company in its shard
+    summary = run(poisoned, output, engine="ray", workers=1)
+    assert summary.num_failed == 1
+    with EmbeddingReader(output) as reader, EmbeddingReader(truth) as whole:
+        assert reader.sequence_ids() == whole.sequence_ids()
+        assert np.flatnonzero(reader.column("status")).tolist() == [31]
+        rows = np.arange(61) != 31
+        np.testing.assert_allclose(reader.embeddings()[rows], whole.embeddings()[rows], rtol=1e-5, atol=1e-5)
+        assert np.isnan(reader.embeddings()[31]).all()
+        problem = reader.problems()[0]
+        assert problem.sequence_id == "poison"
+        expected = "the process died" if worker_class is PoisonedWorker else "illegal memory access"
+        assert expected in problem.reason
+
+
+class DeadlyWorker(RayWorker):
+    def compute(self, shard: int) -> Any:
+        if shard > 1:
+            os._exit(1)
+        return super().compute(shard)
+
+    def compute_part(self, shard: int, first: int, last: int) -> Any:
+        os._exit(1)
+
+
+def test_when_all_fails_the_run_ends_and_keeps_what_is_finished(
+    fasta: Path, tmp_path: Path, expected: Result, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_engine, "MAX_FAILURES_IN_A_ROW", 4)
+    output = tmp_path / "out.h5"
+    with monkeypatch.context() as deadly:
+        deadly.setattr(RayEngine, "worker_class", DeadlyWorker)
+        with pytest.raises(EngineError, match="workers fail whatever they are given, last with: the process"):
+            run(fasta, output, engine="ray", workers=1)
+    assert sorted(shards_of(output)) == ["00000.h5", "00001.h5"]
+    assert not output.exists()
+    run(fasta, output)
+    assert Result.of(output) == expected
+
+
+class FullWorker(RayWorker):
+    def compute(self, shard: int) -> Any:
+        if shard == 2:
+            raise OSError(28, "No space left on device")
+        return super().compute(shard)
+
+
+class StrangerWorker(RayWorker):
+    def __init__(self, request: EmbedRequest, model_sha256: str, device: str, rank: int) -> None:
+        super().__init__(request, "another", device, rank)
+
+
+@pytest.mark.parametrize(
+    "worker_class, code, message",
+    [(FullWorker, 5, "out of space: No space left on device"), (StrangerWorker, 2, "is another model")],
+)
+def test_what_no_repetition_helps_ends_the_run_at_once(
+    fasta: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    worker_class: type[RayWorker],
+    code: int,
+    message: str,
+) -> None:
+    monkeypatch.setattr(RayEngine, "worker_class", worker_class)
+    arguments = ["embed", str(fasta), "-o", str(tmp_path / "out.h5"), "--model", "demo", "--device", "cpu"]
+    assert cli.main([*arguments, "--engine", "ray", "--workers", "1", "--threads", "1"]) == code
+    assert message in capsys.readouterr().err
+
+
+def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+
+
+def nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    pass
+
+
+@pytest.mark.parametrize(
+    "prepare, changes, named",
+    [
+        (without_ray, {"engine": "ray"}, r"esm-packed\[ray\]"),
+        (nothing, {"engine": "in-process", "workers": 2}, "--engine ray"),
+        (nothing, {"devices": (), "device": "auto"}, "finds no CUDA device"),
+        (nothing, {"devices": (0, 1)}, "--device is cpu"),
+        (nothing, {"ray_address": "auto", "engine": "in-process"}, "--ray-address needs --engine ray"),
+        (nothing, {"ray_address": "auto", "device": "auto"}, "say --device cuda or --device cpu"),
+        (nothing, {"ray_address": "127.0.0.1:1"}, "Ray cannot be reached"),
+    ],
+)
+def test_options_that_do_not_fit(
+    fasta: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    prepare: Callable[[pytest.MonkeyPatch], None],
+    changes: dict[str, Any],
+    named: str,
+) -> None:
+    prepare(monkeypatch)
+    with pytest.raises(UsageError, match=named):
+        run(fasta, tmp_path / "out.h5", **changes)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_no_worker_outlives_its_driver(
+    fasta: Path, tmp_path: Path, expected: Result, number: signal.Signals
+) -> None:
+    output = tmp_path / "out.h5"
+    code = (
+        "import sys, time\n"
+        "from esm_packed.model import ESM2\n"
+        "from esm_packed.runners import cli, embed, ray_engine\n"
+        "import ray\n"
+        "embed.FLOPS_PER_SHARD['cpu'] = 3.5e8\n"
+        "class SlowWorker(ray_engine.RayWorker):\n"
+        "    def compute(self, shard):\n"
+        "        time.sleep(0.3)\n"
+        "        return super().compute(shard)\n"
+        "ray_engine.RayEngine.worker_class = SlowWorker\n"
+        "sys.exit(cli.main(sys.argv[1:]))\n"
+    )
+    options = [
+        "--model",
+        "demo",
+        "--device",
+        "cpu",
+        "--token-budget",
+        "256",
+        "--threads",
+        "1",
+        "--workers",
+        "2",
+    ]
+    command = [sys.executable, "-c", code, "embed", str(fasta), "-o", str(output), *options]
+    driver = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 90
+    while len(shards_of(output)) < 3:
+        assert driver.poll() is None, driver.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    driver.send_signal(number)
+    _, errors = driver.communicate(timeout=60)
+    assert driver.returncode == (4 if number == signal.SIGTERM else -number), errors
+    if number == signal.SIGTERM:
+        assert "interrupted (SIGTERM); repeat the command to continue" in errors.splitlines()[-1]
+    deadline = time.monotonic() + 60
+    while worker_pids():
+        assert time.monotonic() < deadline, "workers are left"
+        time.sleep(0.2)
+    before = shards_of(output)
+    run(fasta, output, keep_run=True)
+    assert before.items() <= shards_of(output).items()
+    assert Result.of(output) == expected

@@ -1,0 +1,310 @@
+"""Slices of a run: who computes what, and several real processes on one run directory."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from nursery import (
+    SLOW,
+    Child,
+    Nursery,
+    Result,
+    Work,
+    names_in,
+    shards_of,
+    undisturbed,
+    wait_until,
+)
+
+from esm_packed.runners import cli
+from esm_packed.runners.rundir import RunDirectory
+from esm_packed.runners.slices import Slice, SliceError, local_device_number, parse_slice
+
+ARRAY = {f"SLURM_ARRAY_TASK_{name}": value for name, value in zip(
+    ("ID", "MIN", "MAX", "STEP", "COUNT"), ("3", "0", "7", "1", "8"), strict=True
+)}  # fmt: skip
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 8, 40])
+@pytest.mark.parametrize("num_shards", [1, 2, 7, 30])
+def test_slices_share_all_shards(count: int, num_shards: int) -> None:
+    parts = [list(Slice(index, count).shards(num_shards)) for index in range(count)]
+    assert sorted(shard for part in parts for shard in part) == list(range(num_shards))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+@pytest.mark.parametrize(
+    "text, environment, expected",
+    [
+        ("0/1", {}, Slice(0, 1)),
+        ("7/8", {"RANK": "1", "WORLD_SIZE": "2"}, Slice(7, 8)),
+        ("auto", {"RANK": "1", "WORLD_SIZE": "2"}, Slice(1, 2)),
+        ("auto", {"RANK": "0", "WORLD_SIZE": "1"}, Slice(0, 1)),
+        ("auto", {"SLURM_PROCID": "5", "SLURM_NTASKS": "6"}, Slice(5, 6)),
+        ("auto", {"RANK": "1", "WORLD_SIZE": "2", "SLURM_PROCID": "5", "SLURM_NTASKS": "6"}, Slice(1, 2)),
+        ("auto", ARRAY, Slice(3, 8)),
+        ("auto", ARRAY | {"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, Slice(3, 8)),
+    ],
+)
+def test_what_auto_takes(text: str, environment: dict[str, str], expected: Slice) -> None:
+    assert parse_slice(text, environment) == expected
+
+
+@pytest.mark.parametrize(
+    "text, environment, named",
+    [
+        ("8/8", {}, "INDEX from 0 to COUNT - 1"),
+        ("-1/8", {}, "'-1/8'"),
+        ("1", {}, "neither auto nor INDEX/COUNT"),
+        ("1/0", {}, "'1/0'"),
+        ("", {}, "neither auto nor INDEX/COUNT"),
+        ("auto", {}, "--shard 0/8"),
+        ("auto", {"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, "--shard 0/8"),
+        ("auto", ARRAY | {"SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_MAX": "8"}, "from 1 to 8 by 1"),
+        ("auto", ARRAY | {"SLURM_ARRAY_TASK_STEP": "2"}, "by 2"),
+        ("auto", ARRAY | {"SLURM_ARRAY_TASK_COUNT": "3"}, "in 3 tasks"),
+        ("auto", {"SLURM_ARRAY_TASK_ID": "1"}, "SLURM_ARRAY_TASK_MIN is ''"),
+        ("auto", {"RANK": "one", "WORLD_SIZE": "2"}, "RANK is 'one'"),
+    ],
+)
+def test_what_is_no_slice(text: str, environment: dict[str, str], named: str) -> None:
+    with pytest.raises(SliceError, match=named):
+        parse_slice(text, environment)
+
+
+def test_a_process_takes_the_device_of_its_number_on_the_node() -> None:
+    assert local_device_number({"LOCAL_RANK": "3", "SLURM_LOCALID": "1"}, 4) == 3
+    assert local_device_number({"SLURM_LOCALID": "1"}, 4) == 1
+    assert local_device_number({"SLURM_LOCALID": "1"}, 1) == 0  # Slurm has given each task one GPU
+    assert local_device_number({}, 4) == 0
+
+
+def test_what_a_live_slice_writes_is_not_swept_away(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path / "out.h5")
+    directory.create()
+    half_written = directory.path / "shards" / ".00003.h5.abcd.tmp"
+    half_written.touch()
+    with directory.slice_claim(Slice(1, 3)):
+        directory.create()
+        assert half_written.exists()
+        assert list(directory.live_slices()) == [Slice(1, 3)]
+    directory.create()
+    assert not half_written.exists()
+    assert not directory.live_slices()
+
+
+@pytest.fixture(scope="module")
+def nursery() -> Iterator[Nursery]:
+    nursery = Nursery()
+    nursery.ask({"wait": 0, "seconds": 0})
+    yield nursery
+    nursery.close()
+
+
+@pytest.fixture(scope="module")
+def work(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Work:
+    work = undisturbed(nursery, tmp_path_factory.mktemp("whole"), 120, 100, 3.5e8)
+    assert work.num_shards >= 30
+    return work
+
+
+def start(nursery: Nursery, work: Work, output: Path, *options: str, slow: float = 0.0) -> Child:
+    patch = SLOW.format(seconds=slow) if slow else ""
+    return nursery.start(work.fasta, output, *options, flops_per_shard=work.flops_per_shard, patch=patch)
+
+
+def check_end(work: Work, output: Path) -> None:
+    assert Result.of(output) == work.expected
+    assert names_in(output.parent) == [output.name]
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2], [2, 0, 1]])
+def test_in_any_order_one_after_another(
+    nursery: Nursery, work: Work, tmp_path: Path, order: list[int]
+) -> None:
+    output = tmp_path / "out.h5"
+    for number, index in enumerate(order):
+        child = start(nursery, work, output, "--shard", f"{index}/3")
+        assert child.wait() == 0, child.output()
+        assert output.exists() == (number == 2)
+        if number < 2:
+            shards = sum(len(Slice(each, 3).shards(work.num_shards)) for each in order[: number + 1])
+            assert len(shards_of(output)) == shards
+            assert f"{work.num_shards - shards} shards of other slices are missing" in child.output()
+    check_end(work, output)
+    again = start(nursery, work, output, "--shard", "1/3")
+    assert again.wait() == 0, again.output()
+    assert "already complete" in again.output()
+    check_end(work, output)
+
+
+@pytest.mark.parametrize("count", [2, 5, 50])
+def test_all_at_once(nursery: Nursery, work: Work, tmp_path: Path, count: int) -> None:
+    output = tmp_path / "out.h5"
+    indices = list(range(count))
+    random.Random(count).shuffle(indices)
+    children = []
+    for index in indices:
+        children.append(start(nursery, work, output, "--shard", f"{index}/{count}"))
+        if len(children) >= 5:
+            assert children.pop(0).wait() == 0
+    for child in children:
+        assert child.wait() == 0, child.output()
+    check_end(work, output)
+
+
+def test_a_slice_in_work_is_refused_and_others_are_not(nursery: Nursery, work: Work, tmp_path: Path) -> None:
+    output = tmp_path / "out.h5"
+    first = start(nursery, work, output, "--shard", "1/3", slow=0.15)
+    wait_until(lambda: shards_of(output))
+    for options in (["--shard", "1/3"], ["--shard", "0/2"], [], ["--overwrite"]):
+        second = start(nursery, work, output, *options)
+        assert second.wait() == 2, second.output()
+        last = second.output().splitlines()[-1]
+        assert f"process {first.pid} on {socket.gethostname()}" in last
+        assert "1/3" in last
+    status = tmp_path / "status"
+    with status.open("w") as file:
+        assert cli.main(["status", str(output)]) == 0
+        print(file=file)
+    status.unlink()
+    for index in (0, 2):
+        child = start(nursery, work, output, "--shard", f"{index}/3")
+        assert child.wait() == 0, child.output()
+    assert first.wait() == 0, first.output()
+    check_end(work, output)
+
+
+def test_no_slice_joins_a_whole_run(nursery: Nursery, work: Work, tmp_path: Path) -> None:
+    output = tmp_path / "out.h5"
+    first = start(nursery, work, output, slow=0.05)
+    wait_until(lambda: shards_of(output))
+    second = start(nursery, work, output, "--shard", "1/3")
+    assert second.wait() == 2, second.output()
+    assert f"process {first.pid}" in second.output().splitlines()[-1]
+    assert first.wait() == 0, first.output()
+    check_end(work, output)
+
+
+@pytest.mark.parametrize("how", ["other options", "other input", "other rules"])
+def test_a_mistake_does_not_disturb_live_slices(
+    nursery: Nursery, work: Work, tmp_path: Path, how: str
+) -> None:
+    output = tmp_path / "out.h5"
+    first = start(nursery, work, output, "--shard", "0/2", slow=0.05)
+    wait_until(lambda: len(shards_of(output)) > 2)
+    before = shards_of(output)
+    fasta = work.fasta
+    if how == "other input":
+        fasta = tmp_path / "other.fasta"
+        fasta.write_text(">a\nMK\n")
+    options = {"other options": ["--max-length", "20"], "other rules": ["--invalid", "x"]}.get(how, [])
+    second = nursery.start(fasta, output, "--shard", "1/2", *options)
+    assert second.wait() == 2, second.output()
+    assert "others are at work" in second.output() or "unfinished run" in second.output()
+    assert before.items() <= shards_of(output).items()
+    assert first.wait() == 0, first.output()
+    child = start(nursery, work, output, "--shard", "1/2")
+    assert child.wait() == 0, child.output()
+    assert Result.of(output) == work.expected
+
+
+def kill_slices(nursery: Nursery, work: Work, folder: Path, kills: int, seed: int) -> None:
+    """Three slices run side by side; one after another is killed at a random moment and started again."""
+    rng = random.Random(seed)
+    folder.mkdir()
+    output = folder / "out.h5"
+    killed = 0
+    while killed < kills:
+        running = {index: start(nursery, work, output, "--shard", f"{index}/3") for index in range(3)}
+        while running:
+            time.sleep(rng.uniform(0.0, 0.4))
+            index = rng.choice(list(running))
+            child = running.pop(index)
+            if killed < kills:
+                code = child.kill()
+                if code == -signal.SIGKILL:
+                    killed += 1
+                    running[index] = start(nursery, work, output, "--shard", f"{index}/3")
+                    continue
+            else:
+                code = child.wait()
+            assert code == 0, child.output()
+        # who was to merge may have been killed
+        last = start(nursery, work, output, "--shard", "0/3")
+        assert last.wait() == 0, last.output()
+        check_end(work, output)
+        shutil.rmtree(folder)
+        folder.mkdir()
+
+
+def test_slices_killed_at_random_moments(nursery: Nursery, work: Work, tmp_path: Path) -> None:
+    kill_slices(nursery, work, tmp_path / "run", 6, seed=1)
+
+
+@pytest.mark.slow
+def test_slices_killed_at_25_random_moments(nursery: Nursery, work: Work, tmp_path: Path) -> None:
+    kill_slices(nursery, work, tmp_path / "run", 25, seed=2)
+
+
+def test_what_slices_left_is_finished_without_them(nursery: Nursery, work: Work, tmp_path: Path) -> None:
+    output = tmp_path / "out.h5"
+    child = start(nursery, work, output, "--shard", "1/4")
+    assert child.wait() == 0, child.output()
+    before = shards_of(output)
+    rest = start(nursery, work, output, "--keep-run")
+    assert rest.wait() == 0, rest.output()
+    assert before.items() <= shards_of(output).items()
+    assert Result.of(output) == work.expected
+
+
+def test_a_damaged_shard_of_another_slice_is_computed_by_who_merges(
+    nursery: Nursery, work: Work, tmp_path: Path
+) -> None:
+    output = tmp_path / "out.h5"
+    assert start(nursery, work, output, "--shard", "1/2").wait() == 0
+    shard = tmp_path / "out.h5.run" / "shards" / "00005.h5"
+    os.truncate(shard, shard.stat().st_size - 5)
+    child = start(nursery, work, output, "--shard", "0/2")
+    assert child.wait() == 0, child.output()
+    assert "shard 5 is missing or damaged; it is computed again" in child.output()
+    check_end(work, output)
+
+
+@pytest.mark.parametrize("options, named", [(["--overwrite"], "--overwrite"), (["-"], "standard input")])
+def test_options_that_do_not_go_with_slices(
+    work: Work, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], named: str
+) -> None:
+    arguments = ["embed", *options, str(work.fasta), "-o", str(tmp_path / "out.h5"), "--shard", "0/2"]
+    assert cli.main(arguments) == 2
+    assert named in capsys.readouterr().err
+    assert names_in(tmp_path) == []
+
+
+def test_merge_needs_all_shards_and_nothing_else(
+    nursery: Nursery, work: Work, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out.h5"
+    assert cli.main(["merge", str(output)]) == 2
+    assert "there is no run to merge" in capsys.readouterr().err
+    assert start(nursery, work, output, "--keep-run").wait() == 0
+    output.unlink()
+    shard = tmp_path / "out.h5.run" / "shards" / "00002.h5"
+    content = shard.read_bytes()
+    shard.unlink()
+    assert cli.main(["merge", str(output)]) == 4
+    assert "1 shards of" in capsys.readouterr().err
+    shard.write_bytes(content[:-1])
+    assert cli.main(["merge", str(output)]) == 4, "a damaged shard is no shard"
+    assert not shard.exists()
+    shard.write_bytes(content)
+    assert cli.main(["merge", f"{output}.run"]) == 0
+    check_end(work, output)

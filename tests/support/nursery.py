@@ -1,0 +1,235 @@
+"""Real processes that run the command line, to be killed, interrupted and set against each other."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from esm_packed.runners.store import EmbeddingReader
+
+MODEL = "demo"
+WAIT_SECONDS = 120.0
+
+# Importing torch takes longer than the runs here, so one process imports it and forks the others. Each is a
+# real process with a life, a pid and a death of its own.
+NURSERY = """
+import faulthandler, json, os, signal, sys, time, traceback
+import torch
+from dataclasses import replace
+from esm_packed.model import ESM2
+from esm_packed.runners import cli, embed, merging, pipeline, plan, rundir, shards, store, worker
+torch.set_num_threads(1)
+ESM2.from_pretrained("demo")
+
+def live(job):
+    streams = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0), os.dup2(streams, 1), os.dup2(streams, 2)
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    embed.FLOPS_PER_SHARD["cpu"] = job["flops_per_shard"]
+    original = embed.embed_files
+    changes = {name: tuple(value) if isinstance(value, list) else value
+               for name, value in job["changes"].items()}
+    embed.embed_files = lambda request, console: original(replace(request, **changes), console)
+    exec(job["patch"], globals())
+    return cli.main(job["arguments"])
+
+for line in sys.stdin:
+    job = json.loads(line)
+    if "wait" not in job:
+        pid = os.fork()
+        if pid == 0:
+            code = 99
+            try:
+                code = live(job)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush(), sys.stderr.flush()
+                os._exit(code)
+        answer = pid
+    else:
+        deadline, answer = time.monotonic() + job["seconds"], None
+        while answer is None and time.monotonic() < deadline:
+            ended, status = os.waitpid(job["wait"], os.WNOHANG)
+            answer = os.waitstatus_to_exitcode(status) if ended else time.sleep(0.005)
+    print(json.dumps(answer), flush=True)
+"""
+
+# Computes as slowly as a large model would, so that others have the time to interfere.
+SLOW = """
+original_embed = ESM2.embed_packed
+def slow_embed(self, batch, layers):
+    time.sleep({seconds})
+    return original_embed(self, batch, layers)
+ESM2.embed_packed = slow_embed
+"""
+
+
+@dataclass
+class Child:
+    """A process that runs the command line."""
+
+    nursery: Nursery
+    pid: int
+    log: Path
+
+    def wait(self, seconds: float = WAIT_SECONDS) -> int:
+        """Its exit code, negative for the signal that killed it."""
+        code = self.nursery.ask({"wait": self.pid, "seconds": seconds})
+        if code is None:
+            os.kill(self.pid, signal.SIGUSR1)  # says where all its threads are
+            time.sleep(0.5)
+            os.kill(self.pid, signal.SIGKILL)
+            self.nursery.ask({"wait": self.pid, "seconds": 10})
+            pytest.fail(f"still running after {seconds} s:\n{self.output()}")
+        assert isinstance(code, int)
+        return code
+
+    def output(self) -> str:
+        return self.log.read_text() if self.log.exists() else ""
+
+    def kill(self) -> int:
+        """kill -9; the exit code, which is another one if it had ended before."""
+        os.kill(self.pid, signal.SIGKILL)  # until it is waited for, a pid is not given to another process
+        return self.wait()
+
+
+class Nursery:
+    """Starts processes that have everything imported already."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", NURSERY], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self._number = 0
+
+    def ask(self, job: dict[str, Any]) -> Any:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(job) + "\n")
+        self._process.stdin.flush()
+        return json.loads(self._process.stdout.readline())
+
+    def start(
+        self,
+        fasta: Path,
+        output: Path,
+        *options: str,
+        flops_per_shard: float = 1.0,
+        patch: str = "",
+        **changes: Any,
+    ) -> Child:
+        """Embed `fasta`; by default each record is a shard of its own.
+
+        Args:
+            fasta: input.
+            output: file to make.
+            options: further ones of the command line.
+            flops_per_shard: how finely to cut.
+            patch: run in the process before it begins.
+            changes: to the request, for what the command line need not offer.
+        """
+        self._number += 1
+        log = output.parent / "logs" / f"{self._number}.log"
+        log.parent.mkdir(exist_ok=True)
+        arguments = ["embed", str(fasta), "-o", str(output), "--model", MODEL, "--device", "cpu"]
+        job = {
+            "arguments": [*arguments, "--threads", "1", "--token-budget", "256", *options],
+            "log": str(log),
+            "flops_per_shard": flops_per_shard,
+            "patch": patch,
+            "changes": changes,
+        }
+        return Child(self, self.ask(job), log)
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(timeout=30)
+
+
+def write_fasta(path: Path, number: int, length: int, seed: int = 0) -> Path:
+    """Random proteins, each fifth one a copy of an earlier one."""
+    rng = random.Random(seed)
+    sequences: list[str] = []
+    for record in range(number):
+        residues = rng.choices("LAGVSERTIDPKQNFYMHWC", k=rng.randint(length // 2, length * 3 // 2))
+        sequences.append("".join(residues) if record % 5 != 4 else rng.choice(sequences))
+    path.write_text("".join(f">protein{n}\n{sequence}\n" for n, sequence in enumerate(sequences)))
+    return path
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run must reproduce."""
+
+    ids: list[str]
+    status: bytes
+    lengths: bytes
+    embeddings: bytes
+
+    @classmethod
+    def of(cls, path: Path) -> Result:
+        with EmbeddingReader(path) as reader:
+            embeddings = reader.embeddings()
+            assert np.isfinite(embeddings).all()
+            assert np.abs(embeddings).sum(axis=1).all(), "a row was never written"
+            return cls(
+                reader.sequence_ids(),
+                reader.column("status").tobytes(),
+                reader.column("lengths").tobytes(),
+                embeddings.tobytes(),
+            )
+
+
+@dataclass(frozen=True)
+class Work:
+    """An input, and what an undisturbed run makes of it."""
+
+    fasta: Path
+    flops_per_shard: float
+    expected: Result
+    seconds: float
+    num_shards: int
+
+
+def undisturbed(nursery: Nursery, folder: Path, number: int, length: int, flops_per_shard: float) -> Work:
+    fasta = write_fasta(folder / "in.fasta", number, length)
+    begin = time.monotonic()
+    output = folder / "out.h5"
+    child = nursery.start(fasta, output, flops_per_shard=flops_per_shard, keep_run=True)
+    assert child.wait() == 0, child.output()
+    seconds = time.monotonic() - begin
+    return Work(fasta, flops_per_shard, Result.of(output), seconds, len(shards_of(output)))
+
+
+def shards_of(output: Path) -> dict[str, tuple[int, int]]:
+    """Finished shards, with what tells a file that was written again from one that was not."""
+    folder = output.with_name(f"{output.name}.run") / "shards"
+    if not folder.exists():
+        return {}
+    return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.glob("[0-9]*.h5")}
+
+
+def names_in(folder: Path) -> list[str]:
+    """What lies beside the output, without this test's own logs."""
+    return sorted(path.name for path in folder.iterdir() if path.name != "logs")
+
+
+def wait_until(condition: Any, seconds: float = WAIT_SECONDS) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.005)
