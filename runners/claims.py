@@ -169,10 +169,13 @@ def _link(source: Path, target: Path) -> bool:
         os.link(source, target)
     except FileExistsError:
         return False
+    except FileNotFoundError:
+        raise
     except OSError:
+        content = source.read_text()  # first: nothing may fail once the target is there
         try:
             with target.open("x") as file:
-                file.write(source.read_text())
+                file.write(content)
         except FileExistsError:
             return False
     return True

@@ -56,6 +56,26 @@ def test_a_claim_is_held_until_it_is_released(directory: RunDirectory) -> None:
     assert names_in(directory.output.parent) == ["out.h5.run"]
 
 
+@pytest.mark.parametrize("has_links", [True, False])
+def test_a_draft_that_is_swept_away_leaves_no_claim(
+    directory: RunDirectory, monkeypatch: pytest.MonkeyPatch, has_links: bool
+) -> None:
+    """Another process cleans up just before this one's draft becomes the claim."""
+    link = os.link
+
+    def sweep_and_link(source: Path, target: Path) -> None:
+        source.unlink()
+        if not has_links:
+            raise PermissionError(1, "Operation not permitted")
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", sweep_and_link)
+    claim = directory.claim()
+    with pytest.raises(ClaimedError, match="swept"):
+        claim.acquire()
+    assert not claim.path.exists()
+
+
 def test_a_claim_names_its_holder(directory: RunDirectory) -> None:
     with directory.claim() as claim:
         holder = json.loads(claim.path.read_text())
