@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from esm_packed.alphabet import encode
@@ -41,8 +42,7 @@ class CudaMeter:
 
     def peak(self, model: ESM2, num_sequences: int) -> int:
         """See `Meter`."""
-        residues = np.resize(encode("ACDEFGHIKLMNPQRSTVWY"), PROBE_LENGTH)
-        batch = pack([residues] * num_sequences).to(self._device)
+        batch = pack(probe(num_sequences)).to(self._device)
         torch.cuda.reset_peak_memory_stats(self._device)
         model.embed_packed(batch, [model.config.num_layers])
         torch.cuda.synchronize(self._device)
@@ -52,6 +52,11 @@ class CudaMeter:
         """See `Meter`."""
         reserved = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
         return torch.cuda.mem_get_info(self._device)[0] + reserved
+
+
+def probe(num_sequences: int) -> list[npt.NDArray[np.uint8]]:
+    """So many sequences of PROBE_LENGTH residues."""
+    return [np.resize(encode("ACDEFGHIKLMNPQRSTVWY"), PROBE_LENGTH)] * num_sequences
 
 
 def measured_token_budget(model: ESM2, most: int, meter: Meter | None = None) -> int:

@@ -15,7 +15,8 @@ from esm_packed.attention import BACKENDS
 from esm_packed.config import ESM2_MODELS
 from esm_packed.model import ESM2
 from esm_packed.numerics import PRECISIONS
-from esm_packed.runners import cli, embed
+from esm_packed.runners import arguments as arguments_module
+from esm_packed.runners import cli, commands, embed
 from esm_packed.runners.progress import Console
 from esm_packed.runners.store import EmbeddingReader
 from esm_packed.version import __version__
@@ -78,8 +79,8 @@ def assert_one_line_error(stderr: str, *parts: str) -> None:
 
 
 def test_choices_are_those_of_the_modules_that_need_torch():
-    assert tuple(PRECISIONS) == cli.DTYPES
-    assert ("auto", *BACKENDS) == cli.ATTENTIONS
+    assert tuple(PRECISIONS) == arguments_module.DTYPES
+    assert ("auto", *BACKENDS) == arguments_module.ATTENTIONS
 
 
 @pytest.mark.parametrize(
@@ -468,7 +469,7 @@ def test_checkpoint(tmp_path, capsys):
 def test_checkpoint_refuses_a_name_fair_esm_cannot_load_before_it_loads(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("esm_packed.weights.load_checkpoint", lambda *a, **k: pytest.fail("loaded the model"))
     for output, named in [("x.pt", "named esm2....pt"), ("missing/esm2_x.pt", "no such folder")]:
-        assert cli.main(["checkpoint", "demo", "-o", str(tmp_path / output)]) == cli.EXIT_USAGE
+        assert cli.main(["checkpoint", "demo", "-o", str(tmp_path / output)]) == commands.EXIT_USAGE
         assert named in capsys.readouterr().err
 
 
@@ -480,7 +481,7 @@ def test_an_output_made_meanwhile_by_another_run_is_kept(fasta, capsys, monkeypa
         return {layer: torch.ones(batch.num_sequences, self.config.hidden_size) for layer in layers}
 
     monkeypatch.setattr(ESM2, "embed_packed", ones_while_another_run_ends)
-    assert cli.main(embed_arguments(fasta, fasta.parent)) == cli.EXIT_USAGE
+    assert cli.main(embed_arguments(fasta, fasta.parent)) == commands.EXIT_USAGE
     assert "another run has made this file meanwhile" in capsys.readouterr().err
     assert output.read_text() == "another run's result"
     assert names_in(fasta.parent) == ["in.fasta", "out.h5", "out.h5.run"]
@@ -500,7 +501,7 @@ def test_a_full_log_does_not_end_the_run(fasta, stream):
 
 def test_status(fasta, capsys, monkeypatch):
     output = fasta.parent / "out.h5"
-    assert cli.main(["status", str(output)]) == cli.EXIT_USAGE
+    assert cli.main(["status", str(output)]) == commands.EXIT_USAGE
     assert "neither this output nor a run" in capsys.readouterr().err
 
     def fail(self, batch, layers):

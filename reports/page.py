@@ -1,0 +1,149 @@
+"""Tables, figures and self-contained HTML pages, as every report here uses them."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import html
+import io
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+OKABE_ITO = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#000000")
+"""Colours that stay apart for colour-blind readers (Okabe and Ito 2008, "Color Universal Design")."""
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 72rem;
+       margin: 2rem auto; padding: 0 1rem }
+h1 { font-size: 1.6rem } h2 { font-size: 1.25rem; margin-top: 2.5rem }
+table { border-collapse: collapse; margin: 1rem 0; font-size: 0.9rem; font-variant-numeric: tabular-nums }
+th, td { padding: 0.25rem 0.7rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap }
+th { border-bottom: 2px solid #888; vertical-align: bottom }
+th.text, td.text { text-align: left }
+.wide { overflow-x: auto }
+img { max-width: 100%; height: auto }
+"""
+
+
+class ReportError(ValueError):
+    """The user's mistake, or a package that is missing; `str(error)` is the full message for the terminal."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of ready-made cells.
+
+    Args:
+        headers: one for each column, with the unit.
+        rows: cells of each row; a value that is missing is an empty string.
+    """
+
+    headers: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def html(self) -> str:
+        """As an HTML table; columns that hold numbers are aligned to the right."""
+        kinds = [
+            "" if _is_numeric(row[index] for row in self.rows) else ' class="text"'
+            for index in range(len(self.headers))
+        ]
+
+        def line(tag: str, cells: Sequence[str]) -> str:
+            filled = zip(kinds, cells, strict=True)
+            return (
+                "<tr>"
+                + "".join(f"<{tag}{kind}>{html.escape(cell)}</{tag}>" for kind, cell in filled)
+                + "</tr>"
+            )
+
+        body = "\n".join(line("td", row) for row in self.rows)
+        return f'<div class="wide"><table>\n{line("th", self.headers)}\n{body}\n</table></div>'
+
+    def markdown(self) -> str:
+        """As a Markdown table."""
+        lines = [self.headers, ["---"] * len(self.headers), *self.rows]
+        return "\n".join(
+            "| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines
+        )
+
+    def csv(self) -> str:
+        """As comma-separated values with a line of headers."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(self.headers)
+        writer.writerows(self.rows)
+        return text.getvalue()
+
+
+def _is_numeric(cells: Iterator[str]) -> bool:
+    filled = [cell for cell in cells if cell]
+    return bool(filled) and all(cell.lstrip("-+<").startswith(tuple("0123456789")) for cell in filled)
+
+
+def page_html(title: str, body: str) -> str:
+    """A whole HTML page that needs no other file.
+
+    Args:
+        title: plain text.
+        body: HTML.
+    """
+    title = html.escape(title)
+    return (
+        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n'
+        f"<style>{_STYLE}</style>\n</head>\n<body>\n<h1>{title}</h1>\n{body}\n</body>\n</html>\n"
+    )
+
+
+def check_matplotlib() -> None:
+    """See that figures can be drawn.
+
+    Raises:
+        ReportError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise ReportError("figures need matplotlib: pip install 'esm-packed[report]'") from None
+
+
+@contextmanager
+def figure_style() -> Iterator[None]:
+    """Colours and sizes that all figures drawn within share."""
+    import matplotlib as mpl
+    from cycler import cycler
+
+    with mpl.rc_context(
+        {
+            "axes.prop_cycle": cycler(color=OKABE_ITO),
+            "axes.spines.right": False,
+            "axes.spines.top": False,
+            "axes.grid": True,
+            "axes.axisbelow": True,
+            "grid.color": "#dddddd",
+            "font.size": 10.0,
+            "legend.frameon": False,
+            "savefig.dpi": 150,
+            "svg.fonttype": "none",
+            "svg.hashsalt": "esm-packed",
+        }
+    ):
+        yield
+
+
+def save_figure(figure: Figure, directory: Path, name: str) -> str:
+    """Write `name.png` and `name.svg` into `directory`.
+
+    Returns:
+        The `src` of an HTML image that holds the SVG itself.
+    """
+    for suffix in ("png", "svg"):
+        metadata = {"Date": None} if suffix == "svg" else None
+        figure.savefig(directory / f"{name}.{suffix}", bbox_inches="tight", metadata=metadata)
+    encoded = base64.b64encode((directory / f"{name}.svg").read_bytes()).decode()
+    return f"data:image/svg+xml;base64,{encoded}"

@@ -1,0 +1,212 @@
+"""What each command of `esm-packed` does: options to a request, its result to lines and an exit code.
+
+torch, h5py and numpy are imported by the commands, so that help and wrong options answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+import warnings
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from esm_packed.config import ESM2_MODELS
+
+EXIT_COMPLETE = 0
+EXIT_INTERNAL_ERROR = 1
+EXIT_FAILED_VERDICT = 1
+EXIT_USAGE = 2
+EXIT_FAILED_ROWS = 3
+EXIT_INTERRUPTED = 4
+EXIT_OUT_OF_SPACE = 5
+
+
+def complain(text: str) -> None:
+    with suppress(OSError):
+        print(f"esm-packed: error: {' '.join(text.splitlines())}", file=sys.stderr, flush=True)
+
+
+def say(lines: Sequence[str]) -> None:
+    """Print the answer; the work is done even if nobody can read it."""
+    try:
+        print("\n".join(lines), flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def embed(options: argparse.Namespace) -> int:
+    import torch
+
+    from esm_packed.runners.embed import EmbedRequest, embed_files
+    from esm_packed.runners.fasta import ReadOptions
+    from esm_packed.runners.progress import Console
+    from esm_packed.runners.slices import local_device_number, parse_slice
+
+    device = options.device
+    if options.shard == "auto" and device == "auto" and (num_devices := torch.cuda.device_count()):
+        device = f"cuda:{local_device_number(os.environ, num_devices)}"
+    request = EmbedRequest(
+        inputs=tuple(options.fasta),
+        output=options.output,
+        model=options.model,
+        device=device,
+        devices=options.devices,
+        engine=options.engine,
+        ray_address=options.ray_address,
+        workers=options.workers,
+        part=parse_slice(options.shard, os.environ) if options.shard is not None else None,
+        dtype=options.dtype,
+        disable_fp16=options.disable_fp16,
+        attention=options.attention,
+        layout="padded" if options.disable_packing else "packed",
+        layers=options.layers,
+        max_length=options.max_length,
+        token_budget=options.token_budget,
+        read=ReadOptions(
+            invalid=options.invalid,
+            duplicates=options.duplicates,
+            gaps=options.gaps,
+            full_header=options.full_header,
+            force=options.force,
+        ),
+        threads=options.threads,
+        store_dtype=options.store_dtype,
+        fp32_compare=options.fp32_compare,
+        log_json=options.log_json,
+        overwrite=options.overwrite,
+        keep_run=options.keep_run,
+    )
+    summary = embed_files(request, Console(options.quiet))
+    if summary.already_complete:
+        say([f"already complete: {summary.output} holds this run ({summary.num_sequences:,} sequences)"])
+    else:
+        say(summary.lines())
+        for warning in summary.warnings():
+            warnings.warn(warning, stacklevel=1)
+    if summary.num_failed:
+        complain(
+            f"{summary.num_failed:,} of {summary.num_sequences:,} embeddings are not finite; their rows are "
+            "NaN, and `problems` in the output names them"
+        )
+        return EXIT_FAILED_ROWS
+    return EXIT_COMPLETE
+
+
+def merge(options: argparse.Namespace) -> int:
+    from esm_packed.runners.embed import merge_files
+    from esm_packed.runners.progress import Console
+
+    output = _output_of(options.output)
+    missing = merge_files(output, Console(), overwrite=options.overwrite, keep_run=options.keep_run)
+    if missing:
+        complain(f"{missing:,} shards of {output} are missing; the command that began the run computes them")
+        return EXIT_INTERRUPTED
+    say([f"merged: {output}"])
+    return EXIT_COMPLETE
+
+
+def _output_of(path: Path) -> Path:
+    """The output, which may be named by its run directory."""
+    return path.with_suffix("") if path.suffix == ".run" else path
+
+
+def status(options: argparse.Namespace) -> int:
+    from esm_packed.runners.rundir import RunDirectory
+    from esm_packed.runners.status import describe_run
+
+    say(describe_run(RunDirectory(_output_of(options.output).resolve())))
+    return EXIT_COMPLETE
+
+
+def info(options: argparse.Namespace) -> int:
+    from esm_packed.runners.info import describe
+
+    say(describe(options.subject))
+    return EXIT_COMPLETE
+
+
+def checkpoint(options: argparse.Namespace) -> int:
+    from esm_packed.download import contact_regression_path
+    from esm_packed.runners.progress import Console
+    from esm_packed.runners.request import UsageError
+    from esm_packed.weights import load_checkpoint, save_fair_esm
+
+    if options.output.suffix != ".pt" or not options.output.name.startswith("esm2"):
+        raise UsageError(
+            f"{str(options.output)!r}: fair-esm loads an ESM-2 only from a file named esm2....pt"
+        )
+    if not options.output.parent.is_dir():
+        raise UsageError(f"{options.output.parent}: there is no such folder")
+    files = [options.output, contact_regression_path(options.output)]
+    for path in files:
+        if path.exists() and not options.overwrite:
+            raise UsageError(f"{path}: exists already; --overwrite replaces it")
+    with Console().byte_steps() as report:
+        checkpoint = load_checkpoint(options.model, progress=report)
+    save_fair_esm(checkpoint, options.output)
+    say([f"{checkpoint.model_name} written to {path}" for path in files if path.exists()])
+    return EXIT_COMPLETE
+
+
+def tune(options: argparse.Namespace) -> int:
+    from esm_packed.runners.progress import Console
+    from esm_packed.runners.tune import TuneRequest, tune
+
+    models = options.model or ["all"]
+    request = TuneRequest(
+        models=tuple(ESM2_MODELS) if "all" in models else tuple(models),
+        dtypes=options.dtype,
+        tokens=options.tokens,
+        device=options.device,
+        output=options.output,
+        time_limit=options.time_limit,
+    )
+    say(tune(request, Console()))
+    return EXIT_COMPLETE
+
+
+def validate(options: argparse.Namespace) -> int:
+    from esm_packed.reports.verdict import THRESHOLDS, Threshold
+    from esm_packed.runners.fasta import ReadOptions
+    from esm_packed.runners.progress import Console
+    from esm_packed.runners.validate import ValidateRequest, validate_file
+
+    request = ValidateRequest(
+        model=options.model,
+        fasta=options.fasta,
+        output=options.output,
+        device=options.device,
+        dtypes=options.dtype,
+        thresholds={
+            mode: Threshold(relative_l2, THRESHOLDS[mode].cosine if cosine is None else cosine)
+            for mode, relative_l2, cosine in options.threshold
+        },
+        reference=options.reference,
+        limit=options.limit,
+        max_length=options.max_length,
+        token_budget=options.token_budget,
+        read=ReadOptions(
+            invalid=options.invalid,
+            duplicates=options.duplicates,
+            gaps=options.gaps,
+            full_header=options.full_header,
+            force=options.force,
+        ),
+        threads=options.threads,
+        overwrite=options.overwrite,
+        command=shlex.join(["esm-packed", *sys.argv[1:]]),
+    )
+    lines, passed = validate_file(request, Console(options.quiet))
+    say(lines)
+    return EXIT_COMPLETE if passed else EXIT_FAILED_VERDICT
+
+
+def report_speedup(options: argparse.Namespace) -> int:
+    from esm_packed.reports.speedup_page import write_report
+
+    say(write_report(options.results, options.older, options.output))
+    return EXIT_COMPLETE

@@ -1,0 +1,199 @@
+"""The precision-validation report: a model and a FASTA file to a folder with the page and its numbers."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from esm_packed.config import DEFAULT_TOKEN_BUDGETS
+from esm_packed.numerics import PRECISIONS, resolve_device
+from esm_packed.reports.page import check_matplotlib
+from esm_packed.reports.reference import REFERENCES
+from esm_packed.reports.validation import (
+    MODES,
+    Settings,
+    estimate_seconds,
+    num_passes,
+    validate,
+)
+from esm_packed.reports.validation_page import summary_lines, write_report
+from esm_packed.reports.verdict import Threshold
+from esm_packed.runners.fasta import ReadOptions
+from esm_packed.runners.index import FastaIndex, build_index
+from esm_packed.runners.pipeline import is_out_of_memory
+from esm_packed.runners.progress import Console, duration
+from esm_packed.runners.request import UsageError
+from esm_packed.weights import Checkpoint, load_checkpoint
+
+TokenIds = npt.NDArray[np.uint8]
+
+MOST_TOKENS = 8192
+"""In a pack by default: the hidden states of all layers are held at once."""
+
+
+@dataclass(frozen=True)
+class ValidateRequest:
+    """What `esm-packed validate` is asked to do.
+
+    Args:
+        model: as `weights.load_checkpoint` takes it.
+        fasta: file, `-` for standard input.
+        output: folder for the report; made if missing.
+        device: auto, cpu, cuda or cuda:INDEX.
+        dtypes: precision modes.
+        thresholds: by mode, in place of the report's own.
+        reference: one of `reports.reference.REFERENCES`.
+        limit: most proteins; 0 takes all.
+        max_length: residues kept of each protein; 0 keeps all.
+        token_budget: tokens in a pack; None for the device's default, at most 8192.
+        read: the rules for the input.
+        threads: CPU threads, or None for torch's choice.
+        overwrite: replace a report that is there.
+        command: what the page says was typed.
+    """
+
+    model: str
+    fasta: str
+    output: Path
+    device: str = "auto"
+    dtypes: tuple[str, ...] = MODES
+    thresholds: dict[str, Threshold] = field(default_factory=dict)
+    reference: str = "esm-packed"
+    limit: int = 200
+    max_length: int = 1022
+    token_budget: int | None = None
+    read: ReadOptions = field(default_factory=ReadOptions)
+    threads: int | None = None
+    overwrite: bool = False
+    command: str = ""
+
+
+def validate_file(request: ValidateRequest, console: Console) -> tuple[list[str], bool]:
+    """Validate a model on the proteins of a file and write the report.
+
+    Returns:
+        Lines for the terminal, and whether every mode that ran passes.
+
+    Raises:
+        UsageError: an option cannot be, or the report cannot be written.
+        InputError: a fault in the FASTA file.
+        CheckpointError: the model is missing or damaged.
+        ReportError: matplotlib or fair-esm is missing, or no mode runs on the device.
+    """
+    begin = time.monotonic()
+    check_matplotlib()
+    settings = _settings(request)
+    _check_folder(request)
+    with console.byte_steps() as report:
+        checkpoint = load_checkpoint(request.model, progress=report)
+    with tempfile.TemporaryDirectory(prefix="esm-packed-") as work_dir:
+        with console.progress("reading", "B", None) as advance:
+            index = build_index([request.fasta], Path(work_dir), request.read, progress=advance)
+        chosen, rule = choose(index, request.limit)
+        sequence_ids = [index.sequence_ids(record, record + 1)[0] for record in chosen]
+        token_ids = [index.token_ids(record, record + 1, request.max_length)[0] for record in chosen]
+        file = index.inputs[0]
+    num_residues = sum(map(len, token_ids))
+    num_truncated = sum(
+        len(ids) < length for ids, length in zip(token_ids, index.lengths[chosen].tolist(), strict=True)
+    )
+
+    def load() -> Checkpoint:
+        return load_checkpoint(request.model)
+
+    passes = num_passes(checkpoint.config, settings)
+    _make_folder(request.output)
+    try:
+        seconds = estimate_seconds(checkpoint.config, token_ids, settings)
+        console.note(
+            f"validating {checkpoint.model_name} on {len(chosen):,} proteins, {num_residues:,} residues, "
+            f"{passes} times: about {duration(seconds)} (--limit, --max-length and --dtype make it shorter)"
+        )
+        with console.progress("validating", "residues", passes * num_residues) as advance:
+            validation = validate(load, sequence_ids, token_ids, settings, advance)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UsageError(
+            f"{request.model} does not fit into the memory of {settings.device} with "
+            f"{settings.token_budget:,} tokens and proteins of {max(map(len, token_ids)):,} residues; "
+            "--token-budget and --max-length take less"
+        ) from error
+
+    conditions = {
+        "proteins": f"{request.fasta} (sha256 {file.sha256}), {rule}",
+        "truncated": f"{num_truncated:,} to their first {request.max_length:,} residues"
+        if num_truncated
+        else "none",
+        "command": request.command,
+        "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "duration": f"{duration(time.monotonic() - begin)} (estimated {duration(seconds)})",
+    }
+    try:
+        written = write_report(validation, conditions, request.output)
+    except OSError as error:
+        raise UsageError(f"{request.output}: the report cannot be written: {error.strerror}") from error
+    lines = [
+        f"{checkpoint.model_name} on {len(chosen):,} proteins ({rule}), against {settings.reference} in fp64",
+        *summary_lines(validation),
+        *(f"written: {path}" for path in written),
+    ]
+    return lines, validation.passed
+
+
+def choose(index: FastaIndex, limit: int) -> tuple[list[int], str]:
+    """Record numbers, ascending, of the distinct sequences to use, and how they were chosen.
+
+    Of more than `limit` (0: no limit) these are evenly spaced by length, from the shortest to the longest.
+    Equal sequences would be each other's nearest neighbours, in an order that says nothing.
+    """
+    distinct = np.flatnonzero(index.first_same == np.arange(index.num_records))
+    if not limit or len(distinct) <= limit:
+        return distinct.tolist(), f"all {len(distinct):,} distinct sequences"
+    by_length = distinct[np.argsort(index.lengths[distinct], kind="stable")]
+    picks = np.linspace(0, len(distinct) - 1, limit).round().astype(np.int64)
+    rule = f"{limit:,} of {len(distinct):,} distinct sequences, evenly spaced by length"
+    return sorted(by_length[picks].tolist()), rule
+
+
+def _settings(request: ValidateRequest) -> Settings:
+    if request.threads is not None:
+        torch.set_num_threads(request.threads)
+    try:
+        device = resolve_device(request.device)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    for name, values, allowed in (
+        ("--dtype", request.dtypes, tuple(PRECISIONS)),
+        ("--threshold", tuple(request.thresholds), tuple(PRECISIONS)),
+        ("--reference", (request.reference,), REFERENCES),
+    ):
+        for value in values:
+            if value not in allowed:
+                raise UsageError(f"{name} {value!r} is none of {', '.join(allowed)}")
+    budget = request.token_budget or min(DEFAULT_TOKEN_BUDGETS[device.type], MOST_TOKENS)
+    return Settings(device, budget, request.dtypes, request.thresholds, request.reference)
+
+
+def _check_folder(request: ValidateRequest) -> None:
+    folder = request.output
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder}: exists and is no folder; name one for the report")
+    if (folder / "validation.json").exists() and not request.overwrite:
+        raise UsageError(f"{folder}: holds a report already; --overwrite replaces it")
+
+
+def _make_folder(folder: Path) -> None:
+    """Before the work, which may take long and would be lost."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UsageError(f"{folder}: the report cannot be written there: {error.strerror}") from error

@@ -1,0 +1,447 @@
+"""The precision validation passes the right model, fails every wrong one, and shows what it measured."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from esm_packed import ESM2, kernels
+from esm_packed.alphabet import decode
+from esm_packed.attention import sdpa_attention, select_backend
+from esm_packed.config import ESM2Config
+from esm_packed.numerics import PRECISIONS
+from esm_packed.packing import PackedBatch, pack
+from esm_packed.padding import LAYOUTS, Layout
+from esm_packed.reports.activations import Activations
+from esm_packed.reports.errors import Errors, PathResult, measure, rank_agreement
+from esm_packed.reports.page import ReportError
+from esm_packed.reports.reference import Reference, compute_reference, spread
+from esm_packed.reports.validation import (
+    Settings,
+    Validation,
+    by_length_class,
+    estimate_seconds,
+    num_passes,
+    validate,
+    weights_note,
+)
+from esm_packed.reports.validation_page import as_json, summary_lines, write_report
+from esm_packed.reports.verdict import THRESHOLDS, Threshold, judge, passes_classical_pair
+from esm_packed.stress import stress_checkpoint
+from esm_packed.weights import Checkpoint, load_checkpoint, save_fair_esm
+
+CPU = torch.device("cpu")
+CONFIG = ESM2Config(6, 128, 4)
+TOKEN_BUDGET = 400
+LENGTHS = [5, 300, 80, 1, 41, 90, 120, 7, 60, 3, 33, 70, 25]
+SETTINGS = Settings(CPU, TOKEN_BUDGET)
+
+rng = np.random.default_rng(0)
+PROTEINS = [rng.integers(4, 24, length).astype(np.uint8) for length in LENGTHS]
+IDS = [f"protein{number}" for number in range(len(LENGTHS))]
+
+
+@pytest.fixture(scope="module")
+def stress() -> Checkpoint:
+    return stress_checkpoint(CONFIG)
+
+
+@pytest.fixture(scope="module")
+def reference(stress: Checkpoint) -> Reference:
+    return compute_reference("esm-packed", stress, CPU, PROTEINS)[0]
+
+
+@pytest.fixture(scope="module")
+def validation(stress: Checkpoint) -> Validation:
+    return validate(lambda: stress, IDS, PROTEINS, SETTINGS)
+
+
+def fp32_model(checkpoint: Checkpoint) -> ESM2:
+    precision = PRECISIONS["fp32"]
+    backend = select_backend("sdpa", CPU, precision, checkpoint.config.head_dim)
+    return ESM2.from_checkpoint(checkpoint, CPU, precision, backend)
+
+
+# Wrong models
+
+
+Variant = Callable[[Checkpoint, pytest.MonkeyPatch], tuple[ESM2, Layout]]
+PACKED = LAYOUTS["packed"]
+
+
+def with_tensors(checkpoint: Checkpoint, **changed: torch.Tensor) -> Checkpoint:
+    return replace(checkpoint, tensors=dict(checkpoint.tensors) | changed)
+
+
+def boundary_shifted(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> tuple[ESM2, Layout]:
+    def lay_out(token_ids: list[np.ndarray]) -> PackedBatch:
+        batch = pack(token_ids)
+        batch.cu_seqlens[1:-1] -= 1
+        return replace(batch, max_seqlen=batch.max_seqlen + (len(token_ids) > 1))
+
+    return fp32_model(checkpoint), replace(PACKED, lay_out=lay_out)
+
+
+def eos_pooled(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> tuple[ESM2, Layout]:
+    def segment_mean(hidden_states: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+        bounds = pairwise(cu_seqlens.tolist())
+        return torch.stack([hidden_states[start + 1 : end].mean(0) for start, end in bounds])
+
+    monkeypatch.setattr("esm_packed.kernels.segment_mean", segment_mean)
+    return fp32_model(checkpoint), PACKED
+
+
+def recomputed_inv_freq(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> tuple[ESM2, Layout]:
+    exponents = torch.arange(0, CONFIG.head_dim, 2).float() / CONFIG.head_dim
+    names = {name: 1.0 / 10000**exponents for name in checkpoint.tensors if name.endswith("inv_freq")}
+    return fp32_model(with_tensors(checkpoint, **names)), PACKED
+
+
+def no_token_dropout(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> tuple[ESM2, Layout]:
+    return fp32_model(replace(checkpoint, config=replace(CONFIG, token_dropout=False))), PACKED
+
+
+def tanh_gelu(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> tuple[ESM2, Layout]:
+    monkeypatch.setattr(
+        "esm_packed.kernels.linear_gelu", lambda x, w, b: F.gelu(F.linear(x, w, b), approximate="tanh")
+    )
+    return fp32_model(checkpoint), PACKED
+
+
+def angles_in_fp16(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> tuple[ESM2, Layout]:
+    model = fp32_model(checkpoint)
+    angles = torch.outer(torch.arange(1026).half(), model.inv_freq.half())
+    model.cos, model.sin = angles.cos().float(), angles.sin().float()
+    return model, PACKED
+
+
+def tf32(values: torch.Tensor) -> torch.Tensor:
+    """Rounded to TF32's 10 bits of mantissa."""
+    return ((values.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+def tf32_in_fp32(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> tuple[ESM2, Layout]:
+    monkeypatch.setattr("esm_packed.kernels.linear", lambda x, w, b: F.linear(tf32(x), tf32(w), b))
+    monkeypatch.setattr(
+        "esm_packed.kernels.linear_gelu", lambda x, w, b: F.gelu(F.linear(tf32(x), tf32(w), b))
+    )
+    return fp32_model(checkpoint), PACKED
+
+
+WRONG: list[Variant] = [
+    boundary_shifted,
+    eos_pooled,
+    recomputed_inv_freq,
+    no_token_dropout,
+    tanh_gelu,
+    angles_in_fp16,
+    tf32_in_fp32,
+]
+
+
+@pytest.mark.parametrize("variant", WRONG)
+def test_a_wrong_model_fails_in_fp32(
+    variant: Variant, stress: Checkpoint, reference: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, layout = variant(stress, monkeypatch)
+    result = measure(model, layout, PROTEINS, reference, TOKEN_BUDGET)
+    verdict = judge("fp32", [result], THRESHOLDS["fp32"])
+    assert not verdict.passed and verdict.num_failed == len(PROTEINS)
+    assert verdict.worst_relative_l2 is not None and verdict.worst_relative_l2 > 5e-5, "by no mere hair"
+
+
+@pytest.mark.parametrize("variant", [eos_pooled, recomputed_inv_freq, tanh_gelu, angles_in_fp16])
+def test_the_classical_pair_does_not_notice(
+    variant: Variant, stress: Checkpoint, reference: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What `CLASSICAL_NOTE` says, of proteins longer than a peptide."""
+    model, layout = variant(stress, monkeypatch)
+    cosine = measure(model, layout, PROTEINS, reference, TOKEN_BUDGET).means.cosine
+    assert passes_classical_pair(cosine[torch.tensor(LENGTHS) >= 20])
+
+
+def test_tf32_stand_in_keeps_ten_bits() -> None:
+    values = torch.tensor([1.0, 1 + 2**-10, 1 + 2**-11, 1 + 2**-12, -(1 + 2**-10 + 2**-13)])
+    assert tf32(values).tolist() == [1.0, 1 + 2**-10, 1 + 2**-10, 1.0, -(1 + 2**-10)]
+
+
+def test_the_right_model_passes_in_every_mode_on_every_path(validation: Validation) -> None:
+    assert [verdict.mode for verdict in validation.verdicts] == ["fp32", "fp16", "bf16"]
+    assert validation.passed
+    assert {path.path for path in validation.paths} == {
+        "packed, sdpa",
+        "packed, reference",
+        "padded, masked sdpa",
+    }
+    worst = {verdict.mode: verdict.worst_relative_l2 or 0.0 for verdict in validation.verdicts}
+    # each precision shows: none was computed in another
+    assert worst["fp32"] < 2e-6
+    assert 1e-5 < worst["fp16"] < 5e-3
+    assert 5e-4 < worst["bf16"] < 3e-2
+    assert ("tf32", "dtype 'tf32' needs a CUDA device, not cpu; choose 'fp32'") in validation.not_run
+    assert any(what == "fp16, packed, varlen" for what, _ in validation.not_run)
+
+
+def test_errors_are_those_of_embed_against_fair_esm(stress: Checkpoint, reference: Reference) -> None:
+    """Formed again with NumPy from what `ESM2.embed` gives; packs of one, so that the bits are the same."""
+    pytest.importorskip("esm.model.esm2", reason="fair-esm 2.0.0 is not installed")
+    fair_esm, _ = compute_reference("fair-esm", stress, CPU, PROTEINS)
+    torch.testing.assert_close(reference.means, fair_esm.means, rtol=0, atol=1e-11)
+    model = fp32_model(stress)
+    path = measure(model, PACKED, PROTEINS, fair_esm, token_budget=1)
+    for protein, sequence in enumerate(map(decode, PROTEINS)):
+        expected = fair_esm.means[-1, protein].numpy()
+        (actual,) = model.embed([sequence])
+        error = actual - expected
+        relative_l2 = np.linalg.norm(error) / np.linalg.norm(expected)
+        assert float(path.means.relative_l2[protein]) == pytest.approx(relative_l2, rel=1e-6)
+        assert float(path.means.max_error[protein]) == pytest.approx(np.abs(error).max(), rel=1e-6)
+        _, expected_rows = fair_esm.residues(protein)
+        (rows,) = model.embed([sequence], per_residue=True)
+        assert rows.shape == expected_rows.shape, "so few residues are all compared"
+        relative_l2 = np.linalg.norm(rows - expected_rows.numpy()) / np.linalg.norm(expected_rows)
+        assert float(path.residues.relative_l2[protein]) == pytest.approx(relative_l2, rel=1e-6)
+    assert torch.equal(path.mean_by_layer[-1], path.means.relative_l2)
+    torch.testing.assert_close(path.residues_by_layer[-1], path.residues.relative_l2)
+
+
+def test_against_fair_esm_in_fp64(stress: Checkpoint) -> None:
+    """Our FP64 path is within FP64's own rounding of fair-esm, so that either may be the reference."""
+    pytest.importorskip("esm.model.esm2", reason="fair-esm 2.0.0 is not installed")
+    settings = replace(SETTINGS, reference="fair-esm", modes=("fp64", "fp32"))
+    done: list[int] = []
+    validation = validate(lambda: stress, IDS, PROTEINS, settings, done.append)
+    assert validation.passed and validation.reference.name == "fair-esm"
+    double = next(verdict for verdict in validation.verdicts if verdict.mode == "fp64")
+    assert double.worst_relative_l2 is not None and double.worst_relative_l2 < 1e-12
+    assert sum(done) == num_passes(CONFIG, settings) * sum(LENGTHS)
+
+
+def test_fair_esm_missing_is_said(stress: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "esm.model.esm2", None)
+    with pytest.raises(ReportError, match=r"pip install fair-esm==2\.0\.0"):
+        compute_reference("fair-esm", stress, CPU, PROTEINS)
+
+
+def test_broken_weights_are_said(stress: Checkpoint) -> None:
+    broken = with_tensors(stress, **{"layers.2.fc1.bias": torch.full((4 * CONFIG.hidden_size,), torch.inf)})
+    with pytest.raises(ReportError, match="not finite even in fp64"):
+        compute_reference("esm-packed", broken, CPU, PROTEINS[:2])
+
+
+def test_fp16_overflow_is_detected() -> None:
+    checkpoint = stress_checkpoint(ESM2Config(4, 96, 4), peak=60_000)
+    settings = replace(SETTINGS, modes=("fp32", "fp16"))
+    validation = validate(lambda: checkpoint, IDS, PROTEINS, settings)
+    fp32, fp16 = validation.verdicts
+    assert fp32.passed and fp32.num_nonfinite == 0
+    assert not fp16.passed and not validation.passed
+    assert 0 < fp16.num_nonfinite < len(PROTEINS)
+    path = next(path for path in validation.paths if path.mode == "fp16")
+    hit = path.nonfinite.any(0)
+    assert torch.equal(hit, ~path.means.relative_l2.isfinite())
+    assert not path.nonfinite[0].any() and path.nonfinite[1:, hit].all(), "from the layer of the outlier on"
+    largest = validation.activations.max_abs("feed-forward output", 1)
+    assert largest is not None and largest > 65_504
+    assert any("NaN or Inf" in line for line in summary_lines(validation))
+
+
+# The parts
+
+
+def path_result(relative_l2: list[float], cosine: list[float]) -> PathResult:
+    numbers = torch.tensor([relative_l2, cosine], dtype=torch.float64)
+    errors = Errors(*numbers, torch.zeros(len(cosine)))
+    nothing = torch.empty(0)
+    return PathResult("fp16", "packed", "sdpa", errors, errors, nothing, nothing, nothing, None, None, 0)
+
+
+@pytest.mark.parametrize(
+    "relative_l2, cosine, passed, failed",
+    [
+        ([1e-3, 5e-3], [1.0, 0.99999], True, 0),
+        ([1e-3, 5.1e-3], [1.0, 1.0], False, 1),
+        ([1e-3, 1e-3], [1.0, 0.99998], False, 1),
+        ([1e-3, float("nan")], [1.0, float("nan")], False, 1),
+        ([float("nan")] * 2, [float("nan")] * 2, False, 2),
+    ],
+)
+def test_every_protein_must_keep_to_the_thresholds(
+    relative_l2: list[float], cosine: list[float], passed: bool, failed: int
+) -> None:
+    verdict = judge("fp16", [path_result(relative_l2, cosine)], Threshold(5e-3, 0.99999))
+    assert verdict.passed == passed and verdict.num_failed == failed
+    if failed:
+        assert verdict.worst_protein == (1 if failed == 1 and cosine[1] != 0.99998 else 0)
+
+
+def test_one_bad_path_fails_the_mode() -> None:
+    good, bad = path_result([1e-4] * 3, [1.0] * 3), path_result([1e-4, 1.0, 1e-4], [1.0, 0.5, 1.0])
+    verdict = judge("fp16", [good, replace(bad, layout="padded")], THRESHOLDS["fp16"])
+    assert not verdict.passed and not verdict.classical
+    assert (verdict.worst_path, verdict.worst_protein, verdict.worst_cosine) == ("padded, sdpa", 1, 0.5)
+
+
+def test_neighbours_are_those_of_the_reference() -> None:
+    angles = torch.tensor([0.0, 1.0, 3.0, 7.0, 15.0, 31.0]).deg2rad().double()
+    expected = torch.stack([angles.cos(), angles.sin()], 1)
+    assert rank_agreement(3 * expected, expected) == (1.0, 1.0, 5)
+    swapped = expected[[0, 5, 2, 3, 4, 1]]
+    top1, top10, neighbours = rank_agreement(swapped, expected)
+    # by hand: the nearest are 1 0 1 2 3 4 in the reference, and 5 4 5 2 3 0 in `swapped`
+    assert (top1, top10, neighbours) == (2 / 6, 1.0, 5)
+    broken = expected.clone()
+    broken[2] = float("nan")
+    # 2 finds nothing and is not found, and was the nearest of 3
+    assert rank_agreement(broken, expected)[0] == 4 / 6
+    assert rank_agreement(expected[:2], expected[:2]) == (None, None, 1)
+
+
+def test_ten_nearest_in_common_by_brute_force() -> None:
+    random = np.random.default_rng(1)
+    expected = random.normal(size=(40, 5))
+    actual = expected + 0.3 * random.normal(size=expected.shape)
+    nearest = []
+    for rows in (actual, expected):
+        unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+        others = [np.delete(np.arange(40), row) for row in range(40)]
+        nearest.append(
+            [sorted(other, key=lambda o: -unit[o] @ unit[row])[:10] for row, other in enumerate(others)]
+        )
+    top10 = np.mean([len(set(found) & set(wanted)) / 10 for found, wanted in zip(*nearest, strict=True)])
+    assert 0.3 < top10 < 0.9
+    assert rank_agreement(torch.from_numpy(actual), torch.from_numpy(expected))[1] == pytest.approx(top10)
+
+
+def test_sampled_residues_are_spread_and_bounded() -> None:
+    assert [positions.tolist() for positions in spread([3, 1], 100)] == [[0, 1, 2], [0]]
+    positions = spread([1000, 10, 1], 101)
+    assert [len(some) for some in positions] == [99, 1, 1]
+    assert positions[0][0] == 0 and positions[0][-1] == 999
+    assert positions[0].diff().min() >= 10
+
+
+def test_length_classes_have_both_ends() -> None:
+    classes = by_length_class([100, 1, 101, 2000, 1022, 1023])
+    assert [(name, members.tolist()) for name, members in classes] == [
+        ("1–100", [0, 1]),
+        ("101–250", [2]),
+        ("501–1022", [4]),
+        ("over 1022", [3, 5]),
+    ]
+
+
+def test_activations_are_those_of_fair_esm(stress: Checkpoint, validation: Validation) -> None:
+    esm2 = pytest.importorskip("esm.model.esm2", reason="fair-esm 2.0.0 is not installed")
+    model = esm2.ESM2(CONFIG.num_layers, CONFIG.hidden_size, CONFIG.num_heads).double().eval()
+    state = {name: tensor.double() for name, tensor in stress.tensors.items()}
+    model.load_state_dict(state | {"lm_head.weight": state["embed_tokens.weight"]})
+    seen: dict[tuple[str, int], list[torch.Tensor]] = {}
+
+    def keep(name: str, layer: int) -> Callable[..., None]:
+        def hook(module: object, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            seen.setdefault((name, layer), []).append(output.abs().flatten())
+            if name == "feed-forward output":
+                seen.setdefault(("GELU", layer), []).append(inputs[0].abs().flatten())
+
+        return hook
+
+    for number, layer in enumerate(model.layers, 1):
+        layer.fc2.register_forward_hook(keep("feed-forward output", number))
+        layer.self_attn.out_proj.register_forward_hook(keep("attention output", number))
+        for norm in (layer.self_attn_layer_norm, layer.final_layer_norm):
+            norm.register_forward_hook(keep("LayerNorm", number))
+    model.emb_layer_norm_after.register_forward_hook(keep("LayerNorm", CONFIG.num_layers))
+    with torch.no_grad():
+        for ids in PROTEINS:
+            model(torch.tensor([[0, *ids.tolist(), 2]]))
+    assert len(seen) == 4 * CONFIG.num_layers
+    for place, values in seen.items():
+        values_seen = torch.cat(values)
+        assert validation.activations.max_abs(*place) == pytest.approx(float(values_seen.max()), rel=1e-6)
+        share = float(((values_seen > 0) & (values_seen < 2.0**-14)).double().mean())
+        assert validation.activations.subnormal_share(*place) == pytest.approx(share, rel=1e-2, abs=1e-6)
+
+
+def test_recording_leaves_nothing_behind(stress: Checkpoint) -> None:
+    before = {name: getattr(kernels, name) for name in kernels.__all__}
+    model = fp32_model(stress)
+    with pytest.raises(RuntimeError, match="stop"), Activations(model).recorded():
+        raise RuntimeError("stop")
+    assert {name: getattr(kernels, name) for name in kernels.__all__} == before
+    assert model.attend is sdpa_attention
+    measure(model, PACKED, PROTEINS[:2], compute_reference("esm-packed", stress, CPU, PROTEINS[:2])[0], 400)
+    assert "forward_packed" not in vars(model)
+
+
+def test_weights_that_nobody_trained_are_named(tmp_path: Path, stress: Checkpoint) -> None:
+    demo, path = load_checkpoint("demo"), tmp_path / "esm2_file.pt"
+    for checkpoint, word in (
+        (demo, "demo"),
+        (stress, "stress"),
+        (load_checkpoint("random:esm2_t6_8M_UR50D"), "random"),
+    ):
+        assert word in str(weights_note(checkpoint))
+        save_fair_esm(checkpoint, path, torch.float32)
+        assert word in str(weights_note(load_checkpoint(path)))
+    name = "emb_layer_norm_after"
+    trained = with_tensors(
+        stress, **{f"{name}.{part}": torch.rand(CONFIG.hidden_size) for part in ("weight", "bias")}
+    )
+    assert weights_note(trained) is None
+
+
+def test_the_estimate_has_the_right_size(stress: Checkpoint) -> None:
+    assert 0.001 < estimate_seconds(CONFIG, PROTEINS, SETTINGS) < 100
+
+
+# The page
+
+
+CONDITIONS = {"proteins": "a<b>.fasta", "command": "esm-packed validate"}
+
+
+def test_the_page_needs_no_other_file(tmp_path: Path, validation: Validation) -> None:
+    page, numbers = write_report(validation, CONDITIONS, tmp_path)
+    text = page.read_text()
+    assert text.count("<img ") == text.count('src="data:image/svg+xml;base64,') == 4
+    assert not re.findall(r'(?:src|href)="(?!data:)', text)
+    assert "does not separate right from wrong models" in text.replace("\n", " ")
+    assert "These are stress weights" in text and "a&lt;b&gt;.fasta" in text
+    for name in ("errors", "layers", "lengths", "activations"):
+        assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+    data = json.loads(numbers.read_text(), parse_constant=pytest.fail)
+    assert data["proteins"] == {"sequence_ids": IDS, "lengths": LENGTHS}
+    assert data["model"]["note"].startswith("These are stress weights")
+    assert len(data["paths"]) == 9
+    for path, measured in zip(data["paths"], validation.paths, strict=True):
+        assert path["means"]["relative_l2"] == pytest.approx(measured.means.relative_l2.tolist(), rel=1e-9)
+        assert len(path["residues"]["cosine"]) == len(IDS)
+        assert [len(row) for row in path["mean_relative_l2_by_layer"]] == [len(IDS)] * 7
+
+
+def test_what_is_not_finite_is_null_and_shown(tmp_path: Path) -> None:
+    checkpoint = stress_checkpoint(ESM2Config(2, 96, 4), peak=2e5)
+    validation = validate(lambda: checkpoint, IDS[1:5], PROTEINS[1:5], replace(SETTINGS, modes=("fp16",)))
+    data = as_json(validation, CONDITIONS)
+    assert data["paths"][0]["means"]["relative_l2"] == [None] * 4
+    assert data["paths"][0]["first_nonfinite_layer"] == [1] * 4
+    assert data["verdicts"][0]["worst_relative_l2"] is None and data["passed"] is False
+    page, _ = write_report(validation, CONDITIONS, tmp_path)
+    assert "overflows" in page.read_text() and "computes it again in FP32" in page.read_text()
+
+
+def test_a_single_protein_has_no_ranks(tmp_path: Path, stress: Checkpoint) -> None:
+    validation = validate(lambda: stress, IDS[:1], PROTEINS[:1], replace(SETTINGS, modes=("fp32",)))
+    assert validation.paths[0].top1 is None
+    write_report(validation, CONDITIONS, tmp_path)

@@ -1,0 +1,268 @@
+"""Comparison with FP32, escape hatches, metrics, what deserves a look, and the measured token budget."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import fair_esm_reference
+import numpy as np
+import pytest
+import torch
+
+from esm_packed import ESM2
+from esm_packed.alphabet import encode
+from esm_packed.packing import SPECIAL_TOKENS, pack
+from esm_packed.padding import LAYOUTS
+from esm_packed.runners import budget, cli, embed, worker
+from esm_packed.runners.budget import PROBE_LENGTH, PROBE_SEQUENCES, measured_token_budget
+from esm_packed.runners.embed import EmbedRequest, embed_files
+from esm_packed.runners.pipeline import Pipeline, ShardInput, StageTimes
+from esm_packed.runners.progress import Console
+from esm_packed.runners.store import STATUS_COMPUTED, STATUS_FAILED, EmbeddingReader, Shard
+from esm_packed.runners.summary import Summary
+
+LENGTHS = [5, 60, 3, 44, 90, 17, 1, 33, 72, 21, 38, 64]
+SEQUENCES = fair_esm_reference.random_sequences(LENGTHS, seed=3, letters="LAGVSERTIDPKQNFYMHWC")
+
+
+@pytest.fixture
+def fasta(tmp_path: Path) -> Path:
+    path = tmp_path / "in.fasta"
+    path.write_text("".join(f">p{number}\n{sequence}\n" for number, sequence in enumerate(SEQUENCES)))
+    return path
+
+
+def run(fasta: Path, *options: str) -> int:
+    arguments = ["embed", str(fasta), "-o", str(fasta.with_name("out.h5")), "--model", "demo"]
+    return cli.main([*arguments, "--device", "cpu", "--token-budget", "128", *options])
+
+
+def reader_of(fasta: Path) -> EmbeddingReader:
+    return EmbeddingReader(fasta.with_name("out.h5"))
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
+def test_compared_rows_are_those_of_the_file_and_of_fp32(
+    fasta: Path, dtype: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(embed.FLOPS_PER_SHARD, "cpu", 1e8)  # several shards
+    assert run(fasta, "--dtype", dtype, "--fp32-compare", "5") == 0
+    fp32 = ESM2.from_pretrained("demo", dtype="fp32")
+    with reader_of(fasta) as reader:
+        found = reader.comparisons()
+        assert len({each.sequence_id for each in found}) == 5
+        for sequence_id, (cosine, max_error, relative_error) in found:
+            number = int(sequence_id[1:])
+            row = reader.embeddings()[number].astype(np.float64)
+            truth = fp32.embed([SEQUENCES[number]])[0].astype(np.float64)
+            assert max_error == pytest.approx(np.abs(row - truth).max(), rel=1e-3, abs=1e-7)
+            assert relative_error == pytest.approx(
+                np.linalg.norm(row - truth) / np.linalg.norm(truth), rel=1e-3, abs=1e-7
+            )
+            assert cosine == pytest.approx(
+                row @ truth / np.linalg.norm(row) / np.linalg.norm(truth), abs=1e-9
+            )
+            assert (relative_error > 1e-5) == (dtype != "fp32")
+    assert "5 sequences: cosine at least " in capsys.readouterr().out
+
+
+def test_more_to_compare_than_there_is(fasta: Path) -> None:
+    assert run(fasta, "--fp32-compare", "100") == 0
+    with reader_of(fasta) as reader:
+        assert len(reader.comparisons()) == len(SEQUENCES)
+
+
+def test_a_failed_row_is_not_compared() -> None:
+    model = ESM2.from_pretrained("demo")
+    original = model.embed_packed
+
+    def spoil(batch, layers):  # type: ignore[no-untyped-def]
+        rows = original(batch, layers)
+        rows[5][batch.cu_seqlens.diff() == 10 + SPECIAL_TOKENS] = torch.nan
+        return rows
+
+    model.embed_packed = spoil  # type: ignore[method-assign]
+    shards: list[Shard] = []
+    inputs = ShardInput(0, [encode("M" * 10), encode("M" * 11)], compared=[0, 1])
+    Pipeline(model, [5], "float32", 64).run([inputs], lambda number, shard: shards.append(shard))
+    assert shards[0].status.tolist() == [STATUS_FAILED, STATUS_COMPUTED]
+    assert list(shards[0].comparisons) == [1]
+
+
+@pytest.mark.parametrize("how", ["option", "environment"])
+def test_packing_disabled(fasta: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    assert run(fasta) == 0
+    with reader_of(fasta) as reader:
+        packed = reader.embeddings()
+        assert reader.attributes["disabled"] == ""
+    batches = []
+    monkeypatch.setattr(worker, "LAYOUTS", {"padded": _Recording(batches), "packed": LAYOUTS["packed"]})
+    if how == "environment":
+        monkeypatch.setenv("ESM_PACKED_DISABLE_PACKING", "1")
+    assert run(fasta) == (0 if how == "option" else 2), "another layout is another run"
+    assert run(fasta, "--overwrite", *(["--disable-packing"] if how == "option" else [])) == 0
+    assert sum(batch.num_sequences // 2 for batch in batches) == len(SEQUENCES)
+    with reader_of(fasta) as reader:
+        np.testing.assert_allclose(reader.embeddings(), packed, rtol=1e-5, atol=1e-5)
+        assert reader.attributes["disabled"] == "packing"
+        assert reader.attributes["attention_backend"] == "sdpa, padded"
+        assert json.loads(reader.attributes["packing"])["algorithm"] == "padded, sorted by length"
+
+
+class _Recording:
+    """The padded layout, with a list of what it laid out."""
+
+    def __init__(self, batches: list) -> None:  # type: ignore[type-arg]
+        self._batches = batches
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(LAYOUTS["padded"], name)
+
+    def lay_out(self, token_ids):  # type: ignore[no-untyped-def]
+        self._batches.append(LAYOUTS["padded"].lay_out(token_ids))
+        return self._batches[-1]
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize("how", ["option", "environment"])
+def test_fp16_disabled(fasta: Path, monkeypatch: pytest.MonkeyPatch, how: str, dtype: str) -> None:
+    if how == "environment":
+        monkeypatch.setenv("ESM_PACKED_DISABLE_FP16", "1")
+    assert run(fasta, "--dtype", dtype, *(["--disable-fp16"] if how == "option" else [])) == 0
+    with reader_of(fasta) as reader:
+        assert reader.attributes["dtype"] == "fp32"
+        assert reader.attributes["disabled"] == "fp16"
+
+
+def test_disabled_means_1(fasta: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ESM_PACKED_DISABLE_FP16", "0")
+    monkeypatch.setenv("ESM_PACKED_DISABLE_PACKING", "")
+    assert run(fasta, "--dtype", "fp16") == 0
+    with reader_of(fasta) as reader:
+        assert reader.attributes["dtype"] == "fp16"
+
+
+def test_metrics(fasta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("esm_packed.runners.watch.LOG_SECONDS", 0.0)
+    log = tmp_path / "metrics.jsonl"
+    assert run(fasta, "--log-json", str(log)) == 0
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    packs = len(LAYOUTS["packed"].plan(np.array(LENGTHS) + SPECIAL_TOKENS, 128))
+    assert [line["event"] for line in lines] == ["running"] * packs + ["end"]
+    done = [line["residues_done"] for line in lines]
+    assert done == sorted(done)
+    last = lines[-1]
+    assert last["residues_done"] == last["residues_total"] == sum(LENGTHS)
+    assert last["packing_efficiency"] == pytest.approx((sum(LENGTHS) + 24) / (128 * packs), abs=1e-4)
+    worker_line = last["workers"][0]
+    assert worker_line["tokens"] == sum(LENGTHS) + SPECIAL_TOKENS * len(LENGTHS)
+    assert worker_line["sequences"] == len(LENGTHS)
+    assert {"packs_waiting", "shards_waiting", "device_memory_bytes", "stage_seconds"} <= worker_line.keys()
+
+
+def test_a_metrics_file_that_cannot_be_written_is_found_before_work(
+    fasta: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(fasta, "--log-json", str(tmp_path / "no such folder" / "m.jsonl")) == 2
+    assert "--log-json" in capsys.readouterr().err
+
+
+def test_a_metrics_file_that_fails_later_does_not_end_the_run(
+    fasta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = tmp_path / "m.jsonl"
+    original = embed.watching
+
+    def watching(*arguments):  # type: ignore[no-untyped-def]
+        log.unlink()
+        log.mkdir()
+        return original(*arguments)
+
+    monkeypatch.setattr(embed, "watching", watching)
+    assert run(fasta, "--log-json", str(log)) == 0
+    assert capsys.readouterr().err.count("no more metrics are written") == 1
+
+
+def summary_with(**stages: float) -> Summary:
+    return Summary(
+        Path("x"),
+        "",
+        "",
+        "fp32",
+        "cpu",
+        100,
+        1,
+        1,
+        0,
+        0,
+        0,
+        0,
+        stages=StageTimes(**stages),  # type: ignore[arg-type]
+    )
+
+
+@pytest.mark.parametrize(
+    "stages, expected",
+    [
+        ({"packs": 100, "tokens_in_budget": 8600}, []),
+        ({"packs": 100, "tokens_in_budget": 8400}, ["packing warning: packs are only 84% full"]),
+        ({"packs": 100, "tokens_in_budget": 7900}, ["packing error: packs are only 79% full"]),
+        ({"packs": 120, "overlong_packs": 20, "tokens_in_budget": 8600}, []),
+        ({"packs": 10, "tokens_in_budget": 500}, []),
+        ({"wall": 100.0, "computing": 81.0}, []),
+        ({"wall": 100.0, "computing": 79.0, "reading": 50.0}, ["device idle (mild): it computed only 79%"]),
+        ({"wall": 100.0, "computing": 49.0, "writing": 60.0}, ["device idle (critical)"]),
+        ({"wall": 5.0, "computing": 1.0}, []),
+    ],
+)
+def test_what_deserves_a_look(stages: dict[str, float], expected: list[str]) -> None:
+    found = summary_with(**stages).warnings()
+    assert len(found) == len(expected)
+    for warning, beginning in zip(found, expected, strict=True):
+        assert warning.startswith(beginning)
+    if "reading" in stages:
+        assert "reading took the longest besides" in found[0]
+
+
+class Meter:
+    """A GPU with `free` bytes on which a model of `fixed` bytes takes `per_token` for each token."""
+
+    def __init__(self, fixed: int, per_token: float, free: int) -> None:
+        self.fixed, self.per_token, self._free = fixed, per_token, free
+
+    def peak(self, model: ESM2, num_sequences: int) -> int:
+        return int(self.fixed + self.per_token * num_sequences * (PROBE_LENGTH + SPECIAL_TOKENS))
+
+    def free(self) -> int:
+        return self._free
+
+
+@pytest.mark.parametrize(
+    "per_token, free, expected",
+    [
+        (1e5, 10**12, 32768),  # more than is useful fits
+        (1e6, 10**10, 7 * 1024),  # 80% of 10 GB at 1 MB a token are 8,000
+        (1e6, 10**6, 1024),  # not even that: packs are halved then
+        (0.0, 10**10, 32768),
+    ],
+)
+def test_token_budget_is_what_fits_into_the_memory(per_token: float, free: int, expected: int) -> None:
+    model = ESM2.from_pretrained("demo")
+    assert measured_token_budget(model, 32768, Meter(10**9, per_token, free)) == expected
+
+
+def test_what_the_budget_is_measured_with_can_be_embedded() -> None:
+    model = ESM2.from_pretrained("demo")
+    rows = model.embed_packed(pack(budget.probe(PROBE_SEQUENCES[0])), [5])[5]
+    assert rows.shape == (PROBE_SEQUENCES[0], 96)
+    assert rows.isfinite().all()
+
+
+def test_the_same_run_again_takes_the_budget_of_its_output(fasta: Path) -> None:
+    request = EmbedRequest((str(fasta),), fasta.with_name("out.h5"), model="demo", device="cpu")
+    embed_files(request, Console(quiet=True))
+    with reader_of(fasta) as reader:
+        assert reader.plan["identity"]["token_budget"] == 1024
+    again = embed_files(request, Console(quiet=True))
+    assert again.already_complete

@@ -1,0 +1,184 @@
+"""A model and a FASTA file to a report, its verdict, and clear words for what cannot be."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from esm_packed import ESM2
+from esm_packed.alphabet import decode
+from esm_packed.config import ESM2Config
+from esm_packed.reports.page import ReportError
+from esm_packed.reports.verdict import Threshold
+from esm_packed.runners import cli, commands
+from esm_packed.runners.fasta import InputError, ReadOptions
+from esm_packed.runners.index import build_index
+from esm_packed.runners.progress import Console
+from esm_packed.runners.request import UsageError
+from esm_packed.runners.store import STATUS_COMPUTED, STATUS_RECOMPUTED, EmbeddingReader
+from esm_packed.runners.validate import ValidateRequest, choose, validate_file
+from esm_packed.stress import stress_checkpoint
+from esm_packed.weights import save_fair_esm
+
+LENGTHS = [30, 12, 75, 12, 200, 5, 41]
+QUIET = Console(quiet=True)
+
+
+def write_fasta(path: Path, lengths: list[int]) -> list[str]:
+    rng = np.random.default_rng(0)
+    sequences = [decode(rng.integers(4, 24, length)) for length in lengths]
+    path.write_text("".join(f">p{number} some\n{text}\n" for number, text in enumerate(sequences)))
+    return sequences
+
+
+@pytest.fixture
+def request_for(tmp_path: Path) -> ValidateRequest:
+    write_fasta(tmp_path / "in.fasta", LENGTHS)
+    return ValidateRequest("demo", str(tmp_path / "in.fasta"), tmp_path / "report", device="cpu")
+
+
+def test_the_demo_passes_and_is_called_the_demo(
+    request_for: ValidateRequest, capsys: pytest.CaptureFixture[str]
+) -> None:
+    request = replace(request_for, max_length=100, command="esm-packed validate demo in.fasta")
+    lines, passed = validate_file(request, Console())
+    assert passed
+    terminal = capsys.readouterr().err
+    assert "7 proteins, 275 residues, 10 times: about" in terminal
+    text = "\n".join(lines)
+    for mode in ("fp32", "fp16", "bf16"):
+        assert f"{mode}  passed" in text
+    assert "tf32  not run" in text and "needs a CUDA device" in text
+    assert "the weights of the demo" in text
+    data = json.loads((request.output / "validation.json").read_text())
+    assert data["proteins"]["sequence_ids"] == [f"p{number}" for number in range(7)]
+    assert data["proteins"]["lengths"] == [30, 12, 75, 12, 100, 5, 41]
+    assert data["conditions"]["truncated"] == "1 to their first 100 residues"
+    page = (request.output / "validation.html").read_text()
+    assert "the weights of the demo" in page and request.command in page
+    assert {path.suffix for path in request.output.iterdir()} == {".html", ".json", ".png", ".svg"}
+
+
+def test_a_stricter_threshold_fails(request_for: ValidateRequest) -> None:
+    request = replace(request_for, dtypes=("bf16",), thresholds={"bf16": Threshold(1e-4)}, limit=3)
+    lines, passed = validate_file(request, QUIET)
+    assert not passed
+    assert any(line.startswith("bf16  FAILED") for line in lines)
+    data = json.loads((request.output / "validation.json").read_text())
+    assert data["passed"] is False and data["verdicts"][0]["threshold"]["relative_l2"] == 1e-4
+
+
+def test_fair_esm_as_the_reference(request_for: ValidateRequest) -> None:
+    pytest.importorskip("esm.model.esm2", reason="fair-esm 2.0.0 is not installed")
+    lines, passed = validate_file(replace(request_for, reference="fair-esm", dtypes=("fp64", "fp32")), QUIET)
+    assert passed and "against fair-esm in fp64" in lines[0]
+    data = json.loads((request_for.output / "validation.json").read_text())
+    worst = {verdict["mode"]: verdict["worst_relative_l2"] for verdict in data["verdicts"]}
+    assert worst["fp64"] < 1e-12 and worst["fp32"] < 2e-6
+
+
+def test_a_report_is_replaced_only_when_asked(request_for: ValidateRequest) -> None:
+    request = replace(request_for, dtypes=("fp32",), limit=2)
+    validate_file(request, QUIET)
+    with pytest.raises(UsageError, match="holds a report already; --overwrite"):
+        validate_file(request, QUIET)
+    validate_file(replace(request, overwrite=True, limit=1), QUIET)
+    assert len(json.loads((request.output / "validation.json").read_text())["proteins"]["lengths"]) == 1
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"device": "cuda:99"}, UsageError, "cuda:99"),
+        ({"dtypes": ("fp8",)}, UsageError, r"--dtype 'fp8' is none of fp64, fp32"),
+        ({"thresholds": {"int8": Threshold(1.0)}}, UsageError, "--threshold 'int8'"),
+        ({"reference": "esmc"}, UsageError, "--reference 'esmc' is none of esm-packed, fair-esm"),
+        ({"dtypes": ("tf32",)}, ReportError, "no mode can run: tf32: .*needs a CUDA device"),
+        ({"fasta": "missing.fasta"}, InputError, "missing.fasta: there is no such file"),
+    ],
+)
+def test_mistakes_are_named_before_anything_is_written(
+    request_for: ValidateRequest, change: dict[str, object], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        validate_file(replace(request_for, **change), QUIET)
+    assert not request_for.output.exists()
+
+
+def test_a_file_is_no_folder(request_for: ValidateRequest) -> None:
+    request_for.output.write_text("mine")
+    with pytest.raises(UsageError, match="exists and is no folder"):
+        validate_file(request_for, QUIET)
+    assert request_for.output.read_text() == "mine"
+
+
+def test_a_folder_that_cannot_be_written_is_known_before_the_work(
+    request_for: ValidateRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("esm_packed.runners.validate.validate", None)
+    with pytest.raises(UsageError, match="/proc/report: the report cannot be written there"):
+        validate_file(replace(request_for, output=Path("/proc/report"), limit=1), QUIET)
+
+
+def test_without_matplotlib(request_for: ValidateRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ReportError, match=r"pip install 'esm-packed\[report\]'"):
+        validate_file(request_for, QUIET)
+
+
+def test_the_sample_is_distinct_and_spread_over_the_lengths(tmp_path: Path) -> None:
+    sequences = write_fasta(tmp_path / "in.fasta", list(range(10, 110)))
+    with (tmp_path / "in.fasta").open("a") as file:
+        file.write(f">again\n{sequences[40]}\n")
+    index = build_index([str(tmp_path / "in.fasta")], tmp_path / "index", ReadOptions())
+    chosen, rule = choose(index, 10)
+    assert rule == "10 of 100 distinct sequences, evenly spaced by length"
+    assert [int(index.lengths[record]) for record in chosen] == [10, 21, 32, 43, 54, 65, 76, 87, 98, 109]
+    assert choose(index, 0) == (list(range(100)), "all 100 distinct sequences")
+    assert len(choose(index, 99)[0]) == 99
+
+
+def test_what_overflows_in_fp16_is_found_and_embedded_in_fp32(tmp_path: Path) -> None:
+    """The report counts it, and the rows `embed` makes of it are those of the FP32 model."""
+    lengths = [8, 250, 8, 9, 200, 10, 250, 7]
+    sequences = write_fasta(tmp_path / "in.fasta", lengths)
+    path = tmp_path / "esm2_stress.pt"
+    save_fair_esm(stress_checkpoint(ESM2Config(4, 96, 4), peak=70_000), path)
+
+    request = ValidateRequest(str(path), str(tmp_path / "in.fasta"), tmp_path / "report", device="cpu")
+    lines, passed = validate_file(replace(request, dtypes=("fp32", "fp16")), QUIET)
+    assert not passed
+    assert any("stress weights" in line for line in lines)
+    data = json.loads((request.output / "validation.json").read_text())
+    assert [verdict["passed"] for verdict in data["verdicts"]] == [True, False]
+    of_fp16 = next(path for path in data["paths"] if path["mode"] == "fp16")
+    overflows = np.array([error is None for error in of_fp16["means"]["relative_l2"]])
+    assert 0 < overflows.sum() < len(lengths)
+
+    output = tmp_path / "out.h5"
+    options = ["--model", str(path), "--device", "cpu", "--dtype", "fp16", "--quiet"]
+    assert (
+        cli.main(["embed", str(tmp_path / "in.fasta"), "-o", str(output), *options]) == commands.EXIT_COMPLETE
+    )
+    with EmbeddingReader(output) as reader:
+        rows, status = reader.embeddings(), reader.column("status")
+    assert status.tolist() == np.where(overflows, STATUS_RECOMPUTED, STATUS_COMPUTED).tolist()
+    fp32 = np.stack(ESM2.from_pretrained(path, dtype="fp32").embed(sequences))
+    errors = np.linalg.norm(rows - fp32, axis=1) / np.linalg.norm(fp32, axis=1)
+    assert (errors[overflows] <= 1e-5).all()
+    assert (errors[~overflows] > 1e-5).all(), "these are FP16's own"
+
+
+def test_torch_runs_on_one_thread_where_asked(request_for: ValidateRequest) -> None:
+    before = torch.get_num_threads()
+    try:
+        validate_file(replace(request_for, threads=1, limit=1, dtypes=("fp32",)), QUIET)
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
