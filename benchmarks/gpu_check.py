@@ -454,6 +454,7 @@ def correctness_sections() -> list[Section]:
             for part in range(PARTS)
         ),
         Section("model", "correctness", tests("model", model), needs_gpu=False),
+        Section("runner", "correctness", tests("runner", f"{GPU_TESTS}/test_gpu_runner.py")),
         *(
             Section(
                 f"kernels_{size}",

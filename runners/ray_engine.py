@@ -301,7 +301,8 @@ class _Schedule:
         self._ray = engine._ray
         self._run = run
         self._watch = watch
-        self._waiting: deque[tuple[float, _Task]] = deque((0.0, _Task(shard)) for shard in shards)
+        self._waiting = deque(map(_Task, shards))
+        self._delayed: list[tuple[float, _Task]] = []
         self._attempts: Counter[_Task] = Counter()
         self._failures_in_a_row = 0
         self._parts: dict[int, dict[_Task, Shard]] = {}
@@ -313,7 +314,7 @@ class _Schedule:
         for slot in slots:
             self._open(slot)
         try:
-            while self._waiting or any(slot.task is not None for slot in slots):
+            while self._waiting or self._delayed or any(slot.task is not None for slot in slots):
                 self._hand_out()
                 self._look(POLL_SECONDS)
                 self._ask()
@@ -330,14 +331,14 @@ class _Schedule:
 
     def _hand_out(self) -> None:
         now = time.monotonic()
+        self._waiting.extendleft(task for ready, task in self._delayed if ready <= now)
+        self._delayed = [each for each in self._delayed if each[0] > now]
         for slot in self._engine._slots:
-            if slot.actor is None or slot.starting is not None or slot.task is not None:
-                continue
-            task = next((task for ready, task in self._waiting if ready <= now), None)
-            if task is None:
+            if not self._waiting:
                 return
-            self._waiting = deque(each for each in self._waiting if each[1] != task)
-            slot.task = task
+            if slot.starting is not None or slot.task is not None:
+                continue
+            task = slot.task = self._waiting.popleft()
             if task.last is None:
                 slot.working = slot.actor.compute.remote(task.shard)
             else:
@@ -401,14 +402,16 @@ class _Schedule:
         if self._failures_in_a_row > MAX_FAILURES_IN_A_ROW:
             raise EngineError(f"workers fail whatever they are given, last with: {cause}")
         num_sequences = self._sequences(task)
+        if not num_sequences:
+            raise EngineError(f"{name} fails, though it has nothing to compute: {cause}")
         # a part is known to fail: only a single sequence gets the benefit of the doubt again
         if attempts < MAX_ATTEMPTS and (task.last is None or num_sequences == 1):
-            self._waiting.append((time.monotonic() + BACK_OFF_SECONDS * 2 ** (attempts - 1), task))
+            self._delayed.append((time.monotonic() + BACK_OFF_SECONDS * 2 ** (attempts - 1), task))
         elif num_sequences > 1:
             middle = task.first + num_sequences // 2
             last = task.first + num_sequences
-            self._waiting.appendleft((0.0, _Task(task.shard, middle, last)))
-            self._waiting.appendleft((0.0, _Task(task.shard, task.first, middle)))
+            self._waiting.appendleft(_Task(task.shard, middle, last))
+            self._waiting.appendleft(_Task(task.shard, task.first, middle))
         else:
             self._keep_part(
                 _Task(task.shard, task.first, task.first + 1), self._failed_row(f"its worker failed: {cause}")
@@ -459,7 +462,7 @@ class _Schedule:
     def _ask(self) -> None:
         """Ask workers how it goes, without waiting for their answers."""
         for slot in self._engine._slots:
-            if slot.actor is None or slot.starting is not None:
+            if slot.starting is not None:
                 continue
             if slot.asked is not None:
                 ready, _ = self._ray.wait([slot.asked], timeout=0)
@@ -486,9 +489,10 @@ def _difference(now: StageTimes, before: StageTimes) -> StageTimes:
 
 def _root_cause(error: BaseException) -> BaseException:
     """What a worker raised, or that it died."""
-    cause = getattr(error, "cause", None)
-    if isinstance(cause, BaseException):
-        return cause
+    while isinstance(cause := getattr(error, "cause", None), BaseException):
+        error = cause
+    if not type(error).__module__.startswith("ray."):
+        return error
     text = str(error).strip()
     for known in NOT_THE_SHARDS_FAULT[1:]:  # an actor that cannot be made has its reason in the text alone
         for line in text.splitlines():

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ POISON_LENGTH = 77
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(embed.FLOPS_PER_SHARD, "cpu", 3.5e8)
     monkeypatch.setattr(ray_engine, "BACK_OFF_SECONDS", 0.05)
+    monkeypatch.setenv("ESM_PACKED_TESTS", str(os.getpid()))
 
 
 def request_for(fasta: Path, output: Path, **changes: Any) -> EmbedRequest:
@@ -68,10 +70,16 @@ class SlowWorker(RayWorker):
 
 
 def worker_pids() -> list[int]:
-    """Processes of this test's Ray workers, which Ray gives a title."""
+    """Processes of this test's Ray workers: Ray gives them a title, and they inherit the environment."""
     listed = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True)
     lines = [line.split(None, 1) for line in listed.stdout.splitlines()[1:]]
-    return [int(pid) for pid, command in lines if command.startswith("ray::") and "Worker" in command]
+    pids = [int(pid) for pid, command in lines if command.startswith("ray::") and "Worker" in command]
+    found = []
+    for pid in pids:
+        with suppress(OSError):
+            if f"ESM_PACKED_TESTS={os.getpid()}".encode() in Path(f"/proc/{pid}/environ").read_bytes():
+                found.append(pid)
+    return found
 
 
 def test_two_workers_give_the_file_of_one_process(fasta: Path, tmp_path: Path, expected: Result) -> None:
@@ -138,10 +146,11 @@ def check_kills(
 def test_killed_workers_are_replaced(
     fasta: Path, tmp_path: Path, expected: Result, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    check_kills(fasta, tmp_path / "out.h5", expected, monkeypatch, 3)
+    check_kills(fasta, tmp_path / "out.h5", expected, monkeypatch, 2)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_workers_killed_at_25_random_moments(
     fasta: Path, tmp_path: Path, expected: Result, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -172,7 +181,9 @@ class RaisingWorker(PoisonedWorker):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
 
-@pytest.mark.parametrize("worker_class", [PoisonedWorker, RaisingWorker])
+@pytest.mark.parametrize(
+    "worker_class", [PoisonedWorker, pytest.param(RaisingWorker, marks=pytest.mark.slow)]
+)
 def test_a_sequence_that_ends_its_worker_is_found_and_left_out(
     fasta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, worker_class: type[RayWorker]
 ) -> None:
@@ -185,7 +196,7 @@ def test_a_sequence_that_ends_its_worker_is_found_and_left_out(
     run(poisoned, truth)
     monkeypatch.setattr(RayEngine, "worker_class", worker_class)
     output = tmp_path / "out.h5"
-    monkeypatch.setitem(embed.FLOPS_PER_SHARD, "cpu", 3e9)  # the poison has company in its shard
+    monkeypatch.setitem(embed.FLOPS_PER_SHARD, "cpu", 7e8)  # the poison has company in its shard
     summary = run(poisoned, output, engine="ray", workers=1)
     assert summary.num_failed == 1
     with EmbeddingReader(output) as reader, EmbeddingReader(truth) as whole:
@@ -213,7 +224,7 @@ class DeadlyWorker(RayWorker):
 def test_when_all_fails_the_run_ends_and_keeps_what_is_finished(
     fasta: Path, tmp_path: Path, expected: Result, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ray_engine, "MAX_FAILURES_IN_A_ROW", 4)
+    monkeypatch.setattr(ray_engine, "MAX_FAILURES_IN_A_ROW", 2)
     output = tmp_path / "out.h5"
     with monkeypatch.context() as deadly:
         deadly.setattr(RayEngine, "worker_class", DeadlyWorker)
@@ -289,7 +300,7 @@ def test_options_that_do_not_fit(
         run(fasta, tmp_path / "out.h5", **changes)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
 def test_no_worker_outlives_its_driver(
     fasta: Path, tmp_path: Path, expected: Result, number: signal.Signals
 ) -> None:
