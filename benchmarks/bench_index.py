@@ -22,7 +22,7 @@ import pytest
 from esm_packed.runners.fasta import ReadOptions
 from esm_packed.runners.index import build_index, open_index
 
-MEGABYTES = int(os.environ.get("ESM_PACKED_BENCH_MB", "50"))
+MEGABYTES = int(os.environ.get("ESM_PACKED_BENCH_MB", "20"))
 ROUNDS = 3
 COLUMNS = 60
 KINDS = ("uniref", "short50", "identical50", "uniref_gzip")

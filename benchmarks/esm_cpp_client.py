@@ -29,6 +29,8 @@ class EsmCpp:
     """
 
     rounded_frequencies = False
+    weight_bytes = 0
+    """They are in the worker's memory."""
 
     def __init__(self, model_name: str, python: str, threads: int) -> None:
         self._directory = tempfile.TemporaryDirectory()

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 
 import torch
-from peers import make_packs
+from peers import lay_out
 
 from esm_packed.attention import PackedAttention, select_backend
 from esm_packed.model import ESM2, Layer
@@ -43,7 +43,7 @@ class MatmulFloor:
 
     @torch.inference_mode()
     def prepare(self, sequences: Sequence[str]) -> None:
-        packs = make_packs(sequences, self.token_budget)
+        packs = lay_out(sequences, self.token_budget)
         self.num_rows = [batch.total_tokens for _, batch in packs]
         self.padded_tokens = sum(self.num_rows)
         linears = [getattr(next(iter(self.model.layers)), name) for name in MATMULS]
@@ -93,7 +93,7 @@ class AttentionFloor:
 
     @torch.inference_mode()
     def prepare(self, sequences: Sequence[str]) -> None:
-        self.batches = [batch for _, batch in make_packs(sequences, self.token_budget)]
+        self.batches = [batch for _, batch in lay_out(sequences, self.token_budget)]
         self.padded_tokens = sum(batch.total_tokens for batch in self.batches)
         most = max(batch.total_tokens for batch in self.batches)
         self.qkv = torch.randn(most, 3, self.config.num_heads, self.config.head_dim)

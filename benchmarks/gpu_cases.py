@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from workloads import token_lengths
 
 from esm_packed import kernels
 from esm_packed.alphabet import BOS_ID, EOS_ID, MASK_ID, VOCAB_SIZE
@@ -33,21 +34,10 @@ HALF_DTYPES = (FLOAT16, BFLOAT16)
 MODEL_SIZES: dict[str, ESM2Config] = {name.split("_")[2]: config for name, config in ESM2_MODELS.items()}
 """`8M`, `35M`, `150M`, `650M`, `3B`, `15B` to the model's shape."""
 
-_UNIREF_DECILES = (12, 96, 139, 189, 245, 277, 322, 370, 445, 566, 1022)
-"""Residues: deciles of 10,000 UniRef50 proteins ESM-2 was trained on, the longest cut to 1,022."""
-
 
 def uniref_lengths(total_tokens: int, seed: int = 0) -> list[int]:
     """Tokens of proteins as long as UniRef's, the last cut so that they make `total_tokens` together."""
-    rng = np.random.default_rng(seed)
-    lengths: list[int] = []
-    left = total_tokens
-    while left:
-        residues = np.interp(rng.random(), np.linspace(0, 1, len(_UNIREF_DECILES)), _UNIREF_DECILES)
-        length = min(int(residues) + 2, left)
-        lengths.append(length if left - length >= 3 else left)  # every sequence keeps at least one residue
-        left -= lengths[-1]
-    return lengths
+    return token_lengths("uniref", total_tokens, seed)
 
 
 @dataclass(frozen=True)

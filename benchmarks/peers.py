@@ -1,41 +1,44 @@
 """esm-packed and its rivals, each loaded with the same weights and fed the way its users feed it.
 
-`prepare` makes the batches, `run` computes (only this is timed), `embeddings` and `logits` give what the last
-`run` computed, in the order of the sequences.
+`prepare` makes the batches on the device, `run` computes (only this is timed), `embeddings` and `logits` give
+what the last `run` computed, in the order of the sequences. A rival's packages are imported when it is made.
 """
 
 from __future__ import annotations
 
+import importlib
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-import fair_esm_reference
 import torch
-from esm.data import FastaBatchedDataset
-from transformers import EsmConfig, EsmModel
+from flash_attn_stand_in import flash_attn_importable
+from measuring import DEVICE
 
 from esm_packed.alphabet import BOS_ID, EOS_ID, MASK_ID, PAD_ID, VOCAB_SIZE, encode
 from esm_packed.config import ESM2Config
 from esm_packed.model import ESM2, LAYER_NORM_EPS
-from esm_packed.packing import SPECIAL_TOKENS, PackedBatch, pack, plan_packs
+from esm_packed.numerics import PRECISIONS, matmul_precision
+from esm_packed.packing import SPECIAL_TOKENS, PackedBatch
+from esm_packed.padding import LAYOUTS, plan_padded
 from esm_packed.weights import load_checkpoint, save_fair_esm
-
-PADDED_TOKENS_PER_BATCH = 4096
 
 
 class Provider(Protocol):
     """One contender of the benchmark.
 
     `backend` says how it computes, `padded_tokens` how many tokens `run` computes, padding included;
-    `rounded_frequencies` whether its rotary frequencies are the checkpoint's, which are rounded to FP16.
+    `rounded_frequencies` whether its rotary frequencies are the checkpoint's, which are rounded to FP16;
+    `weight_bytes` what its parameters and buffers take.
     """
 
     backend: str
     padded_tokens: int
     rounded_frequencies: bool
+    weight_bytes: int
 
     def prepare(self, sequences: Sequence[str]) -> None: ...
 
@@ -51,120 +54,228 @@ class _Batched:
 
     rounded_frequencies = True
 
-    def __init__(self) -> None:
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.model: Any = model
         self.members: list[Sequence[int]] = []
         self.rows: list[torch.Tensor] = []
         self.padded_tokens = 0
+        self.weight_bytes = sum(x.numel() * x.element_size() for x in (*model.parameters(), *model.buffers()))
 
     def embeddings(self) -> torch.Tensor:
         rows = torch.cat(self.rows)
         ordered = torch.empty_like(rows)
         ordered[torch.tensor([index for members in self.members for index in members])] = rows
-        return ordered
+        return ordered.cpu()
 
     def logits(self) -> list[torch.Tensor] | None:
         return None
 
 
-def sorted_batches(sequences: Sequence[str], extra_tokens_per_sequence: int) -> list[list[int]]:
-    """Batches by length as fair-esm's esm-extract makes them."""
-    dataset = FastaBatchedDataset([str(index) for index in range(len(sequences))], sequences)
-    batches: list[list[int]] = dataset.get_batch_indices(PADDED_TOKENS_PER_BATCH, extra_tokens_per_sequence)
-    return batches
+def lay_out(
+    sequences: Sequence[str], token_budget: int, layout: str = "packed"
+) -> list[tuple[list[int], PackedBatch]]:
+    """For each pack the indices of its sequences, and the batch on the device."""
+    token_ids = [encode(sequence) for sequence in sequences]
+    way = LAYOUTS[layout]
+    plan = way.plan([len(ids) + SPECIAL_TOKENS for ids in token_ids], token_budget)
+    return [
+        (members.tolist(), way.lay_out([token_ids[index] for index in members]).to(DEVICE))
+        for members in plan
+    ]
 
 
 class EsmPacked(_Batched):
-    """This package: packs of `token_budget` tokens, mean of the last layer."""
+    """This package: batches of `token_budget` tokens in one of `LAYOUTS`, mean of the last layer."""
 
-    def __init__(self, model: ESM2, token_budget: int) -> None:
-        super().__init__()
-        self.model = model
+    def __init__(self, model: ESM2, token_budget: int, layout: str = "packed") -> None:
+        super().__init__(model)
         self.token_budget = token_budget
-        self.backend = f"{model.attention_backend}, packs of {token_budget} tokens"
+        self.layout = layout
+        self.backend = model.attention_backend if layout == "packed" else "sdpa, masked"
 
     def prepare(self, sequences: Sequence[str]) -> None:
-        packs = make_packs(sequences, self.token_budget)
-        self.members = [members for members, _ in packs]
-        self.batches = [batch for _, batch in packs]
+        batches = lay_out(sequences, self.token_budget, self.layout)
+        self.members = [members for members, _ in batches]
+        self.batches = [batch for _, batch in batches]
         self.padded_tokens = sum(batch.total_tokens for batch in self.batches)
 
     def run(self) -> None:
         last = self.model.config.num_layers
-        self.rows = [self.model.embed_packed(batch, [last])[last] for batch in self.batches]
-
-
-def make_packs(sequences: Sequence[str], token_budget: int) -> list[tuple[list[int], PackedBatch]]:
-    """For each pack the indices of its sequences, and the packed batch."""
-    token_ids = [encode(sequence) for sequence in sequences]
-    plan = plan_packs([len(ids) + SPECIAL_TOKENS for ids in token_ids], token_budget)
-    return [(members.tolist(), pack([token_ids[index] for index in members])) for members in plan]
+        embed = LAYOUTS[self.layout].embed
+        self.rows = [embed(self.model, batch, [last])[last] for batch in self.batches]
 
 
 class FairEsm(_Batched):
-    """fair-esm 2.0.0 as its script esm-extract runs it; its forward pass always computes logits too."""
+    """fair-esm 2.0.0 with batches as its script esm-extract forms them.
 
-    def __init__(self, model_name: str) -> None:
-        super().__init__()
+    Its forward pass always computes logits, too. In FP16 it is `model.half()`, which also forms the rotary
+    angles in FP16.
+    """
+
+    def __init__(self, model_name: str, dtype: str, token_budget: int) -> None:
+        reference = importlib.import_module("fair_esm_reference")
         with tempfile.TemporaryDirectory() as directory:
             path = Path(directory) / "esm2_peer.pt"
             save_fair_esm(load_checkpoint(model_name), path)
-            self.model = fair_esm_reference.load(path, torch.float32)
-        self.backend = f"esm-extract, toks_per_batch {PADDED_TOKENS_PER_BATCH}"
+            model = reference.load(path, torch.float32)
+        super().__init__(model.to(DEVICE, PRECISIONS[dtype].dtype))
+        self._convert = reference.ALPHABET.get_batch_converter()
+        self.token_budget = token_budget
+        self.backend = "batches as esm-extract forms them"
+        self.precision = PRECISIONS[dtype]
 
     def prepare(self, sequences: Sequence[str]) -> None:
-        convert = fair_esm_reference.ALPHABET.get_batch_converter()
-        self.members = sorted_batches(sequences, extra_tokens_per_sequence=1)
+        dataset = importlib.import_module("esm.data").FastaBatchedDataset
+        numbered = dataset([str(index) for index in range(len(sequences))], sequences)
+        self.members = numbered.get_batch_indices(self.token_budget, 1)
         self.lengths = [[len(sequences[index]) for index in members] for members in self.members]
-        self.tokens = [convert([("", sequences[index]) for index in batch])[2] for batch in self.members]
+        self.tokens = [
+            self._convert([("", sequences[index]) for index in batch])[2].to(DEVICE) for batch in self.members
+        ]
         self.padded_tokens = sum(tokens.numel() for tokens in self.tokens)
 
     @torch.no_grad()
     def run(self) -> None:
         last = self.model.num_layers
         self.rows = []
-        for tokens, lengths in zip(self.tokens, self.lengths, strict=True):
-            hidden_states = self.model(tokens, repr_layers=[last])["representations"][last]
-            self.rows.append(_residue_means(hidden_states, lengths))
+        with matmul_precision(self.precision):
+            for tokens, lengths in zip(self.tokens, self.lengths, strict=True):
+                hidden_states = self.model(tokens, repr_layers=[last])["representations"][last]
+                self.rows.append(_residue_means(hidden_states, lengths))
 
 
 class Transformers(_Batched):
-    """transformers' EsmModel with SDPA, sorted by length into batches of at most 4,096 padded tokens."""
+    """transformers' EsmModel with SDPA, sorted by length into padded batches, means over residues."""
 
-    def __init__(self, model_name: str) -> None:
-        super().__init__()
+    def __init__(self, model_name: str, dtype: str, token_budget: int, *, compiled: bool = False) -> None:
         checkpoint = load_checkpoint(model_name)
-        self.model = EsmModel(hub_config(checkpoint.config), add_pooling_layer=False).eval()
+        model = self._make(checkpoint.config)
         tensors = {
             name.removeprefix("esm."): tensor
             for name, tensor in hub_tensors(checkpoint.tensors).items()
-            if not name.startswith("lm_head.") and not name.endswith(".rotary_embeddings.inv_freq")
+            if not name.startswith("lm_head.")
         }
-        tensors["rotary_embeddings.inv_freq"] = checkpoint.tensors["layers.0.self_attn.rot_emb.inv_freq"]
-        self.model.load_state_dict(tensors, strict=True)
-        self.backend = f"{self.model.config._attn_implementation}, {PADDED_TOKENS_PER_BATCH} padded tokens"
+        frequencies = checkpoint.tensors["layers.0.self_attn.rot_emb.inv_freq"]
+        wanted = model.state_dict()
+        tensors |= {name: frequencies for name in wanted if name.endswith("inv_freq")}
+        # Not strict: versions differ in buffers, and what is computed is held against FP64 in any case.
+        model.load_state_dict({name: tensors[name] for name in wanted if name in tensors}, strict=False)
+        model = model.to(DEVICE, PRECISIONS[dtype].dtype).eval()
+        for name, buffer in model.named_buffers():
+            if name.endswith("inv_freq"):  # `from_pretrained` leaves it in FP32, too
+                buffer.data = frequencies.to(DEVICE, torch.float32)
+        super().__init__(model)
+        self._forward: Callable[..., Any] = torch.compile(model, dynamic=True) if compiled else model
+        self.token_budget = token_budget
+        self.backend = f"{model.config._attn_implementation}, padded, sorted by length"
+        self.precision = PRECISIONS[dtype]
+
+    def _make(self, config: ESM2Config) -> Any:
+        return importlib.import_module("transformers").EsmModel(hub_config(config), add_pooling_layer=False)
 
     def prepare(self, sequences: Sequence[str]) -> None:
-        self.members = sorted_batches(sequences, SPECIAL_TOKENS)
+        lengths = [len(sequence) + SPECIAL_TOKENS for sequence in sequences]
+        plan = plan_padded(lengths, self.token_budget)
+        self.members = [members.tolist() for members in plan]
         self.lengths = [[len(sequences[index]) for index in members] for members in self.members]
-        self.input_ids, self.masks = [], []
+        self.inputs = []
         for members in self.members:
             rows = [token_ids_with_ends(sequences[index]) for index in members]
-            padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD_ID)
-            self.input_ids.append(padded)
-            self.masks.append((padded != PAD_ID).long())
-        self.padded_tokens = sum(input_ids.numel() for input_ids in self.input_ids)
+            padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD_ID).to(DEVICE)
+            self.inputs.append((padded, (padded != PAD_ID).long()))
+        self.padded_tokens = sum(input_ids.numel() for input_ids, _ in self.inputs)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def run(self) -> None:
         self.rows = []
-        for input_ids, mask, lengths in zip(self.input_ids, self.masks, self.lengths, strict=True):
-            hidden_states = self.model(input_ids=input_ids, attention_mask=mask).last_hidden_state
-            self.rows.append(_residue_means(hidden_states, lengths))
+        with matmul_precision(self.precision):
+            for (input_ids, mask), lengths in zip(self.inputs, self.lengths, strict=True):
+                output = self._forward(input_ids=input_ids, attention_mask=mask)
+                self.rows.append(_residue_means(output.last_hidden_state, lengths))
+
+
+class Faesm(Transformers):
+    """faesm's FAEsmModel: transformers' model with FlashAttention, or with SDPA where that is missing."""
+
+    def __init__(self, model_name: str, dtype: str, token_budget: int) -> None:
+        super().__init__(model_name, dtype, token_budget)
+        self.backend = "flash_attn" if self.model.config.use_fa else "sdpa, padded, sorted by length"
+
+    def _make(self, config: ESM2Config) -> Any:
+        faesm = importlib.import_module("faesm.esm")
+        hub = hub_config(config, "eager")  # it replaces attention itself
+        hub.use_fa = faesm.flash_attn_installed and DEVICE.type == "cuda"
+        return faesm.FAEsmModel(hub, add_pooling_layer=False)
+
+
+class EsmEfficient(_Batched):
+    """esm-efficient's ESM2 on packed tokens, means over residues.
+
+    It has no token dropout and computes its own rotary frequencies: its embedding is scaled by 0.88 and its
+    frequencies are set to the checkpoint's, so that it computes the same model. Where flash-attn is missing,
+    a stand-in over PyTorch's packed attention serves it.
+    """
+
+    def __init__(self, model_name: str, dtype: str, token_budget: int) -> None:
+        with flash_attn_importable() as attention:
+            esme = importlib.import_module("esme.esm")
+        checkpoint = load_checkpoint(model_name)
+        config = checkpoint.config
+        half = PRECISIONS[dtype].dtype
+        model = esme.ESM2(config.num_layers, config.hidden_size, config.num_heads, dtype=half)
+        tensors = {_esme_name(name): tensor for name, tensor in checkpoint.tensors.items()}
+        tensors["lm_head.final.weight"] = tensors["embed_tokens.weight"]
+        if config.token_dropout:
+            tensors["embed_tokens.weight"] = tensors["embed_tokens.weight"] * (1 - 0.15 * 0.8)
+        model.load_state_dict({name: tensors[name] for name in model.state_dict()})
+        for layer in model.layers:
+            layer.self_attn.rot_emb.inv_freq = checkpoint.tensors[
+                "layers.0.self_attn.rot_emb.inv_freq"
+            ].float()
+        super().__init__(model.to(DEVICE).eval())
+        self.token_budget = token_budget
+        self.backend = attention
+        self.precision = PRECISIONS[dtype]
+
+    def prepare(self, sequences: Sequence[str]) -> None:
+        batches = lay_out(sequences, self.token_budget)
+        self.members = [members for members, _ in batches]
+        self.lengths = [[len(sequences[index]) for index in members] for members in self.members]
+        self.inputs = [
+            (batch.input_ids.long(), (batch.cu_seqlens, batch.max_seqlen), batch.cu_seqlens.tolist())
+            for _, batch in batches
+        ]
+        self.padded_tokens = sum(batch.total_tokens for _, batch in batches)
+
+    @torch.no_grad()
+    def run(self) -> None:
+        self.rows = []
+        with matmul_precision(self.precision):
+            for tokens, pad_args, bounds in self.inputs:
+                states = self.model.forward_representation(tokens, pad_args)
+                means = [states[a + 1 : b - 1].float().mean(0) for a, b in pairwise(bounds)]
+                self.rows.append(torch.stack(means))
+
+
+_ESME_NAMES = {
+    r"\.self_attn_layer_norm\.": ".self_attn.norm.",
+    r"\.final_layer_norm\.": ".final.0.",
+    r"\.fc1\.": ".final.1.",
+    r"\.fc2\.": ".final.3.",
+    r"\.(q|k|v|out)_proj\.": r".\1.",
+    r"^lm_head\.(weight|bias)$": r"lm_head.final.\1",
+}
+
+
+def _esme_name(name: str) -> str:
+    for pattern, replacement in _ESME_NAMES.items():
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 def _residue_means(hidden_states: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
-    means = [row[1 : length + 1].mean(0) for row, length in zip(hidden_states, lengths, strict=True)]
-    return torch.stack(means)
+    rows = zip(hidden_states, lengths, strict=True)
+    return torch.stack([row[1 : length + 1].float().mean(0) for row, length in rows])
 
 
 def token_ids_with_ends(sequence: str) -> torch.Tensor:
@@ -172,9 +283,9 @@ def token_ids_with_ends(sequence: str) -> torch.Tensor:
     return torch.tensor([BOS_ID, *encode(sequence).tolist(), EOS_ID])
 
 
-def hub_config(config: ESM2Config) -> EsmConfig:
+def hub_config(config: ESM2Config, attention: str = "sdpa") -> Any:
     """The configuration of the hub's ESM-2 repositories."""
-    return EsmConfig(
+    return importlib.import_module("transformers").EsmConfig(
         vocab_size=VOCAB_SIZE,
         mask_token_id=MASK_ID,
         pad_token_id=PAD_ID,
@@ -186,7 +297,7 @@ def hub_config(config: ESM2Config) -> EsmConfig:
         emb_layer_norm_before=False,
         layer_norm_eps=LAYER_NORM_EPS,
         token_dropout=config.token_dropout,
-        attn_implementation="sdpa",
+        attn_implementation=attention,
     )
 
 

@@ -1,0 +1,97 @@
+"""One forward pass of esm-packed: precision by packed or padded by model by lengths.
+
+The batches are on the device before the clock starts; copying them there is timed apart.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from contest import Contest, Entry
+from measuring import DEVICE, ON_GPU, record, synchronize
+from peers import lay_out
+from workloads import proteins
+
+from esm_packed.config import DEFAULT_TOKEN_BUDGETS
+from esm_packed.packing import SPECIAL_TOKENS
+
+TOTAL_TOKENS = 131_072 if ON_GPU else 2048
+WORKLOADS = ("short50", "medium150", "long300", "uniref", "viral", "constant1024")
+DTYPES = ("fp32", "tf32", "fp16", "bf16") if ON_GPU else ("fp32", "fp16", "bf16")
+LARGER_BUDGET_DTYPES = ("fp16",) if ON_GPU else ()
+"""In these, packs of twice the budget are measured, too: they take as much memory as FP32's."""
+
+
+def parameters(config: pytest.Config) -> dict[str, list[Any]]:
+    budget = config.getoption("--token-budget") or DEFAULT_TOKEN_BUDGETS[DEVICE.type]
+    every = ON_GPU or config.getoption(
+        "--full"
+    )  # half types are slow where a CPU has no instructions for them
+    variants = [
+        (dtype, layout, budget)
+        for dtype in config.getoption("--dtype") or DTYPES
+        for layout in ("packed", "padded")
+        if every or layout == "packed" or dtype == "fp32"
+    ]
+    variants += [
+        (dtype, "packed", 2 * budget)
+        for dtype in LARGER_BUDGET_DTYPES
+        if (dtype, "packed", budget) in variants
+    ]
+    return {
+        "model": config.getoption("--model"),
+        "workload": config.getoption("--workload") or list(WORKLOADS),
+        "dtype, layout, token_budget": variants,
+    }
+
+
+def test_model(
+    block: int,
+    model: str,
+    workload: str,
+    dtype: str,
+    layout: str,
+    token_budget: int,
+    contest: Contest,
+    benchmark: Any,
+    pytestconfig: pytest.Config,
+) -> None:
+    benchmark.group = f"model {workload}"
+    total_tokens = pytestconfig.getoption("--tokens") or TOTAL_TOKENS
+    entry = Entry("esm_packed", model, workload, total_tokens, dtype, layout, token_budget)
+    ready = contest.ready(entry)
+    benchmark.pedantic(ready.run, rounds=3 if ON_GPU else 1)
+    ready.record(benchmark, "model", block)
+    contest.check_memory(ready)
+
+
+def test_transfer(block: int, workload: str, benchmark: Any, pytestconfig: pytest.Config) -> None:
+    """Packs in pinned memory to the GPU: what `test_model` leaves out."""
+    if not ON_GPU:
+        pytest.skip("needs a CUDA device: on a CPU there is nothing to copy")
+    benchmark.group = "transfer"
+    sequences = proteins(workload, pytestconfig.getoption("--tokens") or TOTAL_TOKENS)
+    packs = lay_out(sequences, DEFAULT_TOKEN_BUDGETS[DEVICE.type])
+    tensors = [tensor for _, pack in packs for tensor in (pack.input_ids, pack.cu_seqlens)]
+    pinned = [tensor.cpu().pin_memory() for tensor in tensors]
+
+    def copy() -> list[torch.Tensor]:
+        copied = [tensor.to(DEVICE, non_blocking=True) for tensor in pinned]
+        synchronize()
+        return copied
+
+    copied = copy()
+    assert all(torch.equal(one, other) for one, other in zip(copied, tensors, strict=True))
+    benchmark.pedantic(copy, rounds=20)
+    record(
+        benchmark,
+        suite="transfer",
+        block=block,
+        workload=workload,
+        provider="esm_packed",
+        sequences=len(sequences),
+        useful_tokens=sum(map(len, sequences)) + SPECIAL_TOKENS * len(sequences),
+        bytes=sum(tensor.nbytes for tensor in pinned),
+    )

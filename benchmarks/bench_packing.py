@@ -1,0 +1,83 @@
+"""The packer, and what batches without it pad: sorted by length, or in the order of the input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from measuring import DEVICE, ON_GPU, record
+from workloads import WORKLOADS, sample_residues
+
+from esm_packed.config import DEFAULT_TOKEN_BUDGETS
+from esm_packed.packing import SPECIAL_TOKENS, plan_packs
+from esm_packed.padding import plan_padded
+
+NUM_SEQUENCES = (1000, 1_000_000 if ON_GPU else 50_000)
+"""Sorting a whole database leaves little to pad; a small file, or a shard of a large one, leaves more."""
+
+TOKEN_BUDGETS = tuple(DEFAULT_TOKEN_BUDGETS.values())
+Packs = Sequence[npt.NDArray[np.int64]]
+
+
+def plan_unsorted(lengths: npt.NDArray[np.int64], token_budget: int) -> Packs:
+    """Padded batches in the order of the input, each as large as the budget allows."""
+    batches, start, longest = [], 0, 0
+    for index, length in enumerate(lengths.tolist()):
+        longest = max(longest, length)
+        if index > start and (index + 1 - start) * longest > token_budget:
+            batches.append(np.arange(start, index))
+            start, longest = index, length
+    return [*batches, np.arange(start, len(lengths))]
+
+
+PLANNERS: dict[str, Callable[[npt.NDArray[np.int64], int], Packs]] = {
+    "first_fit_decreasing": plan_packs,
+    "padded_sorted": plan_padded,
+    "padded_unsorted": plan_unsorted,
+}
+
+
+def parameters(config: pytest.Config) -> dict[str, list[Any]]:
+    budget = config.getoption("--token-budget")
+    return {
+        "workload": config.getoption("--workload") or list(WORKLOADS),
+        "token_budget": [budget] if budget else list(TOKEN_BUDGETS),
+        "sequences": list(NUM_SEQUENCES),
+        "planner": list(PLANNERS),
+    }
+
+
+def test_packing(
+    block: int, workload: str, token_budget: int, sequences: int, planner: str, benchmark: Any
+) -> None:
+    benchmark.group = f"packing {workload}"
+    rng = np.random.default_rng(0)
+    lengths = sample_residues(workload, sequences, rng) + SPECIAL_TOKENS
+    packs: Packs = benchmark.pedantic(PLANNERS[planner], (lengths, token_budget), rounds=1)
+
+    assert np.array_equal(np.sort(np.concatenate(packs)), np.arange(sequences))
+    useful = int(lengths.sum())
+    if planner == "first_fit_decreasing":
+        sizes = [int(lengths[pack].sum()) for pack in packs]
+    else:
+        sizes = [len(pack) * int(lengths[pack].max()) for pack in packs]
+    assert max(sizes) <= token_budget
+    record(
+        benchmark,
+        suite="packing",
+        block=block,
+        provider=planner,
+        workload=workload,
+        layout="packed" if planner == "first_fit_decreasing" else "padded",
+        token_budget=token_budget,
+        backend=DEVICE.type,
+        sequences=sequences,
+        useful_tokens=useful,
+        padded_tokens=sum(sizes),
+        num_packs=len(packs),
+        efficiency=useful / (len(packs) * token_budget),
+        padding_share=1 - useful / sum(sizes),
+    )

@@ -1,0 +1,447 @@
+"""The runner around the forward pass: what it costs beside it, how fast it merges, what Ray workers add.
+
+All on the CPU, with one thread for each worker. `--full` takes the sizes that the targets are stated for:
+10,000 proteins of 50 residues, a GB of embeddings, and half a minute for each measurement on Ray.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from measuring import record
+from workloads import RESIDUE_COUNTS, proteins, write_fasta
+
+from esm_packed.config import DEFAULT_TOKEN_BUDGETS, ESM2_MODELS, ESM2Config
+from esm_packed.model import ESM2
+from esm_packed.packing import SPECIAL_TOKENS
+from esm_packed.padding import LAYOUTS
+from esm_packed.runners.embed import run_identity
+from esm_packed.runners.index import build_index
+from esm_packed.runners.merging import merge_run
+from esm_packed.runners.pipeline import STAGES
+from esm_packed.runners.plan import FLOPS_PER_SHARD, Plan, cut_shards, sequence_flops
+from esm_packed.runners.progress import Console
+from esm_packed.runners.request import EmbedRequest
+from esm_packed.runners.rundir import RunDirectory
+from esm_packed.runners.shards import Run
+from esm_packed.runners.store import Shard, write_shard
+from esm_packed.runners.watch import watching
+from esm_packed.runners.worker import Worker
+from esm_packed.weights import Checkpoint, load_checkpoint
+
+SMALL = "random:esm2_t6_8M_UR50D"
+CPU = torch.device("cpu")
+QUIET = Console(quiet=True)
+TOKEN_BUDGET = DEFAULT_TOKEN_BUDGETS["cpu"]
+MAX_RELATIVE_ERROR = 1e-5
+
+SHORT_RESIDUES = 50
+SHORT_PROTEINS = {False: 500, True: 10_000}
+TARGET_OVERHEAD = 0.10
+
+MERGED_CONFIG = ESM2_MODELS["esm2_t33_650M_UR50D"]
+MERGED_ROWS = {False: 50_000, True: 200_000}
+TARGET_MERGE = 500e6
+
+SCALING_TOKENS = {False: 12_000, True: 200_000}
+SCALING_SHARDS = 24
+"""Even, so that two workers have the same to do."""
+
+TARGET_SCALING = 1.8
+
+# What the machine can give, without the runner: each process computes packs from memory, and no one else's.
+PLAIN_PROCESS = """
+import sys, torch
+from esm_packed.alphabet import encode
+from esm_packed.model import ESM2
+from esm_packed.packing import SPECIAL_TOKENS, pack, plan_packs
+torch.set_num_threads(1)
+model = ESM2.from_pretrained(sys.argv[1])
+proteins = [encode(line) for line in open(sys.argv[2]).read().split("\\n")[1::2]]
+packs = plan_packs([len(each) + SPECIAL_TOKENS for each in proteins], int(sys.argv[3]))
+batches = [pack([proteins[member] for member in members]) for members in packs]
+layers = [model.config.num_layers]
+model.embed_packed(batches[0], layers)
+print("ready", flush=True)
+for _ in sys.stdin:
+    for batch in batches:
+        model.embed_packed(batch, layers)
+    print("done", flush=True)
+"""
+
+
+def parameters(config: pytest.Config) -> dict[str, list[Any]]:
+    return {
+        "turn": list(range(config.getoption("--blocks") if config.getoption("--full") else 1)),
+        "model": [SMALL, "demo"],
+        "provider": ["copy", "sha256", "merge"],
+        "engine": ["plain_processes", "ray"],
+        "workers": [1, 2],
+    }
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def full(pytestconfig: pytest.Config) -> bool:
+    return bool(pytestconfig.getoption("--full"))
+
+
+def short_proteins(count: int, residues: int) -> list[str]:
+    """Random proteins, of residues as frequent as in UniRef50."""
+    shares = np.array(list(RESIDUE_COUNTS.values()))
+    letters = np.frombuffer("".join(RESIDUE_COUNTS).encode(), dtype=np.uint8)
+    drawn = np.random.default_rng(0).choice(letters, (count, residues), p=shares / shares.sum())
+    return [row.tobytes().decode() for row in drawn]
+
+
+def request_for(fasta: Path, output: Path, model: str) -> EmbedRequest:
+    return EmbedRequest(
+        (str(fasta),), output, model=model, device="cpu", threads=1, token_budget=TOKEN_BUDGET
+    )
+
+
+def index_and_plan(
+    request: EmbedRequest,
+    checkpoint: Checkpoint,
+    config: ESM2Config,
+    flops_per_shard: float,
+    parts: dict[str, float],
+) -> Run:
+    """A run as `embed_files` makes it.
+
+    Args:
+        request: what to embed.
+        checkpoint: of the model, for its hash.
+        config: shape of the embeddings, and what they cost.
+        flops_per_shard: how finely to cut.
+        parts: seconds of `indexing` and `planning` are put here.
+    """
+    directory = RunDirectory(request.output)
+    directory.create()
+    begin = time.perf_counter()
+    index = build_index(request.inputs, directory.index_path, request.read)
+    parts["indexing"] = time.perf_counter() - begin
+    begin = time.perf_counter()
+    layers = [config.num_layers]
+    identity = run_identity(request, index, checkpoint, CPU, layers, TOKEN_BUDGET)
+    uncut = Plan(identity, request.inputs, (0, index.num_records), checkpoint.model_name, config.hidden_size)
+    run = Run(directory, uncut, index)
+    starts = cut_shards(
+        run.embedded_lengths(0, index.num_records),
+        run.is_computed(0, index.num_records),
+        config,
+        config.hidden_size * np.dtype(np.float32).itemsize,
+        flops_per_shard,
+    )
+    plan = replace(uncut, starts=starts)
+    plan.write(directory.plan_path)
+    parts["planning"] = time.perf_counter() - begin
+    return Run(directory, plan, index)
+
+
+def check_rows(rows: npt.NDArray[np.float32], model: ESM2, sequences: Sequence[str]) -> float:
+    """Worst relative L2 error of `rows` to their sequences embedded one by one.
+
+    Raises:
+        AssertionError: it is more than the order of sums explains.
+    """
+    alone = np.array([model.embed([sequence])[0] for sequence in sequences])
+    errors = np.linalg.norm(rows - alone, axis=1) / np.linalg.norm(alone, axis=1)
+    assert errors.max() <= MAX_RELATIVE_ERROR
+    return float(errors.max())
+
+
+def timed_forward(worker: Worker, run: Run) -> tuple[list[dict[int, torch.Tensor]], float, float]:
+    """What each pack of a run gives, in order; seconds and processor seconds of the forward passes."""
+    layout, layers = LAYOUTS["packed"], run.plan.layers
+    batches = []
+    for shard in range(run.plan.num_shards):
+        residues = run.input_of(shard).token_ids
+        lengths = [len(each) + SPECIAL_TOKENS for each in residues]
+        for members in layout.plan(lengths, TOKEN_BUDGET):
+            batches.append(layout.lay_out([residues[member] for member in members.tolist()]))
+    layout.embed(worker.model, batches[0], layers)
+    begin, begin_processor = time.perf_counter(), time.process_time()
+    results = [layout.embed(worker.model, batch, layers) for batch in batches]
+    return results, time.perf_counter() - begin, time.process_time() - begin_processor
+
+
+def test_overhead(
+    block: int, model: str, full: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, benchmark: Any
+) -> None:
+    """Everything but the forward pass: FASTA to HDF5 with results that are there already."""
+    benchmark.group = "overhead"
+    sequences = short_proteins(SHORT_PROTEINS[full], SHORT_RESIDUES)
+    fasta = tmp_path / "proteins.fasta"
+    write_fasta(fasta, sequences)
+    request = request_for(fasta, tmp_path / "out.h5", model)
+    checkpoint = load_checkpoint(model)
+    worker = Worker(request, checkpoint, CPU)
+    parts: dict[str, float] = {}
+
+    def plan() -> Run:
+        return index_and_plan(request, checkpoint, checkpoint.config, FLOPS_PER_SHARD["cpu"], parts)
+
+    results, forward_seconds, forward_processor_seconds = timed_forward(worker, plan())
+    recalled = cycle(results)  # packs come in the same order again
+    layout = replace(LAYOUTS["packed"], embed=lambda model, batch, layers: next(recalled))
+    monkeypatch.setitem(LAYOUTS, "packed", layout)
+    processor_seconds = 0.0
+
+    def run_without_forward() -> None:
+        nonlocal processor_seconds
+        begin_processor = time.process_time()
+        run = plan()
+        begin = time.perf_counter()
+        worker.begin(run)
+        worker.compute(run, range(run.plan.num_shards))
+        parts["pipeline"] = time.perf_counter() - begin
+        begin = time.perf_counter()
+        merge_run(run, QUIET, overwrite=True)
+        parts["merging"] = time.perf_counter() - begin
+        processor_seconds = time.process_time() - begin_processor
+
+    run_without_forward()
+    checked = [0, len(sequences) // 3, len(sequences) - 1]
+    with h5py.File(request.output) as file:
+        rows = file["embeddings"][checked]
+    error = check_rows(rows, worker.model, [sequences[index] for index in checked])
+    benchmark.pedantic(run_without_forward, rounds=1)
+
+    assert worker.pipeline is not None
+    seconds = sum(parts.values())
+    record(
+        benchmark,
+        seconds,
+        suite="runner",
+        block=block,
+        provider="without_forward",
+        model=model,
+        dtype="fp32",
+        layout="packed",
+        token_budget=TOKEN_BUDGET,
+        backend=worker.model.attention_backend,
+        sequences=len(sequences),
+        useful_tokens=len(sequences) * (SHORT_RESIDUES + SPECIAL_TOKENS),
+        relative_error=error,
+        parts=parts,
+        pipeline_stages={stage: getattr(worker.pipeline.times, stage) for stage in STAGES},
+        forward_seconds=forward_seconds,
+        ratio=seconds / forward_seconds,
+        processor_seconds=processor_seconds,
+        forward_processor_seconds=forward_processor_seconds,
+        processor_ratio=processor_seconds / forward_processor_seconds,
+        target=TARGET_OVERHEAD,
+        load_average=os.getloadavg()[0],
+    )
+
+
+def merged_rows(run: Run, shard: int) -> npt.NDArray[np.float32]:
+    start, stop = run.plan.records(shard)
+    rng = np.random.default_rng(shard)
+    return rng.standard_normal((stop - start, run.plan.hidden_size), dtype=np.float32)
+
+
+@pytest.fixture(scope="module")
+def finished(full: bool, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run whose shards are all there, of random embeddings; what merging makes of it has been checked."""
+    folder = tmp_path_factory.mktemp("merge")
+    fasta = folder / "proteins.fasta"
+    write_fasta(fasta, short_proteins(MERGED_ROWS[full], SHORT_RESIDUES))
+    request = request_for(fasta, folder / "out.h5", "demo")
+    run = index_and_plan(request, load_checkpoint("demo"), MERGED_CONFIG, FLOPS_PER_SHARD["cuda"], {})
+    made_by = dict.fromkeys(("device", "attention_backend", "versions", "disabled"), "")
+    for number in range(run.plan.num_shards):
+        rows = merged_rows(run, number)
+        assert len(rows) == len(run.computed(number))
+        shard = Shard(np.zeros(len(rows), np.uint8), {run.plan.layers[-1]: rows}, {}, made_by=made_by)
+        write_shard(run.directory.shard_path(number), shard, number, run.plan.hash)
+    merge_run(run, QUIET, overwrite=True)
+    with h5py.File(request.output) as file:
+        for number in range(run.plan.num_shards):
+            start, stop = run.plan.records(number)
+            assert np.array_equal(file["embeddings"][start:stop], merged_rows(run, number))
+        assert file["sequence_ids"].asstr()[[0, -1]].tolist() == ["p0", f"p{run.index.num_records - 1}"]
+        assert not file["status"][:].any()
+    return run
+
+
+def test_merge(block: int, provider: str, finished: Run, tmp_path: Path, benchmark: Any) -> None:
+    """Finished shards to the output, beside a plain copy and the hashes of them; all in the page cache."""
+    benchmark.group = "merge"
+    paths = [finished.directory.shard_path(shard) for shard in range(finished.plan.num_shards)]
+
+    def copy() -> None:
+        for path in paths:
+            target = tmp_path / path.name
+            shutil.copyfile(path, target)
+            with target.open("rb") as file:
+                os.fsync(file.fileno())
+
+    def sha256() -> None:
+        for path in paths:
+            with path.open("rb") as file:
+                hashlib.file_digest(file, "sha256")
+
+    def merge() -> None:
+        merge_run(finished, QUIET, overwrite=True)
+
+    processor_seconds = []
+
+    def timed() -> None:
+        begin = time.process_time()
+        {"copy": copy, "sha256": sha256, "merge": merge}[provider]()
+        processor_seconds.append(time.process_time() - begin)
+
+    # a file that is there would be freed, block by block, while the clock runs
+    finished.directory.output.unlink(missing_ok=True)
+    benchmark.pedantic(timed, rounds=1)
+    record(
+        benchmark,
+        suite="runner",
+        block=block,
+        provider=provider,
+        dtype="fp32",
+        sequences=finished.index.num_records,
+        bytes=finished.index.num_records * finished.plan.hidden_size * np.dtype(np.float32).itemsize,
+        processor_seconds=processor_seconds[-1],
+        shards=len(paths),
+        target=TARGET_MERGE if provider == "merge" else None,
+        load_average=os.getloadavg()[0],
+    )
+
+
+@pytest.fixture(scope="module")
+def tokens_per_second() -> defaultdict[tuple[int, str], dict[int, float]]:
+    """By block and engine, for each number of workers."""
+    return defaultdict(dict)
+
+
+class PlainProcesses:
+    """Processes that each compute all of `fasta`, packed, whenever they are told to."""
+
+    def __init__(self, workers: int, fasta: Path, stack: ExitStack) -> None:
+        command = [sys.executable, "-c", PLAIN_PROCESS, SMALL, str(fasta), str(TOKEN_BUDGET)]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self._processes = [
+            stack.enter_context(subprocess.Popen(command, cwd=fasta.parent, **pipes))  # type: ignore[call-overload]
+            for _ in range(workers)
+        ]
+        self._wait_for("ready")
+
+    def compute(self) -> None:
+        for process in self._processes:
+            process.stdin.write("\n")
+            process.stdin.flush()
+        self._wait_for("done")
+
+    def _wait_for(self, word: str) -> None:
+        for process in self._processes:
+            assert process.stdout.readline().strip() == word
+
+
+def test_scaling(
+    turn: int,
+    engine: str,
+    workers: int,
+    full: bool,
+    tmp_path: Path,
+    tokens_per_second: dict[tuple[int, str], dict[int, float]],
+    benchmark: Any,
+) -> None:
+    """Workers that are up and have computed something, on shards that are not there yet.
+
+    Plain processes show what the machine itself gains from a second process: cores may share a clock, a cache
+    and memory.
+    """
+    benchmark.group = "scaling"
+    sequences = proteins("proteome", SCALING_TOKENS[full])
+    tokens = sum(map(len, sequences)) + SPECIAL_TOKENS * len(sequences)
+    fasta = tmp_path / "proteins.fasta"
+    write_fasta(fasta, sequences)
+    error = None
+    with ExitStack() as stack:
+        if engine == "plain_processes":
+            processes = PlainProcesses(workers, fasta, stack)
+            benchmark.pedantic(processes.compute, rounds=1)
+            tokens *= workers
+        else:
+            error = scale_ray(workers, sequences, fasta, stack, benchmark)
+    if benchmark.stats is None:  # --benchmark-disable
+        return
+    rates = tokens_per_second[turn, engine]
+    rates[workers] = tokens / benchmark.stats.stats.min
+    record(
+        benchmark,
+        suite="runner",
+        block=turn,
+        provider=engine,
+        model=SMALL,
+        workload="proteome",
+        dtype="fp32",
+        layout="packed",
+        token_budget=TOKEN_BUDGET,
+        sequences=len(sequences),
+        useful_tokens=tokens,
+        relative_error=error,
+        workers=workers,
+        ratio=rates[workers] / rates[1] if 1 in rates else None,
+        target=TARGET_SCALING if engine == "ray" and workers == 2 else None,
+        load_average=os.getloadavg()[0],
+    )
+
+
+def scale_ray(workers: int, sequences: Sequence[str], fasta: Path, stack: ExitStack, benchmark: Any) -> float:
+    """Time the shards of a run on Ray workers; the worst error of a few rows."""
+    pytest.importorskip("ray", reason="Ray is not installed")
+    from esm_packed.runners.ray_engine import RayEngine
+
+    request = replace(request_for(fasta, fasta.with_name("out.h5"), SMALL), engine="ray", workers=workers)
+    checkpoint = load_checkpoint(SMALL)
+    lengths = np.array(list(map(len, sequences)))
+    flops_per_shard = sequence_flops(lengths, checkpoint.config).sum() / SCALING_SHARDS
+    run = index_and_plan(request, checkpoint, checkpoint.config, flops_per_shard, {})
+    engine = stack.enter_context(RayEngine(request, CPU, (), checkpoint, QUIET))
+    watch = stack.enter_context(watching(QUIET, workers, None, sum(map(len, sequences)), TOKEN_BUDGET))
+    logs = [run.directory.logs_path / f"worker-{rank}.log" for rank in range(workers)]
+    while not all(log.exists() and "finished" in log.read_text() for log in logs):
+        engine.compute(run, range(workers), watch)
+    shards = range(run.plan.num_shards)
+    run.directory.forget_shards()
+    benchmark.pedantic(engine.compute, (run, shards, watch), rounds=1)
+
+    assert run.finished(shards) == list(shards)
+    model = ESM2.from_pretrained(SMALL)
+    errors = []
+    for number in (shards[0], shards[-1]):
+        shard = run.read(number)
+        assert shard is not None
+        first, _ = run.plan.records(number)
+        errors.append(
+            check_rows(shard.embeddings[run.plan.layers[-1]][:1], model, sequences[first : first + 1])
+        )
+    return max(errors)

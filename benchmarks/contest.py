@@ -1,0 +1,371 @@
+"""Forward passes that are compared: loaded, held against FP64, verified, and only then timed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from floors import AttentionFloor, MatmulFloor
+from measuring import DEVICE, ON_GPU, flops_of, gpu_activities, peak_memory, record, synchronize
+from peers import EsmEfficient, EsmPacked, Faesm, FairEsm, Provider, Transformers
+from workloads import proteins
+
+from esm_packed.alphabet import encode
+from esm_packed.attention import select_backend
+from esm_packed.config import ESM2Config
+from esm_packed.model import ESM2
+from esm_packed.numerics import PRECISIONS
+from esm_packed.packing import SPECIAL_TOKENS, pack
+from esm_packed.weights import Checkpoint, load_checkpoint
+
+NUM_CHECKED = 5
+MAX_RELATIVE_ERRORS = {"fp32": 1e-5, "tf32": 5e-3, "fp16": 5e-3, "bf16": 3e-2}
+"""Of this package's mean embeddings."""
+
+RIVALS_MAX_RELATIVE_ERRORS = {"fp32": 1e-4, "fp16": 0.2, "bf16": 0.2}
+"""Half types as rivals use them have errors of their own, which are recorded; more is another model."""
+
+MIN_FREE_MEMORY = 0.35
+"""Share of the GPU's memory below which what earlier variants hold is given up."""
+
+FULL_PRECISION_BACKENDS = {"cuda": "triton", "cpu": "sdpa"}
+"""What serves FP32 and TF32 without padding."""
+
+_ATTENTION_KERNELS = {
+    "triton": "packed_attention",
+    "varlen": "flash",
+    "flash2": "flash",
+    "flash3": "flash",
+    "flash4": "flash",
+}
+"""What the GPU kernels of a backend have in their names."""
+
+
+class OtherModelError(Exception):
+    """A rival computes something else than the checkpoint's model."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One variant.
+
+    Args:
+        provider: `esm_packed`, a rival, or a floor.
+        model: as `ESM2.from_pretrained` takes it.
+        workload: one of `WORKLOADS`.
+        total_tokens: of all proteins, BOS and EOS included.
+        dtype: precision mode.
+        layout: `packed` or `padded`; None where it is not known.
+        token_budget: tokens computed together, padding included; None where the provider chooses.
+    """
+
+    provider: str
+    model: str
+    workload: str
+    total_tokens: int
+    dtype: str
+    layout: str | None
+    token_budget: int | None
+
+
+@dataclass
+class Ready:
+    """A variant that has been checked, and what was learned of it.
+
+    `errors` are the worst relative L2 and maximum absolute errors of mean embeddings, and further ones.
+    """
+
+    entry: Entry
+    provider: Provider
+    config: ESM2Config
+    sequences: Sequence[str]
+    errors: dict[str, float | None]
+    peak_memory_bytes: int | None
+    launches: int | None
+
+    def run(self) -> None:
+        """One pass over all proteins; returns when the device is done."""
+        self.provider.run()
+        synchronize()
+
+    def record(self, benchmark: Any, suite: str, block: int, **values: Any) -> dict[str, Any]:
+        """Fill the benchmark's record."""
+        entry = self.entry
+        is_floor = entry.provider.startswith("floor")
+        residues = [len(sequence) for sequence in self.sequences]
+        return record(
+            benchmark,
+            suite=suite,
+            block=block,
+            provider=entry.provider,
+            model=entry.model,
+            workload=entry.workload,
+            dtype=entry.dtype,
+            layout=entry.layout,
+            token_budget=entry.token_budget,
+            backend=self.provider.backend,
+            sequences=len(self.sequences),
+            useful_tokens=sum(residues) + SPECIAL_TOKENS * len(residues),
+            padded_tokens=self.provider.padded_tokens,
+            flops=None if is_floor else flops_of(self.config, residues),
+            peak_memory_bytes=self.peak_memory_bytes,
+            launches=self.launches,
+            **self.errors,
+            **values,
+        )
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What our FP64 path computes for the proteins that are checked."""
+
+    embeddings: torch.Tensor
+    logits: list[torch.Tensor]
+
+
+def checked_indices(sequences: Sequence[str]) -> list[int]:
+    """A few proteins, from the shortest to the longest."""
+    by_length = np.argsort([len(sequence) for sequence in sequences], kind="stable")
+    picked = np.linspace(0, len(sequences) - 1, min(NUM_CHECKED, len(sequences))).astype(int)
+    return [int(index) for index in by_length[picked]]
+
+
+def weight_bytes(checkpoint: Checkpoint, dtype: str) -> int:
+    """What the weights take in a precision mode."""
+    return PRECISIONS[dtype].dtype.itemsize * sum(tensor.numel() for tensor in checkpoint.tensors.values())
+
+
+def free_gpu_memory() -> float:
+    """Bytes that can still be allocated; infinite without a GPU."""
+    if not ON_GPU:
+        return float("inf")
+    unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    return torch.cuda.mem_get_info()[0] + unused
+
+
+def compute_truth(checkpoint: Checkpoint, sequences: Sequence[str], rounded_frequencies: bool) -> Truth:
+    """Means and logits in FP64, protein by protein; on the CPU if the GPU has no room for the model."""
+    precision = PRECISIONS["fp64"]
+    device = torch.device("cpu") if weight_bytes(checkpoint, "fp64") > free_gpu_memory() else DEVICE
+    backend = select_backend("auto", device, precision, checkpoint.config.head_dim)
+    model = ESM2.from_checkpoint(checkpoint, device, precision, backend)
+    if not rounded_frequencies:
+        head_dim = model.config.head_dim
+        exponents = torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim
+        model.inv_freq = 10000.0**-exponents
+    last = model.config.num_layers
+    embeddings, logits = [], []
+    for sequence in sequences:
+        batch = pack([encode(sequence)]).to(device)
+        output = model.forward_packed(
+            batch.input_ids, batch.cu_seqlens, batch.max_seqlen, [last], return_logits=True
+        )
+        assert output.logits is not None
+        embeddings.append(output.representations[last][1:-1].mean(0).cpu())
+        logits.append(output.logits.cpu())
+    return Truth(torch.stack(embeddings), logits)
+
+
+class Contest:
+    """Variants that stay ready from block to block.
+
+    Args:
+        esm_cpp_python: interpreter of an environment with esm-cpp, or None.
+    """
+
+    def __init__(self, esm_cpp_python: str | None = None) -> None:
+        self.cleanup = ExitStack()
+        self._esm_cpp_python = esm_cpp_python
+        self._ready: dict[Entry, Ready] = {}
+        self._refused: dict[Entry, Exception] = {}
+        self._models: dict[tuple[str, str], ESM2] = {}
+        self._truths: dict[tuple[str, str, int, bool], Truth] = {}
+        self._peaks: dict[Entry, int] = {}
+        self._checkpoint = lru_cache(maxsize=1)(load_checkpoint)
+
+    def ready(self, entry: Entry) -> Ready:
+        """Load, run once, hold against FP64 and verify, once for all blocks.
+
+        Raises:
+            ImportError: the provider's package is missing or does not fit the others.
+            OtherModelError: a rival computes something else.
+            AssertionError: this package is wrong, or another attention backend ran than is named.
+        """
+        if entry in self._refused:
+            raise self._refused[entry]
+        if entry not in self._ready:
+            self._give_up_memory(entry)
+            try:
+                self._ready[entry] = self._prepare(entry)
+            except (ImportError, OtherModelError) as error:
+                self._refused[entry] = error
+                raise
+        return self._ready[entry]
+
+    def model(self, name: str, dtype: str) -> ESM2:
+        """This package's model, FP32 and TF32 with the backend that serves them unpadded."""
+        if (name, dtype) not in self._models:
+            checkpoint = self._checkpoint(name)
+            wanted = FULL_PRECISION_BACKENDS[DEVICE.type] if dtype in ("fp32", "tf32") else "auto"
+            backend = select_backend(wanted, DEVICE, PRECISIONS[dtype], checkpoint.config.head_dim)
+            self._models[name, dtype] = ESM2.from_checkpoint(checkpoint, DEVICE, PRECISIONS[dtype], backend)
+        return self._models[name, dtype]
+
+    def check_memory(self, ready: Ready) -> None:
+        """See that FP16 takes no more memory than FP32 did for the same batches.
+
+        Raises:
+            AssertionError: it takes more.
+        """
+        if ready.peak_memory_bytes is None:
+            return
+        self._peaks[ready.entry] = ready.peak_memory_bytes
+        in_fp32 = self._peaks.get(replace(ready.entry, dtype="fp32"))
+        if ready.entry.dtype == "fp16" and in_fp32 is not None:
+            assert ready.peak_memory_bytes <= in_fp32
+
+    def _prepare(self, entry: Entry) -> Ready:
+        sequences = proteins(entry.workload, entry.total_tokens)
+        provider: Provider = self._load(entry)
+        provider.prepare(sequences)
+        with expect_backend(provider):
+            provider.run()
+        is_floor = entry.provider.startswith("floor")
+        errors = {} if is_floor else self._errors(entry, provider, sequences)
+        activities = gpu_activities(provider.run)
+        if activities is not None and isinstance(provider, EsmPacked):
+            check_activities(provider, activities)
+        return Ready(
+            entry,
+            provider,
+            self._checkpoint(entry.model).config,
+            sequences,
+            errors,
+            None if is_floor else peak_memory(provider.run, provider.weight_bytes),
+            None if activities is None else sum(not name.startswith("Mem") for name in activities),
+        )
+
+    def _load(self, entry: Entry) -> Any:
+        """A `Provider`; of a floor only what prepares and runs it."""
+        name, dtype = entry.provider, entry.dtype
+        budget = entry.token_budget or 0
+        if name == "esm_packed":
+            return EsmPacked(self.model(entry.model, dtype), budget, entry.layout or "packed")
+        if name == "floor_attention":
+            return AttentionFloor(self.model(entry.model, dtype), budget)
+        if name.startswith("floor_matmul"):
+            return MatmulFloor(self.model(entry.model, dtype), budget, best=name == "floor_matmul_best")
+        if name == "esm_cpp":
+            from esm_cpp_client import EsmCpp
+
+            if self._esm_cpp_python is None:
+                raise ImportError("esm-cpp needs an environment of its own: --esm-cpp-python PATH")
+            esm_cpp = EsmCpp(entry.model, self._esm_cpp_python, torch.get_num_threads())
+            return self.cleanup.enter_context(closing(esm_cpp))
+        rivals: dict[str, Callable[[], Provider]] = {
+            "fair_esm": lambda: FairEsm(entry.model, dtype, budget),
+            "transformers": lambda: Transformers(entry.model, dtype, budget),
+            "transformers_compiled": lambda: Transformers(entry.model, dtype, budget, compiled=True),
+            "faesm": lambda: Faesm(entry.model, dtype, budget),
+            "esm_efficient": lambda: EsmEfficient(entry.model, dtype, budget),
+        }
+        return rivals[name]()
+
+    def _errors(self, entry: Entry, provider: Provider, sequences: Sequence[str]) -> dict[str, float | None]:
+        """How far what `run` just computed is from FP64.
+
+        A provider that takes other rotary frequencies than the checkpoint's is held against FP64 with those;
+        how far it thereby is from the checkpoint's own embeddings is recorded beside.
+        """
+        indices = checked_indices(sequences)
+        truth = self._truth(entry, sequences, provider.rounded_frequencies)
+        embeddings = provider.embeddings()[indices].double()
+        errors: dict[str, float | None] = {
+            "relative_error": _worst(embeddings, truth.embeddings),
+            "max_error": float((embeddings - truth.embeddings).abs().max()),
+        }
+        is_own = entry.provider == "esm_packed"
+        allowed = (MAX_RELATIVE_ERRORS if is_own else RIVALS_MAX_RELATIVE_ERRORS)[entry.dtype]
+        compared = {"relative_error": errors["relative_error"]}
+        if (logits := provider.logits()) is not None:
+            errors["relative_error_logits"] = _worst([logits[index] for index in indices], truth.logits)
+            compared["relative_error_logits"] = errors["relative_error_logits"]
+        for name, error in compared.items():
+            if not error <= allowed:  # type: ignore[operator]
+                message = f"{name} to FP64 is {error:.1e}, allowed are {allowed}"
+                raise AssertionError(message) if is_own else OtherModelError(message)
+        if not provider.rounded_frequencies:
+            checkpoints_own = self._truth(entry, sequences, rounded_frequencies=True)
+            errors["relative_error_to_checkpoint"] = _worst(embeddings, checkpoints_own.embeddings)
+        return errors
+
+    def _truth(self, entry: Entry, sequences: Sequence[str], rounded_frequencies: bool) -> Truth:
+        key = (entry.model, entry.workload, entry.total_tokens, rounded_frequencies)
+        if key not in self._truths:
+            checked = [sequences[index] for index in checked_indices(sequences)]
+            self._truths[key] = compute_truth(self._checkpoint(entry.model), checked, rounded_frequencies)
+        return self._truths[key]
+
+    def _give_up_memory(self, entry: Entry) -> None:
+        if not ON_GPU:
+            return
+        total = torch.cuda.mem_get_info()[1]
+        needed = 2 * weight_bytes(self._checkpoint(entry.model), entry.dtype)
+        if free_gpu_memory() < max(needed, MIN_FREE_MEMORY * total):
+            self._ready.clear()
+            self._models.clear()
+            torch.cuda.empty_cache()
+
+
+@contextmanager
+def expect_backend(provider: Provider) -> Iterator[None]:
+    """See that the model's attention backend is called in every layer of every batch within the block.
+
+    Raises:
+        AssertionError: at the end, if something else computed attention.
+    """
+    if not isinstance(provider, EsmPacked):
+        yield
+        return
+    model: ESM2 = provider.model
+    attend, calls = model.attend, 0
+
+    def counted(*arguments: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        return attend(*arguments)
+
+    model.attend = counted
+    try:
+        yield
+    finally:
+        model.attend = attend
+    wanted = len(provider.batches) * model.config.num_layers if provider.layout == "packed" else 0
+    assert calls == wanted, f"attention {model.attention_backend} was called {calls} times, not {wanted}"
+
+
+def check_activities(provider: EsmPacked, activities: Sequence[str]) -> None:
+    """See in what the GPU did that it was the backend's kernels, and no copy from or to the host.
+
+    Raises:
+        AssertionError: it was not.
+    """
+    copies = [name for name in activities if "Memcpy HtoD" in name or "Memcpy DtoH" in name]
+    assert not copies, f"the timed pass copies: {copies[:3]}"
+    part = _ATTENTION_KERNELS.get(provider.model.attention_backend)
+    if provider.layout == "packed" and part is not None:
+        assert any(part in name for name in activities), (
+            f"no kernel of attention backend {provider.model.attention_backend} ran"
+        )
+
+
+def _worst(
+    computed: Sequence[torch.Tensor] | torch.Tensor, truth: Sequence[torch.Tensor] | torch.Tensor
+) -> float:
+    errors = [(c.double() - t).norm() / t.norm() for c, t in zip(computed, truth, strict=True)]
+    return float(torch.stack(errors).max())

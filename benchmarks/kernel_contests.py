@@ -1,0 +1,314 @@
+"""Operations of the model that are compared: checked against FP64, captured, and only then timed."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from gpu_cases import (
+    BFLOAT16,
+    FLOAT16,
+    FLOAT32,
+    MODEL_SIZES,
+    OPERATIONS,
+    Arguments,
+    Operation,
+    Results,
+    Workload,
+    call,
+    plain_linear_gelu,
+    relative_errors,
+    separate_linear_gelu,
+    truth_of,
+    with_copies,
+)
+from gpu_timing import Rounds, num_buffers
+from measuring import DEVICE, ON_GPU, measured_rate, record
+from workloads import token_lengths
+
+from esm_packed.attention import BackendError, select_backend
+from esm_packed.kernels.launch import dtype_name
+from esm_packed.numerics import PRECISIONS
+
+ROUNDS = 7 if ON_GPU else 1
+MAX_RELATIVE_ERRORS = {FLOAT16: 2e-3, BFLOAT16: 1.6e-2, FLOAT32: 1e-5}
+MODES = {FLOAT16: "fp16", BFLOAT16: "bf16", FLOAT32: "fp32"}
+MIN_FREE_MEMORY = 0.3
+"""Share of the GPU's memory below which buffers of earlier cases are given up."""
+
+_GROUPS = {"rotary_qk_packed_": "rotary_qk_", "gemm_bias_gelu": "fc1"}
+
+
+@dataclass(frozen=True)
+class Contest:
+    """One provider of one operation, in one shape, on proteins of one of `WORKLOADS`."""
+
+    operation: str
+    provider: str
+    model_size: str
+    dtype: torch.dtype
+    lengths: str = "uniref"
+    total_tokens: int = 16384 if ON_GPU else 300
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """What the test is called with."""
+        return self.operation, self.provider, self.model_size, dtype_name(self.dtype), self.lengths
+
+    @property
+    def group(self) -> str:
+        """Contests of one group are compared."""
+        operation = "packed_attention" if self.operation.startswith("packed_attention") else self.operation
+        return _GROUPS.get(operation, operation)
+
+
+class Case:
+    """An operation in one shape: several sets of arguments, and what FP64 makes of the first."""
+
+    def __init__(self, contest: Contest) -> None:
+        self.operation: Operation = OPERATIONS[contest.operation]
+        lengths = token_lengths(contest.lengths, contest.total_tokens)
+        self.workload = Workload(MODEL_SIZES[contest.model_size], lengths, DEVICE)
+        self.dtype = contest.dtype
+        first = self.operation.arguments(self.workload, self.dtype)
+        count = num_buffers(self.footprint, DEVICE)
+        self.arguments = [first] + [
+            self.operation.arguments(replace(self.workload, seed=seed), self.dtype)
+            for seed in range(1, count)
+        ]
+        self._originals = [
+            {name: arguments[name].clone() for name in self.operation.mutates} for arguments in self.arguments
+        ]
+
+    @property
+    def footprint(self) -> int:
+        """Bytes that one launch touches, at least."""
+        if self.operation.num_bytes is not None:
+            return self.operation.num_bytes(self.workload, self.dtype)
+        # Attention reads three tensors and writes one; fc1 reads one and writes four times as much.
+        width = 4 if self.operation.name.startswith("packed_attention") else 5
+        return width * self.workload.total_tokens * self.workload.config.hidden_size * self.dtype.itemsize
+
+    @cached_property
+    def truth(self) -> Results:
+        """The FP64 reference on the first arguments."""
+        return truth_of(self.operation, with_copies(self.arguments[0], self.operation.mutates))
+
+    def reset(self) -> None:
+        """Give arguments that launches modify their first values."""
+        for arguments, originals in zip(self.arguments, self._originals, strict=True):
+            for name, original in originals.items():
+                arguments[name].copy_(original)
+
+    def function(self, provider: str) -> Callable[..., Any]:
+        """What `provider` computes the operation with; it takes the launcher's arguments.
+
+        Raises:
+            pytest.skip.Exception: the provider is not to be had here.
+        """
+        if provider in ("ours", "fused"):
+            return self.operation.ours()
+        if self.operation.name == "gemm_bias_gelu":
+            return _FC1[provider]
+        if provider == "torch":
+            return self.operation.plain(self.workload)
+        if (self.operation.name, provider) in _RIVALS:
+            return _rival(self.operation.name, provider)
+        if provider == "torch_compile":
+            return torch.compile(self.operation.plain(self.workload), dynamic=False)
+        return _attention_backend(provider, MODES[self.dtype], self.workload.config.head_dim)
+
+    def max_relative_error(self, function: Callable[..., Any]) -> float:
+        """Worst relative L2 error of what `function` writes.
+
+        Raises:
+            AssertionError: it is more than arithmetic in this dtype explains.
+        """
+        arguments = with_copies(self.arguments[0], self.operation.mutates)
+        errors = relative_errors(call(function, arguments, self.operation.mutates), self.truth)
+        worst = max(errors.values())
+        allowed = self.operation.max_error or MAX_RELATIVE_ERRORS[self.dtype]
+        assert worst <= allowed, f"relative errors {errors}, allowed are {allowed}"
+        return worst
+
+
+def _linear(hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    return F.linear(hidden_states, weight, bias)
+
+
+_FC1: dict[str, Callable[..., Any]] = {
+    "separate": separate_linear_gelu,
+    "torch": plain_linear_gelu,
+    "matmul_alone": _linear,
+}
+
+
+def _liger_layer_norm(
+    module: Any, hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
+) -> torch.Tensor:
+    normalised: torch.Tensor = module.layer_norm_forward(hidden_states, weight, bias, eps)[0]
+    return normalised
+
+
+def _flash_attn_layer_norm(
+    module: Any, hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
+) -> torch.Tensor:
+    normalised: torch.Tensor = module.layer_norm_fn(hidden_states, weight, bias, eps=eps)
+    return normalised
+
+
+_RIVALS: dict[tuple[str, str], tuple[str, Callable[..., torch.Tensor]]] = {
+    ("layer_norm", "liger"): ("liger_kernel.ops.layer_norm", _liger_layer_norm),
+    ("layer_norm", "flash_attn"): ("flash_attn.ops.triton.layer_norm", _flash_attn_layer_norm),
+}
+"""Operation and provider to the module that holds it, and how it is called."""
+
+
+def _rival(operation: str, provider: str) -> Callable[..., torch.Tensor]:
+    module, function = _RIVALS[operation, provider]
+    try:
+        return partial(function, importlib.import_module(module))
+    except ImportError as error:
+        pytest.skip(f"{operation} of {provider}: {error}")
+
+
+def _attention_backend(name: str, mode: str, head_dim: int) -> Callable[..., Any]:
+    try:
+        _, backend = select_backend(name, DEVICE, PRECISIONS[mode], head_dim)
+    except BackendError as error:
+        pytest.skip(str(error))
+
+    def attend(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        max_seqlen: int,
+        softmax_scale: float,
+        input_precision: str,
+    ) -> torch.Tensor:
+        return backend(query, key, value, cu_seqlens, max_seqlen, softmax_scale)
+
+    return attend
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A contest ready to be timed."""
+
+    rounds: Rounds
+    max_relative_error: float | None
+
+
+class Bench:
+    """Cases and captured graphs, which stay from block to block."""
+
+    def __init__(self) -> None:
+        self._cases: dict[Contest, Case] = {}
+        self._prepared: dict[Contest, Prepared] = {}
+
+    def case(self, contest: Contest) -> Case:
+        """The contest's arguments, which its rivals share."""
+        key = replace(contest, provider="")
+        if key not in self._cases:
+            self._cases[key] = Case(contest)
+        return self._cases[key]
+
+    def prepare(self, contest: Contest) -> Prepared:
+        """Check the numbers, warm up and capture, once for all blocks."""
+        if contest not in self._prepared:
+            self._give_up_memory()
+            case = self.case(contest)
+            case.reset()
+            function = case.function(contest.provider)
+            error = None if contest.provider == "matmul_alone" else case.max_relative_error(function)
+            calls = [_bind(function, arguments) for arguments in case.arguments]
+            graph = contest.provider not in ("sdpa", "reference")  # these read lengths back from the device
+            self._prepared[contest] = Prepared(Rounds(calls, DEVICE, graph=graph, reset=case.reset), error)
+        return self._prepared[contest]
+
+    def _give_up_memory(self) -> None:
+        if DEVICE.type != "cuda":
+            return
+        for case in list(self._cases.values())[:-1]:
+            case.__dict__.pop("truth", None)
+        free, total = torch.cuda.mem_get_info()
+        reserved_but_unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        if free + reserved_but_unused < MIN_FREE_MEMORY * total:
+            self._prepared.clear()
+            self._cases.clear()
+
+    def time(self, contest: Contest, suite: str, block: int, benchmark: Any) -> dict[str, Any]:
+        """Time `contest` and fill the benchmark's record; what is returned."""
+        prepared = self.prepare(contest)
+        rounds = prepared.rounds
+        rounds.seconds.clear()
+        with torch.no_grad():
+            benchmark.pedantic(rounds.run, setup=rounds.prepare, rounds=ROUNDS)
+
+        case = self.case(contest)
+        workload, operation = case.workload, case.operation
+        mode = _mode(contest)
+        values: dict[str, Any] = {
+            "group": contest.group,
+            "operation": contest.operation,
+            "model_size": contest.model_size,
+            "lengths": contest.lengths,
+            "total_tokens": workload.total_tokens,
+            "num_sequences": workload.num_sequences,
+            "buffers": len(case.arguments),
+            "launches_per_round": rounds.launches,
+            "captured": rounds.captured,
+            "max_relative_error": prepared.max_relative_error,
+            "round_seconds": list(rounds.seconds),
+            "bytes": case.footprint,
+        }
+        if operation.num_bytes is not None:
+            values["ceiling_name"] = "copy"
+        else:
+            assert operation.num_flops is not None
+            values |= {"flops": operation.num_flops(workload), "ceiling_name": mode}
+        amount = values.get("flops", values["bytes"])
+        values["ceiling_per_second"] = measured_rate(values["ceiling_name"])
+        values["bandwidth_ceiling"] = measured_rate("copy")
+        if rounds.seconds:
+            values["per_second"] = amount / rounds.median
+            values["share_of_ceiling"] = values["per_second"] / values["ceiling_per_second"]
+        return record(
+            benchmark,
+            seconds=rounds.median if rounds.seconds else None,
+            suite=suite,
+            block=block,
+            provider=contest.provider,
+            model=contest.model_size,
+            workload=contest.lengths,
+            dtype=mode,
+            backend=contest.provider if contest.provider not in ("ours", "fused") else _OURS[DEVICE.type],
+            sequences=workload.num_sequences,
+            useful_tokens=workload.total_tokens,
+            padded_tokens=workload.total_tokens,
+            relative_error=prepared.max_relative_error,
+            launches=rounds.launches,
+            **values,
+        )
+
+
+_OURS = {"cuda": "triton", "cpu": "pytorch"}
+"""On a CPU our operations are plain PyTorch."""
+
+
+def _bind(function: Callable[..., Any], arguments: Arguments) -> Callable[[], Any]:
+    return lambda: function(**arguments)
+
+
+def _mode(contest: Contest) -> str:
+    """The matrix multiplication whose rate bounds the contest."""
+    if "_tf32" in contest.operation:
+        return "tf32"
+    return MODES[contest.dtype]

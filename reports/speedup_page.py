@@ -1,0 +1,228 @@
+"""The speedup report: one HTML page that needs no other file, Markdown, CSV, figures as PNG and SVG."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from esm_packed.reports import figures
+from esm_packed.reports.page import ReportError, Table, check_matplotlib, figure_style, page_html, save_figure
+from esm_packed.reports.results import (
+    Comparison,
+    Results,
+    changes,
+    combined_comparisons,
+    in_order,
+    layout_comparisons,
+    precision_comparisons,
+    read_results,
+    scaling_series,
+)
+from esm_packed.reports.speedup import (
+    changes_table,
+    comparison_table,
+    conditions_table,
+    end_to_end_table,
+    forward_table,
+    kernels_table,
+    machine_name,
+    measurements_table,
+    not_run_table,
+    packing_table,
+    rivals_table,
+    scaling_table,
+    times_text,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+TITLE = "esm-packed: speed"
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the report.
+
+    Args:
+        title: heading.
+        text: sentences below it.
+        tables: its tables.
+        figure: name of its file and how to draw it, or None.
+    """
+
+    title: str
+    text: str
+    tables: Sequence[Table]
+    figure: tuple[str, Callable[[], Figure]] | None = None
+
+
+def write_report(path: Path, older: Sequence[Path], folder: Path) -> list[str]:
+    """Write `speedup.html`, `speedup.md`, `measurements.csv` and the figures into `folder`, made if need be.
+
+    Args:
+        path: result file of `pytest benchmarks --benchmark-json`.
+        older: result files that it is compared with.
+        folder: where files of these names are replaced.
+
+    Returns:
+        Lines for the terminal.
+
+    Raises:
+        ReportError: a file is no result file, the folder cannot be written, or matplotlib is missing.
+    """
+    check_matplotlib()
+    results = read_results(path)
+    before = [read_results(other) for other in older]
+    sections = list(_sections(results, before))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        page, markdown = [], [f"# {TITLE}", ""]
+        with figure_style():
+            for section in sections:
+                page.append(f"<h2>{html.escape(section.title)}</h2>\n<p>{html.escape(section.text)}</p>")
+                markdown += [f"## {section.title}", "", section.text, ""]
+                if section.figure is not None:
+                    name, draw = section.figure
+                    source = save_figure(draw(), folder, name)
+                    page.append(f'<p><img alt="{html.escape(section.title)}" src="{source}"></p>')
+                    markdown += [f"![{section.title}]({name}.png)", ""]
+                for table in section.tables:
+                    page.append(table.html())
+                    markdown += [table.markdown(), ""]
+        files = {
+            "speedup.html": page_html(TITLE, "\n".join(page)),
+            "speedup.md": "\n".join(markdown),
+            "measurements.csv": measurements_table(results).csv(),
+        }
+        for name, text in files.items():
+            (folder / name).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ReportError(f"{error.filename or folder}: {error.strerror}") from error
+    return [*_headlines(results), f"report written to {folder / 'speedup.html'}"]
+
+
+def _headlines(results: Results) -> Iterator[str]:
+    """The totals over all lengths."""
+    for comparison in _comparisons(results):
+        if comparison.workload == "all":
+            times = times_text(comparison.times)
+            yield f"{comparison.model}: {comparison.what}: {times} as fast, all lengths"
+
+
+def _comparisons(results: Results) -> list[Comparison]:
+    return [*precision_comparisons(results), *layout_comparisons(results), *combined_comparisons(results)]
+
+
+def _sections(results: Results, older: Sequence[Results]) -> Iterator[Section]:
+    """The parts for which there are measurements."""
+    on_gpu = bool(results.machine.get("gpu"))
+    yield Section(
+        "Conditions",
+        f"{machine_name(results.machine)}. Times are medians over all rounds of all blocks, with the 20th "
+        "and 80th percentile; variants took turns, block by block, and ratios are formed within a block. "
+        "Tokens are useful ones: BOS, residues, EOS, never padding.",
+        [conditions_table(results)],
+    )
+    if comparisons := _comparisons(results):
+        kinds = {
+            "other precisions over FP32": [*precision_comparisons(results), *combined_comparisons(results)],
+            "packed over padded": layout_comparisons(results),
+        }
+        yield Section(
+            "Precision, and packed against padded",
+            "Times of whole forward passes over the same proteins. The last line of a group weighs all "
+            "length classes alike. Padded batches are sorted by length, as fair-esm's esm-extract makes "
+            "them.",
+            [comparison_table(comparisons)],
+            ("speedups", lambda: figures.speedups(kinds)),
+        )
+    if results.suite("model"):
+        yield Section(
+            "Every forward pass",
+            "MFU is the model's floating-point operations on useful tokens over time, as a share of the "
+            "matrix-multiplication rate measured in the same run, and of the datasheet's where that is "
+            "known. Errors are of mean embeddings, to FP64.",
+            [forward_table(results)],
+            ("forward", lambda: figures.forward_times(results)),
+        )
+    if results.suite("peers"):
+        yield Section(
+            "Beside other packages",
+            "Same weights, same proteins, each held against FP64 before it was timed. Colours are "
+            "precisions, others than esm-packed are hatched. Floors are what no arrangement of the model "
+            "does without.",
+            [rivals_table(results)],
+            ("rivals", lambda: figures.rivals(results)),
+        )
+    if kernels := results.suite("kernels"):
+        trial = (
+            "" if on_gpu else " This is a CPU: tiny sizes of plain PyTorch, which show that the code runs."
+        )
+        yield Section(
+            "Kernels",
+            f"Achieved rates over what the same machine reached in a copy or a matrix multiplication.{trial}",
+            [kernels_table(kernels)],
+            ("roofline", lambda: figures.roofline(results)) if on_gpu else None,
+        )
+    if results.suite("attention"):
+        yield Section(
+            "Attention",
+            "Every backend that serves here, over every distribution of lengths; floating-point "
+            "operations are those within sequences.",
+            [kernels_table(in_order(results.suite("attention")))],
+            ("attention", lambda: figures.attention(results)),
+        )
+    if results.suite("packing"):
+        yield Section(
+            "Packing",
+            "What padded batches compute in vain, and what packs leave of their budget, which costs "
+            "nothing but another pack. Sorting a whole database leaves hardly anything to pad; a small "
+            "file, or batches in the order of the input, leave much.",
+            [packing_table(results)],
+            ("packing", lambda: figures.padding(results)),
+        )
+    if results.suite("end_to_end"):
+        yield Section(
+            "From FASTA to HDF5",
+            "The whole run with the model read from a file. Stages of the pipeline may overlap; other is "
+            "the time outside it: loading the model, indexing, planning, putting the output together.",
+            [end_to_end_table(results)],
+            ("stages", lambda: figures.stages(results)),
+        )
+    if scaling_series(results):
+        yield Section(
+            "Workers",
+            "Throughput by number of workers.",
+            [scaling_table(results)],
+            ("scaling", lambda: figures.scaling(results)),
+        )
+    for number, other in enumerate(older, 1):
+        yield _change_section(results, other, f"change-{number}")
+    if results.not_run:
+        yield Section("Not run", "What could not run, with the reason.", [not_run_table(results)])
+
+
+def _change_section(results: Results, older: Results, name: str) -> Section:
+    found = changes(results, older)
+    commit = older.machine.get("git_commit") or "unknown commit"
+    text = f"{older.path.name}: {older.date or 'unknown date'}, {commit}, {machine_name(older.machine)}. "
+    if not found:
+        return Section(f"Change against {older.path.name}", f"{text}It holds none of these benchmarks.", [])
+    slower = sum(change.mark == "slower" for change in found)
+    faster = sum(change.mark == "faster" for change in found)
+    text += (
+        f"Of {len(found)} benchmarks in both files {slower} became slower and {faster} faster beyond the "
+        "spread: the gap between the ranges of their blocks' medians is wider than these ranges."
+    )
+    if machine_name(older.machine) != machine_name(results.machine):
+        text += " The machines differ: this compares them, too."
+    return Section(
+        f"Change against {older.path.name}",
+        text,
+        [changes_table(found)],
+        (name, lambda: figures.change(found)),
+    )

@@ -1,0 +1,164 @@
+"""What benchmarks time is computation alone: tokeniser, packer and files raise while the clock runs."""
+
+from __future__ import annotations
+
+import builtins
+import importlib
+import io
+import os
+from collections.abc import Callable
+from pathlib import Path
+from types import FunctionType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from esm_packed import alphabet, packing, padding
+
+pytest.importorskip("pytest_benchmark", reason="benchmarks need pytest-benchmark")
+
+MODEL = "random:esm2_t6_8M_UR50D"
+PACKERS = (packing.pack, packing.plan_packs, padding.pad, padding.plan_padded)
+TOKENISERS = (alphabet.encode,)
+
+
+def refuse(*_: Any, **__: Any) -> None:
+    raise RuntimeError("the timed code prepares data")
+
+
+class StrictBenchmark:
+    """Takes the place of pytest-benchmark's fixture; what is timed runs once, and may prepare nothing."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, forbidden: tuple[Callable[..., Any], ...]) -> None:
+        self._monkeypatch = monkeypatch
+        self._forbidden = forbidden
+        self.extra_info: dict[str, Any] = {}
+        self.stats = None
+        self.group: str | None = None
+        self.calls = 0
+
+    def pedantic(
+        self, target: Callable[..., Any], args: Any = (), setup: Callable[[], Any] | None = None, **_: Any
+    ) -> Any:
+        if setup is not None:
+            setup()
+        self.calls += 1
+        with self._monkeypatch.context() as patch:
+            for function in self._forbidden:
+                # The code, not the name: modules hold the functions under names of their own.
+                assert isinstance(function, FunctionType)
+                patch.setattr(function, "__code__", refuse.__code__)
+                patch.setattr(function, "__defaults__", None)
+                patch.setattr(function, "__kwdefaults__", None)
+            patch.setattr(builtins, "open", refuse)
+            patch.setattr(io, "open", refuse)
+            patch.setattr(os, "open", refuse)
+            return target(*args)
+
+
+@pytest.fixture
+def options() -> Any:
+    values = {"--tokens": 400, "--token-budget": None, "--full": False}
+    return SimpleNamespace(getoption=values.get)
+
+
+@pytest.fixture
+def contest() -> Any:
+    return importlib.import_module("contest").Contest()
+
+
+@pytest.fixture
+def strict(monkeypatch: pytest.MonkeyPatch) -> StrictBenchmark:
+    return StrictBenchmark(monkeypatch, TOKENISERS + PACKERS)
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_a_forward_pass_prepares_nothing(
+    layout: str, contest: Any, options: Any, strict: StrictBenchmark
+) -> None:
+    bench = importlib.import_module("bench_model")
+    bench.test_model(0, MODEL, "uniref", "fp32", layout, 1024, contest, strict, options)
+    assert strict.calls == 1
+    assert strict.extra_info["useful_tokens"] == 400
+    assert strict.extra_info["relative_error"] < 1e-5
+
+
+@pytest.mark.parametrize(
+    "provider", ["esm_packed", "transformers", "fair_esm", "floor_matmul_mm", "floor_attention"]
+)
+def test_rivals_are_timed_without_preparation(
+    provider: str, contest: Any, options: Any, strict: StrictBenchmark
+) -> None:
+    bench = importlib.import_module("bench_peers")
+    bench.test_peer(0, MODEL, "short50", provider, "fp32", contest, strict, options)
+    assert strict.calls == 1
+    assert strict.extra_info["provider"] == provider
+
+
+def test_attention_is_timed_without_preparation(options: Any, strict: StrictBenchmark) -> None:
+    contests = importlib.import_module("kernel_contests")
+    importlib.import_module("bench_attention").test_attention(
+        0, "uniref", "fp32", "sdpa", contests.Bench(), strict, options
+    )
+    assert strict.calls == 1
+    assert strict.extra_info["backend"] == "sdpa"
+
+
+def test_kernels_are_timed_without_preparation(strict: StrictBenchmark) -> None:
+    contests = importlib.import_module("kernel_contests")
+    bench = importlib.import_module("bench_kernels")
+    properties: dict[str, Any] = {}
+    arguments = ("layer_norm", "torch", "8M", "float16", "uniref")
+    bench.test_kernel(0, *arguments, contests.Bench(), strict, properties.__setitem__)
+    assert strict.calls == 1
+    assert properties["operation"] == "layer_norm"
+
+
+def test_the_packer_is_timed_without_tokeniser_and_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    strict = StrictBenchmark(monkeypatch, TOKENISERS)
+    importlib.import_module("bench_packing").test_packing(0, "uniref", 1024, 200, "padded_sorted", strict)
+    assert strict.calls == 1
+    assert strict.extra_info["padding_share"] > 0
+
+
+@pytest.mark.parametrize(
+    "prepares",
+    [
+        lambda: alphabet.encode("MK"),
+        lambda: packing.pack([np.array([5], dtype=np.uint8)]),
+        lambda: packing.plan_packs([3], 10),
+        lambda: padding.pad([np.array([5], dtype=np.uint8)]),
+        lambda: padding.plan_padded([3], 10),
+        lambda: Path(__file__).read_text(),
+        lambda: np.load(__file__),
+    ],
+)
+def test_preparation_would_be_noticed(prepares: Callable[[], Any], strict: StrictBenchmark) -> None:
+    with pytest.raises(RuntimeError, match="prepares data"):
+        strict.pedantic(prepares)
+    assert packing.plan_packs([3], 10)[0].tolist() == [0]
+
+
+def test_another_attention_backend_is_noticed(contest: Any, options: Any, strict: StrictBenchmark) -> None:
+    """A pass that goes around the backend that it names fails before it is timed."""
+    module = importlib.import_module("contest")
+    entry = module.Entry("esm_packed", MODEL, "uniref", 400, "fp32", "packed", 1024)
+    provider = contest.ready(entry).provider
+    attend = provider.model.attend
+    forward = provider.model.forward_packed
+    provider.model.forward_packed = lambda *a, **k: forward(*a, **(k | {"attend": attend}))
+    with (
+        pytest.raises(AssertionError, match="attention sdpa was called 0 times, not 6"),
+        module.expect_backend(provider),
+    ):
+        provider.run()
+
+
+def test_wrong_numbers_are_not_timed(contest: Any, options: Any, strict: StrictBenchmark) -> None:
+    bench = importlib.import_module("bench_model")
+    model = contest.model(MODEL, "fp32")
+    model.embedding.weight.mul_(1.01)
+    with pytest.raises(AssertionError, match="relative_error to FP64 is"):
+        bench.test_model(0, MODEL, "uniref", "fp32", "packed", 1024, contest, strict, options)
+    assert strict.calls == 0

@@ -1,0 +1,322 @@
+"""The speedup report, on a small file that a CPU run wrote and on a synthetic one in the shape of a GPU run.
+
+`data/cpu_results.json` is as pytest-benchmark wrote it on 2 shared cores of an AMD EPYC; its `machine_info`
+has the command. The GPU-like file is made by `gpu_like_results.make`: nobody measured it.
+"""
+
+from __future__ import annotations
+
+import builtins
+import csv
+import importlib.util
+import json
+import re
+from copy import deepcopy
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import pytest
+
+from esm_packed.reports import page, results, speedup
+from esm_packed.reports.page import ReportError
+from esm_packed.reports.speedup_page import write_report
+from esm_packed.runners import cli
+
+CPU_RESULTS = Path(__file__).parent / "data" / "cpu_results.json"
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
+
+def _load_generator() -> Any:
+    spec = importlib.util.spec_from_file_location(
+        "gpu_like_results", Path(__file__).parent / "gpu_like_results.py"
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+GPU_LIKE = _load_generator()
+
+
+def write_json(path: Path, content: dict[str, Any]) -> Path:
+    path.write_text(json.dumps(content))
+    return path
+
+
+@pytest.fixture
+def gpu_like(tmp_path: Path) -> Path:
+    return write_json(tmp_path / "gpu.json", GPU_LIKE.make())
+
+
+def check_pictures(folder: Path, names: set[str]) -> None:
+    """Every figure is there in both formats, and there is something on it."""
+    image = pytest.importorskip("matplotlib.image")
+    assert {path.stem for path in folder.glob("*.png")} == names
+    assert {path.stem for path in folder.glob("*.svg")} == names
+    for name in names:
+        assert (folder / f"{name}.png").read_bytes().startswith(PNG_SIGNATURE)
+        pixels = image.imread(folder / f"{name}.png")[:, :, :3]
+        coloured = np.ptp(pixels, axis=2) > 0.2
+        assert coloured.mean() > 1e-4, f"{name} shows nothing"
+
+
+def check_page(folder: Path, num_pictures: int) -> str:
+    """The page needs no other file, and nothing unknown is printed as None or nan."""
+    text = (folder / "speedup.html").read_text()
+    sources = re.findall(r'src="([^"]{20})', text)
+    assert len(sources) == num_pictures
+    assert all(source.startswith("data:image/svg+xml") for source in sources)
+    assert "<link" not in text
+    assert "<script" not in text
+    for report in (text, (folder / "speedup.md").read_text()):
+        assert not re.search(r">(None|nan)<|\| (None|nan) \|", report)
+    return text
+
+
+def test_a_cpu_run(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    lines = write_report(CPU_RESULTS, [], tmp_path / "report")
+    names = {"speedups", "forward", "rivals", "attention", "packing", "stages"}
+    check_pictures(tmp_path / "report", names)
+    text = check_page(tmp_path / "report", len(names))
+    machine = json.loads(CPU_RESULTS.read_text())["machine_info"]
+    for shown in (machine["cpu_model"], machine["torch"], machine["git_commit"], "pytest benchmarks"):
+        assert shown in text
+    assert "peak memory" not in text  # a CPU run knows none
+    assert any("packed over padded, FP32" in line for line in lines)
+    with (tmp_path / "report" / "measurements.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(results.read_results(CPU_RESULTS).measurements)
+    assert {row["peak_memory_bytes"] for row in rows} == {""}
+    assert all(float(row["seconds_p20"]) <= float(row["seconds_median"]) for row in rows)
+
+
+def test_a_gpu_like_file_and_an_older_one(tmp_path: Path, gpu_like: Path) -> None:
+    pytest.importorskip("matplotlib")
+    slower = write_json(tmp_path / "slower.json", GPU_LIKE.make(slower=1.5, seed=1))
+    write_report(slower, [gpu_like, gpu_like], tmp_path)
+    names = {"speedups", "forward", "rivals", "roofline", "attention", "packing", "stages", "scaling"}
+    check_pictures(tmp_path, names | {"change-1", "change-2"})
+    text = check_page(tmp_path, len(names) + 2)
+    assert "peak memory" in text
+    assert "faesm in fp16: synthetic" in text
+
+
+def test_medians_and_percentiles_are_those_of_all_rounds() -> None:
+    raw = json.loads(CPU_RESULTS.read_text())["benchmarks"]
+    found = results.read_results(CPU_RESULTS)
+    for measurement in found.suite("model"):
+        names = ("model", "workload", "dtype", "layout", "token_budget")
+        own = [
+            entry
+            for entry in raw
+            if entry["extra_info"]["suite"] == "model"
+            and all(entry["extra_info"][name] == measurement.info[name] for name in names)
+        ]
+        assert len(own) == len(measurement.blocks) == 2
+        rounds = [second for entry in own for second in entry["stats"]["data"]]
+        assert measurement.seconds.middle == pytest.approx(median(rounds))
+        assert measurement.seconds.low == pytest.approx(np.quantile(rounds, 0.2))
+        assert measurement.seconds.high == pytest.approx(np.quantile(rounds, 0.8))
+        tokens = own[0]["extra_info"]["useful_tokens"]
+        assert measurement.rate("useful_tokens") == pytest.approx(tokens / median(rounds))
+
+
+def test_ratios_are_formed_within_a_block(tmp_path: Path, gpu_like: Path) -> None:
+    """When the machine is four times as slow in one block, ratios stay what they are."""
+    content = GPU_LIKE.make()
+    for entry in content["benchmarks"]:
+        if entry["extra_info"]["block"] == 2:
+            entry["stats"]["data"] = [4 * second for second in entry["stats"]["data"]]
+    disturbed = write_json(tmp_path / "disturbed.json", content)
+    for compare in (results.precision_comparisons, results.layout_comparisons, results.combined_comparisons):
+        before, after = compare(results.read_results(gpu_like)), compare(results.read_results(disturbed))
+        assert len(before) == len(after) > 0
+        for one, other in zip(before, after, strict=True):
+            assert one.what == other.what
+            if one.workload != "all":
+                assert other.times.middle == pytest.approx(one.times.middle)
+
+
+def test_comparisons_find_the_ratios_that_were_put_in(gpu_like: Path) -> None:
+    found = results.read_results(gpu_like)
+    by_name = {(c.what, c.model, c.workload): c.times.middle for c in results.precision_comparisons(found)}
+    for model in GPU_LIKE.MODELS:
+        for dtype in ("tf32", "fp16", "bf16"):
+            for workload in [*GPU_LIKE.WORKLOADS, "all"]:
+                times = by_name[f"{dtype.upper()} over FP32, packed", model, workload]
+                assert times == pytest.approx(1 / GPU_LIKE.TIMES_FP32[dtype], rel=0.06)
+    for comparison in results.layout_comparisons(found):
+        if comparison.workload != "all":
+            wanted = 1 / (1 - GPU_LIKE.WORKLOADS[comparison.workload])
+            assert comparison.times.middle == pytest.approx(wanted, rel=0.06)
+    wastes = [1 / (1 - padding) for padding in GPU_LIKE.WORKLOADS.values()]
+    total = next(c for c in results.layout_comparisons(found) if c.workload == "all")
+    assert total.times.middle == pytest.approx(np.mean(wastes), rel=0.05)
+    larger = "FP16 over FP32, packed, packs of 65,536"
+    assert any(name == larger for name, _, _ in by_name)
+
+
+def test_changes_are_marked_only_outside_the_spread(tmp_path: Path, gpu_like: Path) -> None:
+    older = results.read_results(gpu_like)
+    assert {change.mark for change in results.changes(older, older)} == {""}
+
+    again = results.read_results(write_json(tmp_path / "again.json", GPU_LIKE.make(seed=7)))
+    assert {change.mark for change in results.changes(again, older)} == {""}
+
+    slower = results.read_results(write_json(tmp_path / "slower.json", GPU_LIKE.make(slower=1.5, seed=1)))
+    for change in results.changes(slower, older):
+        info = change.measurement.info
+        is_slower = (
+            info["dtype"] == "fp16"
+            and info["provider"] == "esm_packed"
+            and info["suite"] in ("model", "peers")
+        )
+        assert change.mark == ("slower" if is_slower else "")
+    assert "faster" in {change.mark for change in results.changes(older, slower)}
+
+
+def test_one_block_gives_no_mark(tmp_path: Path) -> None:
+    old, new = GPU_LIKE.make(), GPU_LIKE.make(slower=3.0)
+    for content in (old, new):
+        content["benchmarks"] = [
+            entry for entry in content["benchmarks"] if entry["extra_info"]["block"] == 0
+        ]
+    files = [results.read_results(write_json(tmp_path / f"{i}.json", c)) for i, c in enumerate((new, old))]
+    assert {change.mark for change in results.changes(*files)} == {""}
+
+
+def test_an_older_file_without_common_benchmarks(tmp_path: Path, gpu_like: Path) -> None:
+    pytest.importorskip("matplotlib")
+    """Equal names do not make equal work: the GPU-like file counts other tokens."""
+    small, large = results.read_results(CPU_RESULTS), results.read_results(gpu_like)
+    assert small.measurements.keys() & large.measurements.keys()
+    assert results.changes(small, large) == []
+    write_report(CPU_RESULTS, [gpu_like], tmp_path / "report")
+    text = (tmp_path / "report" / "speedup.md").read_text()
+    assert "It holds none of these benchmarks." in text
+    assert not (tmp_path / "report" / "change-1.png").exists()
+
+
+def test_the_files_published_before_are_read(tmp_path: Path) -> None:
+    """They have none of the later fields."""
+    published = sorted((Path(__file__).parents[2] / "reports" / "published").rglob("peers-*.json"))
+    assert published
+    for path in published:
+        assert results.read_results(path).measurements
+
+
+def test_rivals_are_compared_in_their_own_precision(gpu_like: Path) -> None:
+    table = speedup.rivals_table(results.read_results(gpu_like))
+    column = list(table.headers).index("esm-packed is")
+    rows = {row[2]: row[column] for row in table.rows if row[0] == "650M"}
+    assert rows["esm-packed, FP16"] == ""
+    assert float(rows["fair-esm, FP32"].partition("x")[0]) == pytest.approx(1.9, rel=0.06)
+    assert float(rows["fair-esm, FP16"].partition("x")[0]) == pytest.approx(0.5 / 0.12, rel=0.06)
+
+
+def test_scaling_is_over_the_fewest_workers(gpu_like: Path) -> None:
+    table = speedup.scaling_table(results.read_results(gpu_like))
+    rows = {(row[0], row[1]): row for row in table.rows}
+    assert rows["ray 650M uniref", "1"][4] == "1.00x"
+    assert float(rows["ray 650M uniref", "8"][4].rstrip("x")) == pytest.approx(8**0.96, rel=0.06)
+
+
+def test_kernel_shares_use_the_times_of_single_launches(tmp_path: Path) -> None:
+    """A round holds many launches; `round_seconds` are those of one."""
+    content = GPU_LIKE.make()
+    for entry in content["benchmarks"]:
+        if entry["extra_info"]["suite"] == "kernels":
+            entry["extra_info"]["round_seconds"] = entry["stats"]["data"]
+            entry["stats"]["data"] = [100 * second for second in entry["stats"]["data"]]
+    found = results.read_results(write_json(tmp_path / "a.json", content))
+    ours = [
+        m
+        for m in found.suite("kernels")
+        if m.info["operation"] == "layer_norm" and m.info["provider"] == "ours"
+    ]
+    assert results.achieved(ours[0]) / ours[0].info["ceiling_per_second"] == pytest.approx(0.9, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "No such file"),
+        ("{", "not a result of pytest benchmarks"),
+        ("[]", "not a result of pytest benchmarks"),
+        ('{"benchmarks": [{"name": "a"}]}', "not a result of pytest benchmarks"),
+        ('{"benchmarks": []}', "holds no benchmark"),
+    ],
+)
+def test_what_is_no_result_file_is_refused_in_one_line(
+    tmp_path: Path, text: str | None, message: str
+) -> None:
+    path = tmp_path / "bad.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ReportError, match=message) as error:
+        results.read_results(path)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path, gpu_like: Path) -> None:
+    pytest.importorskip("matplotlib")
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(ReportError, match=r"taken.*exists"):
+        write_report(gpu_like, [], tmp_path / "taken")
+
+
+def test_without_matplotlib_it_says_what_to_install(
+    tmp_path: Path, gpu_like: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    genuine = builtins.__import__
+
+    def missing(name: str, *arguments: Any, **options: Any) -> Any:
+        if name.partition(".")[0] == "matplotlib":
+            raise ImportError(name)
+        return genuine(name, *arguments, **options)
+
+    monkeypatch.setattr(builtins, "__import__", missing)
+    with pytest.raises(ReportError, match=re.escape("pip install 'esm-packed[report]'")):
+        write_report(gpu_like, [], tmp_path / "report")
+    assert not (tmp_path / "report").exists()
+
+
+def test_the_command(tmp_path: Path, gpu_like: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    arguments = ["report", "speedup", str(CPU_RESULTS), str(gpu_like), "-o", str(tmp_path / "out")]
+    assert cli.main(arguments) == 0
+    assert f"report written to {tmp_path / 'out' / 'speedup.html'}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "[]", '{"benchmarks": []}'])
+def test_what_is_no_result_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str | None
+) -> None:
+    path = tmp_path / "results.json"
+    if content is not None:
+        path.write_text(content)
+    assert cli.main(["report", "speedup", str(path), "-o", str(tmp_path / "out")]) == 2
+    assert "results.json" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_table_cells_are_escaped() -> None:
+    table = page.Table(("a|b", "c"), [["<1", "x|y & z"]])
+    assert "&lt;1" in table.html()
+    assert "x|y &amp; z" in table.html()
+    assert r"x\|y & z" in table.markdown()
+    assert table.csv() == "a|b,c\n<1,x|y & z\n"
+
+
+def test_missing_values_leave_no_column() -> None:
+    found = results.read_results(CPU_RESULTS)
+    assert "peak memory" not in speedup.forward_table(found).headers
+    content = deepcopy(dict(next(iter(found.suite("model"))).info))
+    assert content["peak_memory_bytes"] is None
+    assert content["launches"] is None
