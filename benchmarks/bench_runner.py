@@ -440,8 +440,8 @@ def scale_ray(workers: int, sequences: Sequence[str], fasta: Path, stack: ExitSt
     for number in (shards[0], shards[-1]):
         shard = run.read(number)
         assert shard is not None
-        first, _ = run.plan.records(number)
-        errors.append(
-            check_rows(shard.embeddings[run.plan.layers[-1]][:1], model, sequences[first : first + 1])
-        )
+        first, last = run.plan.records(number)
+        last = min(last, first + 3)
+        rows = shard.embeddings[run.plan.layers[-1]][: last - first]
+        errors.append(check_rows(rows, model, sequences[first:last]))
     return max(errors)

@@ -59,6 +59,7 @@ class Claim:
             "since": time.strftime("%Y-%m-%d %H:%M:%S"),
             "purpose": self.purpose,
             "token": self._token,
+            **_slurm_incarnation(),
         }
         # Linking a complete file is atomic also on NFS, where O_EXCL alone may leave an empty one behind.
         draft = self.path.with_name(f".{self.path.name}.{self._token}.tmp")
@@ -152,7 +153,10 @@ def describe_holder(holder: dict[str, Any]) -> str:
 
 
 def _is_gone(holder: dict[str, Any]) -> bool:
-    """Whether the holder was a process of this host that does not live any more."""
+    """Whether the holder was a process of this host that does not live any more, or of this requeued job."""
+    mine = _slurm_incarnation()
+    if mine and mine["job"] == holder.get("job") and holder.get("restarts", 0) < mine["restarts"]:
+        return True
     pid, started = holder.get("pid"), holder.get("process_started")
     return (
         holder.get("host") == socket.gethostname()
@@ -161,6 +165,12 @@ def _is_gone(holder: dict[str, Any]) -> bool:
         and pid > 0
         and _process_start(pid) != started
     )
+
+
+def _slurm_incarnation() -> dict[str, Any]:
+    """The Slurm job of this process, and how often it was requeued: its earlier processes are gone."""
+    job, restarts = os.environ.get("SLURM_JOB_ID", ""), os.environ.get("SLURM_RESTART_COUNT", "0")
+    return {"job": job, "restarts": int(restarts)} if job and restarts.isdecimal() else {}
 
 
 def _link(source: Path, target: Path) -> bool:

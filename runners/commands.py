@@ -47,7 +47,7 @@ def embed(options: argparse.Namespace) -> int:
     from esm_packed.runners.slices import local_device_number, parse_slice
 
     device = options.device
-    if options.shard == "auto" and device == "auto" and (num_devices := torch.cuda.device_count()):
+    if options.shard == "auto" and device in ("auto", "cuda") and (num_devices := torch.cuda.device_count()):
         device = f"cuda:{local_device_number(os.environ, num_devices)}"
     request = EmbedRequest(
         inputs=tuple(options.fasta),
@@ -103,7 +103,10 @@ def merge(options: argparse.Namespace) -> int:
     output = _output_of(options.output)
     missing = merge_files(output, Console(), overwrite=options.overwrite, keep_run=options.keep_run)
     if missing:
-        complain(f"{missing:,} shards of {output} are missing; the command that began the run computes them")
+        complain(
+            f"{missing:,} of the shards of {output} missing or damaged; the command that began the run "
+            "computes them"
+        )
         return EXIT_INTERRUPTED
     say([f"merged: {output}"])
     return EXIT_COMPLETE

@@ -18,13 +18,13 @@ from esm_packed.attention import select_backend
 from esm_packed.numerics import resolve_device
 from esm_packed.runners.claims import ClaimedError, describe_holder, holder_of
 from esm_packed.runners.engine import Engine, InProcessEngine
-from esm_packed.runners.index import STDIN, FastaIndex, build_index, open_index
+from esm_packed.runners.index import STDIN, FastaIndex, build_index, open_index, reopen_index
 from esm_packed.runners.merging import DamagedShardError, merge_run
 from esm_packed.runners.plan import FLOPS_PER_SHARD, Plan, PlanError, cut_shards
 from esm_packed.runners.progress import Console, byte_size
 from esm_packed.runners.request import STORE_DTYPES, EmbedRequest, UsageError
 from esm_packed.runners.rundir import WHOLE_RUN, RunDirectory
-from esm_packed.runners.shards import Run
+from esm_packed.runners.shards import IDENTIFYING_RULES, Run
 from esm_packed.runners.slices import Slice
 from esm_packed.runners.store import (
     FORMAT_VERSION,
@@ -178,6 +178,12 @@ class _Session:
         """
         request = self.request
         existing_plan = check_output(self.directory.output, request.inputs, request.overwrite)
+        try:
+            return self._prepare(request, existing_plan)
+        finally:  # an index that was refused, or not needed
+            shutil.rmtree(self.directory.new_index_path, ignore_errors=True)
+
+    def _prepare(self, request: EmbedRequest, existing_plan: str | None) -> bool:
         index = self._index()
         with self.console.byte_steps() as report:
             self.checkpoint = load_checkpoint(request.model, progress=report)
@@ -224,6 +230,9 @@ class _Session:
                 if not request.overwrite:
                     raise UsageError(str(error)) from error
                 plan = None
+        if self.directory.new_index_path.exists():
+            self.directory.adopt_index()
+            index = reopen_index(self.directory.index_path)
         self.run = Run(self.directory, plan or self._new_plan(identity, index, layers), index)
         return True
 
@@ -274,6 +283,12 @@ class _Session:
         ) as watch:
             try:
                 engine.compute(run, shards, watch)
+            except FileNotFoundError:
+                if self.directory.plan_path.exists():
+                    raise
+                raise UsageError(
+                    f"{self.directory.path}: removed while it was worked in; the same command begins anew"
+                ) from None
             finally:
                 self.summary.stages = engine.times
         self.summary.embedding_seconds += time.monotonic() - begin
@@ -330,6 +345,8 @@ class _Session:
                 f"{self.directory.path}: others are at work on this run, and {', '.join(request.inputs)} is "
                 "not what they read: name the same files in the same way, with the same input rules"
             )
+        if self.directory.plan_path.exists():  # whose index must stay until this input is known to be its own
+            path = self.directory.new_index_path
         with self.console.progress("reading", "B", _input_bytes(request.inputs)) as advance:
             return build_index(request.inputs, path, request.read, progress=advance)
 
@@ -532,10 +549,7 @@ def run_identity(
         "kinds": ["mean"],
         "max_length": request.max_length,
         "token_budget": token_budget,
-        "invalid": request.read.invalid,
-        "duplicates": request.read.duplicates,
-        "gaps": request.read.gaps,
-        "full_header": request.read.full_header,
+        **{name: getattr(request.read, name) for name in IDENTIFYING_RULES},
         "store_dtype": request.store_dtype,
         "reproducible": False,
     }

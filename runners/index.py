@@ -109,6 +109,7 @@ class FastaIndex:
         num_replaced: characters that became X, in duplicates left out too.
         num_duplicates: records that had the ID of an earlier one.
         problems: the records left out, in input order.
+        options: the rules it was made by.
         inputs: path, size in bytes and sha256 of each input.
     """
 
@@ -132,6 +133,7 @@ class FastaIndex:
         self.num_replaced = num_replaced
         self.num_duplicates = num_duplicates
         self.problems = problems
+        self.options = reader.options
         self.inputs = [InputFile(source.given, source.size, source.sha256) for source in reader.sources]
 
     def token_ids(self, start: int, stop: int, max_length: int = 0) -> list[npt.NDArray[np.uint8]]:

@@ -8,6 +8,7 @@ found. It is recorded as failed, and everything else is kept.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
@@ -52,7 +53,8 @@ MAX_FAILED_STARTS = 3
 POLL_SECONDS = 0.5
 OBJECT_STORE_BYTES = 512 << 20
 
-NOT_THE_SHARDS_FAULT = (OSError, UsageError, InputError, PlanError, StoreError, BackendError, CheckpointError)
+NOT_THE_SHARDS_FAULT = (UsageError, InputError, PlanError, StoreError, BackendError, CheckpointError)
+LASTING_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOENT)
 """What would happen again with any shard, or for any worker."""
 
 
@@ -81,17 +83,13 @@ class RayWorker:
         self._worker = Worker(request, checkpoint, resolve_device(device), rank)
         self._run: Run | None = None
 
-    def hello(self) -> str:
-        """Where it runs."""
-        return f"{device_name(self._worker.model.device)} on {os.uname().nodename}, process {os.getpid()}"
-
     def token_budget(self) -> int:
         """What the memory of its GPU holds."""
         model = self._worker.model
         return measured_token_budget(model, DEFAULT_TOKEN_BUDGETS[model.device.type])
 
-    def begin(self, output: str, plan_hash: str) -> None:
-        """Open the run of `output`."""
+    def begin(self, output: str, plan_hash: str) -> str:
+        """Open the run of `output`; where this worker runs."""
         directory = RunDirectory(Path(output))
         if not directory.plan_path.exists():
             raise UsageError(
@@ -103,6 +101,7 @@ class RayWorker:
             raise UsageError(f"{directory.path} holds another run on {os.uname().nodename}")
         self._worker.begin(run)
         self._run = run
+        return f"{device_name(self._worker.model.device)} on {os.uname().nodename}, process {os.getpid()}"
 
     def compute(self, shard: int) -> StageTimes:
         """Compute a shard and write it; what the worker has done so far."""
@@ -219,7 +218,10 @@ class RayEngine:
             try:
                 self._ray.init(**options)
             except Exception as error:
-                raise UsageError(f"Ray cannot be reached or started: {error}") from error
+                raise UsageError(
+                    f"Ray cannot be reached or started: {error} (a cluster with token authentication wants "
+                    "the same RAY_AUTH_MODE and token here)"
+                ) from error
 
     def _count_workers(self) -> int:
         resources = self._ray.cluster_resources()
@@ -361,7 +363,7 @@ class _Schedule:
             else:
                 if slot.starting is not None:
                     slot.starting, slot.failed_starts = None, 0
-                    slot.name = self._ray.get(slot.actor.hello.remote())
+                    slot.name = result
                 else:
                     self._finished(slot, result)
 
@@ -382,7 +384,7 @@ class _Schedule:
 
     def _failed(self, slot: _Slot, error: Exception) -> None:
         cause = _root_cause(error)
-        if isinstance(cause, NOT_THE_SHARDS_FAULT):
+        if isinstance(cause, NOT_THE_SHARDS_FAULT) or getattr(cause, "errno", None) in LASTING_ERRORS:
             raise cause
         task, was_starting = slot.task, slot.starting is not None
         self._replace(slot)
@@ -410,8 +412,8 @@ class _Schedule:
         elif num_sequences > 1:
             middle = task.first + num_sequences // 2
             last = task.first + num_sequences
-            self._waiting.appendleft(_Task(task.shard, middle, last))
-            self._waiting.appendleft(_Task(task.shard, task.first, middle))
+            # at the end: the half that works comes before the quarters of the other, so failures alternate
+            self._waiting += [_Task(task.shard, task.first, middle), _Task(task.shard, middle, last)]
         else:
             self._keep_part(
                 _Task(task.shard, task.first, task.first + 1), self._failed_row(f"its worker failed: {cause}")
@@ -469,7 +471,10 @@ class _Schedule:
                 if not ready:
                     continue
                 with suppress(self._ray.exceptions.RayError):
-                    slot.snapshot = self._ray.get(slot.asked)
+                    snapshot = self._ray.get(slot.asked)
+                    # an answer from before the last task was finished says less than is known
+                    if snapshot is None or snapshot.times.residues >= slot.times.residues:
+                        slot.snapshot = snapshot
             slot.asked = slot.actor.snapshot.remote()
 
     def _states(self) -> list[WorkerState]:
@@ -494,7 +499,7 @@ def _root_cause(error: BaseException) -> BaseException:
     if not type(error).__module__.startswith("ray."):
         return error
     text = str(error).strip()
-    for known in NOT_THE_SHARDS_FAULT[1:]:  # an actor that cannot be made has its reason in the text alone
+    for known in NOT_THE_SHARDS_FAULT:  # an actor that cannot be made has its reason in the text alone
         for line in text.splitlines():
             _, found, message = line.partition(f"{known.__name__}: ")
             if found:

@@ -3,7 +3,7 @@
 .OUT.h5.claim               held by the one process that plans, admits, merges or cleans up
 OUT.h5.run/
     plan.json               what the run is (see `plan`)
-    index/                  the records of the inputs (see `index`)
+    index/                  the records of the inputs (see `index`); index.new/ until known to be the plan's
     shards/00007.h5         finished work, each file whole or not there
     slices/3-of-8.claim     held by a process that computes one slice of the shards
     logs/                   a log of each worker
@@ -16,7 +16,10 @@ from __future__ import annotations
 
 import glob
 import os
+import secrets
 import shutil
+import time
+from contextlib import suppress
 from pathlib import Path
 
 from esm_packed.runners.claims import Claim, is_live
@@ -33,6 +36,7 @@ class RunDirectory:
         self.path = output.with_name(f"{output.name}.run")
         self.plan_path = self.path / "plan.json"
         self.index_path = self.path / "index"
+        self.new_index_path = self.path / "index.new"
         self.logs_path = self.path / "logs"
         self._slices = self.path / "slices"
 
@@ -75,20 +79,33 @@ class RunDirectory:
 
     def live_slices(self) -> dict[Slice, Path]:
         """Slices that are being computed, and their claims."""
-        probe = self._slices / f".{os.getpid()}.tmp"
-        try:
-            probe.touch()
-            now = probe.stat().st_mtime  # the clock of the file system
-            probe.unlink(missing_ok=True)
-            names = sorted(entry.name for entry in os.scandir(self._slices) if entry.name.endswith(".claim"))
-        except FileNotFoundError:
+        if not self._slices.is_dir():
             return {}
+        now = self._clock()
+        names = sorted(entry.name for entry in os.scandir(self._slices) if entry.name.endswith(".claim"))
         live = {}
         for name in names:
             index, _, count = name.removesuffix(".claim").partition("-of-")
             if index.isdecimal() and count.isdecimal() and is_live(self._slices / name, now):
                 live[Slice(int(index), int(count))] = self._slices / name
         return live
+
+    def _clock(self) -> float:
+        """The time by the clock of the file system, or by our own where nothing can be written."""
+        probe = self._slices / f".{secrets.token_hex(8)}.tmp"
+        try:
+            probe.touch()
+            return probe.stat().st_mtime
+        except OSError:
+            return time.time()
+        finally:
+            with suppress(OSError):
+                probe.unlink()
+
+    def adopt_index(self) -> None:
+        """Put the new index in the place of the old one."""
+        shutil.rmtree(self.index_path)
+        self.new_index_path.rename(self.index_path)
 
     def forget_shards(self) -> None:
         """Remove all shards: they belong to no plan, or to one that is given up."""

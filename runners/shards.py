@@ -10,9 +10,12 @@ import numpy.typing as npt
 
 from esm_packed.runners.index import FastaIndex, reopen_index
 from esm_packed.runners.pipeline import ShardInput
-from esm_packed.runners.plan import Plan
+from esm_packed.runners.plan import Plan, PlanError
 from esm_packed.runners.rundir import RunDirectory
 from esm_packed.runners.store import Shard, StoreError, read_shard
+
+IDENTIFYING_RULES = ("invalid", "duplicates", "gaps", "full_header")
+"""What of the rules for the input makes another run."""
 
 _BLOCK_RECORDS = 1 << 16
 
@@ -30,11 +33,22 @@ class Run:
         """The run that a directory holds.
 
         Raises:
-            PlanError: its plan cannot be read.
+            PlanError: its plan cannot be read, or the index is not that of the plan.
             InputError: its index cannot be read, or an input has changed.
             OSError: there is none.
         """
-        return cls(directory, Plan.read(directory.plan_path), reopen_index(directory.index_path))
+        run = cls(directory, Plan.read(directory.plan_path), reopen_index(directory.index_path))
+        found = {
+            "inputs": [{"size": file.size, "sha256": file.sha256} for file in run.index.inputs],
+            **{name: getattr(run.index.options, name) for name in IDENTIFYING_RULES},
+        }
+        if run.index.num_records != run.plan.starts[-1] or any(
+            run.plan.identity[name] != value for name, value in found.items()
+        ):
+            raise PlanError(
+                f"{directory.index_path}: not the index of this plan; repeat the command that began the run"
+            )
+        return run
 
     def is_computed(self, start: int, stop: int) -> npt.NDArray[np.bool_]:
         """Which of the records [start, stop) are computed; the others are copies of an earlier record."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from esm_packed.runners.claims import describe_holder, holder_of
+from esm_packed.runners.claims import describe_holder, holder_of, is_live
 from esm_packed.runners.plan import Plan, PlanError
 from esm_packed.runners.rundir import RunDirectory
 from esm_packed.runners.store import EmbeddingReader, StoreError
@@ -51,9 +51,12 @@ def _workers(directory: RunDirectory) -> list[str]:
     claims = {f"slice {part}": path for part, path in directory.live_slices().items()}
     claims["the run"] = directory.claim().path
     lines = []
+    now = time.time()
     for name, path in claims.items():
+        if not is_live(path, now):
+            continue
         try:
-            silent = time.time() - path.stat().st_mtime
+            silent = now - path.stat().st_mtime
         except FileNotFoundError:
             continue
         lines.append(

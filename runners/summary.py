@@ -122,13 +122,23 @@ class Summary:
             "device": self.device,
             "attention": self.attention,
         }
+        unknown: list[str] = []
+        if not stages.packs:
+            unknown += ["packs", "packing efficiency", "stages", "residues/s"]
         if self.missing_shards:
+            unknown += [
+                "truncated",
+                "recomputed",
+                "failed",
+                "against fp32",
+                "attention",
+            ]  # the output has them
             values["slice"] = (
                 f"{self.part} is done; {self.missing_shards:,} shards of other slices are missing"
             )
         else:
             values["output"] = f"{self.output} ({byte_size(self.output.stat().st_size)})"
-        return [f"{name:<20}{value}" for name, value in values.items()]
+        return [f"{name:<20}{value}" for name, value in values.items() if name not in unknown]
 
     def _comparison_lines(self) -> dict[str, str]:
         if not self.comparisons and not self.num_to_compare:

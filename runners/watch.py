@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -109,6 +111,8 @@ class Watch:
         line = {
             "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
             "event": event,
+            "host": socket.gethostname(),
+            "process": os.getpid(),
             "elapsed_seconds": round(elapsed, 3),
             "residues_done": self._done,
             "residues_total": self._total,

@@ -190,7 +190,7 @@ def test_a_sequence_that_ends_its_worker_is_found_and_left_out(
     poisoned = tmp_path / "in.fasta"
     records = fasta.read_text().split(">")[1:]
     records = [record for record in records if len(record.split("\n")[1]) != POISON_LENGTH][:60]
-    records.insert(31, f"poison\n{'MKV' * 25}MK\n")
+    records.insert(0, f"poison\n{'MKV' * 25}MK\n")
     poisoned.write_text("".join(f">{record}" for record in records))
     truth = tmp_path / "truth.h5"
     run(poisoned, truth)
@@ -201,10 +201,10 @@ def test_a_sequence_that_ends_its_worker_is_found_and_left_out(
     assert summary.num_failed == 1
     with EmbeddingReader(output) as reader, EmbeddingReader(truth) as whole:
         assert reader.sequence_ids() == whole.sequence_ids()
-        assert np.flatnonzero(reader.column("status")).tolist() == [31]
-        rows = np.arange(61) != 31
+        assert np.flatnonzero(reader.column("status")).tolist() == [0]
+        rows = np.arange(61) != 0
         np.testing.assert_allclose(reader.embeddings()[rows], whole.embeddings()[rows], rtol=1e-5, atol=1e-5)
-        assert np.isnan(reader.embeddings()[31]).all()
+        assert np.isnan(reader.embeddings()[0]).all()
         problem = reader.problems()[0]
         assert problem.sequence_id == "poison"
         expected = "the process died" if worker_class is PoisonedWorker else "illegal memory access"

@@ -76,6 +76,36 @@ def test_a_draft_that_is_swept_away_leaves_no_claim(
     assert not claim.path.exists()
 
 
+@pytest.mark.parametrize(
+    "holder, environment, is_free",
+    [
+        ({"job": "17", "restarts": 0}, {"SLURM_JOB_ID": "17", "SLURM_RESTART_COUNT": "1"}, True),
+        ({"job": "17", "restarts": 1}, {"SLURM_JOB_ID": "17", "SLURM_RESTART_COUNT": "1"}, False),
+        ({"job": "16", "restarts": 0}, {"SLURM_JOB_ID": "17", "SLURM_RESTART_COUNT": "1"}, False),
+        ({}, {"SLURM_JOB_ID": "17", "SLURM_RESTART_COUNT": "1"}, False),
+        ({"job": "17", "restarts": 0}, {}, False),
+    ],
+)
+def test_a_requeued_job_takes_its_own_claim_over(
+    directory: RunDirectory,
+    monkeypatch: pytest.MonkeyPatch,
+    holder: dict[str, object],
+    environment: dict[str, str],
+    is_free: bool,
+) -> None:
+    """Slurm starts it on another node, which cannot see that the process there is gone."""
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    claim = directory.claim()
+    write_claim(claim.path, **holder)
+    if is_free:
+        with claim:
+            assert json.loads(claim.path.read_text())["restarts"] == 1
+    else:
+        with pytest.raises(ClaimedError):
+            claim.acquire()
+
+
 def test_a_claim_names_its_holder(directory: RunDirectory) -> None:
     with directory.claim() as claim:
         holder = json.loads(claim.path.read_text())

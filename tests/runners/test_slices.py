@@ -9,6 +9,7 @@ import signal
 import socket
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -171,11 +172,6 @@ def test_a_slice_in_work_is_refused_and_others_are_not(nursery: Nursery, work: W
         last = second.output().splitlines()[-1]
         assert f"process {first.pid} on {socket.gethostname()}" in last
         assert "1/3" in last
-    status = tmp_path / "status"
-    with status.open("w") as file:
-        assert cli.main(["status", str(output)]) == 0
-        print(file=file)
-    status.unlink()
     for index in (0, 2):
         child = start(nursery, work, output, "--shard", f"{index}/3")
         assert child.wait() == 0, child.output()
@@ -289,6 +285,71 @@ def test_options_that_do_not_go_with_slices(
     assert names_in(tmp_path) == []
 
 
+def test_a_refused_command_does_not_touch_the_index_that_merging_needs(
+    nursery: Nursery, work: Work, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out.h5"
+    assert start(nursery, work, output, "--keep-run").wait() == 0
+    output.unlink()
+    renamed = tmp_path / "renamed.fasta"
+    renamed.write_text(work.fasta.read_text().replace(">protein", ">other"))
+    index = tmp_path / "out.h5.run" / "index"
+    before = {path.name: path.read_bytes() for path in index.iterdir()}
+    assert start(nursery, replace(work, fasta=renamed), output).wait() == 2
+    assert {path.name: path.read_bytes() for path in index.iterdir()} == before
+    assert names_in(tmp_path / "out.h5.run") == ["index", "plan.json", "shards", "slices"]
+    renamed.unlink()
+    assert cli.main(["merge", str(output)]) == 0
+    check_end(work, output)
+
+
+def test_an_index_of_another_input_is_never_merged(
+    nursery: Nursery, work: Work, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As when a process was killed between the two."""
+    output, other = tmp_path / "out.h5", tmp_path / "other.h5"
+    renamed = tmp_path / "renamed.fasta"
+    renamed.write_text(work.fasta.read_text().replace(">protein", ">other"))
+    assert start(nursery, work, output, "--keep-run").wait() == 0
+    assert start(nursery, replace(work, fasta=renamed), other, "--keep-run").wait() == 0
+    output.unlink()
+    shutil.rmtree(tmp_path / "out.h5.run" / "index")
+    shutil.copytree(tmp_path / "other.h5.run" / "index", tmp_path / "out.h5.run" / "index")
+    assert cli.main(["merge", str(output)]) == 2
+    assert "not the index of this plan" in capsys.readouterr().err
+    assert not output.exists()
+    again = start(nursery, work, output)
+    assert again.wait() == 0, again.output()
+    assert Result.of(output) == work.expected
+
+
+def test_a_run_directory_that_is_removed_meanwhile(nursery: Nursery, work: Work, tmp_path: Path) -> None:
+    output = tmp_path / "out.h5"
+    child = start(nursery, work, output, slow=0.05)
+    wait_until(lambda: len(shards_of(output)) > 3)
+    shutil.rmtree(tmp_path / "out.h5.run")
+    assert child.wait() == 2, child.output()
+    assert "removed while it was worked in" in child.output().splitlines()[-1]
+    assert start(nursery, work, output).wait() == 0
+    assert Result.of(output) == work.expected
+
+
+def test_status_says_who_is_at_work(
+    nursery: Nursery, work: Work, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out.h5"
+    child = start(nursery, work, output, "--shard", "1/2", slow=0.05)
+    wait_until(lambda: len(shards_of(output)) > 1)
+    assert cli.main(["status", str(output)]) == 0
+    assert f"slice 1/2: process {child.pid} on" in capsys.readouterr().out
+    child.kill()
+    whole = start(nursery, work, output, slow=0.05)
+    wait_until((tmp_path / ".out.h5.claim").exists)
+    whole.kill()
+    assert cli.main(["status", str(output)]) == 0
+    assert "nobody is at work on it" in capsys.readouterr().out
+
+
 def test_merge_needs_all_shards_and_nothing_else(
     nursery: Nursery, work: Work, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -301,7 +362,7 @@ def test_merge_needs_all_shards_and_nothing_else(
     content = shard.read_bytes()
     shard.unlink()
     assert cli.main(["merge", str(output)]) == 4
-    assert "1 shards of" in capsys.readouterr().err
+    assert "1 of the shards of" in capsys.readouterr().err
     shard.write_bytes(content[:-1])
     assert cli.main(["merge", str(output)]) == 4, "a damaged shard is no shard"
     assert not shard.exists()
