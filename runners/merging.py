@@ -6,8 +6,10 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from esm_packed.padding import LAYOUTS
+from esm_packed.runners.memory import RowBuffers, Rows
 from esm_packed.runners.plan import Plan
 from esm_packed.runners.progress import Advance, Console
 from esm_packed.runners.request import STORE_DTYPES
@@ -46,9 +48,10 @@ def merge_run(run: Run, console: Console, *, overwrite: bool) -> None:
     store_dtype = STORE_DTYPES[plan.identity["store_dtype"]]
     total = index.num_records * plan.hidden_size * len(plan.layers) * np.dtype(store_dtype).itemsize
     made_by: list[Mapping[str, str]] = []
+    buffers = RowBuffers()
 
     def read(number: int) -> Shard:
-        shard = run.read(number)
+        shard = run.read(number, buffers)
         if shard is None:
             raise DamagedShardError(number)
         if shard.made_by not in made_by:
@@ -84,26 +87,15 @@ def merge(run: Run, shards: Callable[[int], Shard], writer: EmbeddingWriter, adv
         advance: told of bytes of embeddings written.
     """
     reasons: dict[int, str] = {}
+    buffers = RowBuffers()
     for number in range(run.plan.num_shards):
         shard = shards(number)
         start, stop = run.plan.records(number)
         records = run.computed(number)
         sources = np.array(run.index.first_same[start:stop])
-        status = np.empty(stop - start, np.uint8)
-        rows = {
-            layer: np.empty((stop - start, computed.shape[1]), computed.dtype)
-            for layer, computed in shard.embeddings.items()
-        }
-        here = sources >= start
-        place = np.searchsorted(records, sources[here])
-        earlier, which = np.unique(sources[~here], return_inverse=True)
-        status[here] = shard.status[place]
-        if len(earlier):
-            status[~here] = writer.status(earlier)[which]
-        for layer in run.plan.layers:
-            rows[layer][here] = shard.embeddings[layer][place]
-            if len(earlier):
-                rows[layer][~here] = writer.embeddings(layer, earlier)[which]
+        status, rows = shard.status, shard.embeddings
+        if len(records) < stop - start:
+            status, rows = _with_copies(shard, records, sources, start, writer, buffers)
         sequence_ids = run.index.sequence_ids(start, stop)
         writer.write_rows(
             start,
@@ -127,6 +119,42 @@ def merge(run: Run, shards: Callable[[int], Shard], writer: EmbeddingWriter, adv
             ]
         )
         advance(sum(values.nbytes for values in rows.values()))
+
+
+def _with_copies(
+    shard: Shard,
+    records: npt.NDArray[np.int64],
+    sources: npt.NDArray[np.int64],
+    start: int,
+    writer: EmbeddingWriter,
+    buffers: RowBuffers,
+) -> tuple[npt.NDArray[np.uint8], Mapping[int, Rows]]:
+    """Status and rows of all records of a shard, the copied ones included.
+
+    Args:
+        shard: what was computed of it.
+        records: (num_computed,) records that were computed.
+        sources: (num_records,) for each record of the shard the one that was computed in its place.
+        start: first record of the shard; sources before it are read from the output.
+        writer: of the output.
+        buffers: hold the rows.
+    """
+    here = sources >= start
+    place = np.zeros(len(sources), np.int64)
+    place[here] = np.searchsorted(records, sources[here])
+    earlier, which = np.unique(sources[~here], return_inverse=True)
+    status = np.empty(len(sources), np.uint8)
+    status[here] = shard.status[place[here]]
+    if len(earlier):
+        status[~here] = writer.status(earlier)[which]
+    rows = {}
+    for layer, computed in shard.embeddings.items():
+        rows[layer] = buffers.rows(layer, (len(sources), computed.shape[1]), computed.dtype)
+        if len(records):
+            np.take(computed, place, axis=0, out=rows[layer], mode="clip")
+        if len(earlier):
+            rows[layer][~here] = writer.embeddings(layer, earlier)[which]
+    return status, rows
 
 
 def _attributes(plan: Plan, made_by: Sequence[Mapping[str, str]]) -> dict[str, str | int]:

@@ -28,6 +28,7 @@ import torch
 from esm_packed.model import ESM2
 from esm_packed.packing import SPECIAL_TOKENS, PackedBatch, pack
 from esm_packed.padding import LAYOUTS, Layout
+from esm_packed.runners.memory import page_rows
 from esm_packed.runners.store import (
     STATUS_COMPUTED,
     STATUS_FAILED,
@@ -281,7 +282,7 @@ class Pipeline:
             shape = (len(lengths), self.model.config.hidden_size)
             progress = _Progress(
                 shard,
-                {layer: np.empty(shape, self.store_dtype) for layer in self.layers},
+                {layer: page_rows(shape, self.store_dtype) for layer in self.layers},
                 np.full(len(lengths), STATUS_COMPUTED, np.uint8),
                 len(members_of),
             )

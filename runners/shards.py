@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from esm_packed.runners.index import FastaIndex, reopen_index
+from esm_packed.runners.memory import RowBuffers
 from esm_packed.runners.pipeline import ShardInput
 from esm_packed.runners.plan import Plan, PlanError
 from esm_packed.runners.rundir import RunDirectory
@@ -80,11 +81,16 @@ class Run:
         there = set(self.directory.finished(self.plan.num_shards))
         return [shard for shard in shards if shard in there]
 
-    def read(self, shard: int) -> Shard | None:
-        """A finished shard; None, and its file removed, if there is none that can be trusted."""
+    def read(self, shard: int, buffers: RowBuffers | None = None) -> Shard | None:
+        """A finished shard; None, and its file removed, if there is none that can be trusted.
+
+        Args:
+            shard: its number.
+            buffers: as `store.read_shard` takes them.
+        """
         path = self.directory.shard_path(shard)
         try:
-            found = read_shard(path, shard, self.plan.hash)
+            found = read_shard(path, shard, self.plan.hash, buffers)
             if len(found.status) == len(self.computed(shard)):
                 return found
         except FileNotFoundError:

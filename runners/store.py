@@ -20,6 +20,8 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
+from esm_packed.runners.memory import RowBuffers, Rows
+
 FORMAT = "esm-packed"
 SHARD_FORMAT = "esm-packed shard"
 FORMAT_VERSION = 1
@@ -269,8 +271,14 @@ def write_shard(path: Path, shard: Shard, number: int, plan: str) -> None:
             raw.write(digest)
 
 
-def read_shard(path: Path, number: int, plan: str) -> Shard:
+def read_shard(path: Path, number: int, plan: str, buffers: RowBuffers | None = None) -> Shard:
     """Read a finished shard and see that it is what was written.
+
+    Args:
+        path: its file.
+        number: of the shard in its plan.
+        plan: hash of the plan.
+        buffers: hold the embeddings, until the next shard is read into them; None for memory of their own.
 
     Raises:
         StoreError: it is cut short, altered, or another run's.
@@ -292,11 +300,21 @@ def read_shard(path: Path, number: int, plan: str) -> Shard:
         notes = {name: json.loads(file[name].asstr()[()]) for name in ("reasons", "comparisons", "made_by")}
         return Shard(
             status=file["status"][:],
-            embeddings={int(layer): rows[:] for layer, rows in file["mean"].items()},
+            embeddings={
+                int(layer): _read_rows(rows, int(layer), buffers or RowBuffers())
+                for layer, rows in file["mean"].items()
+            },
             reasons={int(row): text for row, text in notes["reasons"].items()},
             comparisons={int(row): Comparison(*values) for row, values in notes["comparisons"].items()},
             made_by=notes["made_by"],
         )
+
+
+def _read_rows(dataset: Any, layer: int, buffers: RowBuffers) -> Rows:
+    rows = buffers.rows(layer, dataset.shape, dataset.dtype)
+    if dataset.size:
+        dataset.read_direct(rows)
+    return rows
 
 
 @contextmanager
