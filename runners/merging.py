@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import numpy.typing as npt
@@ -48,16 +49,6 @@ def merge_run(run: Run, console: Console, *, overwrite: bool) -> None:
     store_dtype = STORE_DTYPES[plan.identity["store_dtype"]]
     total = index.num_records * plan.hidden_size * len(plan.layers) * np.dtype(store_dtype).itemsize
     made_by: list[Mapping[str, str]] = []
-    buffers = RowBuffers()
-
-    def read(number: int) -> Shard:
-        shard = run.read(number, buffers)
-        if shard is None:
-            raise DamagedShardError(number)
-        if shard.made_by not in made_by:
-            made_by.append(shard.made_by)
-        return shard
-
     with (
         whole_or_nothing(output, overwrite=overwrite) as temporary,
         EmbeddingWriter(
@@ -72,24 +63,48 @@ def merge_run(run: Run, console: Console, *, overwrite: bool) -> None:
         writer.write_problems(
             [StoredProblem(left.sequence_id, left.file, left.line, left.reason) for left in index.problems]
         )
-        merge(run, read, writer, advance)
+        merge(run, _read_ahead(run, made_by), writer, advance)
         writer.write_plan(plan.identity, plan.input_names)
         writer.write_attributes(_attributes(plan, made_by))
 
 
-def merge(run: Run, shards: Callable[[int], Shard], writer: EmbeddingWriter, advance: Advance) -> None:
+def _read_ahead(run: Run, made_by: list[Mapping[str, str]]) -> Iterator[Shard]:
+    """All shards in their order, each read and verified while the one before it is written.
+
+    Args:
+        run: whose shards they are.
+        made_by: collects what made them.
+
+    Raises:
+        DamagedShardError: one is not there or not whole.
+    """
+    buffers = RowBuffers(), RowBuffers()
+    last = run.plan.num_shards - 1
+    with ThreadPoolExecutor(1, "shard reader") as reader:
+        ahead = reader.submit(run.read, 0, buffers[0])
+        for number in range(last + 1):
+            shard = ahead.result()
+            if shard is None:
+                raise DamagedShardError(number)
+            if number < last:
+                ahead = reader.submit(run.read, number + 1, buffers[(number + 1) % 2])
+            if shard.made_by not in made_by:
+                made_by.append(shard.made_by)
+            yield shard
+
+
+def merge(run: Run, shards: Iterable[Shard], writer: EmbeddingWriter, advance: Advance) -> None:
     """Append all shards in input order, rows of copied records from where they were computed.
 
     Args:
         run: whose shards they are.
-        shards: reads one.
+        shards: all of them, in their order; each is used before the next is asked for.
         writer: of the output.
         advance: told of bytes of embeddings written.
     """
     reasons: dict[int, str] = {}
     buffers = RowBuffers()
-    for number in range(run.plan.num_shards):
-        shard = shards(number)
+    for number, shard in enumerate(shards):
         start, stop = run.plan.records(number)
         records = run.computed(number)
         sources = np.array(run.index.first_same[start:stop])
