@@ -13,8 +13,12 @@ import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from esm_packed.config import ESM2_MODELS
+
+if TYPE_CHECKING:
+    from esm_packed.runners.fasta import ReadOptions
 
 EXIT_COMPLETE = 0
 EXIT_INTERNAL_ERROR = 1
@@ -42,7 +46,6 @@ def embed(options: argparse.Namespace) -> int:
     import torch
 
     from esm_packed.runners.embed import EmbedRequest, embed_files
-    from esm_packed.runners.fasta import ReadOptions
     from esm_packed.runners.progress import Console
     from esm_packed.runners.slices import local_device_number, parse_slice
 
@@ -66,13 +69,7 @@ def embed(options: argparse.Namespace) -> int:
         layers=options.layers,
         max_length=options.max_length,
         token_budget=options.token_budget,
-        read=ReadOptions(
-            invalid=options.invalid,
-            duplicates=options.duplicates,
-            gaps=options.gaps,
-            full_header=options.full_header,
-            force=options.force,
-        ),
+        read=_read_options(options),
         threads=options.threads,
         store_dtype=options.store_dtype,
         fp32_compare=options.fp32_compare,
@@ -94,6 +91,18 @@ def embed(options: argparse.Namespace) -> int:
         )
         return EXIT_FAILED_ROWS
     return EXIT_COMPLETE
+
+
+def _read_options(options: argparse.Namespace) -> ReadOptions:
+    from esm_packed.runners.fasta import ReadOptions
+
+    return ReadOptions(
+        invalid=options.invalid,
+        duplicates=options.duplicates,
+        gaps=options.gaps,
+        full_header=options.full_header,
+        force=options.force,
+    )
 
 
 def merge(options: argparse.Namespace) -> int:
@@ -174,7 +183,6 @@ def tune(options: argparse.Namespace) -> int:
 
 def validate(options: argparse.Namespace) -> int:
     from esm_packed.reports.verdict import THRESHOLDS, Threshold
-    from esm_packed.runners.fasta import ReadOptions
     from esm_packed.runners.progress import Console
     from esm_packed.runners.validate import ValidateRequest, validate_file
 
@@ -192,13 +200,7 @@ def validate(options: argparse.Namespace) -> int:
         limit=options.limit,
         max_length=options.max_length,
         token_budget=options.token_budget,
-        read=ReadOptions(
-            invalid=options.invalid,
-            duplicates=options.duplicates,
-            gaps=options.gaps,
-            full_header=options.full_header,
-            force=options.force,
-        ),
+        read=_read_options(options),
         threads=options.threads,
         overwrite=options.overwrite,
         command=shlex.join(["esm-packed", *sys.argv[1:]]),
