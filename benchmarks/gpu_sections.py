@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 from gpu_cases import MODEL_SIZES, Workload, call, operation_dtypes, uniref_lengths
 from gpu_timing import copy_rate, matmul_rate, time_call
@@ -24,7 +25,8 @@ from esm_packed.attention import BackendError, PackedAttention, select_backend
 from esm_packed.config import DEFAULT_TOKEN_BUDGETS, ESM2Config
 from esm_packed.kernels.launch import dtype_name
 from esm_packed.numerics import PRECISIONS
-from esm_packed.packing import PackedBatch
+from esm_packed.packing import SPECIAL_TOKENS, PackedBatch
+from esm_packed.runners.plan import sequence_flops
 
 Save = Callable[[dict[str, Any]], None]
 
@@ -89,9 +91,7 @@ def ceilings(device: torch.device, save: Save, seconds: float) -> None:
 
 def forward_flops(config: ESM2Config, lengths: list[int]) -> int:
     """Operations of the layers on useful tokens; the language-model head is not run."""
-    tokens, hidden = sum(lengths), config.hidden_size
-    pairs = sum(length * length for length in lengths)
-    return config.num_layers * (24 * hidden * hidden * tokens + 4 * hidden * pairs)
+    return int(sequence_flops(np.array(lengths) - SPECIAL_TOKENS, config).sum())
 
 
 def model_speed(device: torch.device, save: Save, seconds: float) -> None:

@@ -19,6 +19,7 @@ from esm_packed.numerics import resolve_device
 from esm_packed.runners.claims import ClaimedError, describe_holder, holder_of
 from esm_packed.runners.engine import Engine, InProcessEngine
 from esm_packed.runners.index import STDIN, FastaIndex, build_index, open_index, reopen_index
+from esm_packed.runners.memory import RowBuffers
 from esm_packed.runners.merging import DamagedShardError, merge_run
 from esm_packed.runners.plan import FLOPS_PER_SHARD, Plan, PlanError, cut_shards
 from esm_packed.runners.progress import Console, byte_size
@@ -82,7 +83,7 @@ def merge_files(output: Path, console: Console, *, overwrite: bool = False, keep
     """Put the finished shards of the run of `output` together.
 
     Returns:
-        How many shards are missing; the output is made if there is none.
+        How many shards are missing, 1 at the first that is damaged; the output is made if it is 0.
 
     Raises:
         UsageError: there is no such run, or other processes are at work on it.
@@ -95,15 +96,15 @@ def merge_files(output: Path, console: Console, *, overwrite: bool = False, keep
     with _claimed(directory, "merging", console):
         run = Run.open(directory)
         missing = run.plan.num_shards - len(run.finished(range(run.plan.num_shards)))
-        while not missing:
-            try:
-                merge_run(run, console, overwrite=overwrite)
-                break
-            except DamagedShardError:
-                missing = 1
-        if not missing and not keep_run:
+        if missing:
+            return missing
+        try:
+            merge_run(run, console, overwrite=overwrite)
+        except DamagedShardError:
+            return 1
+        if not keep_run:
             directory.remove()
-    return missing
+    return 0
 
 
 def _embed_slice(session: _Session, part: Slice) -> None:
@@ -251,7 +252,8 @@ class _Session:
         """
         run, request = self.run, self.request
         if verify:
-            left = [shard for shard in shards if run.read(shard) is None]
+            buffers = RowBuffers()
+            left = [shard for shard in shards if run.read(shard, buffers) is None]
         else:
             finished = set(run.finished(shards))
             left = [shard for shard in shards if shard not in finished]

@@ -308,7 +308,6 @@ class _Schedule:
         self._attempts: Counter[_Task] = Counter()
         self._failures_in_a_row = 0
         self._parts: dict[int, dict[_Task, Shard]] = {}
-        self._num_computed: dict[int, int] = {}
         self._done_residues = 0
 
     def run(self) -> None:

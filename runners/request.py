@@ -14,8 +14,6 @@ from esm_packed.runners.slices import Slice
 
 STORE_DTYPES = {"fp32": "float32", "fp16": "float16"}
 
-ENGINES = ("auto", "in-process", "ray")
-
 
 class UsageError(ValueError):
     """The user's mistake; `str(error)` is the full message for the terminal."""
@@ -31,7 +29,7 @@ class EmbedRequest:
         model: as `ESM2.from_pretrained` takes it.
         device: auto, cpu, cuda or cuda:INDEX.
         devices: numbers of the GPUs to use, an empty tuple for all; None for `device` alone.
-        engine: one of ENGINES.
+        engine: auto, in-process or ray.
         ray_address: of a Ray cluster, None for one of this machine alone.
         workers: how many Ray actors; None for one on each GPU, or one on a machine without.
         part: the slice of the shards to compute; None for all.
