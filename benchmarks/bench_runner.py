@@ -29,9 +29,9 @@ from measuring import record
 from workloads import RESIDUE_COUNTS, proteins, write_fasta
 
 from esm_packed.config import DEFAULT_TOKEN_BUDGETS, ESM2_MODELS, ESM2Config
+from esm_packed.layouts import LAYOUTS
 from esm_packed.model import ESM2
 from esm_packed.packing import SPECIAL_TOKENS
-from esm_packed.padding import LAYOUTS
 from esm_packed.runners.embed import run_identity
 from esm_packed.runners.index import build_index
 from esm_packed.runners.merging import merge_run
@@ -183,7 +183,7 @@ def timed_forward(worker: Worker, run: Run) -> tuple[list[dict[int, torch.Tensor
         residues = run.input_of(shard).token_ids
         lengths = [len(each) + SPECIAL_TOKENS for each in residues]
         for members in layout.plan(lengths, TOKEN_BUDGET):
-            batches.append(layout.lay_out([residues[member] for member in members.tolist()]))
+            batches.append(layout.lay_out([residues[member] for member in members.tolist()], TOKEN_BUDGET))
     layout.embed(worker.model, batches[0], layers)
     begin, begin_processor = time.perf_counter(), time.process_time()
     results = [layout.embed(worker.model, batch, layers) for batch in batches]

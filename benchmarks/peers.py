@@ -20,10 +20,11 @@ from measuring import DEVICE
 
 from esm_packed.alphabet import BOS_ID, EOS_ID, MASK_ID, PAD_ID, VOCAB_SIZE, encode
 from esm_packed.config import ESM2Config
+from esm_packed.layouts import LAYOUTS
 from esm_packed.model import ESM2, LAYER_NORM_EPS
 from esm_packed.numerics import PRECISIONS, matmul_precision
 from esm_packed.packing import SPECIAL_TOKENS, PackedBatch
-from esm_packed.padding import LAYOUTS, plan_padded
+from esm_packed.padding import plan_padded
 from esm_packed.weights import load_checkpoint, save_fair_esm
 
 
@@ -79,7 +80,7 @@ def lay_out(
     way = LAYOUTS[layout]
     plan = way.plan([len(ids) + SPECIAL_TOKENS for ids in token_ids], token_budget)
     return [
-        (members.tolist(), way.lay_out([token_ids[index] for index in members]).to(DEVICE))
+        (members.tolist(), way.lay_out([token_ids[index] for index in members], token_budget).to(DEVICE))
         for members in plan
     ]
 
@@ -91,7 +92,7 @@ class EsmPacked(_Batched):
         super().__init__(model)
         self.token_budget = token_budget
         self.layout = layout
-        self.backend = model.attention_backend if layout == "packed" else "sdpa, masked"
+        self.backend = "sdpa, masked" if layout == "padded" else model.attention_backend
 
     def prepare(self, sequences: Sequence[str]) -> None:
         batches = lay_out(sequences, self.token_budget, self.layout)

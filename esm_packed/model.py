@@ -267,7 +267,7 @@ class ESM2(nn.Module):
             batch.input_ids, batch.cu_seqlens, batch.max_seqlen, layers, attend=attend
         )
         return {
-            layer: kernels.segment_mean(hidden_states, batch.cu_seqlens)
+            layer: kernels.segment_mean(hidden_states, batch.cu_seqlens)[batch.segments]
             for layer, hidden_states in output.representations.items()
         }
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from esm_packed.alphabet import BOS_ID, EOS_ID
+from esm_packed.alphabet import BOS_ID, EOS_ID, PAD_ID
 
 SPECIAL_TOKENS = 2
 """BOS and EOS, which every sequence carries besides its residues."""
@@ -17,28 +17,30 @@ SPECIAL_TOKENS = 2
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """Sequences end to end, without padding; each is BOS, residues, EOS.
+    """Sequences end to end; each is BOS, residues, EOS.
 
     Args:
         input_ids: (total_tokens,) int32 token ids.
         cu_seqlens: (num_sequences + 1,) int32, where each sequence begins; starts at 0, ends at total_tokens.
         max_seqlen: tokens of the longest sequence, a Python int.
         sequence_ids: names of the sequences, kept on the host.
+        segments: which of the pieces that `cu_seqlens` bounds are sequences; the others are padding.
     """
 
     input_ids: torch.Tensor
     cu_seqlens: torch.Tensor
     max_seqlen: int
     sequence_ids: tuple[str, ...] | None = None
+    segments: slice = field(default_factory=lambda: slice(None))
 
     @property
     def num_sequences(self) -> int:
-        """Sequences in the batch."""
-        return self.cu_seqlens.numel() - 1
+        """Sequences in the batch, padding not counted."""
+        return len(range(self.cu_seqlens.numel() - 1)[self.segments])
 
     @property
     def total_tokens(self) -> int:
-        """Tokens in the batch, BOS and EOS included."""
+        """Tokens in the batch, BOS, EOS and padding included."""
         return self.input_ids.numel()
 
     @property
@@ -50,11 +52,10 @@ class PackedBatch:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> PackedBatch:
         """The same batch on another device."""
-        return PackedBatch(
-            self.input_ids.to(device, non_blocking=non_blocking),
-            self.cu_seqlens.to(device, non_blocking=non_blocking),
-            self.max_seqlen,
-            self.sequence_ids,
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device, non_blocking=non_blocking),
+            cu_seqlens=self.cu_seqlens.to(device, non_blocking=non_blocking),
         )
 
 
@@ -89,6 +90,29 @@ def pack(
         torch.from_numpy(cu_seqlens.astype(np.int32)),
         int(num_residues.max()) + SPECIAL_TOKENS,
         None if sequence_ids is None else tuple(sequence_ids),
+    )
+
+
+def fill(batch: PackedBatch, total_tokens: int) -> PackedBatch:
+    """The batch with padding behind its sequences, in pieces no longer than the longest of them.
+
+    Args:
+        batch: on the CPU.
+        total_tokens: of the result.
+
+    Raises:
+        ValueError: the batch has more tokens than that.
+    """
+    missing = total_tokens - batch.total_tokens
+    if missing < 0:
+        raise ValueError(f"total_tokens = {total_tokens}, but the batch has {batch.total_tokens}")
+    ends = range(batch.total_tokens + batch.max_seqlen, total_tokens + batch.max_seqlen, batch.max_seqlen)
+    ends_of_padding = torch.tensor(ends, dtype=torch.int32).clamp(max=total_tokens)
+    return replace(
+        batch,
+        input_ids=torch.cat([batch.input_ids, batch.input_ids.new_full((missing,), PAD_ID)]),
+        cu_seqlens=torch.cat([batch.cu_seqlens, ends_of_padding]),
+        segments=slice(batch.cu_seqlens.numel() - 1),
     )
 
 

@@ -7,8 +7,7 @@ alone, while the matrix multiplications and the attention pay for the padding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -16,8 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from esm_packed.alphabet import BOS_ID, EOS_ID, PAD_ID
-from esm_packed.model import ESM2
-from esm_packed.packing import SPECIAL_TOKENS, PackedBatch, pack, plan_packs
+from esm_packed.packing import SPECIAL_TOKENS, PackedBatch
 
 
 def plan_padded(lengths: npt.ArrayLike, token_budget: int) -> list[npt.NDArray[np.int64]]:
@@ -73,6 +71,7 @@ def pad(token_ids: Sequence[npt.NDArray[np.uint8]]) -> PackedBatch:
         torch.from_numpy(rows.ravel()),
         torch.from_numpy(np.append(segments, rows.size).astype(np.int32)),
         max_seqlen,
+        segments=slice(None, None, 2),
     )
 
 
@@ -97,40 +96,3 @@ def padded_attention(
         scale=softmax_scale,
     )
     return attended.transpose(1, 2).reshape(-1, num_heads, head_dim)
-
-
-def embed_padded(model: ESM2, batch: PackedBatch, layers: Sequence[int]) -> dict[int, torch.Tensor]:
-    """As `ESM2.embed_packed`, for a batch that `pad` made."""
-    means = model.embed_packed(batch, layers, attend=padded_attention)
-    return {layer: rows[::2] for layer, rows in means.items()}
-
-
-@dataclass(frozen=True)
-class Layout:
-    """A way to lay sequences out for a forward pass.
-
-    Args:
-        name: `packed` or `padded`.
-        algorithm: which distributes sequences over packs.
-        plan: lengths in tokens and budget to the members of each pack.
-        lay_out: sequences to a batch on the CPU.
-        embed: model, batch and layers to mean embeddings by layer, a row for each sequence.
-    """
-
-    name: str
-    algorithm: str
-    plan: Callable[[npt.ArrayLike, int], list[npt.NDArray[np.int64]]]
-    lay_out: Callable[[Sequence[npt.NDArray[np.uint8]]], PackedBatch]
-    embed: Callable[[ESM2, PackedBatch, Sequence[int]], dict[int, torch.Tensor]]
-
-
-LAYOUTS = {
-    "packed": Layout(
-        "packed",
-        "first-fit decreasing",
-        plan_packs,
-        pack,
-        lambda model, batch, layers: model.embed_packed(batch, layers),
-    ),
-    "padded": Layout("padded", "padded, sorted by length", plan_padded, pad, embed_padded),
-}

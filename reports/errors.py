@@ -12,9 +12,9 @@ import numpy.typing as npt
 import torch
 
 from esm_packed import kernels
+from esm_packed.layouts import Layout
 from esm_packed.model import ESM2, PackedOutput
 from esm_packed.packing import SPECIAL_TOKENS
-from esm_packed.padding import Layout
 from esm_packed.reports.reference import Reference
 
 TokenIds = npt.NDArray[np.uint8]
@@ -85,7 +85,7 @@ def measure(
 
     Args:
         model: computes; its precision mode and attention backend name the result.
-        layout: one of `padding.LAYOUTS`.
+        layout: one of `LAYOUTS`.
         token_ids: residues of each protein.
         reference: of the same proteins.
         token_budget: tokens in a pack.
@@ -100,17 +100,15 @@ def measure(
 
     lengths = np.array([len(ids) + SPECIAL_TOKENS for ids in token_ids])
     for members in layout.plan(lengths, token_budget):
-        batch = layout.lay_out([token_ids[member] for member in members]).to(model.device)
+        batch = layout.lay_out([token_ids[member] for member in members], token_budget).to(model.device)
         with _kept_outputs(model) as outputs:
             embedded = layout.embed(model, batch, layers)
         hidden_states = outputs[0].representations
-        # in the padded layout a protein is followed by a segment of padding
-        segments = batch.num_sequences // len(members)
-        starts = batch.cu_seqlens[:-1:segments].tolist()
+        starts = batch.cu_seqlens[:-1][batch.segments].tolist()
         for layer in layers:
             means[layer, members] = embedded[layer].double().cpu()
             _, found = kernels.check_numerics(hidden_states[layer], batch.cu_seqlens)
-            nonfinite[layer, members] = found[::segments].cpu()
+            nonfinite[layer, members] = found[batch.segments].cpu()
         for start, protein in zip(starts, members.tolist(), strict=True):
             residues[:, protein] = _residue_errors(hidden_states[last], start, *reference.residues(protein))
             for layer in layers:
@@ -123,7 +121,7 @@ def measure(
     return PathResult(
         mode=model.precision,
         layout=layout.name,
-        backend=model.attention_backend if layout.name == "packed" else "masked sdpa",
+        backend="masked sdpa" if layout.name == "padded" else model.attention_backend,
         means=Errors(
             _relative_l2(means[last], expected),
             _cosine(means[last], expected),

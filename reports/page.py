@@ -19,16 +19,21 @@ OKABE_ITO = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "
 """Colours that stay apart for colour-blind readers (Okabe and Ito 2008, "Color Universal Design")."""
 
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 72rem;
+body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 100rem;
        margin: 2rem auto; padding: 0 1rem }
+p { max-width: 72rem }
 h1 { font-size: 1.6rem } h2 { font-size: 1.25rem; margin-top: 2.5rem }
 table { border-collapse: collapse; margin: 1rem 0; font-size: 0.9rem; font-variant-numeric: tabular-nums }
 th, td { padding: 0.25rem 0.7rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap }
 th { border-bottom: 2px solid #888; vertical-align: bottom }
 th.text, td.text { text-align: left }
+td.prose { text-align: left; white-space: normal; overflow-wrap: anywhere; min-width: 20rem }
 .wide { overflow-x: auto }
-img { max-width: 100%; height: auto }
+img { max-width: min(100%, 72rem); height: auto }
 """
+
+_PROSE_CHARACTERS = 60
+"""Cells longer than this are broken into lines."""
 
 
 class ReportError(ValueError):
@@ -50,17 +55,17 @@ class Table:
     def html(self) -> str:
         """As an HTML table; columns that hold numbers are aligned to the right."""
         kinds = [
-            "" if _is_numeric(row[index] for row in self.rows) else ' class="text"'
+            "" if _is_numeric(row[index] for row in self.rows) else "text"
             for index in range(len(self.headers))
         ]
 
         def line(tag: str, cells: Sequence[str]) -> str:
-            filled = zip(kinds, cells, strict=True)
-            return (
-                "<tr>"
-                + "".join(f"<{tag}{kind}>{html.escape(cell)}</{tag}>" for kind, cell in filled)
-                + "</tr>"
-            )
+            filled = []
+            for kind, cell in zip(kinds, cells, strict=True):
+                name = "prose" if len(cell) > _PROSE_CHARACTERS else kind
+                attribute = f' class="{name}"' if name else ""
+                filled.append(f"<{tag}{attribute}>{html.escape(cell)}</{tag}>")
+            return f"<tr>{''.join(filled)}</tr>"
 
         body = "\n".join(line("td", row) for row in self.rows)
         return f'<div class="wide"><table>\n{line("th", self.headers)}\n{body}\n</table></div>'

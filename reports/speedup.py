@@ -337,15 +337,16 @@ def conditions_table(results: Results) -> Table:
     state = machine.get("gpu_state") or {}
     packages = machine.get("packages") or {"torch": machine.get("torch")}
     commit = machine.get("git_commit")
+    load = machine.get("load_average")
     rows = {
         "machine": machine_name(machine),
-        "processor": f"{machine.get('cpu_model', '')}, {machine.get('cpu_cores', '')} cores",
+        "processor": f"{machine['cpu_model']}, {machine['cpu_cores']} cores" if machine.get("gpu") else "",
         "GPU driver, clocks": ", ".join(f"{name} {value}" for name, value in state.items()),
         "CUDA": machine.get("cuda"),
         "packages": ", ".join(f"{name} {version}" for name, version in packages.items() if version),
         "TF32 and reductions": ", ".join(f"{k} {v}" for k, v in (machine.get("tf32") or {}).items()),
         "CPU threads": machine.get("threads"),
-        "load of the machine at the end": machine.get("load_average"),
+        "load of the machine at the end": None if load is None else f"{load:.1f}",
         "system": machine.get("system"),
         "date": results.date,
         "commit": commit,

@@ -14,10 +14,10 @@ import torch
 
 from esm_packed.attention import BACKENDS, select_backend
 from esm_packed.config import ESM2Config
+from esm_packed.layouts import LAYOUTS
 from esm_packed.model import ESM2
 from esm_packed.numerics import PRECISIONS, Precision, resolve_precision
 from esm_packed.packing import SPECIAL_TOKENS
-from esm_packed.padding import LAYOUTS
 from esm_packed.reports.activations import Activations
 from esm_packed.reports.errors import PathResult, measure
 from esm_packed.reports.page import ReportError
@@ -211,7 +211,7 @@ def estimate_seconds(config: ESM2Config, token_ids: Sequence[TokenIds], settings
         some.append(ids)
 
     def seconds(model: ESM2, layout: str, sample: Sequence[TokenIds]) -> float:
-        batch = LAYOUTS[layout].lay_out(sample).to(model.device)
+        batch = LAYOUTS[layout].lay_out(sample, settings.token_budget).to(model.device)
         timed = []
         for _ in range(2):  # the first is a warm-up
             begin = time.perf_counter()

@@ -173,6 +173,12 @@ def _add_embed(commands: argparse._SubParsersAction[_Parser]) -> None:
         "--threads", type=_count(1), metavar="N", help="CPU threads of each worker (default: torch's choice)"
     )
     compute.add_argument(
+        "--reproducible",
+        action="store_true",
+        help="packs of one size, filled up: an embedding has the same bits whatever it is computed with "
+        "(same kind of device, versions, precision and --token-budget)",
+    )
+    compute.add_argument(
         "--disable-packing",
         action="store_true",
         default=_is_set("ESM_PACKED_DISABLE_PACKING"),

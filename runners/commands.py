@@ -65,7 +65,7 @@ def embed(options: argparse.Namespace) -> int:
         dtype=options.dtype,
         disable_fp16=options.disable_fp16,
         attention=options.attention,
-        layout="padded" if options.disable_packing else "packed",
+        layout=_layout(options),
         layers=options.layers,
         max_length=options.max_length,
         token_budget=options.token_budget,
@@ -91,6 +91,14 @@ def embed(options: argparse.Namespace) -> int:
         )
         return EXIT_FAILED_ROWS
     return EXIT_COMPLETE
+
+
+def _layout(options: argparse.Namespace) -> str:
+    from esm_packed.runners.request import UsageError
+
+    if options.reproducible and options.disable_packing:
+        raise UsageError("--reproducible and --disable-packing cannot be had together: leave one of them out")
+    return "fixed" if options.reproducible else "padded" if options.disable_packing else "packed"
 
 
 def _read_options(options: argparse.Namespace) -> ReadOptions:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from esm_packed.attention import select_backend
+from esm_packed.config import DEFAULT_TOKEN_BUDGETS
 from esm_packed.numerics import resolve_device
 from esm_packed.runners.claims import ClaimedError, describe_holder, holder_of
 from esm_packed.runners.engine import Engine, InProcessEngine
@@ -198,6 +199,8 @@ class _Session:
         elif existing_plan is not None:
             with EmbeddingReader(self.directory.output) as reader:
                 token_budget = int(reader.plan["identity"]["token_budget"])
+        elif request.layout == "fixed":  # what is measured may differ from run to run
+            token_budget = DEFAULT_TOKEN_BUDGETS[self.device.type]
         else:
             token_budget = self.engine().token_budget()
         identity = run_identity(request, index, self.checkpoint, self.device, layers, token_budget)
@@ -553,7 +556,6 @@ def run_identity(
         "token_budget": token_budget,
         **{name: getattr(request.read, name) for name in IDENTIFYING_RULES},
         "store_dtype": request.store_dtype,
-        "reproducible": False,
     }
 
 

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import numpy.typing as npt
 
-from esm_packed.padding import LAYOUTS
+from esm_packed.layouts import LAYOUTS
 from esm_packed.runners.memory import RowBuffers, Rows
 from esm_packed.runners.plan import Plan
 from esm_packed.runners.progress import Advance, Console

@@ -25,10 +25,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from esm_packed.layouts import LAYOUTS, Layout
 from esm_packed.model import ESM2
 from esm_packed.packing import SPECIAL_TOKENS, PackedBatch, pack
-from esm_packed.padding import LAYOUTS, Layout
 from esm_packed.runners.memory import page_rows
+from esm_packed.runners.request import UsageError
 from esm_packed.runners.store import (
     STATUS_COMPUTED,
     STATUS_FAILED,
@@ -187,7 +188,7 @@ class Pipeline:
         in_fp32: loads the model in FP32, for sequences whose embedding is not finite and for those that are
             compared; called at most once. None where the model computes in FP32 or better already.
         on_pack: told of residues as a pack of them is done.
-        layout: packed, or padded to compare with.
+        layout: one of `LAYOUTS`.
     """
 
     def __init__(
@@ -296,10 +297,13 @@ class Pipeline:
         self.times.reading += time.monotonic() - begin
 
     def _lay_out(self, shard: ShardInput, members: npt.NDArray[np.int64]) -> PackedBatch:
-        batch = self._layout.lay_out([shard.token_ids[member] for member in members.tolist()])
+        token_ids = [shard.token_ids[member] for member in members.tolist()]
+        batch = self._layout.lay_out(token_ids, self.token_budget)
         if self.model.device.type != "cuda":
             return batch
-        return PackedBatch(batch.input_ids.pin_memory(), batch.cu_seqlens.pin_memory(), batch.max_seqlen)
+        return replace(
+            batch, input_ids=batch.input_ids.pin_memory(), cu_seqlens=batch.cu_seqlens.pin_memory()
+        )
 
     def _compute(
         self,
@@ -361,6 +365,11 @@ class Pipeline:
             )
             yield _InFlight(item, {})
             return
+        if self._layout.name == "fixed":
+            raise UsageError(
+                f"--reproducible: a pack of {item.batch.total_tokens:,} tokens does not fit into the memory "
+                f"of {self.model.device}, and packs must not be halved; choose a smaller --token-budget"
+            )
         half = len(item.members) // 2
         item.progress.packs_left += 1
         for members in (item.members[:half], item.members[half:]):

@@ -36,7 +36,7 @@ class EmbedRequest:
         dtype: precision mode, or None for the device's default.
         disable_fp16: compute in FP32 where a half type would be used.
         attention: attention backend, or auto.
-        layout: packed, or padded.
+        layout: one of `layouts.LAYOUTS`.
         layers: layers to keep, negative ones counted from the last; the last one listed is `embeddings`.
         max_length: residues kept of each sequence; 0 keeps all.
         token_budget: tokens in a pack, BOS and EOS included; None to measure or take the device's default.

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 
 from esm_packed.attention import BackendError, select_backend
+from esm_packed.layouts import LAYOUTS
 from esm_packed.model import ESM2
 from esm_packed.numerics import PRECISIONS, Precision
-from esm_packed.padding import LAYOUTS
 from esm_packed.runners.pipeline import Pipeline, ShardInput, is_out_of_memory
 from esm_packed.runners.request import STORE_DTYPES, EmbedRequest, UsageError
 from esm_packed.runners.shards import Run

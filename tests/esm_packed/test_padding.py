@@ -6,7 +6,6 @@ from itertools import pairwise
 from pathlib import Path
 
 import fair_esm_reference
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -15,7 +14,7 @@ from tolerances import relative_error
 
 from esm_packed import ESM2
 from esm_packed.alphabet import PAD_ID, encode
-from esm_packed.padding import LAYOUTS, embed_padded, pad, plan_padded
+from esm_packed.padding import pad, padded_attention, plan_padded
 
 SEQUENCES = ["MKTAYIAKQRQISFVKSHFSRQ", "M", "GS<mask>HMSL<mask>FD", "M<mask>", "ACDEFGHIKLMNPQRSTVWY"]
 
@@ -51,20 +50,9 @@ def test_equal_to_fair_esm_on_each_sequence_alone(tmp_path: Path, dtype: str, ga
     )
     truth = fair_esm_reference.run(fair_esm_reference.load(path, torch.float64), SEQUENCES)
     model = ESM2.from_pretrained(path, dtype=dtype)
-    means = embed_padded(model, pad([encode(sequence) for sequence in SEQUENCES]), [0, 1, 2])
+    batch = pad([encode(sequence) for sequence in SEQUENCES])
+    means = model.embed_packed(batch, [0, 1, 2], attend=padded_attention)
     for layer, rows in means.items():
         assert len(rows) == len(SEQUENCES)
         for row, expected in zip(rows, truth, strict=True):
             assert relative_error(row, expected["mean"][layer]) <= gate
-
-
-def test_layouts_give_the_same_embeddings() -> None:
-    model = ESM2.from_pretrained("demo", dtype="fp64")
-    token_ids = [encode(sequence) for sequence in SEQUENCES]
-    rows = {}
-    for name, layout in LAYOUTS.items():
-        rows[name] = np.empty((len(SEQUENCES), model.config.hidden_size))
-        for members in layout.plan([len(ids) + 2 for ids in token_ids], 32):
-            batch = layout.lay_out([token_ids[member] for member in members])
-            rows[name][members] = layout.embed(model, batch, [5])[5].numpy()
-    np.testing.assert_allclose(rows["padded"], rows["packed"], rtol=1e-12, atol=1e-13)

@@ -12,8 +12,8 @@ from gpu_cases import uniref_lengths
 
 from esm_packed import ESM2
 from esm_packed.alphabet import encode
+from esm_packed.layouts import LAYOUTS
 from esm_packed.packing import PackedBatch
-from esm_packed.padding import LAYOUTS
 from esm_packed.runners.budget import measured_token_budget
 from esm_packed.runners.embed import EmbedRequest, embed_files
 from esm_packed.runners.pipeline import Pipeline, ShardInput

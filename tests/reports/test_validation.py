@@ -19,9 +19,9 @@ from esm_packed import ESM2, kernels
 from esm_packed.alphabet import decode
 from esm_packed.attention import sdpa_attention, select_backend
 from esm_packed.config import ESM2Config
+from esm_packed.layouts import LAYOUTS, Layout
 from esm_packed.numerics import PRECISIONS
 from esm_packed.packing import PackedBatch, pack
-from esm_packed.padding import LAYOUTS, Layout
 from esm_packed.reports.activations import Activations
 from esm_packed.reports.errors import Errors, PathResult, measure, rank_agreement
 from esm_packed.reports.page import ReportError
@@ -84,7 +84,7 @@ def with_tensors(checkpoint: Checkpoint, **changed: torch.Tensor) -> Checkpoint:
 
 
 def boundary_shifted(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> tuple[ESM2, Layout]:
-    def lay_out(token_ids: list[np.ndarray]) -> PackedBatch:
+    def lay_out(token_ids: list[np.ndarray], token_budget: int) -> PackedBatch:
         batch = pack(token_ids)
         batch.cu_seqlens[1:-1] -= 1
         return replace(batch, max_seqlen=batch.max_seqlen + (len(token_ids) > 1))

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from esm_packed import ESM2
+from esm_packed import ESM2, kernels
 from esm_packed.alphabet import encode
+from esm_packed.layouts import LAYOUTS
 from esm_packed.packing import SPECIAL_TOKENS, pack
-from esm_packed.padding import LAYOUTS
 from esm_packed.runners import budget, cli, embed, worker
 from esm_packed.runners.budget import PROBE_LENGTH, PROBE_SEQUENCES, measured_token_budget
 from esm_packed.runners.embed import EmbedRequest, embed_files
@@ -102,12 +102,49 @@ def test_packing_disabled(fasta: Path, monkeypatch: pytest.MonkeyPatch, how: str
         monkeypatch.setenv("ESM_PACKED_DISABLE_PACKING", "1")
     assert run(fasta) == (0 if how == "option" else 2), "another layout is another run"
     assert run(fasta, "--overwrite", *(["--disable-packing"] if how == "option" else [])) == 0
-    assert sum(batch.num_sequences // 2 for batch in batches) == len(SEQUENCES)
+    assert sum(batch.num_sequences for batch in batches) == len(SEQUENCES)
     with reader_of(fasta) as reader:
         np.testing.assert_allclose(reader.embeddings(), packed, rtol=1e-5, atol=1e-5)
         assert reader.attributes["disabled"] == "packing"
         assert reader.attributes["attention_backend"] == "sdpa, padded"
         assert json.loads(reader.attributes["packing"])["algorithm"] == "padded, sorted by length"
+
+
+def test_reproducible_keeps_the_bits_in_another_order(
+    fasta: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Other neighbours, packs and shards: the same rows, even if multiplications depend on their shape."""
+    linear = kernels.linear
+
+    def by_shape(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        part = len(x) % x.shape[1]
+        return linear(x[:, :part], weight[:, :part], bias) + x[:, part:] @ weight[:, part:].T
+
+    monkeypatch.setattr("esm_packed.kernels.linear", by_shape)
+    rows = {}
+    for option in ("--reproducible", "--quiet"):
+        for order in (1, -1):
+            numbers = range(len(SEQUENCES))[::order]
+            fasta.write_text("".join(f">p{number}\n{SEQUENCES[number]}\n" for number in numbers))
+            monkeypatch.setitem(embed.FLOPS_PER_SHARD, "cpu", 1e8 * (2 + order))
+            assert run(fasta, option, "--overwrite") == 0
+            with reader_of(fasta) as reader:
+                rows[option, order] = reader.embeddings()[::order]
+    assert np.array_equal(rows["--reproducible", 1], rows["--reproducible", -1])
+    assert not np.array_equal(rows["--quiet", 1], rows["--quiet", -1])
+    assert run(fasta, "--reproducible", "--disable-packing") == 2
+    assert "--reproducible and --disable-packing cannot be had together" in capsys.readouterr().err
+
+
+def test_reproducible_packs_are_not_halved(
+    fasta: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def out_of_memory(*call: object, **options: object) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(ESM2, "embed_packed", out_of_memory)
+    assert run(fasta, "--reproducible") == 2
+    assert "a pack of 128 tokens does not fit into the memory of cpu" in capsys.readouterr().err
 
 
 class _Recording:
@@ -119,8 +156,8 @@ class _Recording:
     def __getattr__(self, name: str) -> object:
         return getattr(LAYOUTS["padded"], name)
 
-    def lay_out(self, token_ids):  # type: ignore[no-untyped-def]
-        self._batches.append(LAYOUTS["padded"].lay_out(token_ids))
+    def lay_out(self, token_ids, token_budget):  # type: ignore[no-untyped-def]
+        self._batches.append(LAYOUTS["padded"].lay_out(token_ids, token_budget))
         return self._batches[-1]
 
 

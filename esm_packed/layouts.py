@@ -1,0 +1,68 @@
+"""How sequences are laid out for forward passes: packed, packed in one shape, or padded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from esm_packed.attention import PackedAttention
+from esm_packed.model import ESM2
+from esm_packed.packing import PackedBatch, fill, pack, plan_packs
+from esm_packed.padding import pad, padded_attention, plan_padded
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A way to lay sequences out.
+
+    Args:
+        name: its key in `LAYOUTS`.
+        algorithm: what distributes sequences over packs.
+        plan: lengths in tokens and token budget to the members of each pack.
+        lay_out: residues of sequences and token budget to a batch on the CPU.
+        attend: attention over such batches; None for the model's own backend.
+    """
+
+    name: str
+    algorithm: str
+    plan: Callable[[npt.ArrayLike, int], list[npt.NDArray[np.int64]]]
+    lay_out: Callable[[Sequence[npt.NDArray[np.uint8]], int], PackedBatch]
+    attend: PackedAttention | None = None
+
+    def embed(self, model: ESM2, batch: PackedBatch, layers: Sequence[int]) -> dict[int, torch.Tensor]:
+        """As `ESM2.embed_packed`, for a batch of this layout."""
+        if self.attend is None:
+            return model.embed_packed(batch, layers)
+        return model.embed_packed(batch, layers, attend=self.attend)
+
+
+def _pack_in_one_shape(token_ids: Sequence[npt.NDArray[np.uint8]], token_budget: int) -> PackedBatch:
+    batch = pack(token_ids)
+    return fill(batch, -(-batch.total_tokens // token_budget) * token_budget)
+
+
+LAYOUTS = {
+    layout.name: layout
+    for layout in (
+        Layout("packed", "first-fit decreasing", plan_packs, lambda token_ids, token_budget: pack(token_ids)),
+        Layout("fixed", "first-fit decreasing, packs of one size", plan_packs, _pack_in_one_shape),
+        Layout(
+            "padded",
+            "padded, sorted by length",
+            plan_padded,
+            lambda token_ids, token_budget: pad(token_ids),
+            padded_attention,
+        ),
+    )
+}
+"""`fixed` makes a sequence's embedding independent, to the last bit, of what it is computed with.
+
+Every pack has `token_budget` tokens, or a multiple of it where a single sequence is longer, the last ones
+being padding: all matrix multiplications have one shape, and a row of their result depends on the same row of
+the operand alone, however the library picks its algorithm by shape. Everything else treats each token or each
+sequence on its own anyway.
+"""
