@@ -19,6 +19,14 @@ from esm_packed.packing import SPECIAL_TOKENS
 
 TOTAL_TOKENS = 131_072 if ON_GPU else 2048
 WORKLOADS = ("short50", "medium150", "long300", "uniref", "viral", "constant1024")
+REPRODUCIBLE_TOKENS = (63 * 4 * DEFAULT_TOKEN_BUDGETS["cuda"]) // 64 if ON_GPU else 8000
+"""On a GPU four packs that are filled but for a sixty-fourth: the last pack of a shard is another matter."""
+
+REPRODUCIBLE = (
+    ("esm_packed", "packed"),
+    ("esm_packed", "fixed"),
+    *([("esm_packed_graphs", "fixed")] if ON_GPU else []),
+)
 DTYPES = ("fp32", "tf32", "fp16", "bf16") if ON_GPU else ("fp32", "fp16", "bf16")
 LARGER_BUDGET_DTYPES = ("fp16",) if ON_GPU else ()
 """In these, packs of twice the budget are measured, too: they take as much memory as FP32's."""
@@ -65,6 +73,26 @@ def test_model(
     benchmark.pedantic(ready.run, rounds=3 if ON_GPU else 1)
     ready.record(benchmark, "model", block)
     contest.check_memory(ready)
+
+
+@pytest.mark.parametrize("provider, layout", REPRODUCIBLE)
+def test_reproducible(
+    block: int,
+    model: str,
+    provider: str,
+    layout: str,
+    contest: Contest,
+    benchmark: Any,
+    pytestconfig: pytest.Config,
+) -> None:
+    """What packs of one size cost, and what replaying them as CUDA graphs gains, in the default precision."""
+    benchmark.group = "reproducible"
+    total_tokens = pytestconfig.getoption("--tokens") or REPRODUCIBLE_TOKENS
+    budget = pytestconfig.getoption("--token-budget") or DEFAULT_TOKEN_BUDGETS[DEVICE.type]
+    dtype = "fp16" if ON_GPU else "fp32"
+    ready = contest.ready(Entry(provider, model, "uniref", total_tokens, dtype, layout, budget))
+    benchmark.pedantic(ready.run, rounds=3 if ON_GPU else 1)
+    ready.record(benchmark, "reproducible", block)
 
 
 def test_transfer(block: int, workload: str, benchmark: Any, pytestconfig: pytest.Config) -> None:

@@ -11,13 +11,22 @@ from typing import Any
 import numpy as np
 import torch
 from floors import AttentionFloor, MatmulFloor
-from measuring import DEVICE, ON_GPU, flops_of, gpu_activities, peak_memory, record, synchronize
+from measuring import (
+    DEVICE,
+    ON_GPU,
+    flops_of,
+    forward_floor,
+    gpu_activities,
+    peak_memory,
+    record,
+    synchronize,
+)
 from peers import EsmEfficient, EsmPacked, Faesm, FairEsm, Provider, Transformers
 from workloads import proteins
 
 from esm_packed.alphabet import encode
 from esm_packed.attention import select_backend
-from esm_packed.config import ESM2Config
+from esm_packed.config import DEFAULT_TOKEN_BUDGETS, ESM2Config
 from esm_packed.model import ESM2
 from esm_packed.numerics import PRECISIONS
 from esm_packed.packing import SPECIAL_TOKENS, pack
@@ -98,6 +107,7 @@ class Ready:
         entry = self.entry
         is_floor = entry.provider.startswith("floor")
         residues = [len(sequence) for sequence in self.sequences]
+        budget = entry.token_budget or DEFAULT_TOKEN_BUDGETS[DEVICE.type]
         return record(
             benchmark,
             suite=suite,
@@ -113,6 +123,7 @@ class Ready:
             useful_tokens=sum(residues) + SPECIAL_TOKENS * len(residues),
             padded_tokens=self.provider.padded_tokens,
             flops=None if is_floor else flops_of(self.config, residues),
+            floor_seconds=None if is_floor else forward_floor(self.config, residues, entry.dtype, budget)[1],
             peak_memory_bytes=self.peak_memory_bytes,
             launches=self.launches,
             **self.errors,
@@ -254,8 +265,13 @@ class Contest:
         """A `Provider`; of a floor only what prepares and runs it."""
         name, dtype = entry.provider, entry.dtype
         budget = entry.token_budget or 0
-        if name == "esm_packed":
-            return EsmPacked(self.model(entry.model, dtype), budget, entry.layout or "packed")
+        if name.startswith("esm_packed"):
+            return EsmPacked(
+                self.model(entry.model, dtype),
+                budget,
+                entry.layout or "packed",
+                graphs=name == "esm_packed_graphs",
+            )
         if name == "floor_attention":
             return AttentionFloor(self.model(entry.model, dtype), budget)
         if name.startswith("floor_matmul"):
@@ -289,7 +305,7 @@ class Contest:
             "relative_error": _worst(embeddings, truth.embeddings),
             "max_error": float((embeddings - truth.embeddings).abs().max()),
         }
-        is_own = entry.provider == "esm_packed"
+        is_own = entry.provider.startswith("esm_packed")
         allowed = (MAX_RELATIVE_ERRORS if is_own else RIVALS_MAX_RELATIVE_ERRORS)[entry.dtype]
         compared = {"relative_error": errors["relative_error"]}
         if (logits := provider.logits()) is not None:
@@ -326,10 +342,12 @@ class Contest:
 def expect_backend(provider: Provider) -> Iterator[None]:
     """See that the model's attention backend is called in every layer of every batch within the block.
 
+    A CUDA graph calls nothing when it is replayed; `check_activities` sees what it computes.
+
     Raises:
         AssertionError: at the end, if something else computed attention.
     """
-    if not isinstance(provider, EsmPacked):
+    if not isinstance(provider, EsmPacked) or provider.graphed is not None:
         yield
         return
     model: ESM2 = provider.model

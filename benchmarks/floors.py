@@ -47,8 +47,9 @@ class MatmulFloor:
         self.num_rows = [batch.total_tokens for _, batch in packs]
         self.padded_tokens = sum(self.num_rows)
         linears = [getattr(next(iter(self.model.layers)), name) for name in MATMULS]
-        self.states = {width: torch.randn(max(self.num_rows), width) for width in _widths(linears, 1)}
-        self.outputs = {width: torch.empty(max(self.num_rows), width) for width in _widths(linears, 0)}
+        most, like = max(self.num_rows), self.model.embedding.weight
+        self.states = {width: torch.randn_like(like.new_empty(most, width)) for width in _widths(linears, 1)}
+        self.outputs = {width: like.new_empty(most, width) for width in _widths(linears, 0)}
         if self.best:
             self.multiply = {name: self._faster(name) for name in MATMULS}
 
@@ -85,6 +86,7 @@ class AttentionFloor:
 
     def __init__(self, model: ESM2, token_budget: int) -> None:
         self.config = model.config
+        self.like = model.embedding.weight
         self.token_budget = token_budget
         self.attend: PackedAttention
         self.backend, self.attend = select_backend(
@@ -96,7 +98,8 @@ class AttentionFloor:
         self.batches = [batch for _, batch in lay_out(sequences, self.token_budget)]
         self.padded_tokens = sum(batch.total_tokens for batch in self.batches)
         most = max(batch.total_tokens for batch in self.batches)
-        self.qkv = torch.randn(most, 3, self.config.num_heads, self.config.head_dim)
+        shape = (most, 3, self.config.num_heads, self.config.head_dim)
+        self.qkv = torch.randn_like(self.like.new_empty(shape))
 
     @torch.inference_mode()
     def run(self) -> None:

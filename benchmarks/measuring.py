@@ -19,6 +19,8 @@ import torch
 from gpu_timing import copy_rate, matmul_rate
 
 from esm_packed.config import ESM2Config
+from esm_packed.numerics import PRECISIONS
+from esm_packed.packing import SPECIAL_TOKENS
 from esm_packed.runners.plan import sequence_flops
 
 REPOSITORY = Path(__file__).parents[1]
@@ -45,6 +47,8 @@ FIELDS = (
     "flops_per_second",
     "mfu_measured",
     "mfu_datasheet",
+    "floor_seconds",
+    "share_of_floor",
     "bytes",
     "bytes_per_second",
     "peak_memory_bytes",
@@ -52,7 +56,10 @@ FIELDS = (
     "relative_error",
     "launches",
 )
-"""`useful_tokens` counts BOS, residues and EOS, `padded_tokens` all that is computed, padding included."""
+"""`useful_tokens` counts BOS, residues and EOS, `padded_tokens` all that is computed, padding included.
+
+`floor_seconds` is `forward_floor` and `share_of_floor` that over the time.
+"""
 
 _DENSE_TFLOPS: dict[str, dict[str, float]] = {
     r"A100": {"fp16": 312, "bf16": 312, "tf32": 156, "fp32": 19.5},
@@ -90,6 +97,33 @@ def flops_of(config: ESM2Config, residues: Sequence[int]) -> float:
     return float(sequence_flops(np.asarray(residues, dtype=np.int64), config).sum())
 
 
+def forward_floor(
+    config: ESM2Config, residues: Sequence[int], dtype: str, token_budget: int
+) -> tuple[float, float]:
+    """What a forward pass of the layers cannot do without, and how long this machine takes for it.
+
+    All floating-point operations on useful tokens at the measured rate of matrix multiplications, and then
+    the bytes that no fusion into these saves at the measured rate of copies: twice in each layer the residual
+    stream and what is added to it are read, their sum is kept, and handed on normalised, all in the dtype of
+    the mode; and each pack reads the weights.
+
+    Args:
+        config: shape of the model.
+        residues: of each protein.
+        dtype: precision mode.
+        token_budget: tokens in a pack.
+
+    Returns:
+        Bytes, and seconds.
+    """
+    itemsize = PRECISIONS[dtype].dtype.itemsize
+    tokens = sum(residues) + SPECIAL_TOKENS * len(residues)
+    additions = 2 * config.num_layers * 4 * tokens * config.hidden_size * itemsize
+    weights = config.num_layers * 12 * config.hidden_size**2 * itemsize * -(-tokens // token_budget)
+    moved = float(additions + weights)
+    return moved, flops_of(config, residues) / measured_rate(dtype) + moved / measured_rate("copy")
+
+
 def record(benchmark: Any, seconds: float | None = None, **values: Any) -> dict[str, Any]:
     """Fill `benchmark.extra_info` with `FIELDS`, those not given or known being None, and further values.
 
@@ -112,6 +146,8 @@ def record(benchmark: Any, seconds: float | None = None, **values: Any) -> dict[
             ("bytes", "bytes_per_second"),
         ):
             info[rate] = None if info[amount] is None else info[amount] / seconds
+    if seconds and info["floor_seconds"] is not None:
+        info["share_of_floor"] = info["floor_seconds"] / seconds
     if info["flops_per_second"] is not None and info["dtype"] in ("fp16", "bf16", "tf32", "fp32"):
         info["mfu_measured"] = info["flops_per_second"] / measured_rate(info["dtype"])
         datasheet = datasheet_rate(gpu_name(), info["dtype"])

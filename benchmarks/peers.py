@@ -20,6 +20,7 @@ from measuring import DEVICE
 
 from esm_packed.alphabet import BOS_ID, EOS_ID, MASK_ID, PAD_ID, VOCAB_SIZE, encode
 from esm_packed.config import ESM2Config
+from esm_packed.graphs import GraphedESM2
 from esm_packed.layouts import LAYOUTS
 from esm_packed.model import ESM2, LAYER_NORM_EPS
 from esm_packed.numerics import PRECISIONS, matmul_precision
@@ -86,10 +87,16 @@ def lay_out(
 
 
 class EsmPacked(_Batched):
-    """This package: batches of `token_budget` tokens in one of `LAYOUTS`, mean of the last layer."""
+    """This package: batches of `token_budget` tokens in one of `LAYOUTS`, mean of the last layer.
 
-    def __init__(self, model: ESM2, token_budget: int, layout: str = "packed") -> None:
+    With `graphs` forward passes are replayed as CUDA graphs, which needs the layout `fixed`.
+    """
+
+    def __init__(
+        self, model: ESM2, token_budget: int, layout: str = "packed", *, graphs: bool = False
+    ) -> None:
         super().__init__(model)
+        self.graphed = GraphedESM2(model) if graphs else None
         self.token_budget = token_budget
         self.layout = layout
         self.backend = "sdpa, masked" if layout == "padded" else model.attention_backend
@@ -103,7 +110,7 @@ class EsmPacked(_Batched):
     def run(self) -> None:
         last = self.model.config.num_layers
         embed = LAYOUTS[self.layout].embed
-        self.rows = [embed(self.model, batch, [last])[last] for batch in self.batches]
+        self.rows = [embed(self.graphed or self.model, batch, [last])[last] for batch in self.batches]
 
 
 class FairEsm(_Batched):

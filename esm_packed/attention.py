@@ -218,6 +218,9 @@ BACKENDS: dict[str, Backend] = {
     )
 }
 
+WAITING_BACKENDS = ("sdpa", "reference")
+"""They read `cu_seqlens` back from the device, so that no CUDA graph can hold them."""
+
 _AUTO_ORDER = ("flash3", "varlen", "flash2", "triton", "sdpa")
 """The others run only when named: `fa3_fwd` and `flash4` are unproven here, `reference` is slow."""
 

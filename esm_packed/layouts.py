@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 
 from esm_packed.attention import PackedAttention
+from esm_packed.graphs import GraphedESM2
 from esm_packed.model import ESM2
 from esm_packed.packing import PackedBatch, fill, pack, plan_packs
 from esm_packed.padding import pad, padded_attention, plan_padded
@@ -33,7 +34,9 @@ class Layout:
     lay_out: Callable[[Sequence[npt.NDArray[np.uint8]], int], PackedBatch]
     attend: PackedAttention | None = None
 
-    def embed(self, model: ESM2, batch: PackedBatch, layers: Sequence[int]) -> dict[int, torch.Tensor]:
+    def embed(
+        self, model: ESM2 | GraphedESM2, batch: PackedBatch, layers: Sequence[int]
+    ) -> dict[int, torch.Tensor]:
         """As `ESM2.embed_packed`, for a batch of this layout."""
         if self.attend is None:
             return model.embed_packed(batch, layers)

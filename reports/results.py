@@ -200,7 +200,7 @@ def precision_comparisons(results: Results) -> list[Comparison]:
         results,
         lambda info: info["dtype"] != "fp32",
         lambda info, other: other["dtype"] == "fp32" and _same(info, other, "layout"),
-        lambda info: f"{info['dtype'].upper()} over FP32, {info['layout']}",
+        lambda info, other: f"{info['dtype'].upper()} over FP32, {info['layout']}",
     )
 
 
@@ -210,7 +210,7 @@ def layout_comparisons(results: Results) -> list[Comparison]:
         results,
         lambda info: info["layout"] == "packed",
         lambda info, other: other["layout"] == "padded" and _same(info, other, "dtype", "token_budget"),
-        lambda info: f"packed over padded, {info['dtype'].upper()}",
+        lambda info, other: f"packed over padded, {info['dtype'].upper()}",
     )
 
 
@@ -222,8 +222,26 @@ def combined_comparisons(results: Results) -> list[Comparison]:
         lambda info, other: (
             other["layout"] == "padded" and other["dtype"] == "fp32" and _same(info, other, "token_budget")
         ),
-        lambda info: "FP16 packed over FP32 padded",
+        lambda info, other: "FP16 packed over FP32 padded",
     )
+
+
+def reproducible_comparisons(results: Results) -> list[Comparison]:
+    """Packs of one size over packs as they come, and CUDA graphs over single launches."""
+
+    def is_base(info: Info, other: Info) -> bool:
+        if not _same(info, other, "dtype"):
+            return False
+        if info["provider"] == "esm_packed_graphs":
+            return bool(other["provider"] == "esm_packed")
+        return bool(other["layout"] == "packed")
+
+    def name(info: Info, other: Info) -> str:
+        graphs = ", as CUDA graphs" if info["provider"] == "esm_packed_graphs" else ""
+        base = "packed" if other["layout"] == "packed" else "the same, launched one by one"
+        return f"packs of one size{graphs}, over {base}, {info['dtype'].upper()}"
+
+    return _compare(results, lambda info: info["layout"] == "fixed", is_base, name, suite="reproducible")
 
 
 def _same(one: Mapping[str, Any], other: Mapping[str, Any], *names: str) -> bool:
@@ -234,22 +252,23 @@ def _compare(
     results: Results,
     is_judged: Callable[[Info], bool],
     is_base: Callable[[Info, Info], bool],
-    name: Callable[[Info], str],
+    name: Callable[[Info, Info], str],
+    suite: str = "model",
 ) -> list[Comparison]:
-    forward = results.suite("model")
+    forward = results.suite(suite)
     base_budgets = {m.info["token_budget"] for m in forward if m.info["dtype"] == "fp32"}
     groups: dict[tuple[str, str], dict[str, Comparison]] = {}
     for fast in in_order(forward):
         info = fast.info
         if not is_judged(info):
             continue
-        own_budget = info["token_budget"] not in base_budgets
+        own_budget = bool(base_budgets) and info["token_budget"] not in base_budgets
         for slow in forward:
             if not (_same(info, slow.info, "model", "workload") and is_base(info, slow.info)):
                 continue
             if not own_budget and not _same(info, slow.info, "token_budget"):
                 continue
-            what = name(info) + (f", packs of {info['token_budget']:,}" if own_budget else "")
+            what = name(info, slow.info) + (f", packs of {info['token_budget']:,}" if own_budget else "")
             if times := ratio(slow, fast):
                 comparison = Comparison(what, info["model"], info["workload"], slow, fast, times)
                 groups.setdefault((what, info["model"]), {})[info["workload"]] = comparison

@@ -119,8 +119,8 @@ def forward_table(results: Results) -> Table:
     """Every forward pass."""
     headers = (
         "model", "lengths", "precision", "layout", "budget", "time (p20 to p80)", "tokens/s", "sequences/s",
-        "padding", "MFU, measured rate", "MFU, datasheet", "peak memory", "launches", "relative error",
-        "attention",
+        "padding", "MFU, measured rate", "MFU, datasheet", "share of the floor", "peak memory", "launches",
+        "relative error", "attention",
     )  # fmt: skip
     rows = []
     for m in in_order(results.suite("model")):
@@ -138,6 +138,7 @@ def forward_table(results: Results) -> Table:
                 _percent(1 - info["useful_tokens"] / info["padded_tokens"]),
                 _percent(m.share("mfu_measured")),
                 _percent(m.share("mfu_datasheet")),
+                _percent(m.share("share_of_floor")),
                 _memory(info["peak_memory_bytes"]),
                 _count(info["launches"]),
                 _error(info["relative_error"]),

@@ -19,6 +19,7 @@ from esm_packed.reports.results import (
     layout_comparisons,
     precision_comparisons,
     read_results,
+    reproducible_comparisons,
     scaling_series,
 )
 from esm_packed.reports.speedup import (
@@ -148,6 +149,13 @@ def _sections(results: Results, older: Sequence[Results]) -> Iterator[Section]:
             "known. Errors are of mean embeddings, to FP64.",
             [forward_table(results)],
             ("forward", lambda: figures.forward_times(results)),
+        )
+    if comparisons := reproducible_comparisons(results):
+        yield Section(
+            "Reproducible mode",
+            "Packs filled up to one size, so that an embedding has the same bits in any company. The time "
+            "includes the padding that fills them.",
+            [comparison_table(comparisons)],
         )
     if results.suite("peers"):
         yield Section(

@@ -179,6 +179,12 @@ def _add_embed(commands: argparse._SubParsersAction[_Parser]) -> None:
         "(same kind of device, versions, precision and --token-budget)",
     )
     compute.add_argument(
+        "--cuda-graphs",
+        action="store_true",
+        help="with --reproducible, on a GPU: launch each forward pass as one graph, which pays off for small "
+        "models",
+    )
+    compute.add_argument(
         "--disable-packing",
         action="store_true",
         default=_is_set("ESM_PACKED_DISABLE_PACKING"),

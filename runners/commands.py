@@ -66,6 +66,7 @@ def embed(options: argparse.Namespace) -> int:
         disable_fp16=options.disable_fp16,
         attention=options.attention,
         layout=_layout(options),
+        cuda_graphs=options.cuda_graphs,
         layers=options.layers,
         max_length=options.max_length,
         token_budget=options.token_budget,

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from esm_packed.attention import select_backend
+from esm_packed.attention import WAITING_BACKENDS, select_backend
 from esm_packed.config import DEFAULT_TOKEN_BUDGETS
 from esm_packed.numerics import resolve_device
 from esm_packed.runners.claims import ClaimedError, describe_holder, holder_of
@@ -64,8 +64,12 @@ def embed_files(request: EmbedRequest, console: Console) -> Summary:
     _check_request(request)
     check_output(output, request.inputs, request.overwrite)
     device = _device(request)
+    if request.cuda_graphs and (request.layout != "fixed" or device.type != "cuda"):
+        raise UsageError("--cuda-graphs needs --reproducible, which makes packs of one size, and a GPU")
     if request.ray_address is None:  # fails before the input is read
-        select_backend(request.attention, device, request.precision(device), head_dim=64)
+        backend, _ = select_backend(request.attention, device, request.precision(device), head_dim=64)
+        if request.cuda_graphs and backend in WAITING_BACKENDS:
+            raise UsageError(f"--cuda-graphs: attention {backend!r} waits for the device; choose another one")
     directory = RunDirectory(output)
     with ExitStack() as stack:
         session = _Session(request, directory, device, console, stack)

@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from esm_packed.graphs import GraphedESM2
 from esm_packed.layouts import LAYOUTS, Layout
 from esm_packed.model import ESM2
 from esm_packed.packing import SPECIAL_TOKENS, PackedBatch, pack
@@ -189,6 +190,7 @@ class Pipeline:
             compared; called at most once. None where the model computes in FP32 or better already.
         on_pack: told of residues as a pack of them is done.
         layout: one of `LAYOUTS`.
+        cuda_graphs: replay packs of the layout `fixed` as CUDA graphs; on a GPU.
     """
 
     def __init__(
@@ -200,6 +202,7 @@ class Pipeline:
         in_fp32: Callable[[], ESM2] | None = None,
         on_pack: Callable[[int], None] = lambda residues: None,
         layout: Layout = LAYOUTS["packed"],
+        cuda_graphs: bool = False,
     ) -> None:
         self.model = model
         self.layers = list(layers)
@@ -210,6 +213,7 @@ class Pipeline:
         self._fp32_model: ESM2 | None = None
         self._on_pack = on_pack
         self._layout = layout
+        self._graphed = GraphedESM2(model) if cuda_graphs else None
         self._streams = _Streams.of(model.device) if model.device.type == "cuda" else None
         self._stopping = threading.Event()
         self._packs: queue.Queue[_Pack | _Progress | _Done] = queue.Queue(PACKS_AHEAD)
@@ -396,7 +400,7 @@ class Pipeline:
         for tensor in (batch.input_ids, batch.cu_seqlens):
             tensor.record_stream(streams.compute)
         start.record(streams.compute)
-        on_device = self._layout.embed(self.model, batch, self.layers)
+        on_device = self._layout.embed(self._graphed or self.model, batch, self.layers)
         end.record(streams.compute)
         streams.to_host.wait_event(end)
         with torch.cuda.stream(streams.to_host):

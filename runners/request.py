@@ -37,6 +37,7 @@ class EmbedRequest:
         disable_fp16: compute in FP32 where a half type would be used.
         attention: attention backend, or auto.
         layout: one of `layouts.LAYOUTS`.
+        cuda_graphs: replay forward passes as CUDA graphs; for the layout `fixed` on a GPU.
         layers: layers to keep, negative ones counted from the last; the last one listed is `embeddings`.
         max_length: residues kept of each sequence; 0 keeps all.
         token_budget: tokens in a pack, BOS and EOS included; None to measure or take the device's default.
@@ -62,6 +63,7 @@ class EmbedRequest:
     disable_fp16: bool = False
     attention: str = "auto"
     layout: str = "packed"
+    cuda_graphs: bool = False
     layers: tuple[int, ...] = (-1,)
     max_length: int = 1022
     token_budget: int | None = None

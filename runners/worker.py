@@ -68,6 +68,7 @@ class Worker:
             self._load_fp32 if self.model.precision in ("fp16", "bf16", "tf32") else None,
             self._on_pack,
             LAYOUTS[request.layout],
+            request.cuda_graphs,
         )
         self._log.info("works on %s: %s", run.directory.path, json.dumps(self.made_by))
 

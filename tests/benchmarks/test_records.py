@@ -8,10 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import measuring
 import pytest
 from measuring import FIELDS, datasheet_rate
 
-from esm_packed.config import ESM2_MODELS
+from esm_packed.config import ESM2_MODELS, ESM2Config
 
 pytest.importorskip("pytest_benchmark", reason="benchmarks need pytest-benchmark")
 
@@ -40,6 +41,7 @@ def test_every_record_has_every_field(tmp_path: Path) -> None:
         assert record["tokens_per_second"] == pytest.approx(150 / record["seconds"])
         assert record["flops"] > 24 * ESM2_MODELS["esm2_t6_8M_UR50D"].hidden_size ** 2 * 150 * 6
         assert 0 < record["relative_error"] <= 1e-5
+        assert record["share_of_floor"] == pytest.approx(record["floor_seconds"] / record["seconds"])
     machine = content["machine_info"]
     assert machine["command"].startswith("pytest --benchmark-quiet benchmarks/bench_model.py --blocks 2")
     assert {"gpu", "gpu_state", "cuda", "packages", "tf32", "git_commit", "threads"} <= machine.keys()
@@ -70,3 +72,15 @@ def test_datasheet_rates_are_those_of_the_gpu_or_unknown() -> None:
     assert datasheet_rate("NVIDIA L4", "fp32") == 30.3e12
     assert datasheet_rate("Some GPU", "fp16") is None
     assert datasheet_rate(None, "fp16") is None
+
+
+def test_the_floor_counts_operations_and_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = {"fp16": 1e12, "copy": 1e9}
+    monkeypatch.setattr(measuring, "measured_rate", rates.__getitem__)
+    config = ESM2Config(num_layers=2, hidden_size=8, num_heads=2)
+    moved, seconds = measuring.forward_floor(config, [8, 18], "fp16", token_budget=20)
+    one_sum = 4 * 30 * 8 * 2  # two tensors read, two written
+    assert moved == 2 * 2 * one_sum + 2 * (2 * 12 * 8 * 8 * 2)  # and the weights of both packs
+    matmuls = 2 * (2 * 30 * 12 * 8 * 8)
+    attention = 2 * (4 * 8 * (10**2 + 20**2))
+    assert seconds == pytest.approx((matmuls + attention) / 1e12 + moved / 1e9)

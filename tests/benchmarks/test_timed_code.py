@@ -19,7 +19,7 @@ from esm_packed import alphabet, packing, padding
 pytest.importorskip("pytest_benchmark", reason="benchmarks need pytest-benchmark")
 
 MODEL = "random:esm2_t6_8M_UR50D"
-PACKERS = (packing.pack, packing.plan_packs, padding.pad, padding.plan_padded)
+PACKERS = (packing.pack, packing.fill, packing.plan_packs, padding.pad, padding.plan_padded)
 TOKENISERS = (alphabet.encode,)
 
 
@@ -82,6 +82,16 @@ def test_a_forward_pass_prepares_nothing(
     assert strict.calls == 1
     assert strict.extra_info["useful_tokens"] == 400
     assert strict.extra_info["relative_error"] < 1e-5
+
+
+@pytest.mark.parametrize("layout", ["packed", "fixed"])
+def test_packs_of_one_size_are_made_before(
+    layout: str, contest: Any, options: Any, strict: StrictBenchmark
+) -> None:
+    bench = importlib.import_module("bench_model")
+    bench.test_reproducible(0, MODEL, "esm_packed", layout, contest, strict, options)
+    assert strict.calls == 1
+    assert (strict.extra_info["padded_tokens"] % 1024 == 0) == (layout == "fixed")
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from tolerances import relative_error
 
 from esm_packed import ESM2
 from esm_packed.alphabet import encode
-from esm_packed.attention import BACKENDS, BackendError
+from esm_packed.attention import BACKENDS, WAITING_BACKENDS, BackendError
 from esm_packed.config import ESM2_MODELS, ESM2Config
 from esm_packed.kernels import check_numerics, dispatch
 from esm_packed.numerics import PRECISIONS, Precision
@@ -29,9 +29,6 @@ SHAPES = {"8M": ESM2_MODELS["esm2_t6_8M_UR50D"], "650M_3_layers": ESM2Config(3, 
 MODES = ["fp16", "bf16", "fp32", "tf32"]
 HALF_RESIDUAL = Precision("fp16_residual_fp16", torch.float16, torch.float16)
 TIMES_PYTORCHS_ERROR = 3.0
-WAITING_BACKENDS = ("sdpa", "reference")
-"""These read `cu_seqlens` back from the device, so that they cannot be captured."""
-
 every_shape = pytest.mark.parametrize("shape", SHAPES)
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 

@@ -97,9 +97,27 @@ def make(slower: float = 1.0, seed: int = SEED) -> dict[str, Any]:
                         mfu_measured=0.6,
                         mfu_datasheet=0.45,
                         peak_memory_bytes=round(size * (2 if half else 4) * 1.3e6 * budget / 32768),
+                        share_of_floor=0.6,
                         relative_error={"fp32": 2e-7, "tf32": 4e-4, "fp16": 2e-4, "bf16": 4e-3}[dtype],
                         launches=400,
                     )
+        for provider, layout, times in (
+            ("esm_packed", "packed", 1.0),
+            ("esm_packed", "fixed", 1.02),
+            ("esm_packed_graphs", "fixed", 0.8),
+        ):
+            params = {"model": model, "provider": provider, "layout": layout}
+            add(
+                "reproducible",
+                "test_reproducible",
+                size * 6e-4 * times,
+                params,
+                **params,
+                workload="uniref",
+                dtype="fp16",
+                token_budget=32768,
+                padded_tokens=USEFUL_TOKENS,
+            )
         rivals = {
             ("esm_packed", "fp32"): 1.0,
             ("esm_packed", "fp16"): 0.12 * slower,

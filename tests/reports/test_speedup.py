@@ -320,3 +320,15 @@ def test_missing_values_leave_no_column() -> None:
     content = deepcopy(dict(next(iter(found.suite("model"))).info))
     assert content["peak_memory_bytes"] is None
     assert content["launches"] is None
+
+
+def test_reproducible_mode_is_compared(gpu_like: Path) -> None:
+    found = results.reproducible_comparisons(results.read_results(gpu_like))
+    times = {c.what: c.times.middle for c in found if c.model == next(iter(GPU_LIKE.MODELS))}
+    assert times == {
+        "packs of one size, over packed, FP16": pytest.approx(1 / 1.02, rel=0.05),
+        "packs of one size, as CUDA graphs, over packed, FP16": pytest.approx(1 / 0.8, rel=0.05),
+        "packs of one size, as CUDA graphs, over the same, launched one by one, FP16": pytest.approx(
+            1.02 / 0.8, rel=0.05
+        ),
+    }

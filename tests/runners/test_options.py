@@ -136,6 +136,11 @@ def test_reproducible_keeps_the_bits_in_another_order(
     assert "--reproducible and --disable-packing cannot be had together" in capsys.readouterr().err
 
 
+def test_cuda_graphs_need_a_gpu(fasta: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(fasta, "--reproducible", "--cuda-graphs") == 2
+    assert "--cuda-graphs needs --reproducible" in capsys.readouterr().err
+
+
 def test_reproducible_packs_are_not_halved(
     fasta: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

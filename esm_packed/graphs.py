@@ -1,0 +1,120 @@
+"""CUDA graphs: the hundreds of launches of a forward pass recorded once, and replayed as one.
+
+Small models spend more time launching kernels than computing; a replay costs one launch. A graph serves one
+shape, so it needs batches of the `fixed` layout; their numbers of segments and longest sequences are rounded
+up to powers of two, which leaves a handful of shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from esm_packed.attention import PackedAttention
+from esm_packed.model import ESM2
+from esm_packed.packing import PackedBatch
+
+LEAST_MAX_SEQLEN = 64
+WARM_UPS = 2
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a graph is recorded for: all sizes that reach a kernel as a number."""
+
+    total_tokens: int
+    num_segments: int
+    max_seqlen: int
+    layers: tuple[int, ...]
+
+    @classmethod
+    def of(cls, batch: PackedBatch, layers: Sequence[int]) -> Shape:
+        """The shape that serves `batch`."""
+        return cls(
+            batch.total_tokens,
+            _power_of_two(batch.cu_seqlens.numel() - 1),
+            min(batch.total_tokens, _power_of_two(max(batch.max_seqlen, LEAST_MAX_SEQLEN))),
+            tuple(layers),
+        )
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    graph: torch.cuda.CUDAGraph
+    batch: PackedBatch
+    rows: dict[int, torch.Tensor]
+
+
+class GraphedESM2:
+    """`ESM2.embed_packed`, replayed. A shape is recorded when it is first met.
+
+    Args:
+        model: on a GPU, with an attention backend that does not wait for the device.
+    """
+
+    def __init__(self, model: ESM2) -> None:
+        self.model = model
+        self._recorded: dict[Shape, _Recorded] = {}
+        self._pool: Any = None
+
+    @property
+    def num_graphs(self) -> int:
+        """Shapes recorded so far."""
+        return len(self._recorded)
+
+    def embed_packed(
+        self, batch: PackedBatch, layers: Sequence[int], *, attend: PackedAttention | None = None
+    ) -> dict[int, torch.Tensor]:
+        """As `ESM2.embed_packed`; `attend` must be None."""
+        assert attend is None
+        shape = Shape.of(batch, layers)
+        if shape not in self._recorded:
+            self._recorded[shape] = self._record(shape, batch)
+        recorded = self._recorded[shape]
+        load(recorded.batch, batch)
+        recorded.graph.replay()
+        # The next replay overwrites the rows.
+        return {layer: rows[batch.segments].clone() for layer, rows in recorded.rows.items()}
+
+    def _record(self, shape: Shape, batch: PackedBatch) -> _Recorded:
+        static = empty_batch(shape, batch)
+        load(static, batch)
+        stream = torch.cuda.current_stream(self.model.device)
+        side_stream = torch.cuda.Stream(self.model.device)  # type: ignore[no-untyped-call]
+        side_stream.wait_stream(stream)
+        with torch.cuda.stream(side_stream):
+            for _ in range(WARM_UPS):
+                self.model.embed_packed(static, shape.layers)
+        stream.wait_stream(side_stream)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads pin memory meanwhile, which the default mode forbids. Replays follow each other on one
+        # stream, so graphs may share their memory.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            rows = self.model.embed_packed(static, shape.layers)
+        self._pool = graph.pool()
+        return _Recorded(graph, static, rows)
+
+
+def empty_batch(shape: Shape, like: PackedBatch) -> PackedBatch:
+    """A batch of `shape` on the device and with the dtypes of `like`, its contents undefined."""
+    return PackedBatch(
+        torch.empty_like(like.input_ids),
+        like.cu_seqlens.new_empty(shape.num_segments + 1),
+        shape.max_seqlen,
+    )
+
+
+def load(static: PackedBatch, batch: PackedBatch) -> None:
+    """Copy `batch` into a batch of its `Shape`; the segments left over are empty ones at the end."""
+    bounds = batch.cu_seqlens.numel()
+    static.input_ids.copy_(batch.input_ids)
+    static.cu_seqlens[:bounds].copy_(batch.cu_seqlens)
+    static.cu_seqlens[bounds:].fill_(batch.total_tokens)
+
+
+def _power_of_two(number: int) -> int:
+    """The least power of two that is no less than `number`."""
+    return 1 << (number - 1).bit_length()
