@@ -1,9 +1,10 @@
 """Everything that needs a GPU, within a time limit: `python benchmarks/gpu_check.py --out DIR`.
 
-Correctness first (sections side by side), then speed (one after the other), then tuning. Each section is a
-process of its own with a time limit; whatever happens to it is recorded in DIR/gpu_check.json, and the rest
-goes on. This file needs the standard library alone: the package is installed from the working tree into a
-temporary folder.
+Correctness first (sections side by side), then speed (one after the other), then tuning. What takes longer is
+asked for by name, each in a call of its own: `--phases suites`, `--phases rivals`, `--phases evidence`. Each
+section is a process of its own with a time limit; whatever happens to it is recorded in DIR/gpu_check.json,
+and the rest goes on. This file needs the standard library alone: the package is installed from the working
+tree into a temporary folder.
 """
 
 from __future__ import annotations
@@ -42,9 +43,13 @@ INTERPRETER_TESTS = (
 )
 """They run in Triton's interpreter on a CPU, and in truth on a GPU."""
 
+CARRIED = ROOT / ".gpu_packages"
+"""Packages that the machine lacks, brought along: fair-esm, matplotlib."""
+
 PARTS = 6
 """Processes those tests are divided among: most of their time is Triton's compiler."""
 
+RESULT_FILES = ("gpu_check", "benchmark", "tuned", "forward_passes", "peers", "end_to_end")
 CLOSING_SECONDS = 8.0
 GRACE_SECONDS = 8.0
 LOG_CHARACTERS = 300_000
@@ -59,7 +64,7 @@ class Section:
 
     Args:
         name: its key in the JSON.
-        phase: `setup`, `correctness`, `speed` or `tuning`; phases follow each other.
+        phase: one of `PHASES`, which follow each other.
         run: does it within so many seconds.
         seconds: kept for it by what comes before; correctness takes what the others leave.
         needs_gpu: whether it is left out on a CPU.
@@ -259,7 +264,8 @@ def install(check: Check, seconds: float) -> Result:
         else:
             for package, folder in folders.items():
                 _copy_package(source / folder, check.site.joinpath(*package.split(".")))
-        check.environment["PYTHONPATH"] = os.pathsep.join([str(check.site), str(ROOT / "benchmarks")])
+        paths = [check.site, ROOT / "benchmarks", ROOT / "tests" / "support", CARRIED]
+        check.environment["PYTHONPATH"] = os.pathsep.join(map(str, paths))
         code = "import esm_packed.kernels, esm_packed.model as model; print(model.__file__)"
         done = check.run("install", check.python("-c", code), 60, check.work)
         if done.code == 0 and str(check.site) in done.output:
@@ -377,6 +383,42 @@ def kernel_benchmarks(check: Check, seconds: float) -> Result:
     return outcome_of(done, lines) | {"unfinished": unfinished, "results": results}
 
 
+def suite(name: str, *files: str, options: Sequence[str] = ()) -> Callable[[Check, float], Result]:
+    """Suites of `pytest benchmarks` into NAME.json, whole also when the time is up."""
+
+    def run(check: Check, seconds: float) -> Result:
+        records = check.work / f"{name}.jsonl"
+        paths = [f"benchmarks/{file}" for file in files]
+        command = _pytest(check, paths, records, 0.8 * seconds)
+        command += ["--tb=short", "-rfE", "--benchmark-quiet", "--benchmark-json", check.out / f"{name}.json"]
+        if check.device == "cuda":
+            command += options
+        else:
+            command += ["--blocks", "1", "--tokens", "200", "--workload", "short50", "--threads", "1"]
+        done = check.run(name, command, seconds)
+        lines, unfinished = _test_lines(records)
+        return outcome_of(done, lines) | {"unfinished": unfinished}
+
+    return run
+
+
+def validation(check: Check, seconds: float) -> Result:
+    """`esm-packed validate` on stress weights; its page and JSON go into a folder of the output."""
+    end = time.monotonic() + seconds
+    script = ROOT / "benchmarks" / "gpu_sections.py"
+    options = ["--device", check.device, "--out", check.work / "stress_files.json"]
+    made = check.run("stress_files", check.python(script, "stress_files", *options), seconds, check.work)
+    if made.code != 0:
+        return verdict(made, False) | {"output": made.output[-2000:]}
+    folder = check.out / "validation"
+    command = check.python("-m", "esm_packed", "validate", "esm2_stress.pt", "uniref.fasta", "-o", folder)
+    command += ["--device", check.device, "--overwrite"]
+    done = check.run("validation", command, end - time.monotonic(), check.work)
+    for figure in (*folder.glob("*.png"), *folder.glob("*.svg")):  # the page holds them
+        figure.unlink()
+    return verdict(done, done.code == 0) | {"output": done.output[-3000:]}
+
+
 def memory_checker(check: Check, seconds: float) -> Result:
     """compute-sanitizer's memcheck over one launch of every kernel, where it works."""
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
@@ -455,6 +497,9 @@ def correctness_sections() -> list[Section]:
         ),
         Section("model", "correctness", tests("model", model), needs_gpu=False),
         Section("runner", "correctness", tests("runner", f"{GPU_TESTS}/test_gpu_runner.py")),
+        Section(
+            "reproducible", "correctness", tests("reproducible", f"{GPU_TESTS}/test_gpu_reproducible.py")
+        ),
         *(
             Section(
                 f"kernels_{size}",
@@ -486,10 +531,34 @@ def all_sections() -> list[Section]:
         Section("kernel_benchmarks", "speed", kernel_benchmarks, 130, needs_gpu=False),
         Section("model_speed", "speed", in_process_of_its_own("model_speed"), 60, needs_gpu=False),
         Section("tuning", "tuning", tuning, 75),
+        Section(
+            "forward_passes",
+            "suites",
+            suite("forward_passes", "bench_model.py", options=["--blocks", "3", "--tokens", "65536"]),
+            450,
+            needs_gpu=False,
+        ),
+        Section(
+            "peers",
+            "rivals",
+            suite("peers", "bench_peers.py", options=["--blocks", "3", "--tokens", "65536"]),
+            300,
+            needs_gpu=False,
+        ),
+        Section(
+            "end_to_end",
+            "rivals",
+            suite("end_to_end", "bench_end_to_end.py", "bench_attention.py", options=["--blocks", "3"]),
+            150,
+            needs_gpu=False,
+        ),
+        Section("memory", "evidence", in_process_of_its_own("memory"), 150, needs_gpu=False),
+        Section("validation", "evidence", validation, 250, needs_gpu=False),
     ]
 
 
-PHASES = ("setup", "correctness", "speed", "tuning")
+PHASES = ("setup", "correctness", "speed", "tuning", "suites", "rivals", "evidence")
+DEFAULT_PHASES = ("correctness", "speed", "tuning")
 LEAST_SECONDS = 5.0
 LEAST_TUNING_SECONDS = 30.0
 MOST_RESERVED = 0.7
@@ -548,13 +617,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     parser.add_argument("--time-limit", type=float, default=540, help="seconds (default: %(default)s)")
+    parser.add_argument(
+        "--phases", nargs="+", choices=PHASES[1:], default=DEFAULT_PHASES, help="default: %(default)s"
+    )
     parser.add_argument("--sections", nargs="+", choices=[s.name for s in known], help="only these")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: for trying it out")
     parser.add_argument("--jobs", type=int, help="correctness sections side by side")
     parser.add_argument("--commit", help="what the working tree is, where git cannot say")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    for name in ("log.txt", "gpu_check.json", "benchmark.json", "tuned.json"):
+    for name in ("log.txt", *(f"{name}.json" for name in RESULT_FILES)):
         (arguments.out / name).unlink(missing_ok=True)
     jobs = arguments.jobs or (1 if arguments.device == "cpu" else max(1, min(14, _num_cpus() - 2)))
 
@@ -572,7 +644,8 @@ def main() -> int:
             command=shlex.join(sys.argv),
             commit=arguments.commit,
         )
-        chosen = [s for s in known if not arguments.sections or s.name in arguments.sections]
+        wanted = arguments.sections or [s.name for s in known if s.phase in arguments.phases]
+        chosen = [s for s in known if s.name in wanted]
         chosen = [s for s in known if s.phase == "setup" or s in chosen]
         chosen = fit_reservations(chosen, arguments.time_limit - CLOSING_SECONDS)
         try:

@@ -19,20 +19,34 @@ import numpy as np
 import torch
 from gpu_cases import MODEL_SIZES, Workload, call, operation_dtypes, uniref_lengths
 from gpu_timing import copy_rate, matmul_rate, time_call
+from workloads import proteins, write_fasta
 
 from esm_packed import ESM2, kernels
 from esm_packed.attention import BackendError, PackedAttention, select_backend
-from esm_packed.config import DEFAULT_TOKEN_BUDGETS, ESM2Config
+from esm_packed.config import DEFAULT_TOKEN_BUDGETS, ESM2_MODELS, ESM2Config
+from esm_packed.graphs import GraphedESM2
 from esm_packed.kernels.launch import dtype_name
-from esm_packed.numerics import PRECISIONS
-from esm_packed.packing import SPECIAL_TOKENS, PackedBatch
+from esm_packed.numerics import PRECISIONS, Precision
+from esm_packed.packing import SPECIAL_TOKENS, PackedBatch, pack
 from esm_packed.runners.plan import sequence_flops
+from esm_packed.stress import stress_checkpoint
+from esm_packed.weights import Checkpoint, save_fair_esm, tensor_shapes
 
 Save = Callable[[dict[str, Any]], None]
 
 MODEL_TOKENS = {"cuda": 32768, "cpu": 300}
 MODEL_NAMES = {"cuda": "esm2_t33_650M_UR50D", "cpu": "esm2_t6_8M_UR50D"}
+MEMORY_MODELS = {
+    "cuda": ("esm2_t33_650M_UR50D", "esm2_t36_3B_UR50D", "esm2_t48_15B_UR50D"),
+    "cpu": ("esm2_t6_8M_UR50D",),
+}
+MEMORY_TOKENS = {"cuda": (8192, 32768), "cpu": (64, 128)}
+VALIDATION_TOKENS = {"cuda": 100_000, "cpu": 400}
 PROFILED_KERNELS = 25
+MODES = PRECISIONS | {
+    "fp16_residual_fp16": Precision("fp16_residual_fp16", torch.float16, torch.float16),
+}
+"""The last keeps the residual stream in FP16: what it would gain beside what the tests say it costs."""
 
 
 def machine(device: torch.device, save: Save, seconds: float) -> None:
@@ -106,7 +120,7 @@ def model_speed(device: torch.device, save: Save, seconds: float) -> None:
     found["matmul_flops_per_second"] = rates
     save(found)
 
-    for dtype, modes in (("fp16", ["fp16"]), ("fp32", ["tf32", "fp32"])):
+    for dtype, modes in (("fp16", ["fp16", "fp16_residual_fp16"]), ("fp32", ["tf32", "fp32"])):
         if dtype == "fp16" and device.type == "cpu":
             continue
         model = ESM2.from_pretrained(f"random:{name}", device=device, dtype=dtype)
@@ -117,9 +131,7 @@ def model_speed(device: torch.device, save: Save, seconds: float) -> None:
         for mode in modes:
             for attention in ("auto", "triton", "sdpa"):
                 try:
-                    backend, attend = select_backend(
-                        attention, device, PRECISIONS[mode], model.config.head_dim
-                    )
+                    backend, attend = select_backend(attention, device, MODES[mode], model.config.head_dim)
                 except BackendError as error:
                     found["variants"][f"{mode} {attention}"] = {"error": str(error)}
                     continue
@@ -146,7 +158,7 @@ def model_speed(device: torch.device, save: Save, seconds: float) -> None:
                     "all_seconds": times[variant],
                     "tokens_per_second": sum(lengths) / typical,
                     "flops": flops,
-                    "share_of_matmul_rate": flops / typical / rates[mode],
+                    "share_of_matmul_rate": flops / typical / rates[mode.partition("_")[0]],
                     "peak_memory_bytes": measured["peak_memory_bytes"],
                     "resident_memory_bytes": measured["resident_memory_bytes"],
                 }
@@ -162,7 +174,7 @@ def model_speed(device: torch.device, save: Save, seconds: float) -> None:
 
 def _forward(model: ESM2, batch: PackedBatch, mode: str, attend: PackedAttention) -> object:
     """Means of the last layer, in one of the precision modes that share the model's dtype."""
-    model.precision_mode = PRECISIONS[mode]
+    model.precision_mode = MODES[mode]
     layer = model.config.num_layers
     output = model.forward_packed(batch.input_ids, batch.cu_seqlens, batch.max_seqlen, [layer], attend=attend)
     return kernels.segment_mean(output.representations[layer], batch.cu_seqlens)
@@ -219,23 +231,68 @@ def _small_model(device: torch.device, found: dict[str, Any], save: Save) -> Non
     workload = Workload(model.config, uniref_lengths(4096), device)
     batch = PackedBatch(workload.input_ids, workload.cu_seqlens, workload.max_seqlen)
     forward = partial(_forward, model, batch, "fp16", model.attend)
+    graphed = partial(GraphedESM2(model).embed_packed, batch, [model.config.num_layers])
     result: dict[str, Any] = {"total_tokens": workload.total_tokens}
     found["8M"] = result
     try:
         result["eager_seconds"] = median(time_call(forward, device, 20))
-        side_stream = torch.cuda.Stream()
-        side_stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side_stream):
-            forward()
-        torch.cuda.current_stream().wait_stream(side_stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            kept = forward()
-        result["graph_seconds"] = median(time_call(graph.replay, device, 20))
-        del kept
+        result["graph_seconds"] = median(time_call(graphed, device, 20))
     except Exception as error:
         result["error"] = f"{type(error).__name__}: {error}"
     save(found)
+
+
+class ConstantTensors(dict[str, torch.Tensor]):
+    """Weights of one value that take no memory: enough to see what a model of this shape takes."""
+
+    def __init__(self, config: ESM2Config) -> None:
+        shapes = tensor_shapes(config)
+        super().__init__({name: torch.full((1,), 0.01).expand(shape) for name, shape in shapes.items()})
+
+
+def memory(device: torch.device, save: Save, seconds: float) -> None:
+    """What packs of two sizes take beside the weights, in FP16: bytes per token, and what fits into 80 GB.
+
+    The least that must be alive at once is the residual stream (FP32), the operand and the result of fc1.
+    """
+    found: dict[str, Any] = {}
+    for name in MEMORY_MODELS[device.type]:
+        config = ESM2_MODELS[name]
+        checkpoint = Checkpoint(name, config, ConstantTensors(config), "", "")
+        precision = PRECISIONS["fp16"]
+        model = ESM2.from_checkpoint(
+            checkpoint, device, precision, select_backend("auto", device, precision, config.head_dim)
+        )
+        weights = sum(x.numel() * x.element_size() for x in (*model.parameters(), *model.buffers()))
+        result: dict[str, Any] = {"weight_bytes": weights, "attention_backend": model.attention_backend}
+        result["least_bytes_per_token"] = config.hidden_size * (4 + 2 + 8)
+        found[name] = result
+        peaks = {}
+        for total_tokens in MEMORY_TOKENS[device.type]:
+            batch = pack([np.full(total_tokens // 4 - SPECIAL_TOKENS, 5, dtype=np.uint8)] * 4).to(device)
+            run = partial(model.embed_packed, batch, [config.num_layers])
+            run()
+            peaks[batch.total_tokens] = _measure(run, device)["peak_memory_bytes"]
+            result["peak_memory_bytes"] = peaks
+            save(found)
+        (few, low), (many, high) = peaks.items()
+        if low is not None:
+            per_token = (high - low) / (many - few)
+            result["bytes_per_token"] = per_token
+            result["over_least"] = high / (weights + many * result["least_bytes_per_token"])
+            result["tokens_that_fit_into_80_GB"] = int((80e9 - weights) / per_token)
+        save(found)
+        del model, run
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def stress_files(device: torch.device, save: Save, seconds: float) -> None:
+    """Stress weights of the 650M shape, and proteins of UniRef's lengths to validate them on."""
+    weights, fasta = Path("esm2_stress.pt"), Path("uniref.fasta")
+    save_fair_esm(stress_checkpoint(ESM2_MODELS[MODEL_NAMES[device.type]]), weights)
+    write_fasta(fasta, proteins("uniref", VALIDATION_TOKENS[device.type]))
+    save({"weights": str(weights), "fasta": str(fasta)})
 
 
 SECTIONS: dict[str, Callable[[torch.device, Save, float], None]] = {
@@ -243,6 +300,8 @@ SECTIONS: dict[str, Callable[[torch.device, Save, float], None]] = {
     "every_launcher": every_launcher,
     "ceilings": ceilings,
     "model_speed": model_speed,
+    "memory": memory,
+    "stress_files": stress_files,
 }
 
 

@@ -23,6 +23,7 @@ def summary_lines(report: Report) -> Iterator[str]:
         yield from _kernel_lines(timed)
         yield from _ratio_lines(timed)
     yield from _model_lines(sections.get("model_speed", {}).get("found", {}))
+    yield from _memory_lines(sections.get("memory", {}).get("found", {}))
 
 
 def _section_lines(sections: Report) -> Iterator[str]:
@@ -122,3 +123,13 @@ def _model_lines(found: Report) -> Iterator[str]:
             for name in ("eager_seconds", "graph_seconds")
             if name in small
         )
+
+
+def _memory_lines(found: Report) -> Iterator[str]:
+    for model, values in found.items():
+        if "bytes_per_token" in values:
+            yield (
+                f"{model}: weights {values['weight_bytes'] / 1e9:.2f} GB, "
+                f"{values['bytes_per_token'] / 1e3:.1f} kB for each token, {values['over_least']:.2f} times "
+                f"the least; {values['tokens_that_fit_into_80_GB']:,} tokens fit into 80 GB"
+            )

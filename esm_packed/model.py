@@ -213,13 +213,12 @@ class ESM2(nn.Module):
         return_logits: bool,
         attend: PackedAttention,
     ) -> PackedOutput:
-        config = self.config
-        cos, sin = self._rotary_tables(max_seqlen)
-        softmax_scale = config.head_dim**-0.5
-        mask_id = MASK_ID if config.token_dropout else None
+        rotary_tables = self._rotary_tables(max_seqlen)
+        mask_id = MASK_ID if self.config.token_dropout else None
         representations = {}
 
-        # Each addition to the residual stream is fused with the LayerNorm that follows it.
+        # Each addition to the residual stream is fused with the LayerNorm that follows it. One name for all
+        # activations beside it: what is not needed any more is freed before the next is computed.
         layers = list(self.layers)
         next_norms = [layer.attention_norm for layer in layers[1:]] + [self.final_norm]
         residual, position_ids = kernels.embed_tokens(
@@ -230,25 +229,42 @@ class ESM2(nn.Module):
             if index in repr_layers:
                 representations[index] = residual.clone()
 
-            qkv = kernels.linear(hidden_states, layer.qkv.weight, layer.qkv.bias)
-            qkv = qkv.view(-1, 3, config.num_heads, config.head_dim)
-            kernels.rotary_qk_(qkv, cos, sin, position_ids)
-            query, key, value = qkv.unbind(1)
-            attended = attend(query, key, value, cu_seqlens, max_seqlen, softmax_scale)
-            attended = attended.view(-1, config.hidden_size)
-            delta = kernels.linear(attended, layer.attention_out.weight, layer.attention_out.bias)
-            hidden_states = _add_norm(layer.ffn_norm, delta, residual)
+            hidden_states = self._attention(
+                layer, hidden_states, rotary_tables, position_ids, cu_seqlens, max_seqlen, attend
+            )
+            hidden_states = kernels.linear(
+                hidden_states, layer.attention_out.weight, layer.attention_out.bias
+            )
+            hidden_states = _add_norm(layer.ffn_norm, hidden_states, residual)
 
             hidden_states = kernels.linear_gelu(hidden_states, layer.fc1.weight, layer.fc1.bias)
-            delta = kernels.linear(hidden_states, layer.fc2.weight, layer.fc2.bias)
-            hidden_states = _add_norm(next_norm, delta, residual)
+            hidden_states = kernels.linear(hidden_states, layer.fc2.weight, layer.fc2.bias)
+            hidden_states = _add_norm(next_norm, hidden_states, residual)
 
-        if config.num_layers in repr_layers:
-            representations[config.num_layers] = hidden_states
+        if len(layers) in repr_layers:
+            representations[len(layers)] = hidden_states
         logits = None
         if return_logits and self.lm_head is not None:
             logits = self.lm_head(hidden_states, self.embedding.weight)
         return PackedOutput(representations, logits)
+
+    def _attention(
+        self,
+        layer: Layer,
+        hidden_states: torch.Tensor,
+        rotary_tables: tuple[torch.Tensor, torch.Tensor],
+        position_ids: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        max_seqlen: int,
+        attend: PackedAttention,
+    ) -> torch.Tensor:
+        num_heads, head_dim = self.config.num_heads, self.config.head_dim
+        qkv = kernels.linear(hidden_states, layer.qkv.weight, layer.qkv.bias)
+        qkv = qkv.view(-1, 3, num_heads, head_dim)
+        kernels.rotary_qk_(qkv, *rotary_tables, position_ids)
+        query, key, value = qkv.unbind(1)
+        attended = attend(query, key, value, cu_seqlens, max_seqlen, head_dim**-0.5)
+        return attended.view(-1, self.config.hidden_size)
 
     def embed_packed(
         self, batch: PackedBatch, layers: Sequence[int], *, attend: PackedAttention | None = None
