@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from unittest.mock import MagicMock
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +14,7 @@ from hypothesis import strategies as st
 
 from esm_packed import ESM2
 from esm_packed.alphabet import encode
-from esm_packed.graphs import Shape, empty_batch, load
+from esm_packed.graphs import GraphedESM2, Shape, empty_batch, load
 from esm_packed.layouts import LAYOUTS
 from esm_packed.packing import PackedBatch, check_packed
 
@@ -48,3 +52,63 @@ def test_loaded_batches_have_the_same_embeddings(attention: str) -> None:
         load(static, batch)
         rows = model.embed_packed(static, [5])[5][batch.segments]
         torch.testing.assert_close(rows, model.embed_packed(batch, [5])[5], rtol=1e-12, atol=1e-13)
+
+
+class RecordingModel:
+    """A model whose calls a stand-in for CUDA's graphs notes while it records."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, model: ESM2) -> None:
+        self.model = model
+        self.recording: StandInGraph | None = None
+        self.calls = 0
+
+    def embed_packed(self, batch: PackedBatch, layers: Sequence[int]) -> dict[int, torch.Tensor]:
+        self.calls += 1
+        rows = self.model.embed_packed(batch, layers)
+        if self.recording is not None:
+            self.recording.recorded.append((batch, layers, rows))
+        return rows
+
+
+class StandInGraph:
+    def __init__(self, model: RecordingModel) -> None:
+        self.model = model
+        self.recorded: list[tuple[PackedBatch, Sequence[int], dict[int, torch.Tensor]]] = []
+
+    def pool(self) -> tuple[int, int]:
+        return (0, 1)
+
+    def replay(self) -> None:
+        for batch, layers, rows in self.recorded:
+            for layer, values in self.model.model.embed_packed(batch, layers).items():
+                rows[layer].copy_(values)
+
+
+def test_replays_give_each_batch_its_own_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Static tensors, shapes and copies, with graphs that repeat calls as CUDA's repeat launches."""
+    model = RecordingModel(ESM2.from_pretrained("demo", dtype="fp32"))
+
+    @contextmanager
+    def record(graph: StandInGraph, pool: object, capture_error_mode: str) -> Iterator[None]:
+        model.recording = graph
+        yield
+        model.recording = None
+
+    monkeypatch.setattr(torch.cuda, "graph", record)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: StandInGraph(model))
+    monkeypatch.setattr(torch.cuda, "Stream", MagicMock())
+    monkeypatch.setattr(torch.cuda, "current_stream", MagicMock())
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    graphed = GraphedESM2(model)  # type: ignore[arg-type]
+    lengths = [[60, 3, 1], [30, 30, 61, 12], [55, 9, 2], [7] * 25, [60, 3, 1], [300]]
+    batches = [random_batch(each) for each in lengths]
+    rows = [graphed.embed_packed(batch, [3, 5]) for batch in batches]
+    assert graphed.num_graphs == 3  # the fourth and the last have shapes of their own
+    assert model.calls == 3 * graphed.num_graphs  # twice to warm up, once to record
+    for batch, found in zip(batches, rows, strict=True):
+        expected = model.model.embed_packed(batch, [3, 5])
+        assert list(found) == [3, 5]
+        for layer, values in found.items():
+            torch.testing.assert_close(values, expected[layer], rtol=1e-5, atol=1e-6)

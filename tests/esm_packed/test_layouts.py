@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from packings import random_packing
 
 from esm_packed import ESM2, kernels
 from esm_packed.alphabet import PAD_ID, encode
@@ -22,16 +23,6 @@ def random_proteins(count: int, longest: int) -> list[np.ndarray]:
     rng = np.random.default_rng(5)
     letters = encode("ACDEFGHIKLMNPQRSTVWY")
     return [letters[rng.integers(0, 20, length)] for length in rng.integers(1, longest, count)]
-
-
-def random_packing(lengths: list[int], budget: int, rng: np.random.Generator) -> list[list[int]]:
-    """Sequences in random order, packs closed when the next does not fit, and sometimes before."""
-    packs: list[list[int]] = [[]]
-    for index in rng.permutation(len(lengths)).tolist():
-        if sum(lengths[i] for i in packs[-1]) + lengths[index] > budget or rng.random() < 0.1:
-            packs.append([])
-        packs[-1].append(index)
-    return [members for members in packs if members]
 
 
 def embed(
@@ -85,7 +76,7 @@ def test_fixed_layout_gives_the_same_bits_in_any_company(dtype: str, num_threads
     torch.set_num_threads(num_threads)
     try:
         first, *others = (
-            embed(model, "fixed", token_ids, random_packing(lengths, 100, rng), 100)
+            embed(model, "fixed", token_ids, random_packing(lengths, 100, rng, early=0.1), 100)
             for _ in range(NUM_ORDERS)
         )
     finally:
@@ -108,7 +99,7 @@ def test_other_layouts_do_not_keep_the_bits(monkeypatch: pytest.MonkeyPatch) -> 
     model = ESM2.from_pretrained("demo", dtype="fp32")
     token_ids = random_proteins(12, 70)
     lengths = [len(ids) + 2 for ids in token_ids]
-    packings = [random_packing(lengths, 101, np.random.default_rng(seed)) for seed in range(4)]
+    packings = [random_packing(lengths, 101, np.random.default_rng(seed), early=0.1) for seed in range(4)]
     for layout in ("packed", "fixed"):
         rows = [embed(model, layout, token_ids, packs, 101) for packs in packings]
         same = all(np.array_equal(other, rows[0]) for other in rows[1:])

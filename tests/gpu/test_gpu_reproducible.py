@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from gpu_cases import uniref_lengths
+from packings import random_packing
 
 from esm_packed import ESM2
 from esm_packed.alphabet import encode
@@ -42,16 +43,6 @@ def load(shape: str, dtype: str, device: torch.device, monkeypatch: pytest.Monke
     return ESM2.from_pretrained(f"random:test_{shape}", device=device, dtype=dtype)
 
 
-def random_packing(lengths: list[int], rng: np.random.Generator) -> list[list[int]]:
-    """Sequences in random order; a pack ends where the next one does not fit, and sometimes before."""
-    packs: list[list[int]] = [[]]
-    for index in rng.permutation(len(lengths)).tolist():
-        if sum(lengths[i] for i in packs[-1]) + lengths[index] > BUDGET or rng.random() < 0.02:
-            packs.append([])
-        packs[-1].append(index)
-    return [members for members in packs if members]
-
-
 def embed(
     model: ESM2 | GraphedESM2,
     config: ESM2Config,
@@ -81,7 +72,7 @@ def test_same_bits_in_any_company(
     model = load(shape, dtype, cuda_device, monkeypatch)
     lengths = [len(ids) + 2 for ids in token_ids]
     rng = np.random.default_rng(0)
-    packings = [random_packing(lengths, rng) for _ in range(NUM_ORDERS)]
+    packings = [random_packing(lengths, BUDGET, rng, early=0.02) for _ in range(NUM_ORDERS)]
     differing = {}
     for layout in ("packed", "fixed"):
         first, *others = (
@@ -108,7 +99,7 @@ def test_graphs_keep_the_bits(
     lengths = [len(ids) + 2 for ids in token_ids]
     rng = np.random.default_rng(1)
     for _ in range(10):
-        packs = random_packing(lengths, rng)
+        packs = random_packing(lengths, BUDGET, rng, early=0.02)
         launched = embed(model, model.config, cuda_device, token_ids, packs)
         replayed = embed(graphed, model.config, cuda_device, token_ids, packs)
         assert torch.equal(replayed, launched)
