@@ -89,7 +89,6 @@ for _ in sys.stdin:
 
 def parameters(config: pytest.Config) -> dict[str, list[Any]]:
     return {
-        "turn": list(range(config.getoption("--blocks") if config.getoption("--full") else 1)),
         "model": [SMALL, "demo"],
         "provider": ["copy", "sha256", "merge"],
         "engine": ["plain_processes", "ray"],
@@ -367,7 +366,7 @@ class PlainProcesses:
 
 
 def test_scaling(
-    turn: int,
+    block: int,
     engine: str,
     workers: int,
     full: bool,
@@ -381,6 +380,8 @@ def test_scaling(
     and memory.
     """
     benchmark.group = "scaling"
+    if block and not full:
+        pytest.skip("a trial takes one block; --full takes all")
     sequences = proteins("proteome", SCALING_TOKENS[full])
     tokens = sum(map(len, sequences)) + SPECIAL_TOKENS * len(sequences)
     fasta = tmp_path / "proteins.fasta"
@@ -395,12 +396,12 @@ def test_scaling(
             error = scale_ray(workers, sequences, fasta, stack, benchmark)
     if benchmark.stats is None:  # --benchmark-disable
         return
-    rates = tokens_per_second[turn, engine]
+    rates = tokens_per_second[block, engine]
     rates[workers] = tokens / benchmark.stats.stats.min
     record(
         benchmark,
         suite="runner",
-        block=turn,
+        block=block,
         provider=engine,
         model=SMALL,
         workload="proteome",

@@ -33,6 +33,12 @@ def _names(allowed: tuple[str, ...]) -> Any:
     return parse
 
 
+def _positive(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no positive whole number")
+    return int(text)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("esm-packed benchmarks")
     names = {"metavar": "A,B"}
@@ -41,10 +47,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     dtypes = tuple(name for name in PRECISIONS if name != "fp64" and (ON_GPU or name != "tf32"))
     group.addoption("--dtype", type=_names(dtypes), help=", ".join(dtypes), **names)
     group.addoption("--full", action="store_true", help="more models: all six on a GPU, up to 150M on a CPU")
-    group.addoption("--blocks", type=int, default=5 if ON_GPU else 3, help="default: %(default)s")
-    group.addoption("--tokens", type=int, help="of each workload, BOS and EOS included")
-    group.addoption("--token-budget", type=int, help="tokens in a pack (default: the device's)")
-    group.addoption("--threads", type=int, help="CPU threads (default: torch's choice)")
+    group.addoption("--blocks", type=_positive, default=5 if ON_GPU else 3, help="default: %(default)s")
+    group.addoption("--tokens", type=_positive, help="of each workload, BOS and EOS included")
+    group.addoption("--token-budget", type=_positive, help="tokens in a pack (default: the device's)")
+    group.addoption("--threads", type=_positive, help="CPU threads (default: torch's choice)")
     group.addoption("--esm-cpp-python", help="interpreter of an environment with esm-cpp 0.2.1")
 
 

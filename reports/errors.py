@@ -187,7 +187,8 @@ def rank_agreement(actual: torch.Tensor, expected: torch.Tensor) -> tuple[float 
 
     Returns:
         Share of proteins with the same nearest neighbour, mean share of the k nearest in common, and
-        k = min(10, num_proteins - 1); None, None with fewer than 3 proteins.
+        k = min(10, num_proteins - 1). The first is None with fewer than 3 proteins, the second where the k
+        nearest are all there are.
     """
     k = min(NEIGHBOURS, len(expected) - 1)
     if k < 2:
@@ -203,7 +204,8 @@ def rank_agreement(actual: torch.Tensor, expected: torch.Tensor) -> tuple[float 
         nearest.append(best.where(finite[:, None], -1))
     found, wanted = nearest
     common = (found[:, :, None] == wanted[:, None, :]).any(2).double().mean(1)
-    return float((found[:, 0] == wanted[:, 0]).double().mean()), float(common.mean()), k
+    top1 = float((found[:, 0] == wanted[:, 0]).double().mean())
+    return top1, float(common.mean()) if k < len(expected) - 1 else None, k
 
 
 def finite_median(values: torch.Tensor) -> float | None:

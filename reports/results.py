@@ -47,7 +47,7 @@ class Measurement:
 
     Args:
         key: what identifies it.
-        info: `extra_info` of its first block.
+        info: `extra_info` of the block whose time is the median.
         blocks: block to the seconds of each round.
     """
 
@@ -121,7 +121,7 @@ def read_results(path: Path) -> Results:
     try:
         content = json.loads(path.read_text())
         benchmarks = content["benchmarks"]
-        infos: dict[Key, dict[str, Any]] = {}
+        infos: dict[Key, list[dict[str, Any]]] = {}
         blocks: dict[Key, dict[int, list[float]]] = {}
         for benchmark in benchmarks:
             info = dict(benchmark["extra_info"])
@@ -131,8 +131,11 @@ def read_results(path: Path) -> Results:
             key = (test, *(f"{name}={value}" for name, value in sorted(params.items()) if name != "block"))
             info.setdefault("suite", (benchmark.get("group") or test).split()[0])
             seconds = info.get("round_seconds") or benchmark["stats"]["data"]
-            infos.setdefault(key, info)
-            blocks.setdefault(key, {}).setdefault(block, []).extend(float(second) for second in seconds)
+            infos.setdefault(key, []).append(info)
+            times = [float(second) for second in seconds]
+            if not times or min(times) <= 0:
+                raise ValueError(f"{benchmark['name']} has a time that is none: {times}")
+            blocks.setdefault(key, {}).setdefault(block, []).extend(times)
     except OSError as error:
         raise ReportError(f"{path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -145,10 +148,16 @@ def read_results(path: Path) -> Results:
     return Results(
         path,
         str(content.get("datetime", "")),
-        content.get("machine_info", {}),
-        {key: Measurement(key, info, blocks[key]) for key, info in infos.items()},
-        content.get("not_run", []),
+        content.get("machine_info") or {},
+        {key: Measurement(key, _typical(records), blocks[key]) for key, records in infos.items()},
+        content.get("not_run") or [],
     )
+
+
+def _typical(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The record of the median time, the lower of two."""
+    in_order = sorted(records, key=lambda info: info.get("seconds") or 0.0)
+    return in_order[(len(in_order) - 1) // 2]
 
 
 def ratio(slow: Measurement, fast: Measurement) -> Spread | None:
@@ -344,6 +353,7 @@ def scaling_series(results: Results) -> dict[str, list[Measurement]]:
 
 
 _WORK = ("sequences", "useful_tokens", "flops", "bytes")
+"""Variants of the same name that differ in these cannot be compared."""
 
 
 @dataclass(frozen=True)

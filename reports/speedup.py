@@ -110,7 +110,7 @@ def comparison_table(comparisons: Sequence[Comparison]) -> Table:
                 _memory(c.slow.info.get("peak_memory_bytes")),
                 _memory(c.fast.info.get("peak_memory_bytes")),
             ]
-        saved = _percent(1 - 1 / c.times.middle)
+        saved = _percent(1 - 1 / c.times.middle) if c.times.middle >= 1 else ""
         rows.append([c.what, short_model(c.model), c.workload, *cells, times_text(c.times), saved, *rest])
     return without_empty_columns(Table(headers, rows))
 
@@ -246,7 +246,7 @@ def packing_table(results: Results) -> Table:
 
 
 def end_to_end_table(results: Results) -> Table:
-    """FASTA to HDF5: stages as seconds of the first block."""
+    """FASTA to HDF5; stages are those of the block with the median time."""
     headers = (
         "model", "lengths", "precision", "wall time (p20 to p80)", "tokens/s", "sequences/s",
         *STAGES, "pipeline", "other", "MFU, measured rate", "peak memory", "relative error",
@@ -279,7 +279,10 @@ def scaling_table(results: Results) -> Table:
     for label, group in scaling_series(results).items():
         first = group[0]
         for m in group:
-            times = m.tokens_per_second / first.tokens_per_second
+            in_time = ratio(first, m)
+            if in_time is None:
+                continue
+            times = in_time.middle * m.info["useful_tokens"] / first.info["useful_tokens"]
             workers = int(m.info["workers"]) / int(first.info["workers"])
             rows.append(
                 [
@@ -357,13 +360,27 @@ def conditions_table(results: Results) -> Table:
     return Table(("condition", "value"), [[name, str(value)] for name, value in rows.items() if value])
 
 
+_RATES_AND_SHARES = (
+    "tokens_per_second",
+    "sequences_per_second",
+    "flops_per_second",
+    "bytes_per_second",
+    "per_second",
+    "mfu_measured",
+    "mfu_datasheet",
+    "share_of_floor",
+    "share_of_ceiling",
+)
+_OF_ONE_BLOCK = ("block", "seconds", "ratio", "forward_seconds", "load_average")
+
+
 def measurement_rows(results: Results) -> Iterator[dict[str, Any]]:
-    """One row for each variant: all simple fields of its record, and its times in seconds."""
+    """One row for each variant: all simple fields of its record, rates for the median of all its times."""
     for m in results.measurements.values():
         simple = {
-            k: v
+            k: m.share(k) if k in _RATES_AND_SHARES else v
             for k, v in m.info.items()
-            if not isinstance(v, list | dict) and k not in ("block", "seconds")
+            if not isinstance(v, list | dict) and k not in _OF_ONE_BLOCK
         }
         spread = m.seconds
         yield {
@@ -381,6 +398,24 @@ def measurements_table(results: Results) -> Table:
     rows = list(measurement_rows(results))
     headers = list(dict.fromkeys(name for row in rows for name in row))
     return Table(headers, [["" if row.get(h) is None else str(row[h]) for h in headers] for row in rows])
+
+
+def other_table(measurements: Sequence[Measurement]) -> Table:
+    """Benchmarks of any suite."""
+    headers = ("suite", "benchmark", "time (p20 to p80)", "tokens/s", "sequences/s", "bytes/s")
+    rows = []
+    for m in measurements:
+        rows.append(
+            [
+                m.suite,
+                variant_name(m),
+                spread_text(m.seconds),
+                _count(m.rate("useful_tokens")),
+                _count(m.rate("sequences")),
+                _rate(m.rate("bytes"), "B/s"),
+            ]
+        )
+    return without_empty_columns(Table(headers, rows))
 
 
 def without_empty_columns(table: Table) -> Table:

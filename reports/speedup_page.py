@@ -32,6 +32,7 @@ from esm_packed.reports.speedup import (
     machine_name,
     measurements_table,
     not_run_table,
+    other_table,
     packing_table,
     rivals_table,
     scaling_table,
@@ -42,6 +43,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TITLE = "esm-packed: speed"
+SUITES_SHOWN = (
+    "model",
+    "reproducible",
+    "peers",
+    "kernels",
+    "attention",
+    "packing",
+    "end_to_end",
+)
 
 
 @dataclass(frozen=True)
@@ -78,8 +88,8 @@ def write_report(path: Path, older: Sequence[Path], folder: Path) -> list[str]:
     check_matplotlib()
     results = read_results(path)
     before = [read_results(other) for other in older]
-    sections = list(_sections(results, before))
     try:
+        sections = list(_sections(results, before))
         folder.mkdir(parents=True, exist_ok=True)
         page, markdown = [], [f"# {TITLE}", ""]
         with figure_style():
@@ -103,6 +113,11 @@ def write_report(path: Path, older: Sequence[Path], folder: Path) -> list[str]:
             (folder / name).write_text(text, encoding="utf-8")
     except OSError as error:
         raise ReportError(f"{error.filename or folder}: {error.strerror}") from error
+    except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        raise ReportError(
+            f"{path}: a record lacks what the report needs ({type(error).__name__}: {error}); write the file "
+            "anew with this version's benchmarks"
+        ) from error
     return [*_headlines(results), f"report written to {folder / 'speedup.html'}"]
 
 
@@ -204,10 +219,14 @@ def _sections(results: Results, older: Sequence[Results]) -> Iterator[Section]:
     if scaling_series(results):
         yield Section(
             "Workers",
-            "Throughput by number of workers.",
+            "Throughput by number of workers. Ray hands out whole shards: a run of seconds has too few of "
+            "them to show more than that it works.",
             [scaling_table(results)],
             ("scaling", lambda: figures.scaling(results)),
         )
+    every = results.measurements.values()
+    if others := [m for m in every if m.suite not in SUITES_SHOWN and m.info.get("workers") is None]:
+        yield Section("Other benchmarks", "Times of what has no section of its own.", [other_table(others)])
     for number, other in enumerate(older, 1):
         yield _change_section(results, other, f"change-{number}")
     if results.not_run:
@@ -216,15 +235,19 @@ def _sections(results: Results, older: Sequence[Results]) -> Iterator[Section]:
 
 def _change_section(results: Results, older: Results, name: str) -> Section:
     found = changes(results, older)
+    common = len(results.measurements.keys() & older.measurements.keys())
     commit = older.machine.get("git_commit") or "unknown commit"
     text = f"{older.path.name}: {older.date or 'unknown date'}, {commit}, {machine_name(older.machine)}. "
+    if common > len(found):
+        text += f"{common - len(found)} benchmarks in both files did other work (tokens, sequences) there. "
     if not found:
-        return Section(f"Change against {older.path.name}", f"{text}It holds none of these benchmarks.", [])
+        text += "None can be compared." if common else "It holds none of these benchmarks."
+        return Section(f"Change against {older.path.name}", text, [])
     slower = sum(change.mark == "slower" for change in found)
     faster = sum(change.mark == "faster" for change in found)
     text += (
-        f"Of {len(found)} benchmarks in both files {slower} became slower and {faster} faster beyond the "
-        "spread: the gap between the ranges of their blocks' medians is wider than these ranges."
+        f"Of {len(found)} benchmarks that did the same work {slower} became slower and {faster} faster "
+        "beyond the spread: the gap between the ranges of their blocks' medians is wider than these ranges."
     )
     if machine_name(older.machine) != machine_name(results.machine):
         text += " The machines differ: this compares them, too."

@@ -235,9 +235,10 @@ def estimate_seconds(config: ESM2Config, token_ids: Sequence[TokenIds], settings
 def weights_note(checkpoint: Checkpoint) -> str | None:
     """What the page must say of weights that are no real model's, also when they come from a file."""
     demo = load_checkpoint("demo")
-    name = "emb_layer_norm_after.weight"
-    if checkpoint.config == demo.config and torch.equal(
-        checkpoint.tensors[name].float(), demo.tensors[name].float()
+    if checkpoint.config == demo.config and all(
+        torch.equal(checkpoint.tensors[name].float(), demo.tensors[name].float())
+        for name in demo.tensors
+        if name.startswith(("layers.", "emb_layer_norm_after."))
     ):
         return (
             "These are the weights of the demo, a tiny model made to try this program out: what passes here "

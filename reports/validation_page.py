@@ -123,15 +123,18 @@ def _numbers(values: torch.Tensor) -> list[float | None]:
 
 def summary_lines(validation: Validation) -> list[str]:
     """The verdicts, for a terminal."""
-    lines = [f"{'mode':<6}{'verdict':<9}{'worst rel L2':>13}{'at most':>9}{'worst cosine':>14}  where"]
+    lines = [
+        f"{'mode':<6}{'verdict':<9}{'worst rel L2':>13}{'at most':>10}{'worst cosine':>14}"
+        f"{'at least':>12}  where"
+    ]
     for verdict in validation.verdicts:
         where = f"{validation.sequence_ids[verdict.worst_protein]} ({verdict.worst_path})"
         if verdict.num_nonfinite:
             where = f"NaN or Inf in {verdict.num_nonfinite:,} proteins, such as {where}"
         lines.append(
             f"{verdict.mode:<6}{'passed' if verdict.passed else 'FAILED':<9}"
-            f"{_error(verdict.worst_relative_l2):>13}{verdict.threshold.relative_l2:>9.0e}"
-            f"{_cosine(verdict.worst_cosine):>14}  {where}"
+            f"{_error(verdict.worst_relative_l2):>13}{verdict.threshold.relative_l2:>10g}"
+            f"{_cosine(verdict.worst_cosine):>14}{_asked(verdict.threshold.cosine):>12}  {where}"
         )
     lines += [f"{mode:<6}{'not run':<9}{reason}" for mode, reason in validation.not_run if "," not in mode]
     if validation.weights_note:
@@ -145,6 +148,10 @@ def _error(value: float | None) -> str:
 
 def _cosine(value: float | None) -> str:
     return "" if value is None or not math.isfinite(value) else f"{math.floor(value * 1e8) / 1e8:.8f}"
+
+
+def _asked(cosine: float | None) -> str:
+    return "" if cosine is None else repr(cosine)
 
 
 def _share(value: float | None) -> str:
@@ -241,14 +248,13 @@ def _passed(passed: bool) -> str:
 
 def _verdict_table(validation: Validation) -> Table:
     def row(verdict: Verdict) -> list[str]:
-        asked = verdict.threshold.cosine
         return [
             verdict.mode,
             _passed(verdict.passed),
             _error(verdict.worst_relative_l2),
-            f"{verdict.threshold.relative_l2:.0e}",
+            f"{verdict.threshold.relative_l2:g}",
             _cosine(verdict.worst_cosine),
-            "" if asked is None else f"{asked:g}",
+            _asked(verdict.threshold.cosine),
             f"{verdict.num_failed:,}",
             f"{verdict.num_nonfinite:,}",
             f"{validation.sequence_ids[verdict.worst_protein][:40]} ({verdict.worst_path})",

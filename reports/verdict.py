@@ -48,7 +48,8 @@ class Verdict:
         passed: every protein kept to it on every path.
         num_failed: proteins that did not, on any path.
         num_nonfinite: proteins with NaN or Inf in their embedding, on any path; these fail.
-        worst_path, worst_protein: where the error was largest; a protein's number.
+        worst_path, worst_protein: where the error was largest, among those that fail if any does; a protein's
+            number.
         worst_relative_l2: of the finite embeddings; None if there is none.
         worst_cosine: likewise.
         classical: whether every path passes the classical pair of `CLASSICAL_NOTE`.
@@ -75,7 +76,8 @@ def judge(mode: str, paths: Sequence[PathResult], threshold: Threshold) -> Verdi
     kept = relative_l2 <= threshold.relative_l2
     if threshold.cosine is not None:
         kept &= cosine >= threshold.cosine
-    worst = int(torch.where(nonfinite, float("inf"), relative_l2).argmax())
+    errors = torch.where(nonfinite, float("inf"), relative_l2)
+    worst = int(errors.where(~kept | kept.all(), -1.0).argmax())
     path, protein = divmod(worst, relative_l2.shape[1])
     return Verdict(
         mode=mode,

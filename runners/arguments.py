@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 import sys
@@ -63,7 +64,7 @@ A mode passes when the mean embedding of every protein, on every path, is as clo
 its threshold asks, in relative L2 and cosine: fp32 1e-5; tf32 and fp16 5e-3, 0.99999; bf16 3e-2, 0.9995.
 Figures need matplotlib: pip install 'esm-packed[report]'
 
-exit codes: 0 every mode that ran passes, 1 one fails, 2 wrong input or option"""
+exit codes: 0 every mode that ran passes, 1 one fails, 2 wrong input or option, 4 interrupted"""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -484,8 +485,15 @@ def _validated_dtypes(text: str) -> tuple[str, ...]:
 
 
 def _threshold(text: str) -> tuple[str, float, float | None]:
-    number = r"(\d+\.?\d*(?:e-?\d+)?)"
-    match = re.fullmatch(rf"({'|'.join(DTYPES)})={number}(?:,{number})?", text)
-    if match is None:
+    dtype, _, numbers = text.partition("=")
+    try:
+        relative_l2, cosine = [*map(float, numbers.split(",")), None][:2]
+    except ValueError:
+        relative_l2 = cosine = None
+    if dtype not in DTYPES or relative_l2 is None or numbers.count(",") > 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not DTYPE=L2[,COSINE], such as fp16=1e-3,0.99999")
-    return match[1], float(match[2]), None if match[3] is None else float(match[3])
+    if not 0 <= relative_l2 < math.inf or (cosine is not None and not -1 <= cosine <= 1):
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: the relative L2 error must be finite and not below 0, the cosine within -1 to 1"
+        )
+    return dtype, relative_l2, cosine

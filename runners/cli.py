@@ -43,12 +43,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code.
     """
     parser = build_parser()
+    arguments = sys.argv[1:] if arguments is None else arguments
+    can_continue = list(arguments[:1]) in (["embed"], ["merge"])
     with _signals_interrupt(), warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:
-            options = parser.parse_args(
-                _join_negative_layers(sys.argv[1:] if arguments is None else arguments)
-            )
+            options = parser.parse_args(_join_negative_layers(arguments))
             if options.command is None:
                 parser.print_help(sys.stderr)
                 return EXIT_USAGE
@@ -57,17 +57,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except SystemExit as error:
             return error.code if isinstance(error.code, int) else EXIT_USAGE
         except KeyboardInterrupt as error:
-            complain(f"interrupted ({error}); repeat the command to continue")
+            complain(f"interrupted ({error})" + "; repeat the command to continue" * can_continue)
             return EXIT_INTERRUPTED
         except Exception as error:
-            return _report(error)
+            return _report(error, can_continue)
 
 
-def _report(error: Exception) -> int:
+def _report(error: Exception, can_continue: bool) -> int:
     """Explain `error` in one line and return the exit code it calls for."""
     if _is_out_of_space(error):
         reason = error.strerror if isinstance(error, OSError) else str(error)
-        complain(f"out of space: {reason}; free some and repeat the command to continue")
+        complain(f"out of space: {reason}; free some and repeat the command" + " to continue" * can_continue)
         return EXIT_OUT_OF_SPACE
     if _is_of(error, {"esm_packed.runners.ray_engine": "EngineError"}):
         complain(f"{error}; what is finished is kept, repeat the command to continue")

@@ -98,7 +98,9 @@ def _layout(options: argparse.Namespace) -> str:
     from esm_packed.runners.request import UsageError
 
     if options.reproducible and options.disable_packing:
-        raise UsageError("--reproducible and --disable-packing cannot be had together: leave one of them out")
+        raise UsageError(
+            "--reproducible and --disable-packing (or ESM_PACKED_DISABLE_PACKING) exclude each other"
+        )
     return "fixed" if options.reproducible else "padded" if options.disable_packing else "packed"
 
 

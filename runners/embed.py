@@ -22,7 +22,7 @@ from esm_packed.runners.engine import Engine, InProcessEngine
 from esm_packed.runners.index import STDIN, FastaIndex, build_index, open_index, reopen_index
 from esm_packed.runners.memory import RowBuffers
 from esm_packed.runners.merging import DamagedShardError, merge_run
-from esm_packed.runners.plan import FLOPS_PER_SHARD, Plan, PlanError, cut_shards
+from esm_packed.runners.plan import FLOPS_PER_SHARD, Plan, PlanError, cut_shards, differences
 from esm_packed.runners.progress import Console, byte_size
 from esm_packed.runners.request import STORE_DTYPES, EmbedRequest, UsageError
 from esm_packed.runners.rundir import WHOLE_RUN, RunDirectory
@@ -65,7 +65,8 @@ def embed_files(request: EmbedRequest, console: Console) -> Summary:
     check_output(output, request.inputs, request.overwrite)
     device = _device(request)
     if request.cuda_graphs and (request.layout != "fixed" or device.type != "cuda"):
-        raise UsageError("--cuda-graphs needs --reproducible, which makes packs of one size, and a GPU")
+        missing = "a GPU" if request.layout == "fixed" else "--reproducible, which makes packs of one size"
+        raise UsageError(f"--cuda-graphs needs {missing}")
     if request.ray_address is None:  # fails before the input is read
         backend, _ = select_backend(request.attention, device, request.precision(device), head_dim=64)
         if request.cuda_graphs and backend in WAITING_BACKENDS:
@@ -225,9 +226,11 @@ class _Session:
         )
         if existing_plan is not None:
             if existing_plan != plan_hash(identity):
+                with EmbeddingReader(self.directory.output) as reader:
+                    differing = differences(reader.plan["identity"], identity)
                 raise UsageError(
-                    f"{request.output}: exists already, made from other input or options; --overwrite "
-                    "replaces it"
+                    f"{request.output}: exists already, made from other input or options ({differing}); "
+                    "--overwrite replaces it"
                 )
             self._is_complete()
             return False

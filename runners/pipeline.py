@@ -359,6 +359,12 @@ class Pipeline:
             take_back()
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
+        is_within_budget = item.batch.total_tokens <= self.token_budget
+        if self._layout.name == "fixed" and is_within_budget:
+            raise UsageError(
+                f"--reproducible: a pack of {item.batch.total_tokens:,} tokens does not fit into the memory "
+                f"of {self.model.device}, and packs must not be halved; choose a smaller --token-budget"
+            )
         self.times.num_halved += 1
         if len(item.members) == 1:
             self._fail_row(
@@ -369,11 +375,6 @@ class Pipeline:
             )
             yield _InFlight(item, {})
             return
-        if self._layout.name == "fixed":
-            raise UsageError(
-                f"--reproducible: a pack of {item.batch.total_tokens:,} tokens does not fit into the memory "
-                f"of {self.model.device}, and packs must not be halved; choose a smaller --token-budget"
-            )
         half = len(item.members) // 2
         item.progress.packs_left += 1
         for members in (item.members[:half], item.members[half:]):

@@ -127,16 +127,20 @@ class Plan:
         Raises:
             PlanError: names what differs, with both values.
         """
-        differing = [
-            f"{name} was {self.identity.get(name)!r}, now {identity.get(name)!r}"
-            for name in sorted(self.identity.keys() | identity.keys())
-            if self.identity.get(name) != identity.get(name)
-        ]
-        if differing:
+        if differing := differences(self.identity, identity):
             raise PlanError(
-                f"{where}: an unfinished run with other input or options ({'; '.join(differing)}); "
+                f"{where}: an unfinished run with other input or options ({differing}); "
                 "repeat its command to continue it, or --overwrite to start anew"
             )
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What differs between the identities of two runs, with both values; empty if nothing does."""
+    return "; ".join(
+        f"{name} was {before.get(name)!r}, now {now.get(name)!r}"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name)
+    )
 
 
 def sequence_flops(lengths: npt.NDArray[np.int64], config: ESM2Config) -> npt.NDArray[np.float64]:

@@ -150,13 +150,16 @@ def validate_file(request: ValidateRequest, console: Console) -> tuple[list[str]
 def choose(index: FastaIndex, limit: int) -> tuple[list[int], str]:
     """Record numbers, ascending, of the distinct sequences to use, and how they were chosen.
 
-    Of more than `limit` (0: no limit) these are evenly spaced by length, from the shortest to the longest.
-    Equal sequences would be each other's nearest neighbours, in an order that says nothing.
+    Of more than `limit` (0: no limit) these are evenly spaced by length, from the shortest to the longest;
+    a single one is of the median length. Equal sequences would be each other's nearest neighbours, in an
+    order that says nothing.
     """
     distinct = np.flatnonzero(index.first_same == np.arange(index.num_records))
     if not limit or len(distinct) <= limit:
         return distinct.tolist(), f"all {len(distinct):,} distinct sequences"
     by_length = distinct[np.argsort(index.lengths[distinct], kind="stable")]
+    if limit == 1:
+        return [int(by_length[len(distinct) // 2])], f"of {len(distinct):,} distinct sequences the median one"
     picks = np.linspace(0, len(distinct) - 1, limit).round().astype(np.int64)
     rule = f"{limit:,} of {len(distinct):,} distinct sequences, evenly spaced by length"
     return sorted(by_length[picks].tolist()), rule
@@ -177,6 +180,9 @@ def _settings(request: ValidateRequest) -> Settings:
         for value in values:
             if value not in allowed:
                 raise UsageError(f"{name} {value!r} is none of {', '.join(allowed)}")
+    for dtype in request.thresholds:
+        if dtype not in request.dtypes:
+            raise UsageError(f"--threshold {dtype}: that precision is not computed; --dtype lists them")
     budget = request.token_budget or min(DEFAULT_TOKEN_BUDGETS[device.type], MOST_TOKENS)
     return Settings(device, budget, request.dtypes, request.thresholds, request.reference)
 

@@ -11,6 +11,7 @@ import csv
 import importlib.util
 import json
 import re
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 from statistics import median
@@ -198,7 +199,7 @@ def test_an_older_file_without_common_benchmarks(tmp_path: Path, gpu_like: Path)
     assert results.changes(small, large) == []
     write_report(CPU_RESULTS, [gpu_like], tmp_path / "report")
     text = (tmp_path / "report" / "speedup.md").read_text()
-    assert "It holds none of these benchmarks." in text
+    assert "benchmarks in both files did other work (tokens, sequences) there. None can be compared." in text
     assert not (tmp_path / "report" / "change-1.png").exists()
 
 
@@ -320,6 +321,52 @@ def test_missing_values_leave_no_column() -> None:
     content = deepcopy(dict(next(iter(found.suite("model"))).info))
     assert content["peak_memory_bytes"] is None
     assert content["launches"] is None
+
+
+def test_the_record_of_the_median_block_stands_for_a_variant(tmp_path: Path) -> None:
+    """Stages and errors come from it, and the rates of the spreadsheet from the median of all times."""
+    content = GPU_LIKE.make()
+    kept = [each for each in content["benchmarks"] if each["extra_info"]["suite"] == "end_to_end"]
+    own = [each for each in kept if each["params"] | {"block": 0} == kept[0]["params"]]
+    for number, each in enumerate(own):
+        seconds = [3.0, 1.0, 2.0, 5.0, 4.0][number]
+        each["extra_info"] |= {"seconds": seconds, "tokens_per_second": 100 / seconds, "useful_tokens": 100}
+        each["extra_info"]["stages"] = dict.fromkeys(each["extra_info"]["stages"], seconds)
+        each["stats"]["data"] = [seconds]
+    path = write_json(tmp_path / "x.json", content | {"benchmarks": own})
+    found = results.read_results(path)
+    (measurement,) = found.suite("end_to_end")
+    middle = sorted(each["extra_info"]["seconds"] for each in own)[(len(own) - 1) // 2]
+    assert set(measurement.info["stages"].values()) == {middle}
+    (row,) = speedup.measurement_rows(found)
+    assert row["tokens_per_second"] == pytest.approx(100 / row["seconds_median"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda benchmark: benchmark["stats"].update(data=[]), "has a time that is none"),
+        (lambda benchmark: benchmark["stats"].update(data=[0.0]), "has a time that is none"),
+        (lambda benchmark: benchmark["extra_info"].pop("model", None), "lacks what the report needs"),
+        (lambda benchmark: benchmark["extra_info"].pop("dtype", None), "lacks what the report needs"),
+    ],
+)
+def test_a_damaged_record_is_named(
+    change: Callable[[dict[str, Any]], None], message: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("matplotlib")
+    content = GPU_LIKE.make()
+    for benchmark in content["benchmarks"]:
+        change(benchmark)
+    with pytest.raises(ReportError, match=message):
+        write_report(write_json(tmp_path / "x.json", content), [], tmp_path / "report")
+
+
+def test_suites_without_a_section_are_listed(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    published = Path(__file__).parents[2] / "reports" / "published" / "cpu-amd-epyc-2-cores"
+    write_report(published / "runner-merge.json", [], tmp_path)
+    assert "| runner | merge copy |" in (tmp_path / "speedup.md").read_text()
 
 
 def test_reproducible_mode_is_compared(gpu_like: Path) -> None:

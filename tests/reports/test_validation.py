@@ -282,7 +282,7 @@ def test_every_protein_must_keep_to_the_thresholds(
     verdict = judge("fp16", [path_result(relative_l2, cosine)], Threshold(5e-3, 0.99999))
     assert verdict.passed == passed and verdict.num_failed == failed
     if failed:
-        assert verdict.worst_protein == (1 if failed == 1 and cosine[1] != 0.99998 else 0)
+        assert verdict.worst_protein == (1 if failed == 1 else 0)
 
 
 def test_one_bad_path_fails_the_mode() -> None:
@@ -295,11 +295,11 @@ def test_one_bad_path_fails_the_mode() -> None:
 def test_neighbours_are_those_of_the_reference() -> None:
     angles = torch.tensor([0.0, 1.0, 3.0, 7.0, 15.0, 31.0]).deg2rad().double()
     expected = torch.stack([angles.cos(), angles.sin()], 1)
-    assert rank_agreement(3 * expected, expected) == (1.0, 1.0, 5)
+    assert rank_agreement(3 * expected, expected) == (1.0, None, 5)  # the 5 nearest are all there are
     swapped = expected[[0, 5, 2, 3, 4, 1]]
     top1, top10, neighbours = rank_agreement(swapped, expected)
     # by hand: the nearest are 1 0 1 2 3 4 in the reference, and 5 4 5 2 3 0 in `swapped`
-    assert (top1, top10, neighbours) == (2 / 6, 1.0, 5)
+    assert (top1, top10, neighbours) == (2 / 6, None, 5)
     broken = expected.clone()
     broken[2] = float("nan")
     # 2 finds nothing and is not found, and was the nearest of 3
