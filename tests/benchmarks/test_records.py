@@ -53,6 +53,22 @@ def test_every_record_has_every_field(tmp_path: Path) -> None:
         ]
 
 
+def test_the_runners_overhead_is_measured(tmp_path: Path) -> None:
+    path = tmp_path / "out.json"
+    done = run(
+        "benchmarks/bench_runner.py",
+        "-k",
+        "overhead and demo",
+        "--blocks",
+        "1",
+        "--benchmark-json",
+        str(path),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (benchmark,) = json.loads(path.read_text())["benchmarks"]
+    assert 0 < benchmark["extra_info"]["ratio"] < 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

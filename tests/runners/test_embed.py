@@ -259,7 +259,7 @@ def test_the_same_run_again_is_already_complete(fasta, without_computing):
 def test_an_output_of_another_run_is_kept(fasta, changes, without_computing):
     run(fasta)
     before = (fasta.parent / "out.h5").read_bytes()
-    with pytest.raises(UsageError, match="other input or options .* was .*; --overwrite"):
+    with pytest.raises(UsageError, match=r"other input or options \(.* was .*\); --overwrite"):
         run(fasta, **changes)
     assert (fasta.parent / "out.h5").read_bytes() == before
     summary, _ = run(fasta, overwrite=True, **changes)
