@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from measuring import record
 
 from esm_packed.runners.fasta import ReadOptions
 from esm_packed.runners.index import build_index, open_index
@@ -65,13 +66,7 @@ def fasta(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def note(benchmark: Any, path: Path, num_records: int) -> None:
-    if benchmark.stats is None:  # --benchmark-disable
-        return
-    seconds = benchmark.stats.stats.min
-    benchmark.extra_info["megabytes"] = round(path.stat().st_size / 1e6, 1)
-    benchmark.extra_info["records"] = num_records
-    benchmark.extra_info["megabytes_per_second"] = round(path.stat().st_size / 1e6 / seconds, 1)
-    benchmark.extra_info["microseconds_per_record"] = round(1e6 * seconds / num_records, 3)
+    record(benchmark, suite="index", block=0, sequences=num_records, bytes=path.stat().st_size)
 
 
 def anonymous_bytes() -> int:
