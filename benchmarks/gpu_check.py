@@ -49,7 +49,10 @@ CARRIED = ROOT / ".gpu_packages"
 PARTS = 6
 """Processes those tests are divided among: most of their time is Triton's compiler."""
 
-RESULT_FILES = ("gpu_check", "benchmark", "tuned", "forward_passes", "peers", "end_to_end")
+RESULT_FILES = ("gpu_check", "benchmark", "tuned", "forward_passes", "peers", "end_to_end", "model_sizes")
+SUITE_OPTIONS = ("--blocks", "3", "--tokens", "65536")
+OTHER_SIZES = ("--dtype", "fp16", "--workload", "uniref")
+OTHER_SIZES += ("--model", "random:esm2_t30_150M_UR50D,random:esm2_t36_3B_UR50D")
 CLOSING_SECONDS = 8.0
 GRACE_SECONDS = 8.0
 LOG_CHARACTERS = 300_000
@@ -534,26 +537,33 @@ def all_sections() -> list[Section]:
         Section(
             "forward_passes",
             "suites",
-            suite("forward_passes", "bench_model.py", options=["--blocks", "3", "--tokens", "65536"]),
+            suite("forward_passes", "bench_model.py", options=SUITE_OPTIONS),
             450,
             needs_gpu=False,
         ),
         Section(
             "peers",
             "rivals",
-            suite("peers", "bench_peers.py", options=["--blocks", "3", "--tokens", "65536"]),
+            suite("peers", "bench_peers.py", options=SUITE_OPTIONS),
             300,
             needs_gpu=False,
         ),
         Section(
             "end_to_end",
             "rivals",
-            suite("end_to_end", "bench_end_to_end.py", "bench_attention.py", options=["--blocks", "3"]),
+            suite("end_to_end", "bench_end_to_end.py", "bench_attention.py", options=SUITE_OPTIONS[:2]),
             150,
             needs_gpu=False,
         ),
-        Section("memory", "evidence", in_process_of_its_own("memory"), 150, needs_gpu=False),
-        Section("validation", "evidence", validation, 250, needs_gpu=False),
+        Section("memory", "evidence", in_process_of_its_own("memory"), 120, needs_gpu=False),
+        Section("validation", "evidence", validation, 160, needs_gpu=False),
+        Section(
+            "model_sizes",
+            "evidence",
+            suite("model_sizes", "bench_model.py", options=[*SUITE_OPTIONS, *OTHER_SIZES]),
+            200,
+            needs_gpu=False,
+        ),
     ]
 
 
