@@ -28,6 +28,7 @@ REPRODUCIBLE = (
     *([("esm_packed_graphs", "fixed")] if ON_GPU else []),
 )
 DTYPES = ("fp32", "tf32", "fp16", "bf16") if ON_GPU else ("fp32", "fp16", "bf16")
+DEFAULT_DTYPE = "fp16" if ON_GPU else "fp32"
 LARGER_BUDGET_DTYPES = ("fp16",) if ON_GPU else ()
 """In these, packs of twice the budget are measured, too: they take as much memory as FP32's."""
 
@@ -40,8 +41,8 @@ def parameters(config: pytest.Config) -> dict[str, list[Any]]:
     variants = [
         (dtype, layout, budget)
         for dtype in config.getoption("--dtype") or DTYPES
-        for layout in ("packed", "padded")
-        if every or layout == "packed" or dtype == "fp32"
+        for layout in ("packed", "padded", "padded_unsorted")
+        if layout == "packed" or dtype == DEFAULT_DTYPE or (every and layout == "padded")
     ]
     variants += [
         (dtype, "packed", 2 * budget)
@@ -89,8 +90,7 @@ def test_reproducible(
     benchmark.group = "reproducible"
     total_tokens = pytestconfig.getoption("--tokens") or REPRODUCIBLE_TOKENS
     budget = pytestconfig.getoption("--token-budget") or DEFAULT_TOKEN_BUDGETS[DEVICE.type]
-    dtype = "fp16" if ON_GPU else "fp32"
-    ready = contest.ready(Entry(provider, model, "uniref", total_tokens, dtype, layout, budget))
+    ready = contest.ready(Entry(provider, model, "uniref", total_tokens, DEFAULT_DTYPE, layout, budget))
     benchmark.pedantic(ready.run, rounds=3 if ON_GPU else 1)
     ready.record(benchmark, "reproducible", block)
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from batching import plan_unsorted
 from measuring import DEVICE, ON_GPU, record
 from workloads import WORKLOADS, sample_residues
 
@@ -20,17 +21,6 @@ NUM_SEQUENCES = (1000, 1_000_000 if ON_GPU else 50_000)
 
 TOKEN_BUDGETS = tuple(DEFAULT_TOKEN_BUDGETS.values())
 Packs = Sequence[npt.NDArray[np.int64]]
-
-
-def plan_unsorted(lengths: npt.NDArray[np.int64], token_budget: int) -> Packs:
-    """Padded batches in the order of the input, each as large as the budget allows."""
-    batches, start, longest = [], 0, 0
-    for index, length in enumerate(lengths.tolist()):
-        longest = max(longest, length)
-        if index > start and (index + 1 - start) * longest > token_budget:
-            batches.append(np.arange(start, index))
-            start, longest = index, length
-    return [*batches, np.arange(start, len(lengths))]
 
 
 PLANNERS: dict[str, Callable[[npt.NDArray[np.int64], int], Packs]] = {

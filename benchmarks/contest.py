@@ -69,7 +69,7 @@ class Entry:
         workload: one of `WORKLOADS`.
         total_tokens: of all proteins, BOS and EOS included.
         dtype: precision mode.
-        layout: one of `LAYOUTS`; None where it is not known.
+        layout: one of `batching.LAYOUTS`; None where it is not known.
         token_budget: tokens computed together, padding included; None where the provider chooses.
     """
 
@@ -123,6 +123,7 @@ class Ready:
             useful_tokens=sum(residues) + SPECIAL_TOKENS * len(residues),
             padded_tokens=self.provider.padded_tokens,
             flops=None if is_floor else flops_of(self.config, residues),
+            computed_flops=getattr(self.provider, "computed_flops", None),
             floor_seconds=None if is_floor else forward_floor(self.config, residues, entry.dtype, budget)[1],
             peak_memory_bytes=self.peak_memory_bytes,
             launches=self.launches,
@@ -363,7 +364,7 @@ def expect_backend(provider: Provider) -> Iterator[None]:
         yield
     finally:
         model.attend = attend
-    wanted = 0 if provider.layout == "padded" else len(provider.batches) * model.config.num_layers
+    wanted = 0 if provider.layout.startswith("padded") else len(provider.batches) * model.config.num_layers
     assert calls == wanted, f"attention {model.attention_backend} was called {calls} times, not {wanted}"
 
 
@@ -376,7 +377,7 @@ def check_activities(provider: EsmPacked, activities: Sequence[str]) -> None:
     copies = [name for name in activities if "Memcpy HtoD" in name or "Memcpy DtoH" in name]
     assert not copies, f"the timed pass copies: {copies[:3]}"
     part = _ATTENTION_KERNELS.get(provider.model.attention_backend)
-    if provider.layout != "padded" and part is not None:
+    if not provider.layout.startswith("padded") and part is not None:
         assert any(part in name for name in activities), (
             f"no kernel of attention backend {provider.model.attention_backend} ran"
         )

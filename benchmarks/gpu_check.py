@@ -49,8 +49,10 @@ CARRIED = ROOT / ".gpu_packages"
 PARTS = 6
 """Processes those tests are divided among: most of their time is Triton's compiler."""
 
-RESULT_FILES = ("gpu_check", "benchmark", "tuned", "forward_passes", "peers", "end_to_end", "model_sizes")
+RESULT_FILES = ("gpu_check", "benchmark", "tuned")
+RESULT_FILES += ("forward_passes", "peers", "end_to_end", "attention", "model_sizes")
 SUITE_OPTIONS = ("--blocks", "3", "--tokens", "65536")
+END_TO_END_OPTIONS = ("--blocks", "3", "--tokens", "2000000", "--dtype", "fp16")
 OTHER_SIZES = ("--dtype", "fp16", "--workload", "uniref")
 OTHER_SIZES += ("--model", "random:esm2_t30_150M_UR50D,random:esm2_t36_3B_UR50D")
 CLOSING_SECONDS = 8.0
@@ -551,8 +553,15 @@ def all_sections() -> list[Section]:
         Section(
             "end_to_end",
             "rivals",
-            suite("end_to_end", "bench_end_to_end.py", "bench_attention.py", options=SUITE_OPTIONS[:2]),
-            150,
+            suite("end_to_end", "bench_end_to_end.py", options=END_TO_END_OPTIONS),
+            100,
+            needs_gpu=False,
+        ),
+        Section(
+            "attention",
+            "rivals",
+            suite("attention", "bench_attention.py", options=SUITE_OPTIONS),
+            60,
             needs_gpu=False,
         ),
         Section("memory", "evidence", in_process_of_its_own("memory"), 120, needs_gpu=False),

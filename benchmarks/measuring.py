@@ -15,6 +15,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from gpu_timing import copy_rate, matmul_rate
 
@@ -44,6 +45,7 @@ FIELDS = (
     "tokens_per_second",
     "sequences_per_second",
     "flops",
+    "computed_flops",
     "flops_per_second",
     "mfu_measured",
     "mfu_datasheet",
@@ -56,8 +58,8 @@ FIELDS = (
     "relative_error",
     "launches",
 )
-"""`useful_tokens` counts BOS, residues and EOS, `padded_tokens` all that is computed, padding included.
-
+"""`useful_tokens` counts BOS, residues and EOS, `padded_tokens` all that is computed, padding included,
+as `flops` and `computed_flops` count operations.
 `floor_seconds` is `forward_floor` and `share_of_floor` that over the time.
 """
 
@@ -92,7 +94,7 @@ def gpu_name() -> str | None:
     return torch.cuda.get_device_name(DEVICE) if ON_GPU else None
 
 
-def flops_of(config: ESM2Config, residues: Sequence[int]) -> float:
+def flops_of(config: ESM2Config, residues: npt.ArrayLike) -> float:
     """Floating-point operations of a forward pass on useful tokens, without the language-model head."""
     return float(sequence_flops(np.asarray(residues, dtype=np.int64), config).sum())
 

@@ -14,14 +14,15 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from batching import LAYOUTS, computed_lengths
 from flash_attn_stand_in import flash_attn_importable
-from measuring import DEVICE
+from measuring import DEVICE, flops_of
 
 from esm_packed.alphabet import BOS_ID, EOS_ID, MASK_ID, PAD_ID, VOCAB_SIZE, encode
 from esm_packed.config import ESM2Config
 from esm_packed.graphs import GraphedESM2
-from esm_packed.layouts import LAYOUTS
 from esm_packed.model import ESM2, LAYER_NORM_EPS
 from esm_packed.numerics import PRECISIONS, matmul_precision
 from esm_packed.packing import SPECIAL_TOKENS, PackedBatch
@@ -87,7 +88,7 @@ def lay_out(
 
 
 class EsmPacked(_Batched):
-    """This package: batches of `token_budget` tokens in one of `LAYOUTS`, mean of the last layer.
+    """This package: batches of `token_budget` tokens in one of `batching.LAYOUTS`, mean of the last layer.
 
     With `graphs` forward passes are replayed as CUDA graphs, which needs the layout `fixed`.
     """
@@ -99,13 +100,15 @@ class EsmPacked(_Batched):
         self.graphed = GraphedESM2(model) if graphs else None
         self.token_budget = token_budget
         self.layout = layout
-        self.backend = "sdpa, masked" if layout == "padded" else model.attention_backend
+        self.backend = "sdpa, masked" if layout.startswith("padded") else model.attention_backend
 
     def prepare(self, sequences: Sequence[str]) -> None:
         batches = lay_out(sequences, self.token_budget, self.layout)
         self.members = [members for members, _ in batches]
         self.batches = [batch for _, batch in batches]
         self.padded_tokens = sum(batch.total_tokens for batch in self.batches)
+        lengths = np.concatenate([computed_lengths(batch, self.layout) for batch in self.batches])
+        self.computed_flops = flops_of(self.model.config, lengths - SPECIAL_TOKENS)
 
     def run(self) -> None:
         last = self.model.config.num_layers

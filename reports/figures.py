@@ -79,7 +79,7 @@ def forward_times(results: Results) -> Figure:
                 [m.seconds for m in points],
                 [workloads.index(m.info["workload"]) + _offset(index, len(variants)) for m in points],
                 _style(dtype, layout, is_larger=budget > min(budgets)),
-                f"{dtype.upper()} {layout}, {budget:,} tokens a batch",
+                f"{dtype.upper()} {layout.replace('_', ', ')}, {budget:,} tokens a batch",
             )
         _lanes(axes, workloads)
         _log_axis(axes, "")
@@ -97,10 +97,11 @@ def _variant(measurement: Measurement) -> tuple[str, str, int]:
 
 
 def _style(dtype: str, layout: str, *, is_larger: bool = False, is_combined: bool = False) -> Style:
-    """Colours are precisions; hollow is padded, a diamond a larger budget, a star both steps together."""
+    """Colours are precisions; hollow is padded, a square in input order, a diamond a larger budget, a star
+    both steps together."""
     colour = _DTYPE_COLOURS.get(dtype, _GREY)
-    face = "white" if layout == "padded" else colour
-    marker = "*" if is_combined else "D" if is_larger else "o"
+    face = "white" if layout.startswith("padded") else colour
+    marker = "*" if is_combined else "D" if is_larger else "s" if layout.endswith("unsorted") else "o"
     return {"marker": marker, "color": colour, "markerfacecolor": face, "markersize": 7 if is_combined else 5}
 
 
@@ -130,7 +131,7 @@ def speedups(kinds: Mapping[str, Sequence[Comparison]]) -> Figure:
                 [workloads.index(c.workload) + _offset(index, len(names)) for c in points],
                 _style(
                     fast.info["dtype"],
-                    fast.info["layout"],
+                    "unsorted" if "input order" in name else fast.info["layout"],
                     is_larger="packs of" in name,
                     is_combined="padded" in name and "packed" in name and kind != "packed over padded",
                 ),

@@ -214,12 +214,13 @@ def precision_comparisons(results: Results) -> list[Comparison]:
 
 
 def layout_comparisons(results: Results) -> list[Comparison]:
-    """Packed over padded, in the same precision and at the same budget."""
+    """Packed over padded, sorted and in input order, in the same precision and at the same budget."""
+    orders = {"padded": "", "padded_unsorted": " in input order"}
     return _compare(
         results,
         lambda info: info["layout"] == "packed",
-        lambda info, other: other["layout"] == "padded" and _same(info, other, "dtype", "token_budget"),
-        lambda info, other: f"packed over padded, {info['dtype'].upper()}",
+        lambda info, other: other["layout"] in orders and _same(info, other, "dtype", "token_budget"),
+        lambda info, other: f"packed over padded{orders[other['layout']]}, {info['dtype'].upper()}",
     )
 
 

@@ -95,13 +95,15 @@ def comparison_table(comparisons: Sequence[Comparison]) -> Table:
     """Times of both variants, the ratio, and what else changes."""
     headers = (
         "comparison", "model", "lengths", "time before", "time after", "times as fast (range of blocks)",
-        "time saved", "tokens/s after", "sequences/s after", "peak memory before", "peak memory after",
+        "fewer operations", "time saved", "tokens/s after", "sequences/s after", "peak memory before",
+        "peak memory after",
     )  # fmt: skip
     rows = []
     for c in comparisons:
         if c.slow is None or c.fast is None:
             cells = [""] * 2
             rest = [""] * 4
+            fewer = ""
         else:
             cells = [spread_text(c.slow.seconds), spread_text(c.fast.seconds)]
             rest = [
@@ -110,8 +112,12 @@ def comparison_table(comparisons: Sequence[Comparison]) -> Table:
                 _memory(c.slow.info.get("peak_memory_bytes")),
                 _memory(c.fast.info.get("peak_memory_bytes")),
             ]
+            before, after = (m.info.get("computed_flops") for m in (c.slow, c.fast))
+            fewer = f"{before / after:.2f}x" if before and after else ""
         saved = _percent(1 - 1 / c.times.middle) if c.times.middle >= 1 else ""
-        rows.append([c.what, short_model(c.model), c.workload, *cells, times_text(c.times), saved, *rest])
+        rows.append(
+            [c.what, short_model(c.model), c.workload, *cells, times_text(c.times), fewer, saved, *rest]
+        )
     return without_empty_columns(Table(headers, rows))
 
 

@@ -152,7 +152,8 @@ def _sections(results: Results, older: Sequence[Results]) -> Iterator[Section]:
             "Precision, and packed against padded",
             "Times of whole forward passes over the same proteins. The last line of a group weighs all "
             "length classes alike. Padded batches are sorted by length, as fair-esm's esm-extract makes "
-            "them.",
+            "them, unless it says in input order. Fewer operations: how many times as many floating-point "
+            "operations, padding and attention included, the slower side computes.",
             [comparison_table(comparisons)],
             ("speedups", lambda: figures.speedups(kinds)),
         )

@@ -33,9 +33,13 @@ def test_every_record_has_every_field(tmp_path: Path) -> None:
     content = json.loads(path.read_text())
     records = [benchmark["extra_info"] for benchmark in content["benchmarks"]]
     own = [record for record in records if record["suite"] == "model"]
-    assert [record["block"] for record in own] == [0, 0, 1, 1]  # variants take turns
-    assert [record["layout"] for record in own] == ["packed", "padded"] * 2
+    assert [record["block"] for record in own] == [0, 0, 0, 1, 1, 1]  # variants take turns
+    assert [record["layout"] for record in own] == ["packed", "padded", "padded_unsorted"] * 2
     for record in own:
+        padding = record["padded_tokens"] - record["useful_tokens"]
+        least = record["flops"] + 24 * 6 * 320**2 * padding  # and attention to the padding
+        assert record["computed_flops"] >= least and (padding == 0) == (record["layout"] == "packed")
+        assert padding or record["computed_flops"] == record["flops"]
         assert record.keys() >= set(FIELDS)
         assert record["useful_tokens"] == 150
         assert record["tokens_per_second"] == pytest.approx(150 / record["seconds"])

@@ -73,7 +73,7 @@ def strict(monkeypatch: pytest.MonkeyPatch) -> StrictBenchmark:
     return StrictBenchmark(monkeypatch, TOKENISERS + PACKERS)
 
 
-@pytest.mark.parametrize("layout", ["packed", "padded"])
+@pytest.mark.parametrize("layout", ["packed", "padded", "padded_unsorted"])
 def test_a_forward_pass_prepares_nothing(
     layout: str, contest: Any, options: Any, strict: StrictBenchmark
 ) -> None:

@@ -98,6 +98,7 @@ def make(slower: float = 1.0, seed: int = SEED) -> dict[str, Any]:
                         mfu_datasheet=0.45,
                         peak_memory_bytes=round(size * (2 if half else 4) * 1.3e6 * budget / 32768),
                         share_of_floor=0.6,
+                        computed_flops=1e15 * waste,
                         relative_error={"fp32": 2e-7, "tf32": 4e-4, "fp16": 2e-4, "bf16": 4e-3}[dtype],
                         launches=400,
                     )

@@ -379,3 +379,14 @@ def test_reproducible_mode_is_compared(gpu_like: Path) -> None:
             1.02 / 0.8, rel=0.05
         ),
     }
+
+
+def test_operations_saved_stand_beside_the_speedup(gpu_like: Path) -> None:
+    found = results.read_results(gpu_like)
+    table = speedup.comparison_table(results.layout_comparisons(found))
+    column = list(table.headers).index("fewer operations")
+    times = {row[2]: row[column] for row in table.rows if row[0] == "packed over padded, FP16"}
+    assert times == {
+        **{workload: f"{1 / (1 - padding):.2f}x" for workload, padding in GPU_LIKE.WORKLOADS.items()},
+        "all": "",
+    }
