@@ -82,6 +82,6 @@ def test_peer(
         ready = contest.ready(entry)
     except (ImportError, OtherModelError) as error:
         pytest.skip(f"{provider} in {dtype}: {error}")
-    benchmark.pedantic(ready.run, rounds=3 if ON_GPU else 1)
+    benchmark.pedantic(ready.run, rounds=3 if ON_GPU and dtype != "fp32" else 1)
     inside = {"seconds_inside": getattr(ready.provider, "seconds_inside", None)}  # of esm-cpp's own process
     ready.record(benchmark, "peers", block, **inside)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import json
 import os
@@ -168,6 +169,7 @@ def peak_memory(run: Callable[[], object], resident_bytes: int) -> int | None:
     """Most bytes of GPU memory that `run` allocates, plus `resident_bytes`; None on a CPU."""
     if not ON_GPU:
         return None
+    gc.collect()  # an earlier model that is held by a cycle must not be freed within
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated(DEVICE)
     torch.cuda.reset_peak_memory_stats(DEVICE)

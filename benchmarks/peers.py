@@ -160,7 +160,8 @@ class Transformers(_Batched):
 
     def __init__(self, model_name: str, dtype: str, token_budget: int, *, compiled: bool = False) -> None:
         checkpoint = load_checkpoint(model_name)
-        model = self._make(checkpoint.config)
+        with torch.device(DEVICE):  # values that are replaced at once are made fastest there
+            model = self._make(checkpoint.config)
         tensors = {
             name.removeprefix("esm."): tensor
             for name, tensor in hub_tensors(checkpoint.tensors).items()

@@ -7,6 +7,7 @@ up to powers of two, which leaves a handful of shapes.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -58,6 +59,7 @@ class GraphedESM2:
     def __init__(self, model: ESM2) -> None:
         self.model = model
         self._recorded: dict[Shape, _Recorded] = {}
+        self._stream = torch.cuda.Stream(model.device)  # type: ignore[no-untyped-call]
         self._pool: Any = None
 
     @property
@@ -77,22 +79,24 @@ class GraphedESM2:
         load(recorded.batch, batch)
         recorded.graph.replay()
         # The next replay overwrites the rows.
-        return {layer: rows[batch.segments].clone() for layer, rows in recorded.rows.items()}
+        in_use = slice(batch.cu_seqlens.numel() - 1)
+        return {layer: rows[in_use][batch.segments].clone() for layer, rows in recorded.rows.items()}
 
     def _record(self, shape: Shape, batch: PackedBatch) -> _Recorded:
         static = empty_batch(shape, batch)
         load(static, batch)
         stream = torch.cuda.current_stream(self.model.device)
-        side_stream = torch.cuda.Stream(self.model.device)  # type: ignore[no-untyped-call]
-        side_stream.wait_stream(stream)
-        with torch.cuda.stream(side_stream):
+        self._stream.wait_stream(stream)
+        with torch.cuda.stream(self._stream):
             for _ in range(WARM_UPS):
                 self.model.embed_packed(static, shape.layers)
-        stream.wait_stream(side_stream)
+        stream.wait_stream(self._stream)
+        gc.collect()  # freeing another model's graphs must not fall into the recording
         graph = torch.cuda.CUDAGraph()
+        # Without a stream of this device's, the current device would be recorded, which may be another one.
         # Other threads pin memory meanwhile, which the default mode forbids. Replays follow each other on one
         # stream, so graphs may share their memory.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             rows = self.model.embed_packed(static, shape.layers)
         self._pool = graph.pool()
         return _Recorded(graph, static, rows)

@@ -91,7 +91,7 @@ def test_replays_give_each_batch_its_own_rows(monkeypatch: pytest.MonkeyPatch) -
     model = RecordingModel(ESM2.from_pretrained("demo", dtype="fp32"))
 
     @contextmanager
-    def record(graph: StandInGraph, pool: object, capture_error_mode: str) -> Iterator[None]:
+    def record(graph: StandInGraph, **options: object) -> Iterator[None]:
         model.recording = graph
         yield
         model.recording = None

@@ -99,8 +99,9 @@ def test_memory_that_runs_out_halves_packs(cuda_device: torch.device, sequences:
     assert pipeline.times.num_halved > 0
     for shard, whole in zip(shards, expected, strict=True):
         computed = shard.status != STATUS_FAILED
+        assert computed.any()
         assert (
-            relative_errors(shard.embeddings[LAST][computed], whole.embeddings[LAST][computed]).max() < 1e-3
+            relative_errors(shard.embeddings[LAST][computed], whole.embeddings[LAST][computed]).max() < 5e-3
         )
 
 
