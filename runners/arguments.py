@@ -177,7 +177,7 @@ def _add_embed(commands: argparse._SubParsersAction[_Parser]) -> None:
         "--reproducible",
         action="store_true",
         help="packs of one size, filled up: an embedding has the same bits whatever it is computed with "
-        "(same kind of device, versions, precision and --token-budget)",
+        "(same kind of device, threads, versions, precision and --token-budget)",
     )
     compute.add_argument(
         "--cuda-graphs",

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import workloads
+from batching import LAYOUTS, computed_lengths, plan_unsorted
 from workloads import MAX_RESIDUES, WORKLOADS, proteins, sample_residues, token_lengths, write_fasta
 
 from esm_packed.alphabet import encode
@@ -85,3 +86,23 @@ def test_the_fasta_file_holds_the_proteins(tmp_path: Path) -> None:
     lines = (tmp_path / "a.fasta").read_text().split("\n")
     assert lines[1:-1:2] == sequences
     assert lines[0] == ">p0"
+
+
+def test_what_attention_computes_in_each_layout() -> None:
+    """By hand: rows of a padded batch are as long as its longest; a filled pack has padding behind."""
+    token_ids = [np.full(residues, 5, dtype=np.uint8) for residues in (3, 7)]
+    lengths = {
+        name: computed_lengths(layout.lay_out(token_ids, 20), name).tolist()
+        for name, layout in LAYOUTS.items()
+    }
+    assert lengths == {
+        "packed": [5, 9],
+        "fixed": [5, 9, 6],
+        "padded": [9, 9],
+        "padded_unsorted": [9, 9],
+    }
+
+
+def test_batches_in_input_order() -> None:
+    batches = [batch.tolist() for batch in plan_unsorted([4, 2, 5, 5, 1, 30, 1], 10)]
+    assert batches == [[0, 1], [2, 3], [4], [5], [6]]
