@@ -9,10 +9,16 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
-from esm_packed.config import ESM2_MODELS
+from esm_packed.attention import select_backend
+from esm_packed.config import ESM2_MODELS, ESM2Config
+from esm_packed.model import ESM2
+from esm_packed.numerics import PRECISIONS
+from esm_packed.packing import SPECIAL_TOKENS, pack
 from esm_packed.runners import plan as plan_module
 from esm_packed.runners.plan import (
     MAX_SHARD_BYTES,
@@ -22,6 +28,7 @@ from esm_packed.runners.plan import (
     cut_shards,
     sequence_flops,
 )
+from esm_packed.weights import Checkpoint, RandomTensors
 
 CONFIG = ESM2_MODELS["esm2_t6_8M_UR50D"]
 IDENTITY = {"inputs": [{"size": 3, "sha256": "ab"}], "layers": [6], "token_budget": 128, "dtype": "fp32"}
@@ -81,6 +88,27 @@ def test_sums_stay_exact_enough_for_hundreds_of_millions_of_records() -> None:
     """Cumulative costs of a large input are near 1e20, where doubles are 16,384 apart."""
     flops = costs(np.array([300], np.int32), np.array([True]))[0]
     assert np.spacing(flops * 5e8) < flops / 1e4
+
+
+def test_flops_by_hand() -> None:
+    """3 layers, hidden size 8; 4 and 10 residues are 6 and 12 tokens with BOS and EOS."""
+    flops = sequence_flops(np.array([4, 10]), ESM2Config(3, 8, 2))
+    # 24 * 8^2 = 1536 for a token, 4 * 8 = 32 for a pair of tokens
+    assert flops.tolist() == [3 * (1536 * 6 + 32 * 36), 3 * (1536 * 12 + 32 * 144)]
+
+
+def test_flops_are_those_that_torch_counts() -> None:
+    """In FP64 with the reference backend, where nothing goes around the operations that torch counts."""
+    config, precision, cpu = ESM2Config(3, 64, 4), PRECISIONS["fp64"], torch.device("cpu")
+    backend = select_backend("reference", cpu, precision, config.head_dim)
+    checkpoint = Checkpoint("", config, RandomTensors(config), "", "")
+    model = ESM2.from_checkpoint(checkpoint, cpu, precision, backend)
+    residues = [5, 31, 90]
+    batch = pack([np.full(length, 5, np.uint8) for length in residues])
+    assert batch.total_tokens == sum(residues) + SPECIAL_TOKENS * len(residues)
+    with FlopCounterMode(display=False) as counter:
+        model.embed_packed(batch, [config.num_layers])
+    assert counter.get_total_flops() == sequence_flops(np.array(residues), config).sum()
 
 
 words = st.text(st.characters(codec="utf-8"), max_size=20)
