@@ -34,6 +34,8 @@ from esm_packed.packing import SPECIAL_TOKENS, pack
 from esm_packed.weights import Checkpoint, load_checkpoint, tensor_shapes
 
 NUM_CHECKED = 5
+"""Proteins from the shortest to the longest that are held against FP64, beside the first and the last."""
+
 MAX_RELATIVE_ERRORS = {"fp32": 1e-5, "tf32": 5e-3, "fp16": 5e-3, "bf16": 3e-2}
 """Of this package's mean embeddings."""
 
@@ -142,10 +144,15 @@ class Truth:
 
 
 def checked_indices(sequences: Sequence[str]) -> list[int]:
-    """A few proteins, from the shortest to the longest."""
+    """The first and the last protein, and a few from the shortest to the longest."""
     by_length = np.argsort([len(sequence) for sequence in sequences], kind="stable")
     picked = np.linspace(0, len(sequences) - 1, min(NUM_CHECKED, len(sequences))).astype(int)
-    return [int(index) for index in by_length[picked]]
+    return list(dict.fromkeys([0, len(sequences) - 1, *by_length[picked].tolist()]))
+
+
+def nonfinite_indices(computed: Sequence[torch.Tensor] | torch.Tensor) -> list[int]:
+    """Proteins with NaN or Inf in what was computed for them."""
+    return [index for index, values in enumerate(computed) if not values.isfinite().all()]
 
 
 def weight_bytes(checkpoint: Checkpoint, dtype: str) -> int:
@@ -304,31 +311,39 @@ class Contest:
         return rivals[name]()
 
     def _errors(self, entry: Entry, provider: Provider, sequences: Sequence[str]) -> dict[str, float | None]:
-        """How far what `run` just computed is from FP64.
+        """How far what `run` just computed is from FP64, for a few proteins; all must be finite.
 
         A provider that takes other rotary frequencies than the checkpoint's is held against FP64 with those;
         how far it thereby is from the checkpoint's own embeddings is recorded beside.
         """
+        is_own = entry.provider.startswith("esm_packed")
+        refusal = AssertionError if is_own else OtherModelError
+        rows, all_logits = provider.embeddings(), provider.logits()
+        for name, computed in (("embeddings", rows), ("logits", all_logits)):
+            if computed is not None and (bad := nonfinite_indices(computed)):
+                raise refusal(f"{name} of {len(bad)} proteins are not finite, such as {bad[:3]}")
         indices = checked_indices(sequences)
         truth = self._truth(entry, sequences, provider.rounded_frequencies)
-        embeddings = provider.embeddings()[indices].double()
+        embeddings = rows[indices].double()
         errors: dict[str, float | None] = {
-            "relative_error": _worst(embeddings, truth.embeddings),
+            "relative_error": worst_relative_error(embeddings, truth.embeddings),
             "max_error": float((embeddings - truth.embeddings).abs().max()),
         }
-        is_own = entry.provider.startswith("esm_packed")
         allowed = (MAX_RELATIVE_ERRORS if is_own else RIVALS_MAX_RELATIVE_ERRORS)[entry.dtype]
         compared = {"relative_error": errors["relative_error"]}
-        if (logits := provider.logits()) is not None:
-            errors["relative_error_logits"] = _worst([logits[index] for index in indices], truth.logits)
+        if all_logits is not None:
+            errors["relative_error_logits"] = worst_relative_error(
+                [all_logits[index] for index in indices], truth.logits
+            )
             compared["relative_error_logits"] = errors["relative_error_logits"]
         for name, error in compared.items():
             if not error <= allowed:  # type: ignore[operator]
-                message = f"{name} to FP64 is {error:.1e}, allowed are {allowed}"
-                raise AssertionError(message) if is_own else OtherModelError(message)
+                raise refusal(f"{name} to FP64 is {error:.1e}, allowed are {allowed}")
         if not provider.rounded_frequencies:
             checkpoints_own = self._truth(entry, sequences, rounded_frequencies=True)
-            errors["relative_error_to_checkpoint"] = _worst(embeddings, checkpoints_own.embeddings)
+            errors["relative_error_to_checkpoint"] = worst_relative_error(
+                embeddings, checkpoints_own.embeddings
+            )
         return errors
 
     def _truth(self, entry: Entry, sequences: Sequence[str], rounded_frequencies: bool) -> Truth:
@@ -393,8 +408,11 @@ def check_activities(provider: EsmPacked, activities: Sequence[str]) -> None:
         )
 
 
-def _worst(
+def worst_relative_error(
     computed: Sequence[torch.Tensor] | torch.Tensor, truth: Sequence[torch.Tensor] | torch.Tensor
 ) -> float:
-    errors = [(c.double() - t).norm() / t.norm() for c, t in zip(computed, truth, strict=True)]
+    """Largest relative L2 error of a protein, formed in FP64; NaN if one is NaN."""
+    errors = [
+        (c.double() - t.double()).norm() / t.double().norm() for c, t in zip(computed, truth, strict=True)
+    ]
     return float(torch.stack(errors).max())

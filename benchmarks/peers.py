@@ -66,7 +66,7 @@ class _Batched:
 
     def embeddings(self) -> torch.Tensor:
         rows = torch.cat(self.rows)
-        ordered = torch.empty_like(rows)
+        ordered = torch.full_like(rows, torch.nan)  # what no batch computes must not pass for an embedding
         ordered[torch.tensor([index for members in self.members for index in members])] = rows
         return ordered.cpu()
 

@@ -1,0 +1,171 @@
+"""What is compared is held against FP64 as a whole before it is timed."""
+
+from __future__ import annotations
+
+import importlib
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from workloads import proteins
+
+pytest.importorskip("pytest_benchmark", reason="benchmarks need pytest-benchmark")
+
+MODEL, WORKLOAD, TOTAL_TOKENS = "demo", "short50", 1500
+SEQUENCES = proteins(WORKLOAD, TOTAL_TOKENS)
+LENGTHS = [len(sequence) for sequence in SEQUENCES]
+ENDS = {
+    "first": 0,
+    "last": len(SEQUENCES) - 1,
+    "shortest": int(np.argmin(LENGTHS)),
+    "longest": int(np.argmax(LENGTHS)),
+}
+
+contest = importlib.import_module("contest")
+
+
+class NeverTimed:
+    """Takes the place of pytest-benchmark's fixture."""
+
+    group: str | None = None
+
+    def pedantic(self, *_: Any, **__: Any) -> None:
+        pytest.fail("timed before it was checked")
+
+
+@pytest.fixture
+def options() -> Any:
+    values = {"--tokens": TOTAL_TOKENS, "--token-budget": 256, "--full": True}
+    return SimpleNamespace(getoption=values.get)
+
+
+def spoil(monkeypatch: pytest.MonkeyPatch, protein: int, factor: float) -> None:
+    """Have esm-packed give `factor` times what it should for one protein."""
+    embeddings = contest.EsmPacked.embeddings
+
+    def spoiled(provider: Any) -> torch.Tensor:
+        rows: torch.Tensor = embeddings(provider)
+        rows[protein] *= factor
+        return rows
+
+    monkeypatch.setattr(contest.EsmPacked, "embeddings", spoiled)
+
+
+def as_rival(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have every rival computed by esm-packed, so that it needs no other package."""
+
+    def load(self: Any, entry: Any) -> Any:
+        return contest.EsmPacked(self.model(entry.model, entry.dtype), entry.token_budget)
+
+    monkeypatch.setattr(contest.Contest, "_load", load)
+
+
+def test_the_ends_are_checked_among_others() -> None:
+    """The workload has all ends in different places, so that none is checked for the sake of another."""
+    assert len(set(ENDS.values())) == 4
+    indices = contest.checked_indices(SEQUENCES)
+    assert set(ENDS.values()) < set(indices)
+    assert len(set(indices)) == len(indices) < len(SEQUENCES)
+    assert contest.checked_indices(["MK"]) == [0]
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_a_wrong_end_is_not_timed(end: str, monkeypatch: pytest.MonkeyPatch, options: Any) -> None:
+    spoil(monkeypatch, ENDS[end], 1.001)
+    with pytest.raises(AssertionError, match=r"relative_error to FP64 is 1\.0e-03"):
+        importlib.import_module("bench_model").test_model(
+            0, MODEL, WORKLOAD, "fp32", "packed", 256, contest.Contest(), NeverTimed(), options
+        )
+
+
+@pytest.mark.parametrize("factor", [float("nan"), float("inf")])
+def test_nan_in_any_protein_is_not_timed(
+    factor: float, monkeypatch: pytest.MonkeyPatch, options: Any
+) -> None:
+    unchecked = set(range(len(SEQUENCES))) - set(contest.checked_indices(SEQUENCES))
+    for protein in (ENDS["first"], min(unchecked)):
+        with monkeypatch.context() as patch:
+            spoil(patch, protein, factor)
+            with pytest.raises(AssertionError, match=rf"not finite.*\[{protein}\]"):
+                importlib.import_module("bench_model").test_model(
+                    0, MODEL, WORKLOAD, "fp32", "packed", 256, contest.Contest(), NeverTimed(), options
+                )
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_a_rival_with_nan_is_skipped_and_says_why(
+    dtype: str, monkeypatch: pytest.MonkeyPatch, options: Any
+) -> None:
+    as_rival(monkeypatch)
+    unchecked = set(range(len(SEQUENCES))) - set(contest.checked_indices(SEQUENCES))
+    spoil(monkeypatch, max(unchecked), float("nan"))
+    ring = contest.Contest()
+    for block in range(2):
+        with pytest.raises(pytest.skip.Exception, match=f"fair_esm in {dtype}: .*not finite"):
+            importlib.import_module("bench_peers").test_peer(
+                block, MODEL, WORKLOAD, "fair_esm", dtype, ring, NeverTimed(), options
+            )
+
+
+def test_logits_are_checked_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    as_rival(monkeypatch)
+    entry = contest.Entry("esm_cpp", MODEL, WORKLOAD, TOTAL_TOKENS, "fp32", None, 256)
+    model = contest.Contest().model(MODEL, "fp32")
+    right = []
+    for sequence in SEQUENCES:
+        batch = contest.pack([contest.encode(sequence)])
+        output = model.forward_packed(
+            batch.input_ids, batch.cu_seqlens, batch.max_seqlen, [], return_logits=True
+        )
+        right.append(output.logits)
+    given = [list(right) for _ in range(3)]
+    unchecked = set(range(len(SEQUENCES))) - set(contest.checked_indices(SEQUENCES))
+    given[1][-1] = 1.001 * right[-1]
+    given[2][min(unchecked)] = float("nan") * right[min(unchecked)]
+    for logits, message in zip(given, (None, "relative_error_logits", "logits.*not finite"), strict=True):
+        monkeypatch.setattr(contest.EsmPacked, "logits", lambda provider, logits=logits: logits)
+        if message is None:
+            assert contest.Contest().ready(entry).errors["relative_error_logits"] < 1e-5
+        else:
+            with pytest.raises(contest.OtherModelError, match=message):
+                contest.Contest().ready(entry)
+
+
+def test_a_row_that_no_batch_computes_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One protein twice and another not at all leave the number of rows as it should be."""
+    lay_out = importlib.import_module("peers").lay_out
+    unchecked = set(range(len(SEQUENCES))) - set(contest.checked_indices(SEQUENCES))
+    lost, again = sorted(unchecked)[:2]
+
+    def twice(*arguments: Any) -> Any:
+        return [
+            ([again if member == lost else member for member in members], batch)
+            for members, batch in lay_out(*arguments)
+        ]
+
+    monkeypatch.setattr("peers.lay_out", twice)
+    entry = contest.Entry("esm_packed", MODEL, WORKLOAD, TOTAL_TOKENS, "fp32", "packed", 256)
+    with pytest.raises(AssertionError, match=rf"not finite.*\[{lost}\]"):
+        contest.Contest().ready(entry)
+
+
+def test_relative_errors_are_relative_to_the_truth() -> None:
+    e = torch.tensor([3.0, -4.0], dtype=torch.float64)
+    assert contest.worst_relative_error([2 * e], [e]) == 1.0
+    assert contest.worst_relative_error([e, 2 * e, e], [e, e, e]) == 1.0
+
+
+def test_fp16_may_not_take_more_memory_than_fp32() -> None:
+    entry = contest.Entry("esm_packed", MODEL, WORKLOAD, TOTAL_TOKENS, "fp32", "packed", 256)
+    ring = contest.Contest()
+
+    def check(dtype: str, peak: int | None) -> None:
+        ring.check_memory(SimpleNamespace(entry=contest.replace(entry, dtype=dtype), peak_memory_bytes=peak))
+
+    check("fp32", None)
+    check("fp32", 1000)
+    check("fp16", 1000)
+    with pytest.raises(AssertionError):
+        check("fp16", 1001)
