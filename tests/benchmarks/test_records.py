@@ -8,11 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import measuring
 import pytest
-from measuring import FIELDS, datasheet_rate
+from measuring import FIELDS
 
-from esm_packed.config import ESM2_MODELS, ESM2Config
+from esm_packed.config import ESM2_MODELS
 
 pytest.importorskip("pytest_benchmark", reason="benchmarks need pytest-benchmark")
 
@@ -84,23 +83,3 @@ def test_an_unknown_name_is_refused(arguments: list[str], message: str) -> None:
     done = run("benchmarks/bench_packing.py", *arguments)
     assert done.returncode == 4
     assert message in done.stderr
-
-
-def test_datasheet_rates_are_those_of_the_gpu_or_unknown() -> None:
-    assert datasheet_rate("NVIDIA H100 80GB HBM3", "fp16") == 989e12
-    assert datasheet_rate("NVIDIA L40S", "fp32") == 91.6e12
-    assert datasheet_rate("NVIDIA L4", "fp32") == 30.3e12
-    assert datasheet_rate("Some GPU", "fp16") is None
-    assert datasheet_rate(None, "fp16") is None
-
-
-def test_the_floor_counts_operations_and_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    rates = {"fp16": 1e12, "copy": 1e9}
-    monkeypatch.setattr(measuring, "measured_rate", rates.__getitem__)
-    config = ESM2Config(num_layers=2, hidden_size=8, num_heads=2)
-    moved, seconds = measuring.forward_floor(config, [8, 18], "fp16", token_budget=20)
-    one_sum = 4 * 30 * 8 * 2  # two tensors read, two written
-    assert moved == 2 * 2 * one_sum + 2 * (2 * 12 * 8 * 8 * 2)  # and the weights of both packs
-    matmuls = 2 * (2 * 30 * 12 * 8 * 8)
-    attention = 2 * (4 * 8 * (10**2 + 20**2))
-    assert seconds == pytest.approx((matmuls + attention) / 1e12 + moved / 1e9)
