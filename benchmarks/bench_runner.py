@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from contest import worst_relative_error
 from measuring import record
 from workloads import RESIDUE_COUNTS, proteins, write_fasta
 
@@ -169,9 +170,9 @@ def check_rows(rows: npt.NDArray[np.float32], model: ESM2, sequences: Sequence[s
         AssertionError: it is more than the order of sums explains.
     """
     alone = np.array([model.embed([sequence])[0] for sequence in sequences])
-    errors = np.linalg.norm(rows - alone, axis=1) / np.linalg.norm(alone, axis=1)
-    assert errors.max() <= MAX_RELATIVE_ERROR
-    return float(errors.max())
+    error = worst_relative_error(torch.from_numpy(rows), torch.from_numpy(alone))
+    assert error <= MAX_RELATIVE_ERROR, f"relative error is {error:.1e}, allowed are {MAX_RELATIVE_ERROR}"
+    return error
 
 
 def timed_forward(worker: Worker, run: Run) -> tuple[list[dict[int, torch.Tensor]], float, float]:
@@ -226,8 +227,9 @@ def test_overhead(
     run_without_forward()
     checked = [0, len(sequences) // 3, len(sequences) - 1]
     with h5py.File(request.output) as file:
-        rows = file["embeddings"][checked]
-    error = check_rows(rows, worker.model, [sequences[index] for index in checked])
+        rows = file["embeddings"][:]
+    assert np.isfinite(rows).all()
+    error = check_rows(rows[checked], worker.model, [sequences[index] for index in checked])
     benchmark.pedantic(run_without_forward, rounds=1)
 
     assert worker.pipeline is not None
@@ -396,7 +398,7 @@ def test_scaling(
     if benchmark.stats is None:  # --benchmark-disable
         return
     rates = tokens_per_second[block, engine]
-    rates[workers] = tokens / benchmark.stats.stats.min
+    rates[workers] = tokens / benchmark.stats.stats.median
     record(
         benchmark,
         suite="runner",

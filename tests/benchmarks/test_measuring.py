@@ -12,6 +12,7 @@ from measuring import FIELDS, datasheet_rate, flops_of, record
 from esm_packed.config import ESM2Config
 
 MATMUL_RATES = {"fp32": 1e12, "tf32": 2e12, "fp16": 4e12, "bf16": 8e12}
+H100 = {"fp32": 67e12, "tf32": 494e12, "fp16": 989e12, "bf16": 989e12}
 
 
 @pytest.fixture
@@ -50,7 +51,7 @@ def test_a_record_is_of_the_median_round(on_a_gpu: None) -> None:
 def test_mfu_is_over_the_rates_of_its_own_precision(dtype: str, on_a_gpu: None) -> None:
     info = record(timed(2.0), dtype=dtype, flops=6e12)
     assert info["mfu_measured"] == 3e12 / MATMUL_RATES[dtype]
-    assert info["mfu_datasheet"] == 3e12 / {"fp32": 67e12, "tf32": 494e12, "fp16": 989e12, "bf16": 989e12}[dtype]
+    assert info["mfu_datasheet"] == 3e12 / H100[dtype]
 
 
 def test_what_is_unknown_is_none(on_a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
