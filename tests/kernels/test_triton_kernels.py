@@ -355,6 +355,23 @@ def test_tokens_behind_the_last_sequence_disturb_nothing(triton_device: torch.de
     assert not position_ids[14:].any()
 
 
+@pytest.mark.parametrize("name", ["embed_tokens", "rotary_qk_packed_", "packed_attention", "check_numerics"])
+@pytest.mark.parametrize("num_sequences", [127, 128, 129, 255, 256, 257])
+def test_packs_whose_boundaries_just_fill_a_block(
+    name: str, num_sequences: int, triton_device: torch.device
+) -> None:
+    """`cu_seqlens` has one element more than there are sequences, and the last ends the last sequence."""
+    lengths = [0] * num_sequences  # a few tokens where blocks of 128 and 256 boundaries meet, and at the end
+    for sequence in {0, 126, 127, 128, 254, 255, num_sequences - 2, num_sequences - 1}:
+        if sequence < num_sequences:
+            lengths[sequence] = 3 + sequence % 3
+    if name == "packed_attention":  # one head: every sequence takes a program of each
+        arguments = attention_arguments(lengths, torch.float16, 1, 16)
+    else:
+        arguments = EXAMPLES[name](lengths, torch.float16)
+    check(name, arguments, triton_device)
+
+
 @pytest.mark.parametrize("name", ["rotary_qk_packed_", "packed_attention"])
 @pytest.mark.parametrize("lengths", [[5, 9, 0, 0], [70, 3, 0], [64]], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
