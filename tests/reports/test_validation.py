@@ -7,8 +7,9 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import pairwise
+from itertools import accumulate, cycle, pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from esm_packed.config import ESM2Config
 from esm_packed.layouts import LAYOUTS, Layout
 from esm_packed.numerics import PRECISIONS
 from esm_packed.packing import PackedBatch, pack
+from esm_packed.reports import errors
 from esm_packed.reports.activations import Activations
 from esm_packed.reports.errors import Errors, PathResult, measure, rank_agreement
 from esm_packed.reports.page import ReportError
@@ -285,11 +287,48 @@ def test_every_protein_must_keep_to_the_thresholds(
         assert verdict.worst_protein == (1 if failed == 1 else 0)
 
 
+@pytest.mark.parametrize("mode", ["fp64", "fp32"])
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_what_is_not_finite_fails_where_no_cosine_is_asked_for(mode: str, broken: float) -> None:
+    assert THRESHOLDS[mode].cosine is None
+    limit = THRESHOLDS[mode].relative_l2
+    good = path_result([limit, 0.0, limit], [float("nan")] * 3)
+    assert judge(mode, [good], THRESHOLDS[mode]).passed
+    assert not judge(mode, [path_result([0.0, 1.001 * limit, 0.0], [1.0] * 3)], THRESHOLDS[mode]).passed
+    bad = path_result([0.0, broken, 0.0], [1.0] * 3)
+    verdict = judge(mode, [good, replace(bad, layout="padded")], THRESHOLDS[mode])
+    assert not verdict.passed
+    assert (verdict.num_failed, verdict.num_nonfinite) == (1, 1)
+    assert (verdict.worst_path, verdict.worst_protein) == ("padded, sdpa", 1)
+    assert verdict.worst_relative_l2 == limit, "of the finite embeddings"
+
+
+def test_the_classical_pair_fails_on_nan() -> None:
+    cosine = torch.ones(1000, dtype=torch.float64)
+    assert passes_classical_pair(cosine)
+    cosine[:10] = 0.996
+    assert passes_classical_pair(cosine)
+    cosine[10] = 0.996
+    assert not passes_classical_pair(cosine)
+    assert not passes_classical_pair(torch.tensor([1.0] * 999 + [0.994]))
+    assert not passes_classical_pair(torch.tensor([1.0] * 999 + [float("nan")]))
+
+
 def test_one_bad_path_fails_the_mode() -> None:
     good, bad = path_result([1e-4] * 3, [1.0] * 3), path_result([1e-4, 1.0, 1e-4], [1.0, 0.5, 1.0])
     verdict = judge("fp16", [good, replace(bad, layout="padded")], THRESHOLDS["fp16"])
     assert not verdict.passed and not verdict.classical
     assert (verdict.worst_path, verdict.worst_protein, verdict.worst_cosine) == ("padded, sdpa", 1, 0.5)
+
+
+def test_relative_errors_are_relative_to_the_reference() -> None:
+    expected = torch.tensor([[3.0, -4.0], [0.0, 2.0]], dtype=torch.float64)
+    assert errors._relative_l2(2 * expected, expected).tolist() == [1.0, 1.0]
+    assert errors._relative_l2(expected, 2 * expected).tolist() == [0.5, 0.5]
+    hidden_states = torch.cat([torch.full((3, 2), 9.0), 2 * expected, torch.full((1, 2), 9.0)])
+    # BOS is token 2
+    found = errors._residue_errors(hidden_states, 2, torch.tensor([0, 1]), expected)
+    assert found.tolist() == [1.0, 1.0, 4.0]
 
 
 def test_neighbours_are_those_of_the_reference() -> None:
@@ -401,8 +440,23 @@ def test_weights_that_nobody_trained_are_named(tmp_path: Path, stress: Checkpoin
     assert weights_note(trained) is None
 
 
-def test_the_estimate_has_the_right_size(stress: Checkpoint) -> None:
-    assert 0.001 < estimate_seconds(CONFIG, PROTEINS, SETTINGS) < 100
+def test_the_estimate_follows_from_the_time_of_one_layer(
+    stress: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock on which a first call takes 10 s and a second one 1 s."""
+    ticks = accumulate(cycle([0, 10, 0, 1]))
+    monkeypatch.setattr(
+        "esm_packed.reports.validation.time", SimpleNamespace(perf_counter=lambda: next(ticks))
+    )
+    tokens = sum(LENGTHS) + 2 * len(LENGTHS)
+    # FP64: the median protein alone. Other paths: the first 4 proteins, which fit into the budget.
+    one_reference = 6 * tokens / (41 + 2)
+    others = 6 * tokens / (5 + 300 + 80 + 1 + 2 * 4) * 9
+    assert num_passes(CONFIG, SETTINGS) == 1 + 9
+    assert estimate_seconds(CONFIG, PROTEINS, SETTINGS) == pytest.approx(one_reference + others)
+    with_fair_esm = replace(SETTINGS, reference="fair-esm")
+    assert num_passes(CONFIG, with_fair_esm) == 2 + 9
+    assert estimate_seconds(CONFIG, PROTEINS, with_fair_esm) == pytest.approx(2 * one_reference + others)
 
 
 # The page

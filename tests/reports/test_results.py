@@ -1,0 +1,275 @@
+"""Medians, ratios and totals of result files, worked by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from esm_packed.reports import results, speedup
+from esm_packed.reports.results import Measurement, Results, Spread
+
+
+def measurement(blocks: Mapping[int, Sequence[float]], name: str = "test_x", **info: Any) -> Measurement:
+    return Measurement((name,), {"suite": "model"} | info, blocks)
+
+
+def file_of(*measurements: Measurement) -> Results:
+    return Results(Path("x.json"), "", {}, {m.key: m for m in measurements}, [])
+
+
+def test_times_are_the_median_of_all_rounds() -> None:
+    """Rounds of all blocks are 1, 2, 3, 4, 30: their median is not that of the blocks' medians."""
+    one = measurement(
+        {0: [30.0, 1.0], 1: [2.0], 2: [4.0, 3.0]}, useful_tokens=12, bytes=None, seconds=2.0, mfu=0.3
+    )
+    assert one.seconds == Spread(3.0, pytest.approx(1.8), pytest.approx(9.2))
+    assert one.block_medians == {0: 15.5, 1: 2.0, 2: 3.5}
+    assert one.tokens_per_second == one.rate("useful_tokens") == 4.0
+    assert one.rate("bytes") is None
+    # 30% in the 2 s of the record are 20% in 3 s
+    assert one.share("mfu") == pytest.approx(0.2)
+    assert one.share("other") is None
+
+
+def test_a_ratio_is_the_median_of_those_of_the_blocks() -> None:
+    slow = measurement({0: [10.0], 1: [3.0, 9.0, 5.0], 2: [12.0], 4: [7.0]})
+    fast = measurement({0: [5.0], 1: [1.0], 2: [4.0], 3: [1.0]})
+    # 2, 5 and 3 in the blocks of both
+    assert results.ratio(slow, fast) == Spread(3.0, 2.0, 5.0)
+    assert results.ratio(fast, slow) == Spread(
+        pytest.approx(1 / 3), pytest.approx(1 / 5), pytest.approx(1 / 2)
+    )
+    assert results.ratio(measurement({7: [1.0]}), fast) is None
+
+
+def test_a_total_is_of_times_and_not_of_ratios() -> None:
+    """Slow 8 s and 1 s, fast 2 s and 1 s: 9 s over 3 s. The ratios 4 and 1 have the mean 2.5; rates
+    (1/8 + 1) and (1/2 + 1) would give 1.33."""
+    pairs = [
+        (measurement({0: [8.0]}, useful_tokens=100), measurement({0: [2.0]}, useful_tokens=100)),
+        (measurement({0: [1.0]}, useful_tokens=100), measurement({0: [1.0]}, useful_tokens=100)),
+    ]
+    assert results.total_ratio(pairs) == Spread(3.0, 3.0, 3.0)
+
+
+def test_a_class_weighs_the_same_whatever_was_measured_of_it() -> None:
+    """As above with ten times the proteins, and the time, of the first class, and of both."""
+    pairs = [
+        (measurement({0: [80.0]}, useful_tokens=1000), measurement({0: [20.0]}, useful_tokens=1000)),
+        (measurement({0: [1.0]}, useful_tokens=100), measurement({0: [1.0]}, useful_tokens=100)),
+    ]
+    assert results.total_ratio(pairs) == Spread(*[pytest.approx(3.0)] * 3)
+
+
+def test_a_total_is_the_median_of_the_blocks_that_all_have() -> None:
+    pairs = [
+        (
+            measurement({0: [8.0], 1: [2.0], 2: [4.0], 3: [50.0]}, useful_tokens=1),
+            measurement({0: [1.0, 3.0, 2.0], 1: [2.0], 2: [1.0], 3: [1.0]}, useful_tokens=1),
+        ),
+        (
+            measurement({0: [1.0], 1: [2.0], 2: [4.0], 4: [50.0]}, useful_tokens=1),
+            measurement({0: [1.0], 1: [2.0], 2: [1.0], 4: [1.0]}, useful_tokens=1),
+        ),
+    ]
+    # 9 over 3, 4 over 4, 8 over 2
+    assert results.total_ratio(pairs) == Spread(3.0, 1.0, 4.0)
+    assert results.total_ratio(pairs[:1]) == Spread(4.0, 1.0, 50.0)
+    assert results.total_ratio([pairs[0], (measurement({9: [1.0]}), measurement({9: [1.0]}))]) is None
+    assert results.total_ratio([]) is None
+
+
+def test_a_change_is_how_many_times_as_long_it_takes_now() -> None:
+    now = measurement({0: [10.0], 1: [12.0], 2: [14.0]})
+    before = measurement({0: [4.0], 1: [3.0], 2: [5.0]})
+    (slower,) = results.changes(file_of(now), file_of(before))
+    assert slower.times == Spread(3.0, 2.0, pytest.approx(14 / 3))
+    assert slower.mark == "slower"
+    (faster,) = results.changes(file_of(before), file_of(now))
+    assert faster.times.middle == pytest.approx(1 / 3)
+    assert faster.mark == "faster"
+
+
+@pytest.mark.parametrize(("second", "mark"), [(9.0, "slower"), (7.9, "")])
+def test_a_mark_needs_a_gap_wider_than_both_ranges(second: float, mark: str) -> None:
+    """3 to 5 before; a gap of 3 s, or of 1.9 s, to 8 or 6.9 s and more."""
+    now, before = measurement({0: [second], 1: [second - 1.0]}), measurement({0: [3.0], 1: [5.0]})
+    (change,) = results.changes(file_of(now), file_of(before))
+    assert change.mark == mark
+
+
+def test_changes_begin_with_what_became_slowest() -> None:
+    before = file_of(*(measurement({0: [1.0]}, name) for name in ("a", "b", "c")))
+    now = file_of(*(measurement({0: [s]}, name) for name, s in (("a", 2.0), ("b", 0.5), ("c", 3.0))))
+    assert [change.measurement.key for change in results.changes(now, before)] == [("c",), ("a",), ("b",)]
+
+
+@pytest.mark.parametrize("amount", ["sequences", "useful_tokens", "flops", "bytes"])
+def test_other_work_is_not_compared(amount: str) -> None:
+    now, before = measurement({0: [1.0]}, **{amount: 5}), measurement({0: [1.0]}, **{amount: 6})
+    assert results.changes(file_of(now), file_of(before)) == []
+    assert len(results.changes(file_of(now), file_of(now))) == 1
+
+
+def test_stages_leave_the_rest_of_the_run() -> None:
+    stages = {"reading": 1.0, "copying": 2.0, "computing": 3.0, "writing": 4.0, "wall": 6.0}
+    one = measurement({0: [9.0]}, seconds=9.0, stages=stages)
+    assert results.stage_seconds(one) == {
+        "reading": 1.0,
+        "copying": 2.0,
+        "computing": 3.0,
+        "writing": 4.0,
+        "other": 3.0,
+    }
+    assert results.stage_seconds(measurement({0: [5.0]}, seconds=5.0, stages=stages))["other"] == 0.0
+
+
+def test_a_kernel_achieves_what_bounds_it() -> None:
+    blocks = {0: [1.0, 2.0, 9.0]}
+    assert results.achieved(measurement(blocks, ceiling_name="copy", bytes=6, flops=100)) == 3.0
+    assert results.achieved(measurement(blocks, ceiling_name="fp16", bytes=6, flops=100)) == 50.0
+
+
+def test_rivals_begin_with_the_fastest() -> None:
+    group = [
+        measurement({0: [seconds, 9.0, 9.0]}, name, suite="peers", model="8M", workload="uniref")
+        for name, seconds in (("a", 1.0), ("b", 9.5), ("c", 9.0))
+    ]
+    group.append(measurement({0: [2.0]}, "d", suite="peers", model="8M", workload="uniref"))
+    (found,) = results.rival_groups(file_of(*group)).values()
+    assert [m.key[0] for m in found] == ["d", "a", "b", "c"]
+
+
+def test_models_are_in_order_of_size() -> None:
+    names = ["demo", "esm2_t6_8M_UR50D", "random:esm2_t33_650M_UR50D", "esm2_t36_3B_UR50D", "650M"]
+    assert [results.model_size(name) for name in names] == [0.0, 8.0, 650.0, 3000.0, 650.0]
+
+
+def test_scaling_counts_tokens_and_workers() -> None:
+    """Twice the workers do three times the tokens in twice the time: 1.5 times as fast, 75% efficient."""
+    one, two = (
+        measurement(
+            {0: [seconds]},
+            f"{workers}",
+            suite="runner",
+            provider="ray",
+            model="8M",
+            workload="uniref",
+            workers=workers,
+            useful_tokens=tokens,
+        )
+        for workers, seconds, tokens in ((2, 1.0, 100), (4, 2.0, 300))
+    )
+    table = speedup.scaling_table(file_of(two, one))
+    assert [row[1:] for row in table.rows] == [
+        ["2", "1 s", "100", "1.00x", "100.0%"],
+        ["4", "2 s", "150", "1.50x", "75.0%"],
+    ]
+
+
+def forward(name: str, seconds: float, **info: Any) -> Measurement:
+    unknown = dict.fromkeys(("launches", "relative_error", "backend", "peak_memory_bytes"))
+    common = {
+        "model": "8M",
+        "workload": "uniref",
+        "token_budget": 1024,
+        "useful_tokens": 100,
+        "sequences": 10,
+    }
+    return measurement({0: [seconds]}, name, **(unknown | common | {"seconds": seconds} | info))
+
+
+def test_what_a_comparison_shows() -> None:
+    """2 s and 1.5 times the operations before, 0.5 s after: a quarter of the time, three quarters saved."""
+    slow = forward("a", 2.0, dtype="fp32", layout="padded", computed_flops=3e9, peak_memory_bytes=2**31)
+    fast = forward("b", 0.5, dtype="fp32", layout="packed", computed_flops=2e9, peak_memory_bytes=2**30)
+    found = results.layout_comparisons(file_of(slow, fast))
+    table = speedup.comparison_table(found)
+    assert dict(zip(table.headers, table.rows[0], strict=True)) == {
+        "comparison": "packed over padded, FP32",
+        "model": "8M",
+        "lengths": "uniref",
+        "time before": "2 s",
+        "time after": "500 ms",
+        "times as fast (range of blocks)": "4.00x (4.00 to 4.00)",
+        "fewer operations": "1.50x",
+        "time saved": "75.0%",
+        "tokens/s after": "200",
+        "sequences/s after": "20",
+        "peak memory before": "2.00 GiB",
+        "peak memory after": "1.00 GiB",
+    }
+
+
+def test_what_a_forward_pass_shows() -> None:
+    one = forward(
+        "a",
+        0.5,
+        dtype="fp16",
+        layout="padded",
+        padded_tokens=125,
+        mfu_measured=0.5,
+        mfu_datasheet=0.25,
+        share_of_floor=0.75,
+        relative_error=2e-4,
+        backend="varlen",
+    )
+    table = speedup.forward_table(file_of(one))
+    assert dict(zip(table.headers, table.rows[0], strict=True)) == {
+        "model": "8M",
+        "lengths": "uniref",
+        "precision": "fp16",
+        "layout": "padded",
+        "budget": "1,024",
+        "time (p20 to p80)": "500 ms",
+        "tokens/s": "200",
+        "sequences/s": "20",
+        "padding": "20.0%",
+        "MFU, measured rate": "50.0%",
+        "MFU, datasheet": "25.0%",
+        "share of the floor": "75.0%",
+        "relative error": "2.0e-04",
+        "attention": "varlen",
+    }
+
+
+def test_comparisons_are_of_the_same_model_lengths_and_budget() -> None:
+    base = {"dtype": "fp32", "layout": "packed"}
+    others = [
+        forward("half", 1.0, dtype="fp16", layout="packed"),
+        forward("right", 2.0, **base),
+        forward("model", 3.0, **base, model="650M"),
+        forward("lengths", 4.0, **base, workload="viral"),
+        forward("budget", 5.0, **base, token_budget=2048),
+        forward("layout", 6.0, dtype="fp32", layout="padded"),
+    ]
+    (comparison,) = results.precision_comparisons(file_of(*others))
+    assert comparison.slow is not None and comparison.slow.key == ("right",)
+    assert comparison.times.middle == 2.0
+    (combined,) = results.combined_comparisons(file_of(*others))
+    assert combined.slow is not None and combined.slow.key == ("layout",)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (None, ""),
+        (2.5, "2.5 s"),
+        (1234.5, "1,234 s"),
+        (0.0123, "12.3 ms"),
+        (4.56e-5, "45.6 µs"),
+        (1e-8, "0.01 µs"),
+    ],
+)
+def test_seconds_have_three_digits_and_a_unit(seconds: float | None, text: str) -> None:
+    assert speedup.time_text(seconds) == text
+
+
+def test_rates_have_a_prefix() -> None:
+    values = [2.5e12, 3e9, 4.56e6, 7.0e3, 12.0]
+    texts = ["2.5 TB/s", "3 GB/s", "4.56 MB/s", "7 kB/s", "12 B/s"]
+    assert [speedup._rate(value, "B/s") for value in values] == texts
+    assert speedup._rate(None, "B/s") == ""
