@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import product
+from types import SimpleNamespace
 from typing import Any
 
 import floors
@@ -71,7 +72,7 @@ def test_the_faster_library_is_taken_for_each(
 ) -> None:
     """A clock that only the calls move: oneDNN is slower in `slow`, and `torch.mm` in all others."""
     now = 0.0
-    monkeypatch.setattr(floors.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(floors, "time", SimpleNamespace(perf_counter=lambda: now))
     of_weight = {id(getattr(layer, name)): name for layer in model.layers for name in MATMULS}
 
     def taking(favourite: bool) -> Any:

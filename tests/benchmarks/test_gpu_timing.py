@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import gpu_timing
 import pytest
@@ -19,7 +20,7 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[float]], Callable[[], None]]:
     """Makes a call that takes the given seconds, one after the other."""
     now = 0.0
-    monkeypatch.setattr(gpu_timing.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(gpu_timing, "time", SimpleNamespace(perf_counter=lambda: now))
 
     def call_taking(seconds: list[float]) -> Callable[[], None]:
         left = iter(seconds)
