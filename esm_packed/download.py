@@ -22,6 +22,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -153,14 +154,34 @@ def shards(index: Path) -> tuple[Path, ...]:
         CheckpointError: the index cannot be read, or a shard is missing.
     """
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        names = sorted(set(read_json(index)["weight_map"].values()))
+        paths = tuple(index.parent / str(name) for name in names if Path(str(name)).name == name)
+        missing = [str(path) for path in paths if not path.is_file()]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index} is not an index of weight files: {error!r}") from error
-    paths = tuple(index.parent / str(name) for name in names if Path(str(name)).name == name)
-    missing = [str(path) for path in paths if not path.is_file()]
     if missing or not paths or len(paths) < len(names):
         raise CheckpointError(f"{index} names files that are not beside it: {', '.join(missing) or names}")
     return paths
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no file, not JSON, or nested too deeply.
+    """
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is no file")  # reading a pipe would wait for its writer
+    try:
+        return json.loads(path.read_bytes())
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def expand_user(path: str) -> Path:
+    """The path with `~` replaced by a home directory; as it is, where there is none to be found."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111 (Path.expanduser raises RuntimeError)
 
 
 def hugging_face_snapshot(name: str) -> Path | None:
@@ -181,11 +202,11 @@ def hugging_face_snapshot(name: str) -> Path | None:
 def _hugging_face_cache() -> Path:
     for variable in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
         if value := os.environ.get(variable):
-            return Path(value).expanduser()
+            return expand_user(value)
     if value := os.environ.get("HF_HOME"):
-        return Path(value).expanduser() / "hub"
+        return expand_user(value) / "hub"
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(cache).expanduser() / "huggingface" / "hub"
+    return expand_user(cache) / "huggingface" / "hub"
 
 
 def file_sha256(path: Path, progress: Progress | None = None, *, remember: bool = False) -> str:
@@ -306,24 +327,26 @@ def _fetch_with_retries(url: str, part: Path, path: Path, progress: Progress | N
 
 def _fetch(url: str, part: Path, path: Path, progress: Progress | None) -> None:
     """Fill the part file from `url`, going on from what it holds if the server still has the same file."""
-    request = urllib.request.Request(url, headers={"User-Agent": "esm-packed"})
     held = part.stat().st_size if part.is_file() else 0
     validator = _validator_path(part)
-    if held and validator.is_file():
+    headers = {"User-Agent": "esm-packed"}
+    if held and (identity := _read_validator(validator)):
         # One byte is asked for twice, so that a part that is already whole is no unsatisfiable range.
-        request.add_header("Range", f"bytes={held - 1}-")
-        request.add_header("If-Range", validator.read_text())
+        headers |= {"Range": f"bytes={held - 1}-", "If-Range": identity}
     try:
+        request = urllib.request.Request(url, headers=headers)
         response = urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS)
     except urllib.error.HTTPError as error:
         if error.code == 416:  # the part is longer than this file, so it is a part of something else
             _remove(part)
         raise _NotDownloaded(f"{url}: HTTP {error.code} {error.reason}") from error
-    except (OSError, http.client.HTTPException) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         raise _NotDownloaded(f"{url}: {getattr(error, 'reason', error)}") from error
     with response:
         start = held - 1 if response.status == 206 else 0
         length = response.headers.get("Content-Length")
+        if length and not re.fullmatch("[0-9]{1,18}", length):
+            raise _NotDownloaded(f"{url}: the server's Content-Length is no number: {length[:40]!r}")
         total = start + int(length) if length else None
         if start and not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
             _remove(part)
@@ -341,7 +364,8 @@ def _fetch(url: str, part: Path, path: Path, progress: Progress | None) -> None:
             part.unlink(missing_ok=True)
             validator.unlink(missing_ok=True)
             if identity := response.headers.get("ETag") or response.headers.get("Last-Modified"):
-                validator.write_text(identity)
+                with contextlib.suppress(UnicodeEncodeError):
+                    validator.write_text(identity, encoding="ascii")
         with part.open("r+b" if start else "wb") as file:
             file.seek(start)
             done = start
@@ -378,6 +402,15 @@ def _refuse_web_page(url: str, part: Path) -> None:
 def _validator_path(part: Path) -> Path:
     """Holds the ETag of what the part file is a part of."""
     return part.with_name(f"{part.name}.etag")
+
+
+def _read_validator(path: Path) -> str | None:
+    """The ETag or date that was noted; None if there is none that a header could hold."""
+    try:
+        noted = path.read_text(encoding="ascii")
+    except (FileNotFoundError, ValueError):
+        return None
+    return noted if noted.isprintable() else None
 
 
 def _remove(part: Path) -> None:

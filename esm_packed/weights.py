@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import json
 import logging
 import os
 import pickle
 import re
 import warnings
+import zipfile
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -30,8 +30,10 @@ from esm_packed.download import (
     CheckpointError,
     Progress,
     contact_regression_path,
+    expand_user,
     file_sha256,
     find_or_download,
+    read_json,
     shards,
     weight_files,
 )
@@ -49,6 +51,9 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 DEMO_FILE = Path(__file__).parent / "demo" / "esm2_demo.pt"
+
+_NAME_SHOWN = 200
+"""Characters of a path that is too long."""
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -99,8 +104,15 @@ def load_checkpoint(name_or_path: str | Path, *, progress: Progress | None = Non
     official = name.removeprefix("facebook/")
     if official in ESM2_MODELS:
         return _read_checkpoint(find_or_download(official, progress), official, progress)
-    path = Path(name).expanduser()
-    return _read_checkpoint(path, path.resolve().name if path.is_dir() else path.stem, progress)
+    path = expand_user(name)
+    try:
+        is_directory = path.is_dir()
+        if not is_directory and not path.is_file():
+            raise _not_found(path)
+    except OSError as error:  # such as a name longer than the file system allows
+        shown = name if len(name) <= _NAME_SHOWN else f"{name[:_NAME_SHOWN]}..."
+        raise CheckpointError(f"{shown}: {error.strerror}") from error
+    return _read_checkpoint(path, path.resolve().name if is_directory else path.stem, progress)
 
 
 def tensor_shapes(config: ESM2Config) -> dict[str, tuple[int, ...]]:
@@ -152,8 +164,6 @@ class _Stated:
 
 
 def _read_checkpoint(path: Path, model_name: str, progress: Progress | None) -> Checkpoint:
-    if not path.exists():
-        raise _not_found(path)
     stated = _Stated()
     if path.is_dir():
         files = weight_files(path)
@@ -196,7 +206,7 @@ def _not_found(path: Path) -> CheckpointError:
     hint = (
         f"did you mean {' or '.join(near)}?" if near else f"the models are {', '.join(ESM2_MODELS)} and demo"
     )
-    return CheckpointError(f"{path} is neither a file or directory nor the name of a model; {hint}")
+    return CheckpointError(f"{path} is neither a file nor a directory nor the name of a model; {hint}")
 
 
 def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
@@ -234,11 +244,18 @@ def _torch_load(path: Path) -> Any:
     try:
         with path.open("rb") as file:
             is_zip = file.read(4) == b"PK\x03\x04"
+        if is_zip and _is_compressed(path):
+            raise CheckpointError(
+                f"{path} is a compressed archive, which cannot be mapped into memory and which torch.save "
+                "never writes: load it and save it again with torch.save, or get the original"
+            )
         # Files older than torch 1.6 are no zip archives and cannot be mapped. Namespace, fair-esm's settings,
         # is inert; it is allowed here only. Leaving would also take away a permission that was there before.
         allowed = torch.serialization.get_safe_globals()
         with torch.serialization.safe_globals([] if Namespace in allowed else [Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except CheckpointError:
+        raise
     except pickle.UnpicklingError as error:
         if named := re.search(r"GLOBAL (\S+)", str(error)):
             raise CheckpointError(
@@ -255,6 +272,15 @@ def _torch_load(path: Path) -> Any:
         ) from error
 
 
+def _is_compressed(path: Path) -> bool:
+    """Whether an archive holds other bytes than its entries do: mapped into memory, they would be garbage."""
+    with zipfile.ZipFile(path) as archive:
+        return any(
+            entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size
+            for entry in archive.infolist()
+        )
+
+
 def _read_fair_cfg(cfg: Any, path: Path) -> _Stated:
     model = cfg.get("model") if isinstance(cfg, dict) else None
     values = vars(model) if isinstance(model, Namespace) else model
@@ -264,14 +290,14 @@ def _read_fair_cfg(cfg: Any, path: Path) -> _Stated:
         num_layers=_size(values, "encoder_layers", path),
         hidden_size=_size(values, "encoder_embed_dim", path),
         num_heads=_size(values, "encoder_attention_heads", path),
-        token_dropout=bool(values.get("token_dropout", True)),
+        token_dropout=_flag(values, "token_dropout", True, path),
         rotary=True,
     )
 
 
 def _is_esm_config(path: Path) -> bool:
     try:
-        return bool(json.loads(path.read_text())["model_type"] == "esm")
+        return bool(read_json(path)["model_type"] == "esm")
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -279,7 +305,7 @@ def _is_esm_config(path: Path) -> bool:
 def _read_config_json(path: Path) -> _Stated:
     """transformers' config.json, refusing every setting under which the model would not be ESM-2."""
     try:
-        config = json.loads(path.read_text())
+        config = read_json(path)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}, which transformers writes, cannot be read ({error})") from error
     if not isinstance(config, dict):
@@ -302,7 +328,7 @@ def _read_config_json(path: Path) -> _Stated:
         num_layers=_size(config, "num_hidden_layers", path),
         hidden_size=_size(config, "hidden_size", path),
         num_heads=_size(config, "num_attention_heads", path),
-        token_dropout=bool(config.get("token_dropout", False)),
+        token_dropout=_flag(config, "token_dropout", False, path),
         rotary=True,
         official_rope_base=config.get("rope_theta", 10000.0) == 10000.0,
     )
@@ -310,9 +336,16 @@ def _read_config_json(path: Path) -> _Stated:
 
 def _size(values: Mapping[str, Any], key: str, path: Path) -> int:
     value = values.get(key)
-    if not isinstance(value, int) or value < 1:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise CheckpointError(f"{path}: {key} should be a positive number, it is {value!r}")
     return value
+
+
+def _flag(values: Mapping[str, Any], key: str, default: bool, path: Path) -> bool:
+    value = values.get(key, default)
+    if value is not None and not isinstance(value, bool):
+        raise CheckpointError(f"{path}: {key} should be true or false, it is {value!r}")
+    return bool(value)
 
 
 _PREFIX = re.compile(r"^(?:esm\.)?(?:encoder\.)?(?:sentence_encoder\.)?")
@@ -359,6 +392,7 @@ def _canonical(
     named: dict[str, torch.Tensor] = {}
     stored_as: dict[str, str] = {}
     for key, tensor in stored.items():
+        _check_stored(key, tensor, path)
         name = _fair_name(key)
         if name in named and not torch.equal(named[name], tensor):
             raise CheckpointError(f"{path}: {stored_as[name]} and {key} are the same tensor but differ")
@@ -379,29 +413,44 @@ def _canonical(
     _untie(named, path)
 
     config = _infer_config(named, stated, path)
-    _settle_inv_freq(named, config, stated, path)
+    if (shared := named.pop(_inv_freq_name("*"), None)) is not None:
+        named |= {_inv_freq_name(layer): shared for layer in range(config.num_layers)}
     shapes = tensor_shapes(config)
-    expected = list(shapes)
-    for head in ("lm_head.", "contact_head."):
-        if not any(name.startswith(head) for name in named):
-            expected = [name for name in expected if not name.startswith(head)]
-    if surplus := [stored_as.get(name, name) for name in named if name not in expected]:
-        raise CheckpointError(f"{path} has tensors that no {_size_text(config)} ESM-2 has: {_some(surplus)}")
-    if missing := [name for name in expected if name not in named]:
-        raise CheckpointError(f"{path} lacks tensors of a {_size_text(config)} ESM-2: {_some(missing)}")
-    for name in expected:
-        tensor = named[name]
-        if tensor.dtype not in _DTYPES or tensor.layout != torch.strided:
+    for name in filter(named.__contains__, shapes):
+        tensor, shown = named[name], stored_as.get(name, name)
+        if tensor.dtype not in _DTYPES:
             raise CheckpointError(
-                f"{path}: {stored_as[name]} is stored as {tensor.dtype} ({tensor.layout}): quantised weights "
-                "are not supported, use the original checkpoint"
+                f"{path}: {shown} is stored as {tensor.dtype}: quantised weights are not supported, use the "
+                "original checkpoint"
             )
         if tuple(tensor.shape) != shapes[name]:
             raise CheckpointError(
-                f"{path}: {stored_as[name]} has shape {tuple(tensor.shape)}, in a {_size_text(config)} ESM-2 "
-                f"it is {shapes[name]}"
+                f"{path}: {shown} has shape {tuple(tensor.shape)}, in a {_size_text(config)} ESM-2 it is "
+                f"{shapes[name]}"
             )
-    return config, {name: named[name] for name in expected}
+    _settle_inv_freq(named, config, stated, path)
+    for head in ("lm_head.", "contact_head."):
+        if not any(name.startswith(head) for name in named):
+            shapes = {name: shape for name, shape in shapes.items() if not name.startswith(head)}
+    if surplus := [stored_as.get(name, name) for name in named if name not in shapes]:
+        raise CheckpointError(f"{path} has tensors that no {_size_text(config)} ESM-2 has: {_some(surplus)}")
+    if missing := [name for name in shapes if name not in named]:
+        raise CheckpointError(f"{path} lacks tensors of a {_size_text(config)} ESM-2: {_some(missing)}")
+    return config, {name: named[name] for name in shapes}
+
+
+def _check_stored(key: str, tensor: torch.Tensor, path: Path) -> None:
+    """See that a tensor's values are in the file, one by one: its shape alone could claim any size."""
+    if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_nested:
+        raise CheckpointError(
+            f"{path}: {key} is no plain tensor ({tensor.layout}, on {tensor.device}): save the model's "
+            "state_dict() from the CPU"
+        )
+    if tensor.nbytes > tensor.untyped_storage().nbytes():
+        raise CheckpointError(
+            f"{path}: {key} has shape {tuple(tensor.shape)} and only {tensor.untyped_storage().nbytes():,} "
+            "bytes: save it as a contiguous tensor"
+        )
 
 
 def _untie(named: dict[str, torch.Tensor], path: Path) -> None:
@@ -421,8 +470,12 @@ def _infer_config(named: Mapping[str, torch.Tensor], stated: _Stated, path: Path
     if table.shape[0] != VOCAB_SIZE:
         raise CheckpointError(f"{path} is no ESM-2: its alphabet has {table.shape[0]} tokens, not 33")
     hidden_size = stated.hidden_size or table.shape[1]
-    layers = [int(match[1]) for name in named if (match := re.match(r"layers\.(\d+)\.", name))]
+    layers = [int(match[1]) for name in named if (match := re.match(r"layers\.([0-9]{1,9})\.", name))]
     num_layers = stated.num_layers or max(layers, default=-1) + 1
+    if num_layers > len(named):
+        raise CheckpointError(
+            f"{path} has {len(named)} tensors, too few for the {num_layers} layers it claims"
+        )
     num_heads = stated.num_heads
     if num_heads is None:
         frequencies = [tensor for name, tensor in named.items() if name.endswith(".rot_emb.inv_freq")]
@@ -445,8 +498,6 @@ def _infer_config(named: Mapping[str, torch.Tensor], stated: _Stated, path: Path
 def _settle_inv_freq(named: dict[str, torch.Tensor], config: ESM2Config, stated: _Stated, path: Path) -> None:
     """Give every layer the checkpoint's own rotary frequencies, or the official ones where they are lost."""
     names = [_inv_freq_name(layer) for layer in range(config.num_layers)]
-    if (shared := named.pop(_inv_freq_name("*"), None)) is not None:
-        named |= dict.fromkeys(names, shared)
     present = [named[name] for name in names if name in named]
     if not present or any(frequencies.dtype == torch.bfloat16 for frequencies in present):
         if not stated.official_rope_base:

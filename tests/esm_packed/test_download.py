@@ -42,6 +42,8 @@ class Server(ThreadingHTTPServer):
         self.cut_after: list[int] = []
         """Bytes of the body after which each of the next requests is cut off."""
         self.delay = 0.0
+        self.content_length: str | None = None
+        """Sent in place of the true one."""
         self.requests: list[tuple[str, str | None]] = []
 
     @property
@@ -74,7 +76,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
         if self.server.etag:
             self.send_header("ETag", self.server.etag)
-        self.send_header("Content-Length", str(len(content) - start))
+        self.send_header("Content-Length", self.server.content_length or str(len(content) - start))
         self.end_headers()
         body = content[start:]
         if self.server.cut_after:
@@ -176,7 +178,9 @@ def test_a_part_that_is_whole_is_not_fetched_again(cache: Path, server: Server) 
     assert server.model_ranges() == [f"bytes={len(MODEL) - 1}-"]
 
 
-@pytest.mark.parametrize("fault", ["ignores range", "file changed", "no etag", "etag lost", "part too long"])
+@pytest.mark.parametrize(
+    "fault", ["ignores range", "file changed", "no etag", "etag lost", "etag damaged", "part too long"]
+)
 def test_a_part_that_cannot_be_resumed_is_dropped(cache: Path, server: Server, fault: str) -> None:
     cache.mkdir(parents=True)
     part = cache / f"{NAME}.pt.part"
@@ -190,6 +194,8 @@ def test_a_part_that_cannot_be_resumed_is_dropped(cache: Path, server: Server, f
         server.etag = None
     elif fault == "etag lost":
         (cache / f"{NAME}.pt.part.etag").unlink()
+    elif fault == "etag damaged":
+        (cache / f"{NAME}.pt.part.etag").write_bytes(b"\xff\r\n\n")
     else:
         part.write_bytes(b"x" * (len(MODEL) + 10))
         with pytest.raises(CheckpointError, match="416"):
@@ -235,6 +241,24 @@ def test_a_log_in_page_is_no_model(cache: Path, server: Server) -> None:
     with pytest.raises(CheckpointError, match="web page"):
         find_or_download(UNKNOWN)
     assert names(cache) == []
+
+
+@pytest.mark.parametrize(
+    "length", ["abc", "-5", "1e9", "\u0661\u0662".encode().decode("latin-1"), "9" * 5000]
+)
+def test_a_length_that_is_no_number(cache: Path, server: Server, length: str) -> None:
+    server.content_length = length
+    with pytest.raises(CheckpointError, match=rf"{NAME}\.pt: .*Content-Length.*Get .* elsewhere"):
+        find_or_download(NAME)
+    assert names(cache) == []
+
+
+@pytest.mark.parametrize("url", ["no-address", "http://[bad", "htp://x", "http://a b", "http://x:port"])
+def test_a_mirror_that_is_no_address(cache: Path, url: str) -> None:
+    with pytest.raises(
+        CheckpointError, match=r"could not be downloaded.*ESM_PACKED_MODEL_URL another server"
+    ):
+        find_or_download(NAME, base_url=url)
 
 
 def test_not_on_the_server(cache: Path, server: Server) -> None:
@@ -420,6 +444,13 @@ def test_the_hugging_face_cache(
     cache.mkdir(parents=True)
     (cache / f"{NAME}.pt").write_bytes(MODEL)
     assert find_or_download(NAME) == cache / f"{NAME}.pt", "fair-esm's own file comes first"
+
+
+def test_homes_that_do_not_exist(cache: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("HF_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.setenv(variable, "~nouser/cache")
+        assert download.hugging_face_snapshot(NAME) is None
+        monkeypatch.delenv(variable)
 
 
 def test_from_the_network_to_tensors(

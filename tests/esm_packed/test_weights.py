@@ -8,7 +8,9 @@ import os
 import pickle
 import subprocess
 import sys
+import time
 import warnings
+import zipfile
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -317,7 +319,7 @@ def test_demo() -> None:
     checkpoint = load_checkpoint("demo")
     assert checkpoint.model_name == "demo"
     assert checkpoint.tensors.keys() == tensor_shapes(checkpoint.config).keys()
-    with pytest.raises(CheckpointError, match="neither a file"):
+    with pytest.raises(CheckpointError, match="neither a file nor a directory"):
         load_checkpoint("./demo")
 
 
@@ -401,6 +403,12 @@ def test_own_frequencies_stay(tmp_path: Path, tensors: Tensors) -> None:
         ({"num_attention_heads": 1}, r"inv_freq has shape \(8,\).* is \(24,\)"),
         ({"num_hidden_layers": 3}, "lacks tensors.*layers.2.self_attn.q_proj.weight.* and 12 more"),
         ({"num_hidden_layers": 1}, r"has tensors that no .*: esm\.encoder\.layer\.1\..* and 12 more"),
+        ({"num_hidden_layers": 10**9}, "has 42 tensors, too few for the 1000000000 layers"),
+        ({"num_hidden_layers": 10**18}, "has 42 tensors, too few"),
+        ({"num_hidden_layers": True}, "num_hidden_layers should be a positive number, it is True"),
+        ({"num_hidden_layers": "2"}, "num_hidden_layers should be a positive number, it is '2'"),
+        ({"hidden_size": 48.0}, r"hidden_size should be a positive number, it is 48\.0"),
+        ({"token_dropout": "false"}, "token_dropout should be true or false, it is 'false'"),
         ({"hidden_size": 96}, r"esm.embeddings.word_embeddings.weight has shape \(33, 48\).* is \(33, 96\)"),
     ],
 )
@@ -410,6 +418,68 @@ def test_config_json_that_is_not_esm2(
     (tmp_path / "config.json").write_text(hub_config(**changes))
     save_file(without(hub_names(tensors), "contact_head"), tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("size", [10**9, 10**18])
+def test_sizes_without_tensors_cost_no_time(tmp_path: Path, tensors: Tensors, size: int) -> None:
+    """Frequencies are made, and layers gone through, only once the tensors bear their number out."""
+    bare = without(hub_names(tensors), "contact_head", "inv_freq")
+    save_file(bare, tmp_path / "model.safetensors")
+    begin = time.process_time()
+    for changes in ({"num_hidden_layers": size}, {"hidden_size": size, "num_attention_heads": 1}):
+        (tmp_path / "config.json").write_text(hub_config(**changes))
+        with pytest.raises(CheckpointError, match=rf"{size}(-wide| layers)"):
+            load_checkpoint(tmp_path)
+    (tmp_path / "config.json").unlink()
+    save_file(tensors | {f"layers.{size - 1}.x": torch.ones(1)}, tmp_path / "bare.safetensors")
+    with pytest.raises(CheckpointError, match=r"too few|has tensors that no"):
+        load_checkpoint(tmp_path / "bare.safetensors")
+    assert time.process_time() - begin < 1.0
+
+
+def test_layer_numbers_beyond_all_bounds(tmp_path: Path, tensors: Tensors) -> None:
+    save_file(tensors | {f"layers.{'9' * 5000}.x": torch.ones(1)}, tmp_path / "bare.safetensors")
+    with pytest.raises(CheckpointError, match=r"has tensors that no .*: layers\.9999"):
+        load_checkpoint(tmp_path / "bare.safetensors")
+
+
+def test_frequencies_shared_by_all_layers_must_fit(tmp_path: Path, tensors: Tensors) -> None:
+    """As transformers 5 saves them: one tensor for all layers."""
+    stored = without(hub_names(tensors), "contact_head", "inv_freq")
+    stored["esm.rotary_embeddings.inv_freq"] = torch.ones(5)
+    (tmp_path / "config.json").write_text(hub_config())
+    save_file(stored, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"inv_freq has shape \(5,\), in .* it is \(8,\)"):
+        load_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json"]
+)
+def test_json_nested_beyond_all_bounds(tmp_path: Path, tensors: Tensors, name: str) -> None:
+    (tmp_path / "config.json").write_text(hub_config())
+    if name == "config.json":
+        save_file(hub_names(tensors), tmp_path / "model.safetensors")
+    (tmp_path / name).write_text("[" * 100_000)
+    paths = [tmp_path, tmp_path / name] if "index" in name else [tmp_path]
+    for path in paths:
+        with pytest.raises(CheckpointError, match=f"{name}.*nested too deeply"):
+            load_checkpoint(path)
+    if name == "config.json":  # beside a single file it may be another model's
+        with pytest.raises(CheckpointError, match="how many attention heads"):
+            save_file(without(tensors, "inv_freq"), tmp_path / "bare.safetensors")
+            load_checkpoint(tmp_path / "bare.safetensors")
+
+
+def test_a_pipe_is_no_checkpoint(tmp_path: Path, tensors: Tensors) -> None:
+    """Opening one would wait for ever."""
+    os.mkfifo(tmp_path / "esm2_x.pt")
+    with pytest.raises(CheckpointError, match="neither a file nor a directory"):
+        load_checkpoint(tmp_path / "esm2_x.pt")
+    save_file(hub_names(tensors), tmp_path / "model.safetensors")
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(CheckpointError, match=r"config\.json .*is no file"):
         load_checkpoint(tmp_path)
 
 
@@ -493,6 +563,69 @@ def test_pickles_that_are_not_esm2(tmp_path: Path, content: object, message: str
     torch.save(content, tmp_path / "esm2_x.pt")
     with pytest.raises(CheckpointError, match=message):
         load_checkpoint(tmp_path / "esm2_x.pt")
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2])
+@pytest.mark.parametrize("compressed", ["", "data.pkl", "data/0"])
+def test_a_compressed_archive_is_no_garbage(
+    tmp_path: Path, tensors: Tensors, compression: int, compressed: str
+) -> None:
+    """Its bytes are mapped as they are; the last tensor is longer than what compression saves."""
+    stored = without(tensors, "lm_head", "contact_head") | {"classifier.weight": torch.rand(10_000)}
+    stored["layers.0.fc1.weight"] = torch.zeros_like(tensors["layers.0.fc1.weight"])
+    torch.save(stored, tmp_path / "plain.pt")
+    path = tmp_path / "esm2_x.pt"
+    with zipfile.ZipFile(tmp_path / "plain.pt") as plain, zipfile.ZipFile(path, "w") as archive:
+        for entry in plain.infolist():
+            how = compression if entry.filename.endswith(compressed) else zipfile.ZIP_STORED
+            archive.writestr(entry.filename, plain.read(entry), how)
+    with pytest.raises(CheckpointError, match=r"esm2_x\.pt is a compressed archive.*torch\.save"):
+        load_checkpoint(path)
+
+
+def test_an_archive_that_expands_is_refused_unread(tmp_path: Path) -> None:
+    path = tmp_path / "bomb.pt"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("bomb/version", "3")
+        with archive.open("bomb/data.pkl", "w") as entry:
+            for _ in range(256):
+                entry.write(bytes(1 << 20))
+    assert path.stat().st_size < 1 << 20
+    run = subprocess.run(
+        [sys.executable, "-c", _PEAK_SCRIPT, path], capture_output=True, text=True, check=True
+    )
+    message, grown = run.stdout.splitlines()
+    assert "bomb.pt is a compressed archive" in message
+    assert int(grown) < 64 << 10, f"{grown} KiB"
+
+
+_PEAK_SCRIPT = """
+import resource, sys
+from esm_packed.weights import CheckpointError, load_checkpoint
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+try:
+    load_checkpoint(sys.argv[1])
+except CheckpointError as error:
+    print(error)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: torch.zeros(1).expand(t.shape), r"has shape \(192, 48\) and only 4 bytes"),
+        (lambda t: t.to("meta"), "no plain tensor .*on meta"),
+        (lambda t: t.to_sparse(), r"no plain tensor \(torch\.sparse_coo"),
+    ],
+)
+@pytest.mark.parametrize("name", ["layers.0.fc1.weight", "classifier.weight", "lm_head.weight"])
+def test_tensors_whose_values_are_not_in_the_file(
+    tmp_path: Path, tensors: Tensors, change: Callable[[torch.Tensor], torch.Tensor], message: str, name: str
+) -> None:
+    torch.save(tensors | {name: change(tensors["layers.0.fc1.weight"])}, tmp_path / "bare.pt")
+    with pytest.raises(CheckpointError, match=rf"bare\.pt: {name} .*{message}"):
+        load_checkpoint(tmp_path / "bare.pt")
 
 
 class _Malicious:
@@ -608,6 +741,12 @@ def test_not_found_says_what_was_perhaps_meant(tmp_path: Path) -> None:
         load_checkpoint(tmp_path / "esm2_mime.pt")
     with pytest.raises(CheckpointError, match="the models are esm2_t6_8M"):
         load_checkpoint("zzz")
+    for name in ("~nouser/x", "x\0y"):
+        with pytest.raises(CheckpointError, match="neither a file nor a directory"):
+            load_checkpoint(name)
+    for name in ("x" * 5000, "x/" * 2500):
+        with pytest.raises(CheckpointError, match=r"^[x/]{200}\.\.\.: File name too long$"):
+            load_checkpoint(name)
     for name in ("random:esm2", "random:", "random:esm2_t6_8M_UR50D@x", "random:esm2_t6_8M_UR50D@-1"):
         with pytest.raises(CheckpointError, match="random:NAME@SEED"):
             load_checkpoint(name)
