@@ -169,3 +169,95 @@ def test_fp16_may_not_take_more_memory_than_fp32() -> None:
     check("fp16", 1000)
     with pytest.raises(AssertionError):
         check("fp16", 1001)
+
+
+@pytest.mark.parametrize(
+    ("layout", "backend", "activities", "message"),
+    [
+        ("packed", "varlen", ["gemm", "flash_fwd_kernel"], None),
+        (
+            "packed",
+            "varlen",
+            ["gemm", "packed_attention_kernel"],
+            "no kernel of attention backend varlen ran",
+        ),
+        ("packed", "triton", ["gemm", "flash_fwd_kernel"], "no kernel of attention backend triton ran"),
+        ("packed", "triton", [], "no kernel of attention backend triton ran"),
+        ("padded", "triton", ["gemm", "fmha_cutlass"], None),
+        ("packed", "sdpa", ["gemm"], None),
+        ("packed", "varlen", ["flash_fwd_kernel", "Memcpy DtoD (Device -> Device)"], None),
+        (
+            "packed",
+            "varlen",
+            ["flash_fwd_kernel", "Memcpy DtoH (Device -> Pageable)"],
+            "the timed pass copies",
+        ),
+        ("padded", "sdpa", ["Memcpy HtoD (Pinned -> Device)"], "the timed pass copies"),
+    ],
+)
+def test_what_the_gpu_did_is_checked(
+    layout: str, backend: str, activities: list[str], message: str | None
+) -> None:
+    provider = SimpleNamespace(layout=layout, model=SimpleNamespace(attention_backend=backend))
+    if message is None:
+        contest.check_activities(provider, activities)
+    else:
+        with pytest.raises(AssertionError, match=message):
+            contest.check_activities(provider, activities)
+
+
+def test_unrounded_frequencies_are_held_against_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What takes other frequencies than the checkpoint's passes, and its distance from these is recorded."""
+    as_rival(monkeypatch)
+    entry = contest.Entry("esm_cpp", MODEL, WORKLOAD, TOTAL_TOKENS, "fp32", None, 256)
+    right = contest.Contest().ready(entry).errors
+    assert right["relative_error"] < 1e-6
+    assert "relative_error_to_checkpoint" not in right
+
+    model = contest.Contest().model(MODEL, "fp32")
+    half = model.config.head_dim // 2
+    unrounded = (10000.0 ** -(torch.arange(half, dtype=torch.float64) / half)).float()
+    assert not torch.equal(unrounded, model.inv_freq)
+    model.inv_freq = unrounded
+    monkeypatch.setattr(contest.Contest, "model", lambda self, name, dtype: model)
+    monkeypatch.setattr(contest.EsmPacked, "rounded_frequencies", False)
+    other = contest.Contest().ready(entry).errors
+    assert other["relative_error"] < 1e-6 < 1e-5 < other["relative_error_to_checkpoint"]
+
+
+def test_a_record_counts_what_is_useful() -> None:
+    """FLOPs and tokens of all proteins, padding left out, whatever the provider computes."""
+    entry = contest.Entry("esm_packed", MODEL, WORKLOAD, TOTAL_TOKENS, "fp32", "padded", 256)
+    ready = contest.Contest().ready(entry)
+    info = ready.record(SimpleNamespace(extra_info={}, stats=None), "model", 1)
+    assert info["sequences"] == len(SEQUENCES)
+    assert info["useful_tokens"] == TOTAL_TOKENS == sum(LENGTHS) + 2 * len(LENGTHS)
+    assert info["padded_tokens"] > TOTAL_TOKENS
+    layers, hidden = ready.config.num_layers, ready.config.hidden_size
+    pairs = sum((length + 2) ** 2 for length in LENGTHS)
+    assert info["flops"] == layers * (24 * hidden**2 * TOTAL_TOKENS + 4 * hidden * pairs)
+    padding = info["padded_tokens"] - TOTAL_TOKENS
+    assert info["computed_flops"] > info["flops"] + 24 * layers * hidden**2 * padding
+    floor = contest.Contest().ready(contest.replace(entry, provider="floor_attention", layout="packed"))
+    of_floor = floor.record(SimpleNamespace(extra_info={}, stats=None), "peers", 1)
+    assert of_floor["flops"] is of_floor["relative_error"] is of_floor["floor_seconds"] is None
+    assert of_floor["useful_tokens"] == of_floor["padded_tokens"] == TOTAL_TOKENS
+
+
+def test_the_largest_error_has_either_sign(monkeypatch: pytest.MonkeyPatch) -> None:
+    embeddings = contest.EsmPacked.embeddings
+    right = contest.compute_truth(
+        contest.load_checkpoint(MODEL),
+        [SEQUENCES[index] for index in contest.checked_indices(SEQUENCES)],
+        True,
+    ).embeddings
+    entry = contest.Entry("fair_esm", MODEL, WORKLOAD, TOTAL_TOKENS, "fp16", "padded", 256)
+    as_rival(monkeypatch)
+    monkeypatch.setattr(contest.Contest, "model", lambda self, name, dtype: model)
+    model = contest.ESM2.from_pretrained(MODEL, dtype="fp32")
+    monkeypatch.setattr(contest.EsmPacked, "embeddings", lambda provider: embeddings(provider) - 0.01)
+    errors = contest.Contest().ready(entry).errors
+    assert errors["max_error"] == pytest.approx(0.01, rel=1e-3)
+    assert errors["relative_error"] == pytest.approx(
+        max(0.01 * row.numel() ** 0.5 / float(row.norm()) for row in right), rel=1e-3
+    )

@@ -275,6 +275,7 @@ def path_result(relative_l2: list[float], cosine: list[float]) -> PathResult:
         ([1e-3, 5.1e-3], [1.0, 1.0], False, 1),
         ([1e-3, 1e-3], [1.0, 0.99998], False, 1),
         ([1e-3, float("nan")], [1.0, float("nan")], False, 1),
+        ([1e-3, 1e-3], [1.0, float("nan")], False, 1),
         ([float("nan")] * 2, [float("nan")] * 2, False, 2),
     ],
 )
