@@ -217,6 +217,27 @@ def test_errors_are_those_of_embed_against_fair_esm(stress: Checkpoint, referenc
     torch.testing.assert_close(path.residues_by_layer[-1], path.residues.relative_l2)
 
 
+def test_errors_of_every_layer(stress: Checkpoint, reference: Reference) -> None:
+    """Formed again from the model's layers; packs of one, so that the bits are the same."""
+    model, layers = fp32_model(stress), range(CONFIG.num_layers + 1)
+    path = measure(model, PACKED, PROTEINS, reference, token_budget=1)
+    for protein, ids in enumerate(PROTEINS[:5]):
+        batch = pack([ids])
+        hidden_states = model.forward_packed(
+            batch.input_ids, batch.cu_seqlens, batch.max_seqlen, layers
+        ).representations
+        means = PACKED.embed(model, batch, list(layers))
+        for layer in layers:
+            positions, expected = reference.layer_residues(protein, layer)
+            actual = hidden_states[layer][1:-1].double()
+            assert len(positions) == len(actual), "so few residues are all compared"
+            of_residues = float((actual - expected).norm() / expected.norm())
+            assert float(path.residues_by_layer[layer, protein]) == pytest.approx(of_residues, rel=1e-6)
+            expected = reference.means[layer, protein]
+            of_mean = float((means[layer][0].double() - expected).norm() / expected.norm())
+            assert float(path.mean_by_layer[layer, protein]) == pytest.approx(of_mean, rel=1e-6)
+
+
 def test_against_fair_esm_in_fp64(stress: Checkpoint) -> None:
     """Our FP64 path is within FP64's own rounding of fair-esm, so that either may be the reference."""
     pytest.importorskip("esm.model.esm2", reason="fair-esm 2.0.0 is not installed")
@@ -330,6 +351,10 @@ def test_relative_errors_are_relative_to_the_reference() -> None:
     # BOS is token 2
     found = errors._residue_errors(hidden_states, 2, torch.tensor([0, 1]), expected)
     assert found.tolist() == [1.0, 1.0, 4.0]
+    # the second residue at a right angle: the lowest cosine, and the largest difference of either sign
+    hidden_states[4] = torch.tensor([6.0, 0.0])
+    found = errors._residue_errors(hidden_states, 2, torch.tensor([0, 1]), expected)
+    assert found.tolist() == pytest.approx([(25 + 40) ** 0.5 / 29**0.5, 0.0, 6.0])
 
 
 def test_neighbours_are_those_of_the_reference() -> None:
