@@ -357,6 +357,15 @@ def test_relative_errors_are_relative_to_the_reference() -> None:
     assert found.tolist() == pytest.approx([(25 + 40) ** 0.5 / 29**0.5, 0.0, 6.0])
 
 
+def test_what_is_not_finite_is_left_out_of_medians_and_extremes() -> None:
+    nan, inf = float("nan"), float("inf")
+    values = torch.tensor([nan, 9.0, 1.0, inf, 2.0, -inf])
+    assert errors.finite_median(values) == 2.0
+    assert (errors.finite_min(values), errors.finite_max(values)) == (1.0, 9.0)
+    for function in (errors.finite_median, errors.finite_min, errors.finite_max):
+        assert function(torch.tensor([nan, inf])) is None
+
+
 def test_neighbours_are_those_of_the_reference() -> None:
     angles = torch.tensor([0.0, 1.0, 3.0, 7.0, 15.0, 31.0]).deg2rad().double()
     expected = torch.stack([angles.cos(), angles.sin()], 1)
