@@ -185,6 +185,9 @@ def _triton_obstacle(device: torch.device, dtype: torch.dtype, head_dim: int) ->
         return f"it runs on CUDA devices, not on {device.type}"
     if dtype == torch.float64:
         return "it computes in float16, bfloat16 and float32, not in float64"
+    if device.type == "cuda" and (capability := torch.cuda.get_device_capability(device)) < (8, 0):
+        gpu = f"{torch.cuda.get_device_name(device)} (sm_{capability[0]}{capability[1]})"
+        return f"on {gpu} it runs out of registers and would be slow, it needs sm_80 or newer"
     return None
 
 

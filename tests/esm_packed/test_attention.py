@@ -96,6 +96,23 @@ def test_auto_on_a_gpu(monkeypatch: pytest.MonkeyPatch, mode: str, expected: str
         assert attend.keywords == {"input_precision": "tf32" if mode == "tf32" else "ieee"}  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("mode", ["fp16", "bf16", "fp32", "tf32"])
+def test_a_gpu_older_than_sm_80_takes_sdpa(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    """There our Triton attention spills hundreds of registers, and no FlashAttention runs."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    monkeypatch.setattr(attention.dispatch, "TRITON_DEVICES", {"cuda"})
+    device = torch.device("cuda")
+    name, attend = attention.select_backend("auto", device, PRECISIONS[mode], 64)
+    assert (name, attend) == ("sdpa", attention.sdpa_attention)
+    with pytest.raises(attention.BackendError) as error:
+        attention.select_backend("triton", device, PRECISIONS[mode], 64)
+    assert str(error.value) == (
+        "attention 'triton' cannot be used: on Tesla T4 (sm_75) it runs out of registers and would be slow, "
+        "it needs sm_80 or newer; these can: sdpa, reference"
+    )
+
+
 def test_without_triton_fp32_on_a_gpu_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention.dispatch, "TRITON_DEVICES", set())
     device = torch.device("cuda")
