@@ -7,8 +7,10 @@ language model", Science 379) as fair-esm 2.0.0 computes it. Sequences lie end t
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -19,12 +21,20 @@ from torch import nn
 
 from esm_packed import kernels
 from esm_packed.alphabet import MASK_ID, VOCAB_SIZE, encode
-from esm_packed.attention import PackedAttention, select_backend
+from esm_packed.attention import BackendError, PackedAttention, select_backend
 from esm_packed.config import DEFAULT_MODEL, DEFAULT_TOKEN_BUDGETS, ESM2Config
 from esm_packed.contacts import AttentionMaps, contact_probabilities
-from esm_packed.numerics import Precision, matmul_precision, resolve_device, resolve_precision
+from esm_packed.numerics import (
+    PRECISIONS,
+    Precision,
+    is_out_of_memory,
+    matmul_precision,
+    resolve_device,
+    resolve_precision,
+)
 from esm_packed.packing import SPECIAL_TOKENS, PackedBatch, check_packed, pack, plan_packs
 from esm_packed.parameters import fill_parameter
+from esm_packed.rescue import Rescue, is_finite, named
 from esm_packed.weights import Checkpoint, CheckpointError, load_checkpoint
 
 LAYER_NORM_EPS = 1e-5
@@ -94,6 +104,7 @@ class ESM2(nn.Module):
         self.final_norm = nn.LayerNorm(config.hidden_size)
         self.lm_head = LMHead(config) if lm_head else None
         self.contact_head = nn.Linear(config.num_layers * config.num_heads, 1) if contact_head else None
+        self._rescue = Rescue(None)
         self._outgrown_tables: list[tuple[torch.Tensor, torch.Tensor]] = []
         for name in ("inv_freq", "cos", "sin"):
             self.register_buffer(name, torch.empty(0), persistent=False)
@@ -151,6 +162,8 @@ class ESM2(nn.Module):
         model.model_name, model.model_sha256 = checkpoint.model_name, checkpoint.sha256
         model.precision_mode = precision
         model.attention_backend, model.attend = backend
+        if precision.is_below_fp32:
+            model._rescue = Rescue(partial(load_in_fp32, checkpoint, device))
         return model
 
     precision_mode: Precision
@@ -271,6 +284,8 @@ class ESM2(nn.Module):
     ) -> dict[int, torch.Tensor]:
         """Mean embedding of each sequence over its residues, BOS and EOS left out.
 
+        What overflows is returned as it is: looking for it would wait for the device, and `embed` does that.
+
         Args:
             batch: the sequences, on the model's device.
             layers: 0 to num_layers.
@@ -297,6 +312,8 @@ class ESM2(nn.Module):
     ) -> list[npt.NDArray[np.float32]]:
         """Embed proteins.
 
+        What is not finite is computed again in FP32, and is NaN if it is not finite there either.
+
         Args:
             sequences: one-letter residues; `<mask>` stands for a masked one. Nothing is truncated, and `-`
                 and `.` are computed as the gap tokens they are in ESM-2's alphabet.
@@ -311,6 +328,9 @@ class ESM2(nn.Module):
         Raises:
             ValueError: a sequence is empty or has a character outside the alphabet; the message names it.
             TypeError: a sequence is no string.
+
+        Warns:
+            UserWarning: embeddings were not finite; says how many, whose, and what became of them.
         """
         if isinstance(sequences, str):
             raise TypeError("sequences is one string; pass a list of them")
@@ -322,21 +342,46 @@ class ESM2(nn.Module):
             token_budget = DEFAULT_TOKEN_BUDGETS[self.device.type]
         arrays: dict[int, npt.NDArray[np.float32]] = {}
         for members in plan_packs([len(ids) + SPECIAL_TOKENS for ids in token_ids], token_budget):
-            batch = pack([token_ids[index] for index in members]).to(self.device)
-            if per_residue:
-                output = self.forward_packed(batch.input_ids, batch.cu_seqlens, batch.max_seqlen, [layer])
-                hidden_states = output.representations[layer].to(self.precision_mode.table_dtype)
-                bounds = batch.cu_seqlens.tolist()
-                rows: Iterable[npt.NDArray[np.float32]] = (
-                    hidden_states[start + 1 : end - 1].cpu().numpy().copy() for start, end in pairwise(bounds)
-                )
-            else:
-                rows = self.embed_packed(batch, [layer])[layer].cpu().numpy()
+            rows = self._embed_pack([token_ids[index] for index in members], layer, per_residue)
             arrays.update(zip(members.tolist(), rows, strict=True))
+
+        changed: dict[str, list[int]] = {}
+        for index, ids in enumerate(token_ids):
+            if not is_finite({layer: arrays[index]}):
+                reason = self._recompute(ids, arrays[index], layer, per_residue)
+                changed.setdefault(reason, []).append(index)
+        for reason, indices in changed.items():
+            warnings.warn(
+                f"{len(indices)} of {len(token_ids)} sequences: the embedding is {reason}: {named(indices)}",
+                stacklevel=2,
+            )
         return [arrays[index] for index in range(len(token_ids))]
+
+    def _embed_pack(
+        self, token_ids: Sequence[npt.NDArray[np.uint8]], layer: int, per_residue: bool
+    ) -> list[npt.NDArray[np.float32]]:
+        batch = pack(token_ids).to(self.device)
+        if not per_residue:
+            return list(self.embed_packed(batch, [layer])[layer].cpu().numpy())
+        output = self.forward_packed(batch.input_ids, batch.cu_seqlens, batch.max_seqlen, [layer])
+        hidden_states = output.representations[layer].to(self.precision_mode.table_dtype)
+        bounds = batch.cu_seqlens.tolist()
+        return [hidden_states[start + 1 : end - 1].cpu().numpy().copy() for start, end in pairwise(bounds)]
+
+    def _recompute(
+        self, token_ids: npt.NDArray[np.uint8], rows: npt.NDArray[np.float32], layer: int, per_residue: bool
+    ) -> str:
+        _, reason = self._rescue.replace(
+            {layer: rows},
+            lambda model: {layer: model._embed_pack([token_ids], layer, per_residue)[0]},
+            f"dtype {self.precision}",
+        )
+        return reason
 
     def predict_contacts(self, sequence: str) -> npt.NDArray[np.float32]:
         """Probability that two residues touch, from the attention maps of all layers (Rao et al. 2021).
+
+        Computed again in FP32 if it is not finite, and NaN if it is not finite there either.
 
         Args:
             sequence: one-letter residues of one protein.
@@ -347,14 +392,28 @@ class ESM2(nn.Module):
         Raises:
             CheckpointError: the checkpoint came without its contact-regression file.
             ValueError: the sequence is empty or has a character outside the alphabet.
+
+        Warns:
+            UserWarning: the result was not finite.
         """
         if self.contact_head is None:
             raise CheckpointError(
                 f"{self.model_name} was loaded without contact-regression weights: put the file "
                 "NAME-contact-regression.pt beside NAME.pt"
             )
+        ids = _encode_named("sequence", sequence)
+        contacts = self._contacts(ids)
+        if not is_finite({0: contacts}):
+            _, reason = self._rescue.replace(
+                {0: contacts}, lambda model: {0: model._contacts(ids)}, f"dtype {self.precision}"
+            )
+            warnings.warn(f"the contacts are {reason}", stacklevel=2)
+        return contacts
+
+    def _contacts(self, token_ids: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        assert self.contact_head is not None
         collect = AttentionMaps()
-        batch = pack([_encode_named("sequence", sequence)]).to(self.device)
+        batch = pack([token_ids]).to(self.device)
         self.forward_packed(batch.input_ids, batch.cu_seqlens, batch.max_seqlen, attend=collect)
         with torch.no_grad():
             head = self.contact_head
@@ -384,6 +443,28 @@ class ESM2(nn.Module):
                 raise ValueError(f"repr_layers: {layer} is not within 0 to {self.config.num_layers}")
         if return_logits and self.lm_head is None:
             raise ValueError(f"{self.model_name} has no language-model head, so it gives no logits")
+
+
+def load_in_fp32(checkpoint: Checkpoint, device: torch.device) -> ESM2:
+    """The model in FP32 on `device`, or on the CPU where there is no room for it.
+
+    Raises:
+        RuntimeError: there is no room on the CPU either.
+    """
+    fp32 = PRECISIONS["fp32"]
+
+    def load(device: torch.device) -> ESM2:
+        backend = select_backend("auto", device, fp32, checkpoint.config.head_dim)
+        return ESM2.from_checkpoint(checkpoint, device, fp32, backend)
+
+    try:
+        return load(device)
+    except (BackendError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+            raise
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return load(torch.device("cpu"))
 
 
 def _norm(norm: nn.LayerNorm, hidden_states: torch.Tensor) -> torch.Tensor:

@@ -30,6 +30,11 @@ class Precision:
         """Dtype of rotary angles, softmax statistics and pooling: FP64 in the FP64 mode, else FP32."""
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
+    @property
+    def is_below_fp32(self) -> bool:
+        """Whether FP32 would be more accurate, and hold larger numbers than FP16."""
+        return self.tf32 or self.dtype.itemsize < torch.float32.itemsize
+
 
 PRECISIONS: dict[str, Precision] = {
     "fp64": Precision("fp64", torch.float64, torch.float64),
@@ -79,6 +84,11 @@ def resolve_precision(name: str | None, device: torch.device) -> Precision:
     if name == "tf32" and device.type != "cuda":
         raise ValueError(f"dtype 'tf32' needs a CUDA device, not {device}; choose 'fp32'")
     return PRECISIONS[name]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device, or the CPU's allocator, had no memory left."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 @contextmanager

@@ -11,7 +11,6 @@ their own; the device is waited for once per pack, for a result one pack old, wh
 
 from __future__ import annotations
 
-import math
 import queue
 import threading
 import time
@@ -19,6 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,9 @@ import torch
 from esm_packed.graphs import GraphedESM2
 from esm_packed.layouts import LAYOUTS, Layout
 from esm_packed.model import ESM2
+from esm_packed.numerics import is_out_of_memory
 from esm_packed.packing import SPECIAL_TOKENS, PackedBatch, pack
+from esm_packed.rescue import Rescue
 from esm_packed.runners.memory import page_rows
 from esm_packed.runners.request import UsageError
 from esm_packed.runners.store import (
@@ -209,8 +211,7 @@ class Pipeline:
         self.store_dtype = np.dtype(store_dtype)
         self.token_budget = token_budget
         self.times = StageTimes()
-        self._load_fp32 = in_fp32
-        self._fp32_model: ESM2 | None = None
+        self._rescue = Rescue(in_fp32)
         self._on_pack = on_pack
         self._layout = layout
         self._graphed = GraphedESM2(model) if cuda_graphs else None
@@ -447,26 +448,13 @@ class Pipeline:
         for member in item.members[~self._finite(progress, item.members)].tolist():
             if progress.status[member] == STATUS_FAILED:
                 continue
-            reason = (
-                f"the embedding is not finite (dtype {self.model.precision}, stored as {self.store_dtype})"
+            rescued, reason = self._rescue.replace(
+                {layer: rows[member] for layer, rows in progress.rows.items()},
+                partial(self._alone, progress.shard.token_ids[member]),
+                f"dtype {self.model.precision}, stored as {self.store_dtype}",
             )
-            if self._load_fp32 is not None:
-                try:
-                    alone = self._alone_in_fp32(progress, member)
-                except RuntimeError as error:
-                    if not is_out_of_memory(error):
-                        raise
-                    reason += ", and there is no memory to compute it in fp32"
-                else:
-                    for layer, row in alone.items():
-                        with np.errstate(over="ignore"):
-                            progress.rows[layer][member] = row
-                    if self._finite(progress, np.array([member]))[0]:
-                        progress.status[member] = STATUS_RECOMPUTED
-                        progress.reasons[member] = f"{reason}; recomputed in fp32"
-                        continue
-                    reason += ", nor is that in fp32"
-            self._fail_row(progress, member, reason)
+            progress.status[member] = STATUS_RECOMPUTED if rescued else STATUS_FAILED
+            progress.reasons[member] = f"the embedding is {reason}"
 
     def _compare(self, item: _Pack) -> None:
         """Hold sampled rows against the same sequences in FP32, each on its own."""
@@ -475,11 +463,12 @@ class Pipeline:
             if member not in item.members or progress.status[member] != STATUS_COMPUTED:
                 continue
             try:
-                truth = self._alone_in_fp32(progress, member)[self.layers[-1]].astype(np.float64)
+                alone = self._alone(progress.shard.token_ids[member], self._rescue.model or self.model)
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
                 continue  # a row less to compare
+            truth = alone[self.layers[-1]].astype(np.float64)
             row = progress.rows[self.layers[-1]][member].astype(np.float64)
             norms = float(np.linalg.norm(row)), float(np.linalg.norm(truth))
             progress.comparisons[member] = Comparison(
@@ -488,13 +477,9 @@ class Pipeline:
                 relative_error=float(np.linalg.norm(row - truth)) / norms[1],
             )
 
-    def _alone_in_fp32(self, progress: _Progress, member: int) -> dict[int, npt.NDArray[np.float32]]:
-        """Embeddings by layer of one sequence in a pack of its own, in FP32 or what is better."""
-        if self._fp32_model is None:
-            self._fp32_model = self._load_fp32() if self._load_fp32 is not None else self.model
-        model = self._fp32_model
-        alone = pack([progress.shard.token_ids[member]]).to(model.device)
-        rows_by_layer = model.embed_packed(alone, self.layers)
+    def _alone(self, token_ids: TokenIds, model: ESM2) -> dict[int, npt.NDArray[np.float32]]:
+        """Embeddings by layer of one sequence in a pack of its own."""
+        rows_by_layer = model.embed_packed(pack([token_ids]).to(model.device), self.layers)
         return {layer: rows[0].cpu().numpy() for layer, rows in rows_by_layer.items()}
 
     def _finite(self, progress: _Progress, members: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
@@ -507,7 +492,7 @@ class Pipeline:
         progress.status[member] = STATUS_FAILED
         progress.reasons[member] = reason
         for rows in progress.rows.values():
-            rows[member] = math.nan
+            rows[member] = np.nan
 
     def _finish(self, progress: _Progress) -> Shard:
         return Shard(progress.status, progress.rows, progress.reasons, progress.comparisons)
@@ -527,8 +512,3 @@ class Pipeline:
             except BaseException as error:
                 failure.append(error)
             self.times.writing += time.monotonic() - begin
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device, or the CPU's allocator, had no memory left."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)

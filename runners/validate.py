@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from esm_packed.config import DEFAULT_TOKEN_BUDGETS
-from esm_packed.numerics import PRECISIONS, resolve_device
+from esm_packed.numerics import PRECISIONS, is_out_of_memory, resolve_device
 from esm_packed.reports.page import check_matplotlib
 from esm_packed.reports.reference import REFERENCES
 from esm_packed.reports.validation import (
@@ -22,11 +22,11 @@ from esm_packed.reports.validation import (
     num_passes,
     validate,
 )
-from esm_packed.reports.validation_page import summary_lines, write_report
+from esm_packed.reports.validation_page import report_files, summary_lines, write_report
 from esm_packed.reports.verdict import Threshold
 from esm_packed.runners.fasta import ReadOptions
-from esm_packed.runners.index import FastaIndex, build_index
-from esm_packed.runners.pipeline import is_out_of_memory
+from esm_packed.runners.index import STDIN, FastaIndex, build_index
+from esm_packed.runners.paths import check_apart, files_of
 from esm_packed.runners.progress import Console, duration
 from esm_packed.runners.request import UsageError
 from esm_packed.weights import Checkpoint, load_checkpoint
@@ -92,6 +92,8 @@ def validate_file(request: ValidateRequest, console: Console) -> tuple[list[str]
     _check_folder(request)
     with console.byte_steps() as report:
         checkpoint = load_checkpoint(request.model, progress=report)
+    written = {f"--output: {path.name}": path for path in report_files(request.output)}
+    check_apart(written, [*([request.fasta] if request.fasta != STDIN else []), *files_of(checkpoint)])
     with tempfile.TemporaryDirectory(prefix="esm-packed-") as work_dir:
         with console.progress("reading", "B", None) as advance:
             index = build_index([request.fasta], Path(work_dir), request.read, progress=advance)

@@ -13,11 +13,10 @@ import h5py
 import numpy as np
 import torch
 
-from esm_packed.attention import BackendError, select_backend
+from esm_packed.attention import select_backend
 from esm_packed.layouts import LAYOUTS
-from esm_packed.model import ESM2
-from esm_packed.numerics import PRECISIONS, Precision
-from esm_packed.runners.pipeline import Pipeline, ShardInput, is_out_of_memory
+from esm_packed.model import ESM2, load_in_fp32
+from esm_packed.runners.pipeline import Pipeline, ShardInput
 from esm_packed.runners.request import STORE_DTYPES, EmbedRequest, UsageError
 from esm_packed.runners.shards import Run
 from esm_packed.runners.store import Shard, write_shard
@@ -53,7 +52,14 @@ class Worker:
         self._checkpoint = checkpoint
         self._on_pack = on_pack
         self._log = logging.getLogger(f"{__name__}.{rank}")
-        self.model = self._load(device, request.precision(device), request.attention)
+        precision = request.precision(device)
+        backend = select_backend(request.attention, device, precision, checkpoint.config.head_dim)
+        try:
+            self.model = ESM2.from_checkpoint(checkpoint, device, precision, backend)
+        except torch.OutOfMemoryError as error:
+            raise UsageError(
+                f"{checkpoint.model_name} in {precision.name} does not fit into the memory of {device}"
+            ) from error
         self.pipeline: Pipeline | None = None
 
     def begin(self, run: Run) -> None:
@@ -65,7 +71,7 @@ class Worker:
             plan.layers,
             STORE_DTYPES[request.store_dtype],
             plan.token_budget,
-            self._load_fp32 if self.model.precision in ("fp16", "bf16", "tf32") else None,
+            self._load_fp32 if self.model.precision_mode.is_below_fp32 else None,
             self._on_pack,
             LAYOUTS[request.layout],
             request.cuda_graphs,
@@ -126,26 +132,11 @@ class Worker:
             "disabled": ", ".join(disabled),
         }
 
-    def _load(self, device: torch.device, precision: Precision, attention: str) -> ESM2:
-        backend = select_backend(attention, device, precision, self._checkpoint.config.head_dim)
-        try:
-            return ESM2.from_checkpoint(self._checkpoint, device, precision, backend)
-        except torch.OutOfMemoryError as error:
-            raise UsageError(
-                f"{self._checkpoint.model_name} in {precision.name} does not fit into the memory of {device}"
-            ) from error
-
     def _load_fp32(self) -> ESM2:
-        """The model in FP32, beside the one at work, or on the CPU where there is no room for it."""
-        self._log.info("loading the model in fp32, to compute single sequences anew")
-        try:
-            return self._load(self.model.device, PRECISIONS["fp32"], "auto")
-        except (UsageError, BackendError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and not is_out_of_memory(error):
-                raise
-            self._log.warning("%s; it is computed on the CPU", error)
-            torch.cuda.empty_cache()
-            return self._load(torch.device("cpu"), PRECISIONS["fp32"], "auto")
+        """The model in FP32, beside the one at work."""
+        model = load_in_fp32(self._checkpoint, self.model.device)
+        self._log.info("single sequences are computed anew in fp32 on %s", model.device)
+        return model
 
     def _open_log(self, folder: Path) -> None:
         part = (
