@@ -43,7 +43,7 @@ def _gemm_bias_gelu_kernel(
         dim = column + tl.arange(0, BLOCK_N)
         if not USE_TMA:  # rows beyond the last are read from the last, and not stored
             input_row = tl.minimum(token, total_tokens - 1).to(tl.int64)[:, None] * IN_FEATURES
-            weight_row = tl.minimum(dim, OUT_FEATURES - 1)[:, None] * IN_FEATURES
+            weight_row = tl.minimum(dim, OUT_FEATURES - 1).to(tl.int64)[:, None] * IN_FEATURES
         total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for step in range(0, IN_FEATURES, BLOCK_K):
             if USE_TMA:
