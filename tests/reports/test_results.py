@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from esm_packed.reports import results, speedup
+from esm_packed.reports import page, results, speedup
 from esm_packed.reports.results import Measurement, Results, Spread
 
 
@@ -234,6 +235,105 @@ def test_what_a_forward_pass_shows() -> None:
         "relative error": "2.0e-04",
         "attention": "varlen",
     }
+
+
+def shown(table: page.Table, row: int = 0) -> dict[str, str]:
+    return dict(zip(table.headers, table.rows[row], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("ceiling", "achieved", "roof"),
+    [("copy", "300 GB/s", "400 GB/s"), ("fp16", "3 TFLOP/s", "4 TFLOP/s")],
+)
+def test_what_a_kernel_shows(ceiling: str, achieved: str, roof: str) -> None:
+    rate = 4e11 if ceiling == "copy" else 4e12
+    names = {
+        "operation": "layer_norm",
+        "model": "8M",
+        "workload": "uniref",
+        "dtype": "fp16",
+        "provider": "ours",
+    }
+    amounts = {"bytes": 6e11, "flops": 6e12, "ceiling_name": ceiling, "ceiling_per_second": rate}
+    one = measurement({0: [2.0]}, **names, **amounts, relative_error=2e-4)
+    assert shown(speedup.kernels_table([one])) == {
+        "operation": "layer_norm",
+        "model": "8M",
+        "lengths": "uniref",
+        "precision": "fp16",
+        "provider": "ours",
+        "time of one launch (p20 to p80)": "2 s",
+        "achieved": achieved,
+        "ceiling": roof,
+        "share of the ceiling": "75.0%",
+        "relative error": "2.0e-04",
+    }
+
+
+def test_what_a_rival_shows() -> None:
+    """3 s beside 2 s, with a fifth of the computed tokens padding."""
+    rival = {"suite": "peers", "dtype": "fp32", "padded_tokens": 125}
+    group = [
+        forward("a", 3.0, **rival, provider="fair_esm"),
+        forward("b", 2.0, **(rival | {"padded_tokens": 100}), provider="esm_packed"),
+        forward("c", 1.0, **rival, provider="floor_matmul_mm"),
+    ]
+    table = speedup.rivals_table(file_of(*group))
+    assert [row[2] for row in table.rows] == [
+        "floor: matmuls by torch.mm",
+        "esm-packed, FP32",
+        "fair-esm, FP32",
+    ]
+    assert shown(table, 2) == {
+        "model": "8M",
+        "lengths": "uniref",
+        "contender": "fair-esm, FP32",
+        "time (p20 to p80)": "3 s",
+        "tokens/s": "33",
+        "sequences/s": "3",
+        "padding": "20.0%",
+        "esm-packed is": "1.50x (1.50 to 1.50) as fast",
+    }
+    floor = shown(table, 0)
+    assert (floor["tokens/s"], floor["sequences/s"], floor["esm-packed is"]) == ("", "", "")
+
+
+def test_what_a_run_from_fasta_shows() -> None:
+    stages = {"reading": 0.1, "copying": 0.2, "computing": 0.3, "writing": 0.4, "wall": 1.5}
+    one = forward("a", 2.0, suite="end_to_end", dtype="fp32", stages=stages, mfu_measured=0.5)
+    assert shown(speedup.end_to_end_table(file_of(one))) == {
+        "model": "8M",
+        "lengths": "uniref",
+        "precision": "fp32",
+        "wall time (p20 to p80)": "2 s",
+        "tokens/s": "50",
+        "sequences/s": "5",
+        "reading": "100 ms",
+        "copying": "200 ms",
+        "computing": "300 ms",
+        "writing": "400 ms",
+        "pipeline": "1.5 s",
+        "other": "500 ms",
+        "MFU, measured rate": "50.0%",
+    }
+
+
+def test_rounds_of_a_block_are_joined(tmp_path: Path) -> None:
+    """As in a file of two runs of the same benchmark."""
+    records = [
+        {
+            "name": f"test_x[{block}]",
+            "params": {"block": block},
+            "extra_info": {"suite": "model", "block": block},
+            "stats": {"data": times},
+        }
+        for block, times in ((0, [1.0, 9.0]), (1, [4.0]), (0, [2.0]))
+    ]
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps({"benchmarks": records}))
+    (one,) = results.read_results(path).measurements.values()
+    assert one.blocks == {0: [1.0, 9.0, 2.0], 1: [4.0]}
+    assert one.seconds.middle == 3.0
 
 
 def test_comparisons_are_of_the_same_model_lengths_and_budget() -> None:
