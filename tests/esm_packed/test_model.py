@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -139,6 +140,55 @@ def test_precision_mode_sets_the_dtype_of_the_weights() -> None:
     assert model.precision == "bf16"
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert model.inv_freq.dtype == torch.float32
+
+
+@pytest.mark.parametrize("mode", ["fp16", "bf16", "fp32", "fp64"])
+def test_rows_come_back_in_fp32_whatever_computed_them(demo: ESM2, mode: str) -> None:
+    model = ESM2.from_pretrained("demo", dtype=mode)
+    expected = np.float64 if mode == "fp64" else np.float32
+    for per_residue in (False, True):
+        (rows,) = model.embed(["MKTAYIAK"], per_residue=per_residue)
+        assert rows.dtype == expected
+        (truth,) = demo.embed(["MKTAYIAK"], per_residue=per_residue)
+        assert np.linalg.norm(rows - truth) < 0.05 * np.linalg.norm(truth)
+
+
+@pytest.mark.parametrize("residual", [torch.float16, torch.float32])
+@pytest.mark.parametrize("mode", ["fp16", "bf16", "fp32"])
+def test_the_residual_stream_has_the_dtype_of_the_setting(mode: str, residual: torch.dtype) -> None:
+    """In values, not in name only: an FP32 stream holds what no half type does."""
+    model = ESM2.from_pretrained("demo", dtype=mode)
+    assert model.precision_mode.residual_dtype == torch.float32
+    model.precision_mode = replace(model.precision_mode, residual_dtype=residual)
+    batch = pack([encode("MKTAYIAKQRQISFVK"), encode("ACDEFGH")])
+    layers = list(range(model.config.num_layers))
+    output = model.forward_packed(batch.input_ids, batch.cu_seqlens, batch.max_seqlen, layers)
+    for layer, stream in output.representations.items():
+        assert stream.dtype == residual, f"layer {layer}"
+        for half in (torch.float16, torch.bfloat16):
+            share_held = float((stream.to(half).to(residual) == stream).float().mean())
+            if half == residual:
+                assert share_held == 1.0
+            else:
+                assert share_held < 0.5, f"layer {layer} holds {half} numbers only"
+
+
+def test_the_residual_stream_holds_more_than_fp16_can() -> None:
+    """Two additions of 40,000 overflow a stream in FP16, and only there."""
+    checkpoint = load_checkpoint("demo")
+    tensors = dict(checkpoint.tensors)
+    for layer in (0, 1):
+        tensors[f"layers.{layer}.fc2.bias"] = torch.full((96,), 40_000.0)
+    changed = type(checkpoint)("changed", checkpoint.config, tensors, "", "")
+    batch = pack([encode("MKTAYIAK")])
+    whole = ESM2.from_pretrained("demo", dtype="fp16")
+    model = ESM2.from_checkpoint(
+        changed, whole.device, whole.precision_mode, (whole.attention_backend, whole.attend)
+    )
+    for residual in (torch.float32, torch.float16):
+        model.precision_mode = replace(whole.precision_mode, residual_dtype=residual)
+        output = model.forward_packed(batch.input_ids, batch.cu_seqlens, batch.max_seqlen, [2])
+        assert bool(output.representations[2].isfinite().all()) == (residual == torch.float32)
 
 
 LOAD_AND_REPORT = """

@@ -115,3 +115,27 @@ def test_pack_refuses_what_is_no_batch() -> None:
         pack([encode("MK"), encode("")])
     with pytest.raises(ValueError, match="2 sequence_ids for 1 sequences"):
         pack([encode("MK")], ["a", "b"])
+
+
+@pytest.mark.parametrize("lengths", [[2**31 - 2], [2**30, 2**30 - 4], [2**31 - 5, 1], [2**29] * 16])
+def test_more_tokens_than_int32_counts_are_refused(lengths: list[int]) -> None:
+    """Views of one residue stand in for the sequences, so that nothing of this size is made."""
+    token_ids = [np.broadcast_to(np.uint8(5), length) for length in lengths]
+    total = sum(lengths) + 2 * len(lengths)
+    assert total >= 2**31
+    with pytest.raises(ValueError, match=f"{total} tokens in one pack: cu_seqlens is int32"):
+        pack(token_ids)
+
+
+def test_as_many_tokens_as_int32_counts_are_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    laid_out: list[int] = []
+
+    def concatenate(parts: list[np.ndarray]) -> np.ndarray:
+        laid_out.append(sum(map(len, parts)))
+        return np.empty(0, np.uint8)
+
+    monkeypatch.setattr(np, "concatenate", concatenate)
+    batch = pack([np.broadcast_to(np.uint8(5), length) for length in (2**30, 2**30 - 5)])
+    assert laid_out == [2**31 - 1]
+    assert batch.cu_seqlens.tolist() == [0, 2**30 + 2, 2**31 - 1]
+    assert batch.max_seqlen == 2**30 + 2
