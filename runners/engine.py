@@ -14,7 +14,7 @@ from esm_packed.runners.pipeline import StageTimes
 from esm_packed.runners.request import EmbedRequest
 from esm_packed.runners.shards import Run
 from esm_packed.runners.watch import Watch, WorkerState
-from esm_packed.runners.worker import Worker, device_name
+from esm_packed.runners.worker import Worker, device_name, set_threads
 from esm_packed.weights import Checkpoint
 
 
@@ -58,8 +58,7 @@ class InProcessEngine:
     num_workers = 1
 
     def __init__(self, request: EmbedRequest, checkpoint: Checkpoint, device: torch.device) -> None:
-        if request.threads is not None:
-            torch.set_num_threads(request.threads)
+        set_threads(request.threads)
         self._request = request
         self._checkpoint = checkpoint
         self._device = device

@@ -37,7 +37,7 @@ from esm_packed.runners.rundir import RunDirectory
 from esm_packed.runners.shards import Run
 from esm_packed.runners.store import STATUS_COMPUTED, STATUS_FAILED, Shard, StoreError, write_shard
 from esm_packed.runners.watch import Watch, WorkerState
-from esm_packed.runners.worker import Worker, device_name
+from esm_packed.runners.worker import Worker, device_name, set_threads
 from esm_packed.weights import Checkpoint, CheckpointError, load_checkpoint
 
 MAX_ATTEMPTS = 3
@@ -73,8 +73,7 @@ class RayWorker:
     """
 
     def __init__(self, request: EmbedRequest, model_sha256: str, device: str, rank: int) -> None:
-        if request.threads is not None:
-            torch.set_num_threads(request.threads)
+        set_threads(request.threads)
         checkpoint = load_checkpoint(request.model)
         if checkpoint.sha256 != model_sha256:
             raise UsageError(

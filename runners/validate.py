@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from esm_packed.config import DEFAULT_TOKEN_BUDGETS
 from esm_packed.numerics import PRECISIONS, is_out_of_memory, resolve_device
@@ -29,6 +28,7 @@ from esm_packed.runners.index import STDIN, FastaIndex, build_index
 from esm_packed.runners.paths import check_apart, files_of
 from esm_packed.runners.progress import Console, duration
 from esm_packed.runners.request import UsageError
+from esm_packed.runners.worker import set_threads
 from esm_packed.weights import Checkpoint, load_checkpoint
 
 TokenIds = npt.NDArray[np.uint8]
@@ -168,8 +168,7 @@ def choose(index: FastaIndex, limit: int) -> tuple[list[int], str]:
 
 
 def _settings(request: ValidateRequest) -> Settings:
-    if request.threads is not None:
-        torch.set_num_threads(request.threads)
+    set_threads(request.threads)
     try:
         device = resolve_device(request.device)
     except ValueError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import platform
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -22,6 +23,10 @@ from esm_packed.runners.shards import Run
 from esm_packed.runners.store import Shard, write_shard
 from esm_packed.version import __version__
 from esm_packed.weights import Checkpoint
+
+THREADS_PER_CPU = 4
+LEAST_MOST_THREADS = 64
+"""Threads that are allowed on any machine, however few CPUs it has."""
 
 
 class Worker:
@@ -150,6 +155,29 @@ class Worker:
         self._log.addHandler(handler)
         self._log.setLevel(logging.INFO)
         self._log.propagate = False
+
+
+def check_threads(threads: int | None) -> None:
+    """See that a machine can hold so many CPU threads: their start cannot fail without ending the process.
+
+    Raises:
+        UsageError: there are many times more than CPUs.
+    """
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    most = max(LEAST_MOST_THREADS, THREADS_PER_CPU * cpus)
+    if threads is not None and threads > most:
+        raise UsageError(f"--threads {threads}: this machine has {cpus} CPUs; choose at most {most} threads")
+
+
+def set_threads(threads: int | None) -> None:
+    """Let torch compute with `threads` CPU threads; None leaves it its choice.
+
+    Raises:
+        UsageError: see `check_threads`.
+    """
+    check_threads(threads)
+    if threads is not None:
+        torch.set_num_threads(threads)
 
 
 def device_name(device: torch.device) -> str:
