@@ -80,6 +80,16 @@ def test_a_wrong_end_is_not_timed(end: str, monkeypatch: pytest.MonkeyPatch, opt
         )
 
 
+def test_esm_packed_is_held_to_more_than_rivals(monkeypatch: pytest.MonkeyPatch) -> None:
+    spoil(monkeypatch, ENDS["longest"], 1 + 5e-5)
+    entry = contest.Entry("esm_packed", MODEL, WORKLOAD, TOTAL_TOKENS, "fp32", "packed", 256)
+    with pytest.raises(AssertionError, match=r"relative_error to FP64 is 5\.0e-05, allowed are 1e-05"):
+        contest.Contest().ready(entry)
+    as_rival(monkeypatch)
+    rival = contest.Contest().ready(contest.replace(entry, provider="fair_esm"))
+    assert rival.errors["relative_error"] == pytest.approx(5e-5, rel=0.02)
+
+
 @pytest.mark.parametrize("factor", [float("nan"), float("inf")])
 def test_nan_in_any_protein_is_not_timed(
     factor: float, monkeypatch: pytest.MonkeyPatch, options: Any
