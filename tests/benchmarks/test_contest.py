@@ -53,13 +53,16 @@ def spoil(monkeypatch: pytest.MonkeyPatch, protein: int, factor: float) -> None:
     monkeypatch.setattr(contest.EsmPacked, "embeddings", spoiled)
 
 
-def as_rival(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have every rival computed by esm-packed, so that it needs no other package."""
+def as_rival(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Have every rival computed by esm-packed, so that it needs no other package; the entries loaded."""
+    loaded = []
 
     def load(self: Any, entry: Any) -> Any:
+        loaded.append(entry)
         return contest.EsmPacked(self.model(entry.model, entry.dtype), entry.token_budget)
 
     monkeypatch.setattr(contest.Contest, "_load", load)
+    return loaded
 
 
 def test_the_ends_are_checked_among_others() -> None:
@@ -108,7 +111,7 @@ def test_nan_in_any_protein_is_not_timed(
 def test_a_rival_with_nan_is_skipped_and_says_why(
     dtype: str, monkeypatch: pytest.MonkeyPatch, options: Any
 ) -> None:
-    as_rival(monkeypatch)
+    loaded = as_rival(monkeypatch)
     unchecked = set(range(len(SEQUENCES))) - set(contest.checked_indices(SEQUENCES))
     spoil(monkeypatch, max(unchecked), float("nan"))
     ring = contest.Contest()
@@ -117,6 +120,7 @@ def test_a_rival_with_nan_is_skipped_and_says_why(
             importlib.import_module("bench_peers").test_peer(
                 block, MODEL, WORKLOAD, "fair_esm", dtype, ring, NeverTimed(), options
             )
+    assert len(loaded) == 1, "a refusal is remembered from block to block"
 
 
 def test_logits_are_checked_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
