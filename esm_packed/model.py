@@ -459,8 +459,8 @@ def load_in_fp32(checkpoint: Checkpoint, device: torch.device) -> ESM2:
 
     try:
         return load(device)
-    except (BackendError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+    except (BackendError, RuntimeError, MemoryError) as error:
+        if not isinstance(error, BackendError) and not is_out_of_memory(error):
             raise
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -59,7 +59,7 @@ class Rescue:
                 if is_finite(rows):
                     return True, f"{reason}; recomputed in fp32"
                 reason += ", nor is that in fp32"
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             reason += ", and there is no memory to compute it in fp32"

@@ -37,6 +37,7 @@ from esm_packed.download import (
     shards,
     weight_files,
 )
+from esm_packed.numerics import is_out_of_memory
 
 __all__ = [
     "Checkpoint",
@@ -213,7 +214,17 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except (SafetensorError, OSError, RuntimeError, ValueError, AttributeError, KeyError) as error:
+    except (
+        SafetensorError,
+        OSError,
+        RuntimeError,
+        ValueError,
+        AttributeError,
+        KeyError,
+        MemoryError,
+    ) as error:
+        if is_out_of_memory(error):
+            raise _too_large(path) from error
         raise CheckpointError(
             f"{path} cannot be read, it is damaged, cut short or no safetensors file ({error}): get it again"
         ) from error
@@ -266,10 +277,16 @@ def _torch_load(path: Path) -> Any:
             f"{path} is damaged, or holds Python objects besides tensors: get it again, or use safetensors"
         ) from error
     except Exception as error:  # torch raises half a dozen types for damaged files
+        if is_out_of_memory(error):
+            raise _too_large(path) from error
         first_line = str(error).split("\n")[0]
         raise CheckpointError(
             f"{path} cannot be read, it is damaged or cut short ({first_line}): get it again"
         ) from error
+
+
+def _too_large(path: Path) -> CheckpointError:
+    return CheckpointError(f"{path} does not fit into the memory that this process may use")
 
 
 def _is_compressed(path: Path) -> bool:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -44,6 +44,10 @@ from esm_packed.runners.store import (
 PACKS_AHEAD = 4
 SHARDS_AHEAD = 2
 PACKS_IN_FLIGHT = 2
+POLL_SECONDS = 1.0
+"""How often a thread that waits looks whether the other one is still there."""
+
+_Item = TypeVar("_Item")
 
 TokenIds = npt.NDArray[np.uint8]
 
@@ -241,21 +245,25 @@ class Pipeline:
         writer = threading.Thread(
             target=self._write, args=(finished, write, failure), name="writer", daemon=True
         )
-        reader.start()
-        writer.start()
         try:
-            self._compute(packs, finished, failure)
+            reader.start()
+            writer.start()
+            self._compute(packs, reader, finished, writer, failure)
         finally:
             self._stopping.set()
             while reader.is_alive():
                 with suppress(queue.Empty):
                     packs.get(timeout=0.05)
-            finished.put(_Done())
-            writer.join()
+            with suppress(MemoryError):  # its own error, or the one below, says more
+                _put(finished, _Done(), writer)
+            if writer.ident is not None:
+                writer.join()
             self.times.wall += time.monotonic() - self._began
             self._began = self._shard = None
         if failure:
             raise failure[0]
+        if not finished.empty():
+            raise _died(writer)
 
     def snapshot(self) -> Snapshot:
         """Where the work is; may be called from any thread."""
@@ -313,7 +321,9 @@ class Pipeline:
     def _compute(
         self,
         packs: queue.Queue[_Pack | _Progress | _Done],
+        reader: threading.Thread,
         finished: queue.Queue[tuple[int, Shard] | _Done],
+        writer: threading.Thread,
         failure: list[BaseException],
     ) -> None:
         in_flight: deque[_InFlight] = deque()
@@ -321,11 +331,11 @@ class Pipeline:
         def take_back() -> None:
             progress = self._take_back(in_flight.popleft())
             if progress is not None:
-                finished.put((progress.shard.number, self._finish(progress)))
+                _put(finished, (progress.shard.number, self._finish(progress)), writer)
 
         while not failure:
             self.times.packs_queued += packs.qsize()
-            item = packs.get()
+            item = _take(packs, reader)
             if isinstance(item, _Done):
                 if item.error is not None:
                     raise item.error
@@ -333,7 +343,7 @@ class Pipeline:
             if isinstance(item, _Progress):
                 while in_flight:
                     take_back()
-                finished.put((item.shard.number, self._finish(item)))
+                _put(finished, (item.shard.number, self._finish(item)), writer)
                 continue
             self._shard = item.progress.shard.number
             for part in self._parts_that_fit(item, in_flight, take_back):
@@ -349,7 +359,7 @@ class Pipeline:
         """Start `item` on the device, in halves where its memory does not suffice."""
         try:
             launched = self._launch(item)
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             launched = None
@@ -464,7 +474,7 @@ class Pipeline:
                 continue
             try:
                 alone = self._alone(progress.shard.token_ids[member], self._rescue.model or self.model)
-            except RuntimeError as error:
+            except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
                 continue  # a row less to compare
@@ -512,3 +522,24 @@ class Pipeline:
             except BaseException as error:
                 failure.append(error)
             self.times.writing += time.monotonic() - begin
+
+
+def _put(items: queue.Queue[_Item], item: _Item, taker: threading.Thread) -> None:
+    while True:
+        with suppress(queue.Full):
+            return items.put(item, timeout=POLL_SECONDS)
+        if not taker.is_alive():
+            raise _died(taker)
+
+
+def _take(items: queue.Queue[_Item], giver: threading.Thread) -> _Item:
+    while True:
+        with suppress(queue.Empty):
+            return items.get(timeout=POLL_SECONDS)
+        if not giver.is_alive() and items.empty():
+            raise _died(giver)
+
+
+def _died(thread: threading.Thread) -> MemoryError:
+    """What is left to say of a thread that could not even hand over its error."""
+    return MemoryError(f"the {thread.name} thread has died")

@@ -17,6 +17,7 @@ import torch
 from esm_packed.attention import select_backend
 from esm_packed.layouts import LAYOUTS
 from esm_packed.model import ESM2, load_in_fp32
+from esm_packed.numerics import is_out_of_memory
 from esm_packed.runners.pipeline import Pipeline, ShardInput
 from esm_packed.runners.request import STORE_DTYPES, EmbedRequest, UsageError
 from esm_packed.runners.shards import Run
@@ -61,7 +62,9 @@ class Worker:
         backend = select_backend(request.attention, device, precision, checkpoint.config.head_dim)
         try:
             self.model = ESM2.from_checkpoint(checkpoint, device, precision, backend)
-        except torch.OutOfMemoryError as error:
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
             raise UsageError(
                 f"{checkpoint.model_name} in {precision.name} does not fit into the memory of {device}"
             ) from error

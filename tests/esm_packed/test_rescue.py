@@ -167,9 +167,10 @@ def test_an_error_that_is_no_lack_of_memory_surfaces() -> None:
     rescue = Rescue(object)  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match="a bug"):
         rescue.replace(rows, fail(RuntimeError("a bug")), "dtype fp16")
-    is_finite, reason = rescue.replace(rows, fail(torch.OutOfMemoryError("CUDA out of memory")), "dtype fp16")
-    assert not is_finite and "no memory" in reason
-    assert np.isnan(rows[1]).all()
+    for error in (torch.OutOfMemoryError("CUDA out of memory"), MemoryError()):
+        is_finite, reason = rescue.replace(rows, fail(error), "dtype fp16")
+        assert not is_finite and "no memory" in reason
+        assert np.isnan(rows[1]).all()
 
 
 def test_what_storage_cannot_hold_is_nan() -> None:

@@ -854,6 +854,37 @@ for path in sys.argv[1:]:
 """
 
 
+_LIMITED_SCRIPT = """
+import re, resource, sys
+from pathlib import Path
+from esm_packed.weights import CheckpointError, load_checkpoint
+
+load_checkpoint("demo")
+size = int(re.search(r"VmSize:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+resource.setrlimit(resource.RLIMIT_AS, (size + 20_000_000, resource.RLIM_INFINITY))
+for path in sys.argv[1:]:
+    try:
+        load_checkpoint(path)
+    except CheckpointError as error:
+        print(error)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
+def test_no_memory_is_no_damage(tmp_path: Path) -> None:
+    random = dict(RandomTensors(ESM2Config(6, 480, 10)))
+    files = [tmp_path / name for name in ("x.pt", "old.pt", "x.safetensors")]
+    torch.save(random, files[0])
+    torch.save(random, files[1], _use_new_zipfile_serialization=False)
+    save_file(random, files[2])
+    run = subprocess.run(
+        [sys.executable, "-c", _LIMITED_SCRIPT, *files], capture_output=True, text=True, check=True
+    )
+    assert run.stdout.splitlines() == [
+        f"{file} does not fit into the memory that this process may use" for file in files
+    ]
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
 def test_reading_copies_nothing(tmp_path: Path) -> None:
     config = ESM2Config(6, 820, 10)

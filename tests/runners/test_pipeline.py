@@ -221,6 +221,32 @@ def test_errors_everywhere_at_once_end_the_run() -> None:
         run_in_time(new_pipeline(model), shards(), write)
 
 
+@pytest.mark.parametrize("name", ["reader", "writer"])
+def test_a_thread_that_cannot_start_ends_the_run(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    start = threading.Thread.start
+
+    def fail(thread: threading.Thread) -> None:
+        if thread.name == name:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", fail)
+    shards = [shard_input(number, [20, 30]) for number in range(100)]
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        run_in_time(new_pipeline(Model()), shards, lambda number, shard: None)
+
+
+@pytest.mark.parametrize("num_shards", [0, 1, 100])
+@pytest.mark.parametrize("name", ["reader", "writer"])
+def test_a_thread_that_dies_ends_the_run(monkeypatch: pytest.MonkeyPatch, name: str, num_shards: int) -> None:
+    """Without memory even the code that would hand its error over may fail."""
+    monkeypatch.setattr(Pipeline, {"reader": "_read", "writer": "_write"}[name], lambda *call: None)
+    monkeypatch.setattr(pipeline_module, "POLL_SECONDS", 0.05)
+    shards = [shard_input(number, [20, 30]) for number in range(num_shards)]
+    with pytest.raises(MemoryError, match=f"the {name} thread"):
+        run_in_time(new_pipeline(Model()), shards, lambda number, shard: None)
+
+
 def test_a_slow_writer_holds_the_others_back() -> None:
     """Memory is bounded: reading and computing wait for the writer, a few shards ahead of it."""
     drawn = 0
@@ -282,12 +308,26 @@ def test_no_shards_at_all() -> None:
     run_in_time(new_pipeline(Model()), [], lambda number, shard: pytest.fail("written"))
 
 
-@given(st.lists(st.integers(1, 60), min_size=1, max_size=20), st.integers(8, 70))
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory"),
+    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    RuntimeError("std::bad_alloc"),
+    MemoryError(),
+]
+
+
+@given(
+    st.lists(st.integers(1, 60), min_size=1, max_size=20),
+    st.integers(8, 70),
+    st.sampled_from(OUT_OF_MEMORY),
+)
 @settings(deadline=None, max_examples=60)
-def test_packs_that_do_not_fit_are_halved_until_they_do(lengths: list[int], room: int) -> None:
+def test_packs_that_do_not_fit_are_halved_until_they_do(
+    lengths: list[int], room: int, error: Exception
+) -> None:
     def limited(batch: PackedBatch) -> None:
         if batch.total_tokens > room:
-            raise torch.OutOfMemoryError("out of memory")
+            raise error
 
     shards = [shard_input(number, lengths) for number in range(3)]
     written: dict[int, Shard] = {}

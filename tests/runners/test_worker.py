@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from esm_packed import ESM2
 from esm_packed.runners import cli
 from esm_packed.runners.request import UsageError
 from esm_packed.runners.worker import set_threads
@@ -34,6 +35,26 @@ def test_threads_that_no_machine_could_start(
     assert cli.main([command, *arguments, "--device", "cpu", *output]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
     assert "--threads 100000: this machine has" in line and "choose at most" in line
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+        MemoryError(),
+    ],
+)
+def test_a_model_that_does_not_fit(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def from_checkpoint(*call: object) -> None:
+        raise error
+
+    monkeypatch.setattr(ESM2, "from_checkpoint", from_checkpoint)
+    arguments = [str(FASTA), "-o", str(tmp_path / "out.h5"), "--model", "demo", "--device", "cpu"]
+    assert cli.main(["embed", *arguments]) == 2
+    assert "error: demo in fp32 does not fit into the memory of cpu\n" in capsys.readouterr().err
 
 
 def test_threads_beyond_the_cpus_within_reason(monkeypatch: pytest.MonkeyPatch) -> None:
