@@ -36,7 +36,7 @@ def parse_slice(text: str, environment: Mapping[str, str]) -> Slice:
         SliceError: `text` is neither, or the environment does not say.
     """
     if text != "auto":
-        found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+        found = re.fullmatch("([0-9]{1,6})/([0-9]{1,6})", text)
         if not found or int(found[1]) >= int(found[2]):
             raise SliceError(
                 f"--shard {text!r} is neither auto nor INDEX/COUNT with INDEX from 0 to COUNT - 1"
@@ -45,6 +45,11 @@ def parse_slice(text: str, environment: Mapping[str, str]) -> Slice:
     for index, count in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
         if index in environment and count in environment:
             part = Slice(_number(environment, index), _number(environment, count))
+            if part.index >= part.count:
+                raise SliceError(
+                    f"--shard auto: {index} is {part.index} and {count} is {part.count}, but {index} goes "
+                    f"from 0 to {count} - 1; say --shard INDEX/COUNT"
+                )
             # a single task is no slice: in a Slurm array every job step is one
             if part.count > 1 or index == "RANK":
                 return part
@@ -65,6 +70,11 @@ def _array_slice(environment: Mapping[str, str]) -> Slice:
             f"--shard auto: this Slurm array goes from {least} to {most} by {step} in {count} tasks; submit "
             "it as --array=0-7, or say --shard INDEX/COUNT, such as --shard $SLURM_ARRAY_TASK_ID/8"
         )
+    if task >= count:
+        raise SliceError(
+            f"--shard auto: SLURM_ARRAY_TASK_ID is {task} and SLURM_ARRAY_TASK_COUNT is {count}, but the "
+            "array begins at 0; say --shard INDEX/COUNT"
+        )
     return Slice(task, count)
 
 
@@ -83,6 +93,8 @@ def local_device_number(environment: Mapping[str, str], num_devices: int) -> int
 
 def _number(environment: Mapping[str, str], name: str) -> int:
     text = environment.get(name, "")
-    if not re.fullmatch(r"\d{1,9}", text):
-        raise SliceError(f"--shard auto: {name} is {text!r}, not a number; say --shard INDEX/COUNT")
+    if not re.fullmatch("[0-9]{1,9}", text):
+        raise SliceError(
+            f"--shard auto: {name} is {text!r}, not a whole number from 0; say --shard INDEX/COUNT"
+        )
     return int(text)

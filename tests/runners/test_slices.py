@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 from nursery import (
-    SLOW,
     Child,
     Nursery,
     Result,
@@ -74,6 +73,17 @@ def test_what_auto_takes(text: str, environment: dict[str, str], expected: Slice
         ("auto", ARRAY | {"SLURM_ARRAY_TASK_COUNT": "3"}, "in 3 tasks"),
         ("auto", {"SLURM_ARRAY_TASK_ID": "1"}, "SLURM_ARRAY_TASK_MIN is ''"),
         ("auto", {"RANK": "one", "WORLD_SIZE": "2"}, "RANK is 'one'"),
+        ("auto", {"RANK": "2", "WORLD_SIZE": "2"}, "RANK is 2 and WORLD_SIZE is 2"),
+        ("auto", {"RANK": "0", "WORLD_SIZE": "0"}, "RANK is 0 and WORLD_SIZE is 0"),
+        ("auto", {"RANK": "0", "WORLD_SIZE": "-2"}, "WORLD_SIZE is '-2'"),
+        ("auto", {"RANK": "-1", "WORLD_SIZE": "2"}, "RANK is '-1'"),
+        ("auto", {"RANK": "", "WORLD_SIZE": "2"}, "RANK is ''"),
+        ("auto", {"SLURM_PROCID": "5", "SLURM_NTASKS": "3"}, "SLURM_PROCID is 5 and SLURM_NTASKS is 3"),
+        ("auto", {"SLURM_PROCID": "1", "SLURM_NTASKS": "1"}, "SLURM_PROCID is 1 and SLURM_NTASKS is 1"),
+        ("auto", ARRAY | {"SLURM_ARRAY_TASK_ID": "8"}, "SLURM_ARRAY_TASK_ID is 8"),
+        # digits of another script, which int() takes
+        ("\u0660/2", {}, "neither auto nor INDEX/COUNT"),
+        ("auto", {"RANK": "\u0661", "WORLD_SIZE": "2"}, "RANK is"),
     ],
 )
 def test_what_is_no_slice(text: str, environment: dict[str, str], named: str) -> None:
@@ -117,9 +127,33 @@ def work(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Work:
     return work
 
 
-def start(nursery: Nursery, work: Work, output: Path, *options: str, slow: float = 0.0) -> Child:
-    patch = SLOW.format(seconds=slow) if slow else ""
+# Computes some packs, and the others only when the test says so, however slow or fast the machine is.
+HELD = """
+original_embed = ESM2.embed_packed
+packs = 0
+def held_embed(self, batch, layers):
+    global packs
+    packs += 1
+    deadline = time.monotonic() + 300
+    while packs > {packs} and not os.path.exists({go!r}) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return original_embed(self, batch, layers)
+ESM2.embed_packed = held_embed
+"""
+
+
+def start(nursery: Nursery, work: Work, output: Path, *options: str, held: bool = False) -> Child:
+    """A process that works on `work`; if `held`, it stops half-way until `release`."""
+    patch = HELD.format(packs=15, go=str(go_of(output))) if held else ""
     return nursery.start(work.fasta, output, *options, flops_per_shard=work.flops_per_shard, patch=patch)
+
+
+def go_of(output: Path) -> Path:
+    return output.parent / "logs" / "go"
+
+
+def release(output: Path) -> None:
+    go_of(output).touch()
 
 
 def check_end(work: Work, output: Path) -> None:
@@ -164,7 +198,7 @@ def test_all_at_once(nursery: Nursery, work: Work, tmp_path: Path, count: int) -
 
 def test_a_slice_in_work_is_refused_and_others_are_not(nursery: Nursery, work: Work, tmp_path: Path) -> None:
     output = tmp_path / "out.h5"
-    first = start(nursery, work, output, "--shard", "1/3", slow=0.15)
+    first = start(nursery, work, output, "--shard", "1/3", held=True)
     wait_until(lambda: shards_of(output))
     for options in (["--shard", "1/3"], ["--shard", "0/2"], [], ["--overwrite"]):
         second = start(nursery, work, output, *options)
@@ -175,17 +209,19 @@ def test_a_slice_in_work_is_refused_and_others_are_not(nursery: Nursery, work: W
     for index in (0, 2):
         child = start(nursery, work, output, "--shard", f"{index}/3")
         assert child.wait() == 0, child.output()
+    release(output)
     assert first.wait() == 0, first.output()
     check_end(work, output)
 
 
 def test_no_slice_joins_a_whole_run(nursery: Nursery, work: Work, tmp_path: Path) -> None:
     output = tmp_path / "out.h5"
-    first = start(nursery, work, output, slow=0.05)
+    first = start(nursery, work, output, held=True)
     wait_until(lambda: shards_of(output))
     second = start(nursery, work, output, "--shard", "1/3")
     assert second.wait() == 2, second.output()
     assert f"process {first.pid}" in second.output().splitlines()[-1]
+    release(output)
     assert first.wait() == 0, first.output()
     check_end(work, output)
 
@@ -195,7 +231,7 @@ def test_a_mistake_does_not_disturb_live_slices(
     nursery: Nursery, work: Work, tmp_path: Path, how: str
 ) -> None:
     output = tmp_path / "out.h5"
-    first = start(nursery, work, output, "--shard", "0/2", slow=0.05)
+    first = start(nursery, work, output, "--shard", "0/2", held=True)
     wait_until(lambda: len(shards_of(output)) > 2)
     before = shards_of(output)
     fasta = work.fasta
@@ -207,6 +243,7 @@ def test_a_mistake_does_not_disturb_live_slices(
     assert second.wait() == 2, second.output()
     assert "others are at work" in second.output() or "unfinished run" in second.output()
     assert before.items() <= shards_of(output).items()
+    release(output)
     assert first.wait() == 0, first.output()
     child = start(nursery, work, output, "--shard", "1/2")
     assert child.wait() == 0, child.output()
@@ -325,9 +362,11 @@ def test_an_index_of_another_input_is_never_merged(
 
 def test_a_run_directory_that_is_removed_meanwhile(nursery: Nursery, work: Work, tmp_path: Path) -> None:
     output = tmp_path / "out.h5"
-    child = start(nursery, work, output, slow=0.05)
+    child = start(nursery, work, output, held=True)
     wait_until(lambda: len(shards_of(output)) > 3)
-    shutil.rmtree(tmp_path / "out.h5.run")
+    (tmp_path / "out.h5.run").rename(tmp_path / "away")  # at once, so that nothing is written meanwhile
+    shutil.rmtree(tmp_path / "away")
+    release(output)
     assert child.wait() == 2, child.output()
     assert "removed while it was worked in" in child.output().splitlines()[-1]
     assert start(nursery, work, output).wait() == 0
@@ -338,12 +377,12 @@ def test_status_says_who_is_at_work(
     nursery: Nursery, work: Work, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "out.h5"
-    child = start(nursery, work, output, "--shard", "1/2", slow=0.05)
+    child = start(nursery, work, output, "--shard", "1/2", held=True)
     wait_until(lambda: len(shards_of(output)) > 1)
     assert cli.main(["status", str(output)]) == 0
     assert f"slice 1/2: process {child.pid} on" in capsys.readouterr().out
     child.kill()
-    whole = start(nursery, work, output, slow=0.05)
+    whole = start(nursery, work, output, held=True)
     wait_until((tmp_path / ".out.h5.claim").exists)
     whole.kill()
     assert cli.main(["status", str(output)]) == 0
