@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import math
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from esm_packed.config import DEFAULT_MODEL, DEFAULT_TOKEN_BUDGETS, ESM2_MODELS
 from esm_packed.runners import commands as run
+from esm_packed.runners.terminal import EXIT_USAGE, complain
 from esm_packed.version import __version__
 
 # The names in `numerics.PRECISIONS` and `attention.BACKENDS`, which cannot be imported without torch.
@@ -69,8 +71,8 @@ exit codes: 0 every mode that ran passes, 1 one fails, 2 wrong input or option, 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        run.complain(f"{message} (see {self.prog} --help)")
-        sys.exit(run.EXIT_USAGE)
+        complain(f"{message} (see {self.prog} --help)")
+        sys.exit(EXIT_USAGE)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -94,6 +96,11 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _runs(parser: argparse.ArgumentParser, command: Callable[[argparse.Namespace], int], module: str) -> None:
+    """Let `parser` lead to `command`, which needs `module` and what that imports."""
+    parser.set_defaults(run=command, module=module)
+
+
 def _add_embed(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser = commands.add_parser(
         "embed",
@@ -104,12 +111,12 @@ def _add_embed(commands: argparse._SubParsersAction[_Parser]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.set_defaults(run=run.embed)
+    _runs(parser, run.embed, "esm_packed.runners.embed")
     parser.add_argument(
         "fasta", nargs="+", metavar="FASTA", help="FASTA file, plain or gzip; - is standard input"
     )
     parser.add_argument(
-        "-o", "--output", required=True, type=Path, metavar="OUT.h5", help="HDF5 file to make"
+        "-o", "--output", required=True, type=_path, metavar="OUT.h5", help="HDF5 file to make"
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="replace OUT.h5, or an unfinished run of other options"
@@ -118,7 +125,7 @@ def _add_embed(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser.add_argument("--quiet", action="store_true", help="no notes and no progress; the summary remains")
     parser.add_argument(
         "--log-json",
-        type=Path,
+        type=_path,
         metavar="FILE",
         help="append metrics to FILE every ten seconds, a JSON object in each line",
     )
@@ -235,7 +242,7 @@ def _add_info(commands: argparse._SubParsersAction[_Parser]) -> None:
         description="Describe an HDF5 output, a FASTA file, or a model given by name, file or folder.",
         allow_abbrev=False,
     )
-    parser.set_defaults(run=run.info)
+    _runs(parser, run.info, "esm_packed.runners.info")
     parser.add_argument("subject", metavar="FILE|MODEL")
 
 
@@ -246,10 +253,10 @@ def _add_checkpoint(commands: argparse._SubParsersAction[_Parser]) -> None:
         description="Write a model as a fair-esm checkpoint, with its contact-regression file beside it.",
         allow_abbrev=False,
     )
-    parser.set_defaults(run=run.checkpoint)
+    _runs(parser, run.checkpoint, "esm_packed.weights")
     parser.add_argument("model", metavar="MODEL", help="name, file or folder, as for embed --model")
     parser.add_argument(
-        "-o", "--output", required=True, type=Path, metavar="esm2_OUT.pt", help="file to make"
+        "-o", "--output", required=True, type=_path, metavar="esm2_OUT.pt", help="file to make"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the file if it is there")
 
@@ -261,8 +268,8 @@ def _add_status(commands: argparse._SubParsersAction[_Parser]) -> None:
         description="Say how far the run of an output is, and which processes are at work on it.",
         allow_abbrev=False,
     )
-    parser.set_defaults(run=run.status)
-    parser.add_argument("output", type=Path, metavar="OUT.h5", help="the output, or its folder OUT.h5.run")
+    _runs(parser, run.status, "esm_packed.runners.status")
+    parser.add_argument("output", type=_path, metavar="OUT.h5", help="the output, or its folder OUT.h5.run")
 
 
 def _add_merge(commands: argparse._SubParsersAction[_Parser]) -> None:
@@ -274,8 +281,8 @@ def _add_merge(commands: argparse._SubParsersAction[_Parser]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.set_defaults(run=run.merge)
-    parser.add_argument("output", type=Path, metavar="OUT.h5", help="the output, or its folder OUT.h5.run")
+    _runs(parser, run.merge, "esm_packed.runners.embed")
+    parser.add_argument("output", type=_path, metavar="OUT.h5", help="the output, or its folder OUT.h5.run")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT.h5 if it is there")
     parser.add_argument("--keep-run", action="store_true", help="keep OUT.h5.run when OUT.h5 is made")
 
@@ -290,7 +297,7 @@ def _add_tune(commands: argparse._SubParsersAction[_Parser]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.set_defaults(run=run.tune)
+    _runs(parser, run.tune, "esm_packed.runners.tune")
     parser.add_argument(
         "--model",
         action="append",
@@ -319,7 +326,7 @@ def _add_tune(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser.add_argument(
         "-o",
         "--output",
-        type=Path,
+        type=_path,
         metavar="FILE.json",
         help="file to write or complete (default: the one esm-packed reads, in its installation)",
     )
@@ -335,11 +342,11 @@ def _add_validate(commands: argparse._SubParsersAction[_Parser]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.set_defaults(run=run.validate)
+    _runs(parser, run.validate, "esm_packed.runners.validate")
     parser.add_argument("model", metavar="MODEL", help="name, file or folder, as for embed --model")
     parser.add_argument("fasta", metavar="FASTA", help="FASTA file, plain or gzip; - is standard input")
     parser.add_argument(
-        "-o", "--output", required=True, type=Path, metavar="DIR", help="folder for the report"
+        "-o", "--output", required=True, type=_path, metavar="DIR", help="folder for the report"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a report that is in DIR")
     parser.add_argument("--quiet", action="store_true", help="no notes and no progress; the verdict remains")
@@ -402,12 +409,12 @@ def _add_report(commands: argparse._SubParsersAction[_Parser]) -> None:
         description="Compare precisions, packed and padded batches, other packages and older results.",
         allow_abbrev=False,
     )
-    speedup.set_defaults(run=run.report_speedup)
+    _runs(speedup, run.report_speedup, "esm_packed.reports.speedup_page")
     speedup.add_argument(
-        "results", type=Path, metavar="OUT.json", help="of pytest benchmarks --benchmark-json OUT.json"
+        "results", type=_path, metavar="OUT.json", help="of pytest benchmarks --benchmark-json OUT.json"
     )
-    speedup.add_argument("older", type=Path, nargs="*", metavar="OLDER.json", help="results to compare with")
-    speedup.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="folder to fill")
+    speedup.add_argument("older", type=_path, nargs="*", metavar="OLDER.json", help="results to compare with")
+    speedup.add_argument("-o", "--output", type=_path, required=True, metavar="DIR", help="folder to fill")
 
 
 def _add_read_rules(parser: argparse.ArgumentParser) -> None:
@@ -433,9 +440,33 @@ def _add_read_rules(parser: argparse.ArgumentParser) -> None:
     rules.add_argument("--force", action="store_true", help="go on with sequences that look like DNA")
 
 
+def join_negative_layers(arguments: Sequence[str]) -> list[str]:
+    """`--layers -1,-2` as `--layers=-1,-2`: argparse takes the list for an option otherwise."""
+    joined: list[str] = []
+    for argument in arguments:
+        if joined and joined[-1] == "--layers" and re.match("-[0-9]", argument):
+            joined[-1] = f"--layers={argument}"
+        else:
+            joined.append(argument)
+    return joined
+
+
+def _path(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("the name of a file or folder is empty")
+    path = Path(text)
+    try:
+        path.stat()
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENAMETOOLONG):
+            shown = text if len(text) <= 60 else f"{text[:57]}..."
+            raise argparse.ArgumentTypeError(f"{shown!r}: {error.strerror}") from error
+    return path
+
+
 def _count(least: int) -> Callable[[str], int]:
     def count(text: str) -> int:
-        if not re.fullmatch(r"-?\d{1,18}", text) or not least <= int(text) <= 2**31 - 1:
+        if not re.fullmatch("-?[0-9]{1,18}", text) or not least <= int(text) <= 2**31 - 1:
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} to {2**31 - 1}")
         return int(text)
 
@@ -443,7 +474,7 @@ def _count(least: int) -> Callable[[str], int]:
 
 
 def _layers(text: str) -> tuple[int, ...]:
-    if not re.fullmatch(r"-?\d{1,9}(,-?\d{1,9})*", text):
+    if not re.fullmatch("-?[0-9]{1,9}(,-?[0-9]{1,9})*", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of layers such as 6,12 or -1")
     return tuple(int(layer) for layer in text.split(","))
 
@@ -460,7 +491,7 @@ def _device(text: str) -> str:
         raise argparse.ArgumentTypeError(
             "mps is not supported: its results have not been checked against fair-esm; use cpu"
         )
-    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", text):
+    if not re.fullmatch("auto|cpu|cuda(:[0-9]{1,3})?", text):
         raise argparse.ArgumentTypeError(f"{text!r} is none of auto, cpu, cuda, cuda:INDEX")
     return text
 
@@ -472,7 +503,7 @@ def _is_set(variable: str) -> bool:
 def _gpu_numbers(text: str) -> tuple[int, ...]:
     if text == "all":
         return ()
-    if not re.fullmatch(r"\d{1,3}(,\d{1,3})*", text) or len(set(text.split(","))) < text.count(",") + 1:
+    if not re.fullmatch("[0-9]{1,3}(,[0-9]{1,3})*", text) or len(set(text.split(","))) < text.count(",") + 1:
         raise argparse.ArgumentTypeError(f"{text!r} is neither all nor a list of GPU numbers such as 0,1")
     return tuple(map(int, text.split(",")))
 
@@ -490,6 +521,8 @@ def _threshold(text: str) -> tuple[str, float, float | None]:
         relative_l2, cosine = [*map(float, numbers.split(",")), None][:2]
     except ValueError:
         relative_l2 = cosine = None
+    if re.search("[^-+.,0-9A-Za-z]", numbers):  # float() takes more, such as the digits of other scripts
+        relative_l2 = None
     if dtype not in DTYPES or relative_l2 is None or numbers.count(",") > 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not DTYPE=L2[,COSINE], such as fp16=1e-3,0.99999")
     if not 0 <= relative_l2 < math.inf or (cosine is not None and not -1 <= cosine <= 1):

@@ -1,30 +1,33 @@
-"""The command `esm-packed`: how it ends, and what it says when something is wrong."""
+"""The command `esm-packed`: how it ends, and what it says when something is wrong.
+
+Little is imported here: until `main` handles signals, Ctrl-C ends in a traceback.
+"""
 
 from __future__ import annotations
 
-import argparse
 import errno
 import os
-import re
 import signal
 import sys
 import threading
 import time
-import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from types import FrameType
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
-from esm_packed.runners.arguments import build_parser
-from esm_packed.runners.commands import (
+from esm_packed.runners.terminal import (
     EXIT_INTERNAL_ERROR,
     EXIT_INTERRUPTED,
     EXIT_OUT_OF_SPACE,
     EXIT_USAGE,
     complain,
+    warn,
 )
+
+if TYPE_CHECKING:
+    import argparse
 
 _REPEATED_SIGNAL_SECONDS = 5.0
 
@@ -42,22 +45,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    parser = build_parser()
     arguments = sys.argv[1:] if arguments is None else arguments
     can_continue = list(arguments[:1]) in (["embed"], ["merge"])
-    with _signals_interrupt(), warnings.catch_warnings():
+
+    def explain_interruption(name: str) -> None:
+        complain(f"interrupted ({name})" + "; repeat the command to continue" * can_continue)
+
+    with _signals_interrupt(explain_interruption) as has_started, warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:
-            options = parser.parse_args(_join_negative_layers(arguments))
+            from importlib import import_module
+
+            from esm_packed.runners.arguments import build_parser, join_negative_layers
+
+            parser = build_parser()
+            options = parser.parse_args(join_negative_layers(arguments))
             if options.command is None:
                 parser.print_help(sys.stderr)
                 return EXIT_USAGE
+            import_module(options.module)
+            has_started()
             command: Callable[[argparse.Namespace], int] = options.run
             return command(options)
         except SystemExit as error:
             return error.code if isinstance(error.code, int) else EXIT_USAGE
         except KeyboardInterrupt as error:
-            complain(f"interrupted ({error})" + "; repeat the command to continue" * can_continue)
+            explain_interruption(str(error))
             return EXIT_INTERRUPTED
         except Exception as error:
             return _report(error, can_continue)
@@ -65,6 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _report(error: Exception, can_continue: bool) -> int:
     """Explain `error` in one line and return the exit code it calls for."""
+    import traceback
+
     if _is_out_of_space(error):
         reason = error.strerror if isinstance(error, OSError) else str(error)
         complain(f"out of space: {reason}; free some and repeat the command" + " to continue" * can_continue)
@@ -84,9 +99,9 @@ def _report(error: Exception, can_continue: bool) -> int:
 
 
 def _is_out_of_space(error: BaseException | None) -> bool:
-    """Whether a full disk is behind `error`."""
+    """Whether a full disk, a quota or a limit on the size of files is behind `error`."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return True
         error = error.__cause__
     return False
@@ -122,20 +137,38 @@ def _show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    with suppress(OSError):
-        print(f"esm-packed: warning: {message}", file=sys.stderr, flush=True)
+    warn(f"warning: {message}")
 
 
 @contextmanager
-def _signals_interrupt() -> Iterator[None]:
-    """Let Ctrl-C, SIGTERM and a lost terminal raise `Interrupted`, so that temporary files are removed."""
+def _signals_interrupt(explain_interruption: Callable[[str], None]) -> Iterator[Callable[[], None]]:
+    """Let Ctrl-C, SIGTERM and a lost terminal raise `Interrupted`, so that temporary files are removed.
+
+    While the program starts they end the process at once: there is nothing to clean up, and libraries that
+    are being imported hide exceptions or print tracebacks of their own.
+
+    Args:
+        explain_interruption: told the name of the signal that ends the process.
+
+    Yields:
+        To be called when all is imported.
+    """
+    is_starting = True
+
+    def has_started() -> None:
+        nonlocal is_starting
+        is_starting = False
+
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield has_started
         return
     last = -_REPEATED_SIGNAL_SECONDS
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         nonlocal last
+        if is_starting:
+            explain_interruption(signal.Signals(number).name)
+            os._exit(EXIT_INTERRUPTED)
         # a second signal at once, as some schedulers send, must not interrupt the cleaning up
         if time.monotonic() - last >= _REPEATED_SIGNAL_SECONDS:
             last = time.monotonic()
@@ -146,19 +179,8 @@ def _signals_interrupt() -> Iterator[None]:
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup has asked for this
             previous[number] = signal.signal(number, interrupt)
     try:
-        yield
+        yield has_started
     finally:
         # once interrupted the process is about to end, and a repeated signal must not change its exit code
         for number, handler in previous.items():
             signal.signal(number, handler if last < 0 else signal.SIG_IGN)
-
-
-def _join_negative_layers(arguments: Sequence[str]) -> list[str]:
-    """`--layers -1,-2` as `--layers=-1,-2`: argparse takes the list for an option otherwise."""
-    joined: list[str] = []
-    for argument in arguments:
-        if joined and joined[-1] == "--layers" and re.match(r"-\d", argument):
-            joined[-1] = f"--layers={argument}"
-        else:
-            joined.append(argument)
-    return joined

@@ -1,6 +1,7 @@
 """What each command of `esm-packed` does: options to a request, its result to lines and an exit code.
 
-torch, h5py and numpy are imported by the commands, so that help and wrong options answer at once.
+torch, h5py and numpy are imported for the command that is asked for (see `arguments`), so that help and wrong
+options answer at once.
 """
 
 from __future__ import annotations
@@ -11,35 +12,21 @@ import shlex
 import sys
 import warnings
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from esm_packed.config import ESM2_MODELS
+from esm_packed.runners.terminal import (
+    EXIT_COMPLETE,
+    EXIT_FAILED_ROWS,
+    EXIT_FAILED_VERDICT,
+    EXIT_INTERRUPTED,
+    complain,
+    say,
+)
 
 if TYPE_CHECKING:
     from esm_packed.runners.fasta import ReadOptions
-
-EXIT_COMPLETE = 0
-EXIT_INTERNAL_ERROR = 1
-EXIT_FAILED_VERDICT = 1
-EXIT_USAGE = 2
-EXIT_FAILED_ROWS = 3
-EXIT_INTERRUPTED = 4
-EXIT_OUT_OF_SPACE = 5
-
-
-def complain(text: str) -> None:
-    with suppress(OSError):
-        print(f"esm-packed: error: {' '.join(text.splitlines())}", file=sys.stderr, flush=True)
-
-
-def say(lines: Sequence[str]) -> None:
-    """Print the answer; the work is done even if nobody can read it."""
-    try:
-        print("\n".join(lines), flush=True)
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def embed(options: argparse.Namespace) -> int:
@@ -49,6 +36,7 @@ def embed(options: argparse.Namespace) -> int:
     from esm_packed.runners.progress import Console
     from esm_packed.runners.slices import local_device_number, parse_slice
 
+    _check_standard_input(options.fasta)
     device = options.device
     if options.shard == "auto" and device in ("auto", "cuda") and (num_devices := torch.cuda.device_count()):
         device = f"cuda:{local_device_number(os.environ, num_devices)}"
@@ -94,6 +82,17 @@ def embed(options: argparse.Namespace) -> int:
     return EXIT_COMPLETE
 
 
+def _check_standard_input(inputs: Sequence[str]) -> None:
+    """See that `-` is there to be read, once."""
+    from esm_packed.runners.index import STDIN
+    from esm_packed.runners.request import UsageError
+
+    if inputs.count(STDIN) > 1:
+        raise UsageError("standard input (-) is named twice, and can be read only once")
+    if STDIN in inputs and sys.stdin is None:
+        raise UsageError("standard input (-) is closed; name a file, or pipe one in")
+
+
 def _layout(options: argparse.Namespace) -> str:
     from esm_packed.runners.request import UsageError
 
@@ -134,6 +133,10 @@ def merge(options: argparse.Namespace) -> int:
 
 def _output_of(path: Path) -> Path:
     """The output, which may be named by its run directory."""
+    from esm_packed.runners.request import UsageError
+
+    if not path.resolve().name:
+        raise UsageError(f"{path}: this is no output; name its file, such as embeddings.h5")
     return path.with_suffix("") if path.suffix == ".run" else path
 
 
@@ -148,6 +151,7 @@ def status(options: argparse.Namespace) -> int:
 def info(options: argparse.Namespace) -> int:
     from esm_packed.runners.info import describe
 
+    _check_standard_input([options.subject])
     say(describe(options.subject))
     return EXIT_COMPLETE
 
@@ -197,6 +201,7 @@ def validate(options: argparse.Namespace) -> int:
     from esm_packed.runners.progress import Console
     from esm_packed.runners.validate import ValidateRequest, validate_file
 
+    _check_standard_input([options.fasta])
     request = ValidateRequest(
         model=options.model,
         fasta=options.fasta,

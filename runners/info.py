@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import stat
 import tempfile
 from pathlib import Path
 
@@ -11,16 +12,19 @@ import numpy as np
 
 from esm_packed.config import ESM2_MODELS, ESM2Config
 from esm_packed.download import OFFICIAL_FILES, checkpoint_directory, hugging_face_snapshot
-from esm_packed.runners.fasta import ReadOptions
+from esm_packed.runners.fasta import InputError, ReadOptions, shorten
 from esm_packed.runners.index import STDIN, build_index
 from esm_packed.runners.progress import Console, byte_size
-from esm_packed.runners.store import STATUS_FAILED, STATUS_RECOMPUTED, EmbeddingReader, StoreError
+from esm_packed.runners.store import STATUS_FAILED, STATUS_RECOMPUTED, EmbeddingReader
 from esm_packed.weights import load_checkpoint, tensor_shapes
 
 _MODEL_SUFFIXES = (".pt", ".bin", ".safetensors", ".index.json")
 _LENGTH_QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 _TRUNCATION = 1022
 _PROBLEMS_SHOWN = 5
+_MOST_SHOWN = 1000
+"""Characters of a value: in a file of unknown origin it may be of any length."""
+_ROWS_AT_ONCE = 1 << 20
 
 
 def describe(subject: str) -> list[str]:
@@ -30,43 +34,68 @@ def describe(subject: str) -> list[str]:
         CheckpointError, InputError, StoreError: it is nothing of the kind, or damaged.
     """
     path = Path(subject)
+    if subject != STDIN:
+        _check_kind(path)
     official = subject.removeprefix("facebook/")
     if official in ESM2_MODELS or subject == "demo" or subject.startswith("random:"):
         return _describe_model(subject)
     if subject != STDIN and (not path.is_file() or subject.endswith(_MODEL_SUFFIXES)):
         return _describe_model(subject)
     if subject != STDIN and h5py.is_hdf5(path):
-        try:
-            return _describe_output(path)
-        except (KeyError, RuntimeError) as error:  # what h5py raises on damaged metadata
-            raise StoreError(f"{subject}: damaged, or not a whole esm-packed output ({error})") from error
+        return _describe_output(path)
     return _describe_fasta(subject)
 
 
+def _check_kind(path: Path) -> None:
+    """See that `path`, if it is there, is a file or folder: a pipe or a device may never end.
+
+    Raises:
+        InputError: it is something else, or cannot be looked up.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return  # the name of a model, perhaps
+    except (OSError, ValueError) as error:
+        raise InputError(f"{shorten(str(path))}: {getattr(error, 'strerror', error)}") from error
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise InputError(f"{path}: neither a file nor a folder; esm-packed info - reads FASTA from a pipe")
+
+
 def _table(values: dict[str, str]) -> list[str]:
-    return [f"{name:<20}{value}" for name, value in values.items()]
+    return [f"{name:<20}{_cut(value)}" for name, value in values.items()]
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
 
 
 def _describe_output(path: Path) -> list[str]:
     with EmbeddingReader(path) as reader:
-        lengths = reader.column("lengths")
-        status = reader.column("status")
-        problems = reader.problems()
+        residues = truncated = 0
+        status_counts = np.zeros(256, np.int64)
+        for start in range(0, reader.num_sequences, _ROWS_AT_ONCE):
+            rows = (start, start + _ROWS_AT_ONCE)
+            residues += int(reader.column("lengths", *rows).sum(dtype=np.int64))
+            truncated += int(np.count_nonzero(reader.column("truncated", *rows)))
+            status_counts += np.bincount(reader.column("status", *rows), minlength=256)
+        problems = reader.problems(0, _PROBLEMS_SHOWN)
         values = {
             "file": f"{path} ({byte_size(path.stat().st_size)})",
             "sequences": f"{reader.num_sequences:,}",
-            "residues": f"{int(lengths.sum(dtype=np.int64)):,}",
-            "truncated": f"{int(reader.column('truncated').sum()):,}",
-            "recomputed": f"{int(np.count_nonzero(status == STATUS_RECOMPUTED)):,}",
-            "failed": f"{int(np.count_nonzero(status == STATUS_FAILED)):,}",
+            "residues": f"{residues:,}",
+            "truncated": f"{truncated:,}",
+            "recomputed": f"{status_counts[STATUS_RECOMPUTED]:,}",
+            "failed": f"{status_counts[STATUS_FAILED]:,}",
             "embeddings": f"{reader.num_sequences} x {reader.hidden_size}, layer {reader.layers[-1]}",
             "inputs": ", ".join(reader.plan["input_names"]),
         }
         values |= {name: str(value) for name, value in reader.attributes.items()}
-    lines = [*_table(values), f"problems            {len(problems):,}"]
-    for problem in problems[:_PROBLEMS_SHOWN]:
+        values["problems"] = f"{reader.num_problems:,}"
+    lines = _table(values)
+    for problem in problems:
         place = f" ({problem.file}, line {problem.line})" if problem.file else ""
-        lines.append(f"  {problem.sequence_id}{place}: {problem.reason}")
+        lines.append(_cut(f"  {problem.sequence_id}{place}: {problem.reason}"))
     return lines
 
 
@@ -93,7 +122,7 @@ def _describe_fasta(path: str) -> list[str]:
         problems = index.problems
     lines = _table(values)
     for problem in problems[:_PROBLEMS_SHOWN]:
-        lines.append(f"  line {problem.line}, {problem.sequence_id}: {problem.reason}")
+        lines.append(_cut(f"  line {problem.line}, {problem.sequence_id}: {problem.reason}"))
     if len(problems) > _PROBLEMS_SHOWN:
         lines.append(f"  and {len(problems) - _PROBLEMS_SHOWN:,} more")
     return lines

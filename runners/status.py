@@ -16,15 +16,17 @@ def describe_run(directory: RunDirectory) -> list[str]:
     Raises:
         PlanError: neither the output nor a run is there, or what is there cannot be read.
     """
-    if directory.path.is_dir():
-        return _describe_unfinished(directory)
-    if not directory.output.exists():
-        raise PlanError(f"{directory.output}: there is neither this output nor a run that makes it")
     try:
+        if directory.path.is_dir():
+            return _describe_unfinished(directory)
+        if not directory.output.exists():
+            raise PlanError(f"{directory.output}: there is neither this output nor a run that makes it")
         with EmbeddingReader(directory.output) as reader:
             return [f"{directory.output}: complete, {reader.num_sequences:,} sequences"]
-    except (StoreError, OSError) as error:
+    except StoreError as error:
         raise PlanError(str(error)) from error
+    except OSError as error:  # no right to look there, a name too long
+        raise PlanError(f"{error.filename or directory.output}: {error.strerror}") from error
 
 
 def _describe_unfinished(directory: RunDirectory) -> list[str]:

@@ -1,6 +1,8 @@
 import errno
 import gzip
+import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -8,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+import h5py
+import numpy as np
 import pytest
 import torch
 
@@ -16,7 +20,7 @@ from esm_packed.config import ESM2_MODELS
 from esm_packed.model import ESM2
 from esm_packed.numerics import PRECISIONS
 from esm_packed.runners import arguments as arguments_module
-from esm_packed.runners import cli, commands, embed
+from esm_packed.runners import cli, embed, terminal
 from esm_packed.runners.progress import Console
 from esm_packed.runners.store import EmbeddingReader
 from esm_packed.version import __version__
@@ -134,6 +138,14 @@ def test_python_m_runs_the_same_command(tmp_path):
         (["--dtype", "tf32"], "needs a CUDA device"),
         (["--attention", "varlen"], "runs on CUDA devices"),
         (["--device", "cuda:99"], "cuda:99"),
+        # digits of another script are no numbers, though int() takes them
+        (["--threads", "\u0661"], "not a whole number from 1"),
+        (["--layers", "\u0666"], "not a list of layers"),
+        (["--layers", "-\u0661"], "--layers"),
+        (["--device", "cuda:\u0660"], "is none of auto, cpu, cuda"),
+        (["--devices", "\u0660,1"], "neither all nor a list of GPU numbers"),
+        (["--shard", "\u0660/2"], "neither auto nor INDEX/COUNT"),
+        (["--log-json", ""], "is empty"),
     ],
 )
 def test_wrong_options(fasta, capsys, options, message):
@@ -154,6 +166,7 @@ def test_missing_output_option(fasta, capsys):
         (b"MKTLL\n", ["not FASTA"]),
         (b">a\nMKT\n>b\nMK1\n", ["line 4", "'b'", "'1' is not in", "--invalid"]),
         (b">a\nMKT\n>a\nMKL\n", ["line 3", "'a'", "--duplicates"]),
+        (">a\nMKT\n>b\nM\u4e2dK\n".encode(), ["line 4", "'b'", "U+4E2D", "--invalid"]),
         (b">a\nM-KT\n", ["line 2", "alignment", "--gaps"]),
         (b">a\nM*KT\n", ["line 2", "stop"]),
         (b">a\n>b\nMKT\n", ["line 1", "no residues"]),
@@ -472,7 +485,7 @@ def test_checkpoint(tmp_path, capsys):
 def test_checkpoint_refuses_a_name_fair_esm_cannot_load_before_it_loads(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("esm_packed.weights.load_checkpoint", lambda *a, **k: pytest.fail("loaded the model"))
     for output, named in [("x.pt", "named esm2....pt"), ("missing/esm2_x.pt", "no such folder")]:
-        assert cli.main(["checkpoint", "demo", "-o", str(tmp_path / output)]) == commands.EXIT_USAGE
+        assert cli.main(["checkpoint", "demo", "-o", str(tmp_path / output)]) == terminal.EXIT_USAGE
         assert named in capsys.readouterr().err
 
 
@@ -484,7 +497,7 @@ def test_an_output_made_meanwhile_by_another_run_is_kept(fasta, capsys, monkeypa
         return {layer: torch.ones(batch.num_sequences, self.config.hidden_size) for layer in layers}
 
     monkeypatch.setattr(ESM2, "embed_packed", ones_while_another_run_ends)
-    assert cli.main(embed_arguments(fasta, fasta.parent)) == commands.EXIT_USAGE
+    assert cli.main(embed_arguments(fasta, fasta.parent)) == terminal.EXIT_USAGE
     assert "another run has made this file meanwhile" in capsys.readouterr().err
     assert output.read_text() == "another run's result"
     assert names_in(fasta.parent) == ["in.fasta", "out.h5", "out.h5.run"]
@@ -504,7 +517,7 @@ def test_a_full_log_does_not_end_the_run(fasta, stream):
 
 def test_status(fasta, capsys, monkeypatch):
     output = fasta.parent / "out.h5"
-    assert cli.main(["status", str(output)]) == commands.EXIT_USAGE
+    assert cli.main(["status", str(output)]) == terminal.EXIT_USAGE
     assert "neither this output nor a run" in capsys.readouterr().err
 
     def fail(self, batch, layers):
@@ -524,3 +537,292 @@ def test_status(fasta, capsys, monkeypatch):
     capsys.readouterr()
     assert cli.main(["status", str(output)]) == 0
     assert "complete" in capsys.readouterr().out
+
+
+def test_status_counts_the_records_of_finished_shards(fasta, capsys, monkeypatch, without_computing):
+    lengths = np.random.default_rng(0).integers(5, 60, size=40).tolist()
+    # no sequence is another's copy, which would have no row in its shard
+    fasta.write_text("".join(f">{n}\nM{'K' * n}{'L' * length}\n" for n, length in enumerate(lengths)))
+    monkeypatch.setitem(embed.FLOPS_PER_SHARD, "cpu", 3e9)
+    output = fasta.parent / "out.h5"
+    assert cli.main(embed_arguments(fasta, fasta.parent, "--keep-run")) == 0
+    output.unlink()
+    shards = sorted((fasta.parent / "out.h5.run" / "shards").iterdir())
+    records = []
+    for shard in shards:
+        with h5py.File(shard) as file:
+            records.append(len(file["status"]))
+    assert sum(records) == 40
+    assert len(set(records)) > 1, "or a number of shards passes for one of records"
+    for gone in (len(shards) - 1, 0, 1):
+        shards[gone].unlink()
+        records[gone] = 0
+        finished = sum(map(bool, records))
+        capsys.readouterr()
+        assert cli.main(["status", str(output)]) == 0
+        assert (
+            f"{finished} of {len(shards)} shards finished, {sum(records)} of 40 records "
+            f"({sum(records) / 40:.0%})" in capsys.readouterr().out
+        )
+
+
+@pytest.mark.parametrize("inputs", [["-"], ["in.fasta", "-"]])
+def test_standard_input_is_closed(fasta, capsys, monkeypatch, inputs):
+    monkeypatch.chdir(fasta.parent)
+    monkeypatch.setattr(sys, "stdin", None)  # as Python has it after <&-
+    commands = [["embed", *inputs, "-o", "out.h5", "--model", MODEL]]
+    if len(inputs) == 1:
+        commands += [["info", "-"], ["validate", "demo", "-", "-o", "report"]]
+    for command in commands:
+        assert cli.main(command) == 2
+        assert_one_line_error(capsys.readouterr().err, "standard input", "closed")
+    assert names_in(fasta.parent) == ["in.fasta"]
+
+
+def test_standard_input_is_named_twice(fasta, capsys):
+    assert cli.main(["embed", "-", str(fasta), "-", "-o", str(fasta.parent / "out.h5")]) == 2
+    assert_one_line_error(capsys.readouterr().err, "standard input", "twice")
+
+
+ODD_PATHS = [
+    "/",
+    "",
+    ".",
+    "loop",
+    "loop/x",
+    "pipe",
+    "folder",
+    "/dev/null",
+    "/dev/zero",
+    "x" * 250,
+    "y" * 5000,
+]
+
+
+@pytest.mark.parametrize("path", ODD_PATHS, ids=[path[:8] or "empty" for path in ODD_PATHS])
+@pytest.mark.parametrize("command", ["status", "info", "merge", "embed"])
+@pytest.mark.timeout(60)
+def test_paths_that_are_no_outputs(fasta, capsys, monkeypatch, command, path):
+    monkeypatch.chdir(fasta.parent)
+    Path("loop").symlink_to("loop")
+    os.mkfifo("pipe")
+    Path("folder").mkdir()
+    before = names_in(fasta.parent)
+    arguments = [command, path] if command != "embed" else [*embed_arguments(fasta, fasta.parent), "-o", path]
+    assert cli.main(arguments) == 2
+    assert_one_line_error(capsys.readouterr().err)
+    assert names_in(fasta.parent) == before
+
+
+def without(name):
+    def remove(file):
+        del file[name]
+
+    return remove
+
+
+def instead(name, **dataset):
+    def replace(file):
+        del file[name]
+        file.create_dataset(name, **dataset)
+
+    return replace
+
+
+def a_group_instead(name):
+    def replace(file):
+        del file[name]
+        file.create_group(name)
+
+    return replace
+
+
+def a_link_instead(name, link):
+    def replace(file):
+        del file[name]
+        file[name] = link
+
+    return replace
+
+
+def attribute(name, value):
+    return lambda file: file.attrs.__setitem__(name, value)
+
+
+def many_rows(file):
+    """As many rows as no file of this size can hold, none of them written."""
+    for name in ("sequence_ids", "lengths", "embedded_lengths", "truncated", "status", "embeddings"):
+        shape, dtype = (2**34, *file[name].shape[1:]), file[name].dtype
+        del file[name]
+        file.create_dataset(name, shape, dtype, chunks=(1024, *shape[1:]))
+
+
+def many_compressed_rows(file):
+    many_rows(file)
+    instead("lengths", shape=(2**34,), dtype="i4", chunks=(2**20,), compression="gzip")(file)
+
+
+def many_problems(file):
+    dtype = file["problems"].dtype
+    instead("problems", shape=(2**34,), dtype=dtype, chunks=(1024,))(file)
+
+
+def plan_with(**changes):
+    def change(file):
+        plan = json.loads(file["plan"][()])
+        instead("plan", data=json.dumps(plan | changes))(file)
+
+    return change
+
+
+DAMAGES = {
+    "plan_hash is a number": attribute("plan_hash", 3),
+    "format is a list": attribute("format", ["esm-packed", "esm-packed"]),
+    "format_version is text": attribute("format_version", "1"),
+    "format_version is a list": attribute("format_version", [1, 2]),
+    "layers is text": attribute("layers", "six"),
+    "layers is empty": attribute("layers", np.zeros(0, np.int32)),
+    "layers has no such layer": attribute("layers", [5, 6]),
+    "an attribute without a value": attribute("layers", h5py.Empty("i4")),
+    **{
+        f"no {name}": without(name)
+        for name in (
+            "sequence_ids",
+            "lengths",
+            "embedded_lengths",
+            "truncated",
+            "status",
+            "embeddings",
+            "problems",
+            "plan",
+        )
+    },
+    "status is a group": a_group_instead("status"),
+    "plan is a group": a_group_instead("plan"),
+    "plan is a number": instead("plan", data=7),
+    "plan is a list": instead("plan", data=["{}", "{}"], dtype=h5py.string_dtype()),
+    "plan is no JSON": instead("plan", data="{"),
+    "plan is deep": instead("plan", data="[" * 100_000),
+    "plan is another": plan_with(identity={}),
+    "plan has no names": plan_with(input_names=[1, 2]),
+    "plan is invalid UTF-8": instead("plan", data=b"\xff", dtype=h5py.string_dtype()),
+    "lengths are floats": instead("lengths", data=np.zeros(3)),
+    "lengths are references": instead("lengths", shape=(3,), dtype=h5py.ref_dtype),
+    "lengths is a scalar": instead("lengths", data=np.int32(3)),
+    "lengths is empty": instead("lengths", data=h5py.Empty("i4")),
+    "status is too short": instead("status", data=np.zeros(2, np.uint8)),
+    "sequence_ids are numbers": instead("sequence_ids", data=np.zeros(3)),
+    "embeddings have one dimension": instead("embeddings", data=np.zeros(3, np.float32)),
+    "embeddings are text": instead("embeddings", data=[["a"]] * 3, dtype=h5py.string_dtype()),
+    "problems are numbers": instead("problems", data=np.zeros(3)),
+    "problems lack a field": instead("problems", data=np.zeros(3, [("line", "i8")])),
+    "status leads to another file": a_link_instead("status", h5py.ExternalLink("/dev/zero", "status")),
+    "status leads nowhere": a_link_instead("status", h5py.SoftLink("/nothing")),
+    "2^34 rows": many_rows,
+    "2^34 compressed rows": many_compressed_rows,
+    "2^34 problems": many_problems,
+}
+
+
+@pytest.fixture
+def little_memory():
+    """A broken program fails here instead of taking all of the machine's memory."""
+    in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (in_use + (2 << 30), before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+@pytest.mark.timeout(60)
+def test_an_output_that_is_not_as_it_should_be(fasta, capsys, without_computing, little_memory, damage):
+    output = fasta.parent / "out.h5"
+    assert cli.main(embed_arguments(fasta, fasta.parent)) == 0
+    with h5py.File(output, "r+") as file:
+        damage(file)
+    content = output.read_bytes()
+    for command in (["info", str(output)], ["status", str(output)], embed_arguments(fasta, fasta.parent)):
+        capsys.readouterr()
+        assert cli.main(command) == 2, command[0]
+        assert_one_line_error(capsys.readouterr().err, str(output))
+    assert output.read_bytes() == content
+
+
+def test_nothing_in_a_file_reaches_the_terminal_as_a_command(fasta, tmp_path, capsys, without_computing):
+    evil = "\x1b]0;title\x07\x9b31m\u202e\r"
+    path = tmp_path / f"in{evil}.fasta"
+    path.write_text(f">a{evil}\nMKV\n>b{evil}\nMK1\n>c\nMKV\n", newline="")
+    output = tmp_path / f"out{evil}.h5"
+    command = ["embed", str(path), "-o", str(output), "--model", MODEL, "--device", "cpu", "--full-header"]
+    commands = [command, [*command, "--invalid", "skip"], ["info", str(output)], ["status", str(output)]]
+    commands += [
+        ["info", str(path)],
+        ["info", f"{evil}"],
+        ["embed", evil, "-o", evil],
+        [evil],
+        ["merge", evil],
+    ]
+    for number, arguments in enumerate(commands):
+        cli.main([*arguments, "--quiet"] if arguments[0] == "embed" else arguments)
+        if number == 1:
+            with h5py.File(output, "r+") as file:
+                file.attrs[f"name{evil}"] = f"value{evil}"
+        captured = capsys.readouterr()
+        text = captured.out + captured.err
+        assert "\\x1b" in text or number in (1,), arguments
+        assert [character for character in text if not character.isprintable() and character != "\n"] == []
+
+
+def test_answers_in_a_terminal_without_unicode(tmp_path):
+    path = tmp_path / "in.fasta"
+    path.write_text(">\u00e9\nM1K\n>b\nMKV\n", encoding="utf-8")
+    run = subprocess.run(
+        [sys.executable, "-m", "esm_packed", "info", str(path)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+    )
+    assert run.returncode == 0, run.stderr
+    assert "line 2, \\xe9: '1' is not in" in run.stdout
+
+
+@pytest.mark.parametrize("limit", [50, 1000, 20_000])
+def test_a_limit_on_the_size_of_files_is_out_of_space(fasta, limit):
+    script = (
+        f"import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); "
+        "from esm_packed.runners.cli import main; sys.exit(main())"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", script, *embed_arguments(fasta, fasta.parent)], capture_output=True, text=True
+    )
+    assert run.returncode == 5, run.stderr
+    assert_one_line_error(run.stderr, "out of space", "File too large")
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["argparse", "esm_packed.runners.arguments", "torch", "numpy", "h5py", "esm_packed.runners.embed"],
+)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_at_the_start_ends_the_program_with_one_line(fasta, module, number):
+    """As if it came while `module` is imported; the first is what the entry point may not import itself."""
+    script = f"""
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+class Interrupting:
+    def find_spec(self, name, path=None, target=None):
+        if name == {module!r}:
+            os.kill(os.getpid(), {int(number)})
+sys.meta_path.insert(0, Interrupting())
+from esm_packed.runners.cli import main
+sys.exit(main())
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", script, *embed_arguments(fasta, fasta.parent)], capture_output=True, text=True
+    )
+    assert run.returncode == 4, run.stderr
+    assert run.stderr == f"esm-packed: error: interrupted ({number.name}); repeat the command to continue\n"
+    assert names_in(fasta.parent) == ["in.fasta"]

@@ -1,0 +1,47 @@
+"""What the program says to whoever called it: an exit code, errors in one line, text fit for a terminal."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+
+EXIT_COMPLETE = 0
+EXIT_INTERNAL_ERROR = 1
+EXIT_FAILED_VERDICT = 1
+EXIT_USAGE = 2
+EXIT_FAILED_ROWS = 3
+EXIT_INTERRUPTED = 4
+EXIT_OUT_OF_SPACE = 5
+
+
+def printable(text: str) -> str:
+    """`text` in one line, with every character that a terminal may take for a command escaped, as `\\x1b`."""
+    if text.isprintable():
+        return text
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
+        for character in text
+    )
+
+
+def complain(text: str) -> None:
+    """Print an error, in one line on stderr."""
+    warn(f"error: {text}")
+
+
+def warn(text: str) -> None:
+    """Print a line on stderr."""
+    with suppress(OSError):  # a log that is gone or full must not end the work
+        print(f"esm-packed: {printable(' '.join(text.splitlines()))}", file=sys.stderr, flush=True)
+
+
+def say(lines: Sequence[str]) -> None:
+    """Print the answer; the work is done even if nobody can read it."""
+    text = "\n".join(map(printable, lines))
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    try:
+        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
