@@ -11,8 +11,11 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import re
+import secrets
 import signal
 import socket
+import sys
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
@@ -52,9 +55,11 @@ MAX_FAILURES_IN_A_ROW = 12
 MAX_FAILED_STARTS = 3
 POLL_SECONDS = 0.5
 OBJECT_STORE_BYTES = 512 << 20
+AUTHENTICATED_RELEASE = (2, 59)
+"""The first that asks for a token at a cluster that it starts on this machine."""
 
 NOT_THE_SHARDS_FAULT = (UsageError, InputError, PlanError, StoreError, BackendError, CheckpointError)
-LASTING_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOENT)
+LASTING_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.ENOENT)
 """What would happen again with any shard, or for any worker."""
 
 
@@ -174,6 +179,8 @@ class RayEngine:
     ) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        if request.ray_address is None:
+            _want_authentication()
         try:
             import ray
         except ModuleNotFoundError as error:
@@ -181,6 +188,11 @@ class RayEngine:
                 "several workers need Ray: pip install 'esm-packed[ray]', or start a process for each device "
                 "with --shard INDEX/COUNT"
             ) from error
+        if request.ray_address is None and _release(ray.__version__) < AUTHENTICATED_RELEASE:
+            raise UsageError(
+                f"Ray {ray.__version__} lets everyone on this machine into the cluster that it starts; "
+                "pip install 'esm-packed[ray]' brings one that does not"
+            )
         self._ray: Any = ray
         self._request = request
         self._device = device
@@ -507,13 +519,28 @@ def _root_cause(error: BaseException) -> BaseException:
     return RuntimeError(text.splitlines()[-1] if text else type(error).__name__)
 
 
+def _want_authentication() -> None:
+    """Let the cluster that Ray will start here take orders from nobody who lacks its token.
+
+    Ray does so by default, with a token in the home folder, which others may be able to read.
+    """
+    os.environ.pop("RAY_AUTH_MODE", None)  # "disabled" may be right for another cluster
+    if "ray" not in sys.modules and "RAY_AUTH_TOKEN_PATH" not in os.environ:  # later Ray keeps the one it has
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """The first two numbers of a version."""
+    return tuple(map(int, re.findall("[0-9]+", version)[:2]))
+
+
 def _check_reachable(address: str) -> None:
     """See that something listens at HOST:PORT, for which Ray itself waits for minutes."""
     host, found, port = address.rpartition(":")
-    if found and port.isdecimal():
+    if found and re.fullmatch("[0-9]+", port):
         try:
             socket.create_connection((host, int(port)), timeout=10).close()
-        except OSError as error:
+        except (OSError, OverflowError, ValueError) as error:  # no such port, no name of a host
             raise UsageError(f"Ray cannot be reached at {address}: {error}") from error
 
 

@@ -26,6 +26,7 @@ from esm_packed.runners.progress import Console
 from esm_packed.runners.ray_engine import EngineError, RayEngine, RayWorker
 from esm_packed.runners.store import EmbeddingReader
 
+os.environ.setdefault("RAY_AUTH_TOKEN", "of these tests")  # or Ray leaves one in the home folder
 ray = pytest.importorskip("ray", reason="Ray is not installed")
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
@@ -69,6 +70,20 @@ class SlowWorker(RayWorker):
         return super().compute(shard)
 
 
+class WaitingWorker(RayWorker):
+    """Computes its first shard when the other worker has one, too."""
+
+    def compute(self, shard: int) -> Any:
+        assert self._run is not None
+        folder = self._run.directory.output.parent
+        (folder / f"busy-{self._worker.rank}").touch()
+        deadline = time.monotonic() + 300
+        while not all((folder / f"busy-{rank}").exists() for rank in (0, 1)):
+            assert time.monotonic() < deadline, "the other worker gets no shard"
+            time.sleep(0.02)
+        return super().compute(shard)
+
+
 def worker_pids() -> list[int]:
     """Processes of this test's Ray workers: Ray gives them a title, and they inherit the environment."""
     listed = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True)
@@ -82,7 +97,10 @@ def worker_pids() -> list[int]:
     return found
 
 
-def test_two_workers_give_the_file_of_one_process(fasta: Path, tmp_path: Path, expected: Result) -> None:
+def test_two_workers_give_the_file_of_one_process(
+    fasta: Path, tmp_path: Path, expected: Result, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(RayEngine, "worker_class", WaitingWorker)
     output = tmp_path / "out.h5"
     log = tmp_path / "metrics.jsonl"
     summary = run(fasta, output, engine="ray", workers=2, keep_run=True, log_json=log, fp32_compare=7)
@@ -102,6 +120,19 @@ def test_two_workers_give_the_file_of_one_process(fasta: Path, tmp_path: Path, e
     assert not worker_pids()
 
 
+class DoomedWorker(SlowWorker):
+    """Does not get to the end of the run before one worker has been killed."""
+
+    def compute(self, shard: int) -> Any:
+        assert self._run is not None
+        killed = self._run.directory.output.parent / "killed"
+        deadline = time.monotonic() + 300
+        while len(self._run.finished(range(self._run.plan.num_shards))) >= 8 and not killed.exists():
+            assert time.monotonic() < deadline, "nothing is killed"
+            time.sleep(0.02)
+        return super().compute(shard)
+
+
 def kill_workers(kills: int, output: Path, ended: threading.Event, seed: int) -> int:
     """kill -9 a worker at random moments, each time after some shard was finished."""
     rng = random.Random(seed)
@@ -119,6 +150,7 @@ def kill_workers(kills: int, output: Path, ended: threading.Event, seed: int) ->
         except ProcessLookupError:
             continue
         killed.append(pid)
+        (output.parent / "killed").touch()
         seen = len(shards_of(output))
     return len(killed)
 
@@ -126,7 +158,7 @@ def kill_workers(kills: int, output: Path, ended: threading.Event, seed: int) ->
 def check_kills(
     fasta: Path, output: Path, expected: Result, monkeypatch: pytest.MonkeyPatch, kills: int
 ) -> None:
-    monkeypatch.setattr(RayEngine, "worker_class", SlowWorker)
+    monkeypatch.setattr(RayEngine, "worker_class", DoomedWorker)
     killed = 0
     while killed < kills:
         ended = threading.Event()
@@ -140,6 +172,7 @@ def check_kills(
         killed += killer.result()
         assert Result.of(output) == expected
         output.unlink()
+        (output.parent / "killed").unlink()
         assert names_in(output.parent) == ["one process"]
 
 
@@ -267,8 +300,54 @@ def test_what_no_repetition_helps_ends_the_run_at_once(
     assert message in capsys.readouterr().err
 
 
+def test_nobody_without_the_token_may_use_a_cluster_that_is_started_here(tmp_path: Path) -> None:
+    """In a process of its own: Ray reads what concerns authentication once."""
+    driver = (
+        "import os, subprocess, sys\n"
+        "from pathlib import Path\n"
+        "import torch\n"
+        "from esm_packed.runners.embed import EmbedRequest\n"
+        "from esm_packed.runners.progress import Console\n"
+        "from esm_packed.runners.ray_engine import RayEngine\n"
+        "from esm_packed.weights import load_checkpoint\n"
+        "request = EmbedRequest(('in.fasta',), Path('out.h5'), model='demo', device='cpu', threads=1)\n"
+        "checkpoint = load_checkpoint('demo')\n"
+        "with RayEngine(request, torch.device('cpu'), (), checkpoint, Console(quiet=True)):\n"
+        "    import ray\n"
+        "    known = {name: value for name, value in os.environ.items() if name.startswith('RAY_AUTH')}\n"
+        "    unknown = {name: value for name, value in os.environ.items() if name not in known}\n"
+        "    address = ray.get_runtime_context().gcs_address\n"
+        "    for env in (unknown, os.environ):\n"
+        "        print(subprocess.run([sys.executable, '-c', sys.argv[1], address], env=env).returncode)\n"
+    )
+    stranger = (
+        "import sys, ray\n"
+        "ray.init(address=sys.argv[1], log_to_driver=False)\n"
+        "assert ray.get(ray.remote(lambda: 42).remote()) == 42\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {
+        "HOME": str(tmp_path),
+        "RAY_AUTH_MODE": "disabled",  # as for another cluster
+        "RAY_gcs_rpc_server_connect_timeout_s": "1",  # how long a stranger tries
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", driver, stranger],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.split() == ["1", "0"], done.stderr
+    assert "Authentication token is missing or incorrect" in done.stderr
+    assert names_in(tmp_path) == [], "a token in the home folder may be read by others"
+
+
 def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
+
+
+def with_old_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "__version__", "2.58.1")
 
 
 def nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,12 +358,19 @@ def nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     "prepare, changes, named",
     [
         (without_ray, {"engine": "ray"}, r"esm-packed\[ray\]"),
+        (
+            with_old_ray,
+            {"engine": "ray"},
+            r"Ray 2.58.1 lets everyone on this machine into .*esm-packed\[ray\]",
+        ),
         (nothing, {"engine": "in-process", "workers": 2}, "--engine ray"),
         (nothing, {"devices": (), "device": "auto"}, "finds no CUDA device"),
         (nothing, {"devices": (0, 1)}, "--device is cpu"),
         (nothing, {"ray_address": "auto", "engine": "in-process"}, "--ray-address needs --engine ray"),
         (nothing, {"ray_address": "auto", "device": "auto"}, "say --device cuda or --device cpu"),
         (nothing, {"ray_address": "127.0.0.1:1"}, "Ray cannot be reached"),
+        (nothing, {"ray_address": "127.0.0.1:99999"}, "Ray cannot be reached"),
+        (nothing, {"ray_address": f"{'x' * 100}:1"}, "Ray cannot be reached"),
     ],
 )
 def test_options_that_do_not_fit(
@@ -314,6 +400,8 @@ def test_no_worker_outlives_its_driver(
         "class SlowWorker(ray_engine.RayWorker):\n"
         "    def compute(self, shard):\n"
         "        time.sleep(0.3)\n"
+        "        while len(self._run.finished(range(self._run.plan.num_shards))) >= 5:\n"
+        "            time.sleep(0.1)  # until the driver has ended\n"
         "        return super().compute(shard)\n"
         "ray_engine.RayEngine.worker_class = SlowWorker\n"
         "sys.exit(cli.main(sys.argv[1:]))\n"
@@ -332,7 +420,7 @@ def test_no_worker_outlives_its_driver(
     ]
     command = [sys.executable, "-c", code, "embed", str(fasta), "-o", str(output), *options]
     driver = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 300
     while len(shards_of(output)) < 3:
         assert driver.poll() is None, driver.communicate()[1]
         assert time.monotonic() < deadline
