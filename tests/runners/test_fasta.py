@@ -392,6 +392,14 @@ def test_full_header(tmp_path: Path) -> None:
             b">a\nM\xc2\xa0K", "line 2, record 'a': U+00A0 NO-BREAK SPACE is not in", id="Unicode space"
         ),
         pytest.param(
+            ">a\nMK\n>b\nM\u4e2dK\n".encode(),
+            "0.fa, line 4, record 'b': U+4E2D CJK UNIFIED IDEOGRAPH-4E2D is not in",
+            id="three bytes",
+        ),
+        pytest.param(
+            ">a\nM\U0001f9ecK".encode(), "0.fa, line 2, record 'a': U+1F9EC DNA DOUBLE HELIX", id="four bytes"
+        ),
+        pytest.param(
             b">a\nM\n\xef\xbb\xbf>b\nK",
             "line 3, record 'a': U+FEFF ZERO WIDTH NO-BREAK SPACE",
             id="late mark",
@@ -517,6 +525,23 @@ def test_dna_is_judged_by_the_first_hundred_records(tmp_path: Path) -> None:
     assert read(tmp_path, proteins + nucleotides)[0].num_records == 200
     assert read(tmp_path, b">a\nACGTACGTAM\n")[0].num_records == 1  # 90% exactly
     assert "DNA" in error_of(tmp_path, b">a\nACGTACGTAMA\n")
+
+
+@pytest.mark.parametrize("chunk_size", [1, 50, 900, 1100, 4000, 1 << 22])
+def test_the_dna_check_ends_at_record_100_however_the_file_is_cut(tmp_path: Path, chunk_size: int) -> None:
+    """900 bytes hold 60 records."""
+
+    def text(*counts: int) -> bytes:
+        records = []
+        for kind, count in enumerate(counts):
+            sequence = (b"ACGTACGTAC", b"MKVLWEDRHK")[kind % 2]
+            records += [b">%d%03d\n%s\n" % (kind, number, sequence) for number in range(count)]
+        return b"".join(records)
+
+    message = error_of(tmp_path, text(91, 409), chunk_size=chunk_size)
+    assert "0.fa, line 1, record '0000': this looks like DNA or RNA: 91% of" in message
+    made, _ = read(tmp_path, text(90, 10, 400), chunk_size=chunk_size)
+    assert made.num_records == 500
 
 
 def test_a_missing_file_a_directory_and_no_input(tmp_path: Path) -> None:
