@@ -348,7 +348,7 @@ def read_settings(path: Path, gpu: str) -> dict[str, Any]:
             raise ValueError
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UsageError(
             f"{path}: is no file of tuned settings; name another with -o, or remove it"
         ) from error

@@ -372,6 +372,7 @@ def test_settings_are_merged_and_launches_read_them(configs: Path) -> None:
         ("{", "no file of tuned settings"),
         ("[]", "no file of tuned settings"),
         ('{"settings": {}}', "no file of tuned settings"),
+        ("[" * 100_000, "no file of tuned settings"),
         ('{"gpu": "NVIDIA A100", "settings": {}, "measured": {}}', "of NVIDIA A100, not of NVIDIA H200"),
     ],
 )
