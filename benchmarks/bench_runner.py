@@ -42,7 +42,7 @@ from esm_packed.runners.progress import Console
 from esm_packed.runners.request import EmbedRequest
 from esm_packed.runners.rundir import RunDirectory
 from esm_packed.runners.shards import Run
-from esm_packed.runners.store import Shard, write_shard
+from esm_packed.runners.store import Shard
 from esm_packed.runners.watch import watching
 from esm_packed.runners.worker import Worker
 from esm_packed.weights import Checkpoint, load_checkpoint
@@ -141,7 +141,7 @@ def index_and_plan(
         parts: seconds of `indexing` and `planning` are put here.
     """
     directory = RunDirectory(request.output)
-    directory.create()
+    directory.make()
     begin = time.perf_counter()
     index = build_index(request.inputs, directory.index_path, request.read)
     parts["indexing"] = time.perf_counter() - begin
@@ -158,7 +158,7 @@ def index_and_plan(
         flops_per_shard,
     )
     plan = replace(uncut, starts=starts)
-    plan.write(directory.plan_path)
+    plan.write(directory.plan_path, directory.scratch_path)
     parts["planning"] = time.perf_counter() - begin
     return Run(directory, plan, index)
 
@@ -279,7 +279,7 @@ def finished(full: bool, tmp_path_factory: pytest.TempPathFactory) -> Run:
         rows = merged_rows(run, number)
         assert len(rows) == len(run.computed(number))
         shard = Shard(np.zeros(len(rows), np.uint8), {run.plan.layers[-1]: rows}, {}, made_by=made_by)
-        write_shard(run.directory.shard_path(number), shard, number, run.plan.hash)
+        run.write(number, shard)
     merge_run(run, QUIET, overwrite=True)
     with h5py.File(request.output) as file:
         for number in range(run.plan.num_shards):

@@ -36,6 +36,11 @@ _PROSE_CHARACTERS = 60
 """Cells longer than this are broken into lines."""
 
 
+def figure_files(folder: Path) -> list[Path]:
+    """The figures that are in `folder`, which a report there may replace."""
+    return sorted(path for path in folder.glob("*") if path.suffix in (".png", ".svg"))
+
+
 class ReportError(ValueError):
     """The user's mistake, or a package that is missing; `str(error)` is the full message for the terminal."""
 

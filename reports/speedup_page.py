@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from esm_packed.reports import figures
-from esm_packed.reports.page import ReportError, Table, check_matplotlib, figure_style, page_html, save_figure
+from esm_packed.reports.page import (
+    ReportError,
+    Table,
+    check_matplotlib,
+    figure_files,
+    figure_style,
+    page_html,
+    save_figure,
+)
 from esm_packed.reports.results import (
     Comparison,
     Results,
@@ -69,6 +77,12 @@ class Section:
     text: str
     tables: Sequence[Table]
     figure: tuple[str, Callable[[], Figure]] | None = None
+
+
+def report_files(folder: Path) -> list[Path]:
+    """What `write_report` may write to `folder`."""
+    pages = [folder / name for name in ("speedup.html", "speedup.md", "measurements.csv")]
+    return [*pages, *figure_files(folder)]
 
 
 def write_report(path: Path, older: Sequence[Path], folder: Path) -> list[str]:

@@ -14,7 +14,7 @@ import torch
 
 from esm_packed.reports.activations import FP16_MAX, OPERATIONS, RESIDUAL
 from esm_packed.reports.errors import PathResult, finite_max, finite_median, finite_min
-from esm_packed.reports.page import Table, figure_style, page_html, save_figure
+from esm_packed.reports.page import Table, figure_files, figure_style, page_html, save_figure
 from esm_packed.reports.validation import Validation, by_length_class
 from esm_packed.reports.validation_figures import FIGURES
 from esm_packed.reports.verdict import CLASSICAL_NOTE, Verdict
@@ -43,7 +43,7 @@ def write_report(validation: Validation, conditions: Mapping[str, str], folder: 
     Raises:
         ImportError: matplotlib is not installed (`page.check_matplotlib` says so in a sentence).
     """
-    page, numbers = folder / "validation.html", folder / "validation.json"
+    page, numbers, *_ = report_files(folder)
     numbers.write_text(json.dumps(as_json(validation, conditions), allow_nan=False), encoding="ascii")
     images = {}
     with figure_style():
@@ -53,6 +53,11 @@ def write_report(validation: Validation, conditions: Mapping[str, str], folder: 
     body = _page_body(validation, conditions, images)
     page.write_text(page_html(_title(validation), body), encoding="utf-8")
     return [page, numbers]
+
+
+def report_files(folder: Path) -> list[Path]:
+    """What `write_report` may write to `folder`; the page and the JSON file come first."""
+    return [folder / "validation.html", folder / "validation.json", *figure_files(folder)]
 
 
 def as_json(validation: Validation, conditions: Mapping[str, str]) -> dict[str, Any]:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import secrets
 import socket
+import stat
 import threading
 import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from esm_packed.runners.files import read_regular
 
 HEARTBEAT_SECONDS = 30.0
 STALE_SECONDS = 600.0
@@ -36,11 +40,13 @@ class Claim:
     Args:
         path: the file.
         purpose: what it is claimed for, for others to read.
+        scratch: folder on the same file system for temporary files; the one of `path` if None.
     """
 
-    def __init__(self, path: Path, purpose: str = "") -> None:
+    def __init__(self, path: Path, purpose: str = "", scratch: Path | None = None) -> None:
         self.path = path
         self.purpose = purpose
+        self._scratch = path.parent if scratch is None else scratch
         self._token = secrets.token_hex(8)
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
@@ -51,9 +57,10 @@ class Claim:
         Raises:
             ClaimedError: a live process holds it.
             OSError: the folder cannot be written to.
+            RuntimeError: no thread can be started to refresh the claim.
         """
         holder = {
-            "host": socket.gethostname(),
+            **_process_table(),
             "pid": os.getpid(),
             "process_started": _process_start(os.getpid()),
             "since": time.strftime("%Y-%m-%d %H:%M:%S"),
@@ -62,26 +69,42 @@ class Claim:
             **_slurm_incarnation(),
         }
         # Linking a complete file is atomic also on NFS, where O_EXCL alone may leave an empty one behind.
-        draft = self.path.with_name(f".{self.path.name}.{self._token}.tmp")
+        draft = self._scratch / f"{self._token}.claim"
         try:
             draft.write_text(json.dumps(holder))
             try:
                 while not _link(draft, self.path) and not self._take_over(draft):
                     pass
             except FileNotFoundError:
-                raise ClaimedError("another process, which has just swept this one's draft away") from None
+                if not self.path.parent.is_dir():
+                    raise
+                raise ClaimedError(
+                    "another process, which has just swept this one's draft away", "cleaning up"
+                ) from None
+            self._start_refreshing()
+        except BaseException:
+            self.release()
+            raise
         finally:
             draft.unlink(missing_ok=True)
-        self._thread = threading.Thread(target=self._refresh, name=f"claim {self.path.name}", daemon=True)
-        self._thread.start()
+
+    def is_held(self) -> bool:
+        """Whether the file still names this claim: a process that was stopped for long may have lost it."""
+        return holder_of(self.path).get("token") == self._token
 
     def release(self) -> None:
-        """Give the claim back."""
+        """Give the claim back; one that was never taken, or has been taken over, is left as it is."""
         self._stopped.set()
         if self._thread is not None:
             self._thread.join()
-        if holder_of(self.path).get("token") == self._token:
+        if self.is_held():
             self.path.unlink(missing_ok=True)
+
+    def _start_refreshing(self) -> None:
+        self._stopped.clear()
+        thread = threading.Thread(target=self._refresh, name=f"claim {self.path.name}", daemon=True)
+        thread.start()
+        self._thread = thread  # only now: one that did not start cannot be joined
 
     def _refresh(self) -> None:
         while not self._stopped.wait(HEARTBEAT_SECONDS):
@@ -92,29 +115,41 @@ class Claim:
         """Replace the claim of a holder that is gone; False if the claim has changed meanwhile."""
         now = draft.stat().st_mtime  # the clock of the file system
         holder = holder_of(self.path)
-        # Whoever links this name is the successor of that one holder. A process that saw the stale claim long
-        # ago may link it, too, but finds another holder then.
-        generation = hashlib.sha256(repr(holder.get("token")).encode()).hexdigest()[:16]
-        succession = self.path.with_name(f".{self.path.name}.after-{generation}.tmp")
+        successions: list[Path] = []
         try:
-            if not _is_gone(holder) and now - self.path.stat().st_mtime < STALE_SECONDS:
+            if not stat.S_ISREG(self.path.lstat().st_mode):
+                raise OSError(errno.EINVAL, "is no regular file; delete it", str(self.path))
+            if _may_live(self.path, holder, now):
                 raise ClaimedError(describe_holder(holder), str(holder.get("purpose", "")))
-            if not _link(draft, succession):
-                if now - succession.stat().st_mtime < STALE_SECONDS:
-                    raise ClaimedError("another process, which takes it over")
-                succession.unlink()
-                return False
+            # Whoever links this name is the successor of that one holder, and has a successor in turn if
+            # killed before the claim is replaced. A process that saw the old claim long ago may link one of
+            # the names, too, but finds another holder then.
+            predecessor = holder
+            while True:
+                successions.append(self._succession_of(predecessor))
+                if _link(draft, successions[-1]):
+                    break
+                predecessor = holder_of(successions[-1])
+                if _may_live(successions[-1], predecessor, now):
+                    raise ClaimedError("another process, which takes it over", "taking it over")
         except FileNotFoundError:
             return False
         try:
             if holder_of(self.path).get("token") != holder.get("token"):
                 return False
-            copy = draft.with_suffix(".copy.tmp")
+            copy = draft.with_suffix(".copy")
             _link(draft, copy)
             copy.replace(self.path)
+            for succession in successions[:-1]:
+                succession.unlink(missing_ok=True)
         finally:
-            succession.unlink(missing_ok=True)
+            successions[-1].unlink(missing_ok=True)
         return True
+
+    def _succession_of(self, holder: dict[str, Any]) -> Path:
+        """The file that says who succeeds `holder`."""
+        generation = hashlib.sha256(repr(holder.get("token")).encode()).hexdigest()[:16]
+        return self._scratch / f"{self.path.name}.after-{generation}"
 
     def __enter__(self) -> Claim:
         self.acquire()
@@ -127,8 +162,8 @@ class Claim:
 def holder_of(path: Path) -> dict[str, Any]:
     """What a claim says of who holds it; empty when there is none, or it says nothing."""
     try:
-        holder = json.loads(path.read_text())
-    except (OSError, ValueError):
+        holder = json.loads(read_regular(path))
+    except (OSError, ValueError, RecursionError):
         return {}
     return holder if isinstance(holder, dict) else {}
 
@@ -141,10 +176,19 @@ def is_live(path: Path, now: float) -> bool:
         now: seconds since the epoch by the clock of the file system.
     """
     try:
-        silent = now - path.stat().st_mtime
+        return _may_live(path, holder_of(path), now)
     except FileNotFoundError:
         return False
-    return silent < STALE_SECONDS and not _is_gone(holder_of(path))
+
+
+def _may_live(path: Path, holder: dict[str, Any], now: float) -> bool:
+    """Whether `holder`, whose claim is `path`, shows signs of life, or none of death."""
+    return not _is_stale(path, now) and not _is_gone(holder)
+
+
+def _is_stale(path: Path, now: float) -> bool:
+    """Whether a claim was not refreshed for long; a time far ahead says nothing, and counts as long ago."""
+    return abs(now - path.lstat().st_mtime) >= STALE_SECONDS
 
 
 def describe_holder(holder: dict[str, Any]) -> str:
@@ -159,12 +203,28 @@ def _is_gone(holder: dict[str, Any]) -> bool:
         return True
     pid, started = holder.get("pid"), holder.get("process_started")
     return (
-        holder.get("host") == socket.gethostname()
+        all(holder.get(name) == value for name, value in _process_table().items())
         and isinstance(pid, int)
         and isinstance(started, str)
-        and pid > 0
+        and 0 < pid < 1 << 31
         and _process_start(pid) != started
     )
+
+
+def _process_table() -> dict[str, str]:
+    """What names the table that a process number is looked up in: containers share a host, or its name."""
+    return {
+        "host": socket.gethostname(),
+        "boot": _text_of("/proc/sys/kernel/random/boot_id"),
+        "pid_namespace": _text_of("/proc/self/ns/pid"),
+    }
+
+
+def _text_of(path: str) -> str:
+    """A line of /proc, or where a link there points; empty on systems without."""
+    with suppress(OSError):
+        return str(Path(path).readlink()) if Path(path).is_symlink() else Path(path).read_text().strip()
+    return ""
 
 
 def _slurm_incarnation() -> dict[str, Any]:

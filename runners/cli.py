@@ -5,7 +5,6 @@ Little is imported here: until `main` handles signals, Ctrl-C ends in a tracebac
 
 from __future__ import annotations
 
-import errno
 import os
 import signal
 import sys
@@ -80,7 +79,9 @@ def _report(error: Exception, can_continue: bool) -> int:
     """Explain `error` in one line and return the exit code it calls for."""
     import traceback
 
-    if _is_out_of_space(error):
+    from esm_packed.runners.files import is_out_of_space
+
+    if is_out_of_space(error):
         reason = error.strerror if isinstance(error, OSError) else str(error)
         complain(f"out of space: {reason}; free some and repeat the command" + " to continue" * can_continue)
         return EXIT_OUT_OF_SPACE
@@ -96,15 +97,6 @@ def _report(error: Exception, can_continue: bool) -> int:
         summary = "".join(traceback.format_exception_only(error)).strip().splitlines()[-1]
         complain(f"internal error: {summary} (set ESM_PACKED_DEBUG=1 for the traceback)")
     return EXIT_INTERNAL_ERROR
-
-
-def _is_out_of_space(error: BaseException | None) -> bool:
-    """Whether a full disk, a quota or a limit on the size of files is behind `error`."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            return True
-        error = error.__cause__
-    return False
 
 
 _USER_ERRORS = {

@@ -158,6 +158,7 @@ def info(options: argparse.Namespace) -> int:
 
 def checkpoint(options: argparse.Namespace) -> int:
     from esm_packed.download import contact_regression_path
+    from esm_packed.runners.paths import check_apart, files_of
     from esm_packed.runners.progress import Console
     from esm_packed.runners.request import UsageError
     from esm_packed.weights import load_checkpoint, save_fair_esm
@@ -174,6 +175,7 @@ def checkpoint(options: argparse.Namespace) -> int:
             raise UsageError(f"{path}: exists already; --overwrite replaces it")
     with Console().byte_steps() as report:
         checkpoint = load_checkpoint(options.model, progress=report)
+    check_apart({"--output": files[0], "the regression file": files[1]}, files_of(checkpoint))
     save_fair_esm(checkpoint, options.output)
     say([f"{checkpoint.model_name} written to {path}" for path in files if path.exists()])
     return EXIT_COMPLETE
@@ -227,7 +229,10 @@ def validate(options: argparse.Namespace) -> int:
 
 
 def report_speedup(options: argparse.Namespace) -> int:
-    from esm_packed.reports.speedup_page import write_report
+    from esm_packed.reports.speedup_page import report_files, write_report
+    from esm_packed.runners.paths import check_apart
 
+    written = {f"--output: {path.name}": path for path in report_files(options.output)}
+    check_apart(written, [options.results, *options.older])
     say(write_report(options.results, options.older, options.output))
     return EXIT_COMPLETE

@@ -5,9 +5,10 @@ from __future__ import annotations
 import errno
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,13 @@ import torch
 from esm_packed.attention import WAITING_BACKENDS, select_backend
 from esm_packed.config import DEFAULT_TOKEN_BUDGETS
 from esm_packed.numerics import resolve_device
-from esm_packed.runners.claims import ClaimedError, describe_holder, holder_of
+from esm_packed.runners.claims import Claim, ClaimedError, describe_holder, holder_of
 from esm_packed.runners.engine import Engine, InProcessEngine
+from esm_packed.runners.files import is_out_of_space
 from esm_packed.runners.index import STDIN, FastaIndex, build_index, open_index, reopen_index
 from esm_packed.runners.memory import RowBuffers
 from esm_packed.runners.merging import DamagedShardError, merge_run
+from esm_packed.runners.paths import check_apart, files_of, resolved
 from esm_packed.runners.plan import FLOPS_PER_SHARD, Plan, PlanError, cut_shards, differences
 from esm_packed.runners.progress import Console, byte_size
 from esm_packed.runners.request import STORE_DTYPES, EmbedRequest, UsageError
@@ -43,6 +46,9 @@ __all__ = ["EmbedRequest", "Summary", "UsageError", "embed_files", "merge_files"
 
 WAIT_SECONDS = 0.5
 
+MOST_REMOVALS = 1000
+"""How often a run directory may vanish while it is entered; more often, it cannot be made there at all."""
+
 
 def embed_files(request: EmbedRequest, console: Console) -> Summary:
     """Embed every record of `request.inputs` into `request.output`, which appears only when it is whole.
@@ -60,9 +66,9 @@ def embed_files(request: EmbedRequest, console: Console) -> Summary:
         OSError: with `errno.ENOSPC` when the disk is, or will be, full.
     """
     begin = time.monotonic()
-    output = request.output.resolve()
+    output = resolved(request.output)
+    check_output(output, request.overwrite)
     _check_request(request)
-    check_output(output, request.inputs, request.overwrite)
     device = _device(request)
     if request.cuda_graphs and (request.layout != "fixed" or device.type != "cuda"):
         missing = "a GPU" if request.layout == "fixed" else "--reproducible, which makes packs of one size"
@@ -72,13 +78,13 @@ def embed_files(request: EmbedRequest, console: Console) -> Summary:
         if request.cuda_graphs and backend in WAITING_BACKENDS:
             raise UsageError(f"--cuda-graphs: attention {backend!r} waits for the device; choose another one")
     directory = RunDirectory(output)
-    with ExitStack() as stack:
+    with _undisturbed(directory), ExitStack() as stack:
         session = _Session(request, directory, device, console, stack)
         if request.part is None:
-            with _claimed(directory, WHOLE_RUN, console):
+            with _claimed(directory, WHOLE_RUN, console) as claim:
                 if session.prepare():
                     session.compute(range(session.run.plan.num_shards))
-                    session.finish()
+                    session.finish(claim)
         else:
             _embed_slice(session, request.part)
     session.summary.seconds = time.monotonic() - begin
@@ -94,12 +100,12 @@ def merge_files(output: Path, console: Console, *, overwrite: bool = False, keep
     Raises:
         UsageError: there is no such run, or other processes are at work on it.
     """
-    output = output.resolve()
-    check_output(output, (), overwrite)
+    output = resolved(output)
+    check_output(output, overwrite)
     directory = RunDirectory(output)
-    if not directory.plan_path.exists():
+    if not directory.exists() or not directory.plan_path.exists():
         raise UsageError(f"{directory.path}: there is no run to merge; esm-packed embed begins one")
-    with _claimed(directory, "merging", console):
+    with _undisturbed(directory), _claimed(directory, "merging", console):
         run = Run.open(directory)
         missing = run.plan.num_shards - len(run.finished(range(run.plan.num_shards)))
         if missing:
@@ -117,23 +123,23 @@ def _embed_slice(session: _Session, part: Slice) -> None:
     """Join the run, compute one slice of it, and merge if that was the last one."""
     directory, console = session.directory, session.console
     with ExitStack() as member:
-        with _claimed(directory, f"joining with slice {part}", console):
+        with _claimed(directory, f"joining with slice {part}", console) as claim:
             _check_others(directory, part)
             if not session.prepare():
                 return
             shards = range(session.run.plan.num_shards)
             if len(session.run.finished(shards)) == len(shards):
-                session.finish()
+                session.finish(claim)
                 return
             member.enter_context(directory.slice_claim(part))
         session.compute(part.shards(len(shards)), verify=False)
-    with _claimed(directory, f"leaving with slice {part}", console):
+    with _claimed(directory, f"leaving with slice {part}", console) as claim:
         # another process may have found all shards there, and merged them
         if not session.is_merged_by_another():
             session.summary.part = str(part)
             session.summary.missing_shards = len(shards) - len(session.run.finished(shards))
             if not session.summary.missing_shards:
-                session.finish()
+                session.finish(claim)
 
 
 def _check_others(directory: RunDirectory, part: Slice | None) -> None:
@@ -184,7 +190,8 @@ class _Session:
         Call it with the claim held.
         """
         request = self.request
-        existing_plan = check_output(self.directory.output, request.inputs, request.overwrite)
+        existing_plan = check_output(self.directory.output, request.overwrite)
+        shutil.rmtree(self.directory.new_index_path, ignore_errors=True)  # of a killed process
         try:
             return self._prepare(request, existing_plan)
         finally:  # an index that was refused, or not needed
@@ -194,6 +201,7 @@ class _Session:
         index = self._index()
         with self.console.byte_steps() as report:
             self.checkpoint = load_checkpoint(request.model, progress=report)
+        _check_paths(request, files_of(self.checkpoint))
         config = self.checkpoint.config
         layers = request.resolved_layers(config)
         plan = self._existing_plan()
@@ -295,20 +303,22 @@ class _Session:
         ) as watch:
             try:
                 engine.compute(run, shards, watch)
-            except FileNotFoundError:
-                if self.directory.plan_path.exists():
-                    raise
-                raise UsageError(
-                    f"{self.directory.path}: removed while it was worked in; the same command begins anew"
-                ) from None
             finally:
                 self.summary.stages = engine.times
         self.summary.embedding_seconds += time.monotonic() - begin
 
-    def finish(self) -> None:
-        """Merge; what turns out to be damaged is computed again. Call it with the claim held."""
+    def finish(self, claim: Claim) -> None:
+        """Merge; what turns out to be damaged is computed again.
+
+        Args:
+            claim: on the run, which is held.
+
+        Raises:
+            UsageError: it is not held any more.
+        """
         begin = time.monotonic()
         while True:
+            _check_held(claim)
             try:
                 merge_run(self.run, self.console, overwrite=self.request.overwrite)
                 break
@@ -318,6 +328,7 @@ class _Session:
         self.summary.merging_seconds = time.monotonic() - begin
         self.summary.device = self.summary.device or "none, all was computed before"
         self.summary.read_output()
+        _check_held(claim)
         if not self.request.keep_run:
             self.directory.remove()
 
@@ -327,7 +338,7 @@ class _Session:
         Raises:
             UsageError: another run has taken this one's place.
         """
-        plan_hash_there = check_output(self.directory.output, (), overwrite=False)
+        plan_hash_there = check_output(self.directory.output, overwrite=False)
         with suppress(FileNotFoundError, PlanError):
             if plan_hash_there is None and Plan.read(self.directory.plan_path).hash == self.run.plan.hash:
                 return False
@@ -391,7 +402,7 @@ class _Session:
         )
         plan = replace(uncut, starts=starts)
         self.directory.forget_shards()
-        plan.write(self.directory.plan_path)
+        plan.write(self.directory.plan_path, self.directory.scratch_path)
         return plan
 
     def _new_engine(self) -> Engine:
@@ -408,50 +419,83 @@ class _Session:
 
 
 @contextmanager
-def _claimed(directory: RunDirectory, purpose: str, console: Console) -> Iterator[None]:
+def _undisturbed(directory: RunDirectory) -> Iterator[None]:
+    """Explain it if something is removed from the directory while it is worked in."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        if error.filename is not None and directory.path not in Path(error.filename).parents:
+            raise
+        raise UsageError(
+            f"{directory.path}: removed while it was worked in, or something in it; the same command "
+            "continues with what is left"
+        ) from error
+
+
+@contextmanager
+def _claimed(directory: RunDirectory, purpose: str, console: Console) -> Iterator[Claim]:
     """Hold the run; a directory that has no plan when the block fails is removed.
 
     A process that computes a slice waits for others that join, leave or merge.
     """
     claim = directory.claim(purpose)
-    is_waiting = False
     try:
-        while True:
-            try:
-                claim.acquire()
-                break
-            except ClaimedError as holder:
-                if WHOLE_RUN in (purpose, holder.purpose):
-                    raise UsageError(
-                        f"{directory.path} is being worked on by {holder}; wait for it, or delete "
-                        f"{claim.path} if that process is gone"
-                    ) from holder
-                if not is_waiting:
-                    console.note(f"waiting for {holder}, which is {holder.purpose or 'at work on the run'}")
-                is_waiting = True
-                time.sleep(WAIT_SECONDS)
-        if purpose == WHOLE_RUN:
-            _check_others(directory, None)
-        directory.create()
-    except OSError as error:
-        claim.release()
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise UsageError(f"{directory.output.parent}: cannot be written to: {error.strerror}") from error
+        try:
+            _take(claim, directory, console)
+            if purpose == WHOLE_RUN:
+                _check_others(directory, None)
+            directory.sweep()
+        except OSError as error:
+            if is_out_of_space(error):
+                raise
+            raise UsageError(f"{directory.output.parent}: cannot be written to: {error.strerror}") from error
+        yield claim
     except BaseException:
-        claim.release()
-        raise
-    try:
-        yield
-    except BaseException:
-        if not directory.plan_path.exists():
-            directory.remove()
+        if claim.is_held() and not directory.plan_path.exists():
+            with suppress(OSError, UsageError):
+                directory.remove()
         raise
     finally:
         claim.release()
 
 
-def check_output(output: Path, inputs: Sequence[str], overwrite: bool) -> str | None:
+def _check_held(claim: Claim) -> None:
+    """See that no other process took the run for abandoned, as when this one was stopped for long.
+
+    Raises:
+        UsageError: one did.
+    """
+    if not claim.is_held():
+        raise UsageError(
+            f"{claim.path.parent}: another process has taken this run over, as this one gave no sign of "
+            "life; it is completed there, or by the same command"
+        )
+
+
+def _take(claim: Claim, directory: RunDirectory, console: Console) -> None:
+    """Take `claim` on a run, whose directory is made if need be; wait for others if both are slices."""
+    is_waiting = False
+    for attempt in count():
+        try:
+            directory.make()
+            claim.acquire()
+            return
+        except FileNotFoundError:  # the process that worked in the directory has removed it
+            if attempt == MOST_REMOVALS:
+                raise
+        except ClaimedError as holder:
+            if WHOLE_RUN in (claim.purpose, holder.purpose) or not holder.purpose:
+                raise UsageError(
+                    f"{directory.path} is being worked on by {holder}; wait for it, or delete "
+                    f"{claim.path} if that process is gone"
+                ) from holder
+            if not is_waiting:
+                console.note(f"waiting for {holder}, which is {holder.purpose or 'at work on the run'}")
+            is_waiting = True
+            time.sleep(WAIT_SECONDS)
+
+
+def check_output(output: Path, overwrite: bool) -> str | None:
     """See that `output` can be made.
 
     Returns:
@@ -461,22 +505,21 @@ def check_output(output: Path, inputs: Sequence[str], overwrite: bool) -> str | 
         UsageError: it cannot be made, or what is there is something else.
     """
     try:
-        return _check_output(output, inputs, overwrite)
+        return _check_output(output, overwrite)
     except OSError as error:  # no right to look there, a name too long
         raise UsageError(f"{output}: {error.strerror}") from error
 
 
-def _check_output(output: Path, inputs: Sequence[str], overwrite: bool) -> str | None:
+def _check_output(output: Path, overwrite: bool) -> str | None:
     if output.is_dir():
         raise UsageError(f"{output}: this is a directory; name the file to make, such as embeddings.h5")
     if not output.parent.is_dir():
         raise UsageError(f"{output.parent}: there is no such folder to write {output.name} to")
+    RunDirectory(output).check_name()
     if not output.exists():
         return None
     if not output.is_file():
         raise UsageError(f"{output}: exists and is no regular file")
-    if any(path != STDIN and Path(path).exists() and output.samefile(path) for path in inputs):
-        raise UsageError(f"{output}: the output would replace an input")
     if overwrite:
         return None
     try:
@@ -486,6 +529,15 @@ def _check_output(output: Path, inputs: Sequence[str], overwrite: bool) -> str |
         raise UsageError(
             f"{output}: exists already and is not a whole esm-packed output; --overwrite replaces it"
         ) from None
+
+
+def _check_paths(request: EmbedRequest, read: Iterable[str | Path]) -> None:
+    """See that nothing that is written is among the files `read`."""
+    output = resolved(request.output)
+    written = {"the run directory": RunDirectory(output).path, "--output": output}
+    if request.log_json is not None:
+        written["--log-json"] = request.log_json
+    check_apart(written, read)
 
 
 def _check_request(request: EmbedRequest) -> None:
@@ -505,6 +557,7 @@ def _check_request(request: EmbedRequest) -> None:
         raise UsageError(
             "--ray-address: say --device cuda or --device cpu; this machine may differ from the others"
         )
+    _check_paths(request, [path for path in request.inputs if path != STDIN])
     if request.log_json is not None:
         try:
             request.log_json.open("a").close()

@@ -1,10 +1,10 @@
 """FASTA files to a compact index: one pass that checks all, then random access to any range of records.
 
-An index is a folder: `records.bin`, one row of 24 bytes for each record, and `first_same.bin`, 8 bytes that
-name the first record of the same sequence, both memory-mapped; and `index.json`, which is written last and
-says what the index was made from, so that a later process can take it over. Sequences and headers stay where
-they are: in the user's files or, for gzip, pipes and standard input, in an uncompressed copy in the folder.
-Memory is bounded by the chunk size or the longest record, plus a note for each record left out.
+An index is a folder: `records.bin`, one row of 24 bytes for each record; `first_same.bin`, 8 bytes that name
+the first record of the same sequence; and `index.json`, which is written last, carries the checksums of all,
+and says what the index was made from, so that a later process can take it over. Sequences and headers stay
+where they are: in the user's files or, for gzip, pipes and standard input, in an uncompressed copy in the
+folder. Memory is bounded by the chunk size or the longest record, plus a note for each record left out.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from esm_packed.runners.fasta import (
     text_fault,
     token_ids_of,
 )
+from esm_packed.runners.files import open_regular, read_regular, sync, whole_or_nothing
 from esm_packed.runners.hashes import (
     ROW,
     Rows,
@@ -56,6 +57,7 @@ from esm_packed.runners.records import (
     Problem,
     RecordReader,
     Records,
+    RowFile,
     Source,
     line_numbers,
     lines_at,
@@ -70,6 +72,10 @@ DNA_RECORDS = 100
 DNA_FRACTION = 0.9
 
 _FORMAT_VERSION = 1
+_CHECKSUM_BYTES = hashlib.sha256().digest_size * 2
+_NO_INDEX = (OSError, ValueError, TypeError, KeyError)
+"""What reading an index raises that is not there, not whole, or not of this version."""
+
 _METADATA = "index.json"
 _RECORDS = "records.bin"
 _FIRST_SAME = "first_same.bin"
@@ -101,9 +107,9 @@ class FastaIndex:
 
     Attributes:
         num_records: how many, records left out not counted.
-        lengths: (num_records,) int32, residues after cleaning; memory-mapped, read-only.
+        lengths: (num_records,) int32, residues after cleaning.
         first_same: (num_records,) int64, the first record of the same residues, which may be the record
-            itself; memory-mapped, read-only.
+            itself.
         total_residues: sum of `lengths`.
         num_identical: records whose residues an earlier one has.
         num_replaced: characters that became X, in duplicates left out too.
@@ -116,7 +122,8 @@ class FastaIndex:
     def __init__(
         self,
         reader: RecordReader,
-        first_same: npt.NDArray[np.int64],
+        lengths: RowFile,
+        first_same: RowFile,
         *,
         num_identical: int,
         num_replaced: int,
@@ -126,9 +133,12 @@ class FastaIndex:
         self._reader = reader
         self._records = reader.records
         self.num_records = len(self._records)
-        self.lengths: npt.NDArray[np.int32] = self._records["length"]
+        self.lengths = lengths
         self.first_same = first_same
-        self.total_residues = int(self.lengths.sum(dtype=np.int64))
+        self.total_residues = sum(
+            int(lengths[start : start + _ROWS_AT_ONCE].sum(dtype=np.int64))
+            for start in range(0, self.num_records, _ROWS_AT_ONCE)
+        )
         self.num_identical = num_identical
         self.num_replaced = num_replaced
         self.num_duplicates = num_duplicates
@@ -165,7 +175,7 @@ class FastaIndex:
         """
         self._check_range(start, stop)
         names = self._reader.names(np.arange(start, stop))
-        copies = self._records["copy"][start:stop].tolist()
+        copies = self._records[start:stop]["copy"].tolist()
         return [
             name.decode("utf-8") + (f"__{copy}" if copy else "")
             for name, copy in zip(names, copies, strict=True)
@@ -246,17 +256,18 @@ def build_index(
     problems = _problems(builder.sources, builder.left_out)
     copies = [_copy_name(number) for number, source in enumerate(builder.sources) if source.is_copy]
     for name in (_RECORDS, _FIRST_SAME, *copies):
-        _sync(work_dir / name)
+        sync(work_dir / name)
     metadata = {
         "format_version": _FORMAT_VERSION,
         "options": asdict(options),
-        "files": {name: (work_dir / name).stat().st_size for name in (_RECORDS, _FIRST_SAME, *copies)},
+        "files": {name: _sha256(work_dir / name) for name in (_RECORDS, _FIRST_SAME, *copies)},
         "inputs": [
             {
                 "given": source.given,
                 "absolute": str(Path(source.given).absolute()),
                 "copy": _copy_name(number) if source.is_copy else None,
                 "stat": source.stat,
+                "ctime": source.ctime,
                 "first_record": source.first_record,
                 "size": source.size,
                 "sha256": source.sha256,
@@ -268,18 +279,17 @@ def build_index(
         "num_duplicates": num_duplicates,
         "problems": [astuple(problem) for problem in problems],
     }
-    temporary = work_dir / (_METADATA + ".tmp")
-    temporary.write_text(json.dumps(metadata), encoding="ascii")
-    _sync(temporary)
-    temporary.replace(work_dir / _METADATA)
-    _sync(work_dir)
+    text = json.dumps(metadata).encode("ascii")
+    with whole_or_nothing(work_dir / _METADATA, work_dir) as temporary:
+        temporary.write_bytes(text + hashlib.sha256(text).hexdigest().encode())
     return _restore(work_dir, metadata)
 
 
 def open_index(paths: Sequence[str], work_dir: Path, options: ReadOptions) -> FastaIndex | None:
     """The index that `build_index` left in `work_dir`, if it is whole and was made from just this.
 
-    The inputs must have the same paths, sizes and modification times. Standard input passes for unchanged:
+    The inputs must have the same paths, sizes and modification times, and the same content if they were
+    touched in any way. Standard input passes for unchanged:
     only the caller can know whether there is anything new in it. A pipe never does.
     """
     try:
@@ -291,8 +301,8 @@ def open_index(paths: Sequence[str], work_dir: Path, options: ReadOptions) -> Fa
         ):
             return None
         return _restore(work_dir, metadata)
-    except (OSError, ValueError, TypeError, KeyError):
-        return None  # not there, or nothing that this version left
+    except _NO_INDEX:
+        return None
 
 
 def reopen_index(work_dir: Path) -> FastaIndex:
@@ -304,7 +314,7 @@ def reopen_index(work_dir: Path) -> FastaIndex:
     try:
         metadata = _read_metadata(work_dir)
         index = _restore(work_dir, metadata)
-    except (OSError, ValueError, TypeError, KeyError):
+    except _NO_INDEX:
         raise InputError(f"{work_dir}: there is no whole index of the inputs") from None
     for entry in metadata["inputs"]:
         path = Path(entry["absolute"])
@@ -314,25 +324,43 @@ def reopen_index(work_dir: Path) -> FastaIndex:
 
 
 def _read_metadata(work_dir: Path) -> dict[str, Any]:
-    """What `index.json` says.
+    """What `index.json` says, once it and all files of the index are known to be what was written.
 
     Raises:
-        OSError, ValueError, TypeError, KeyError: it is not there, of another version, or not whole.
+        OSError, ValueError, TypeError, KeyError: an index is not there, of another version, or not whole.
     """
-    metadata: dict[str, Any] = json.loads((work_dir / _METADATA).read_text(encoding="ascii"))
+    content = read_regular(work_dir / _METADATA)
+    text, checksum = content[:-_CHECKSUM_BYTES], content[-_CHECKSUM_BYTES:]
+    if hashlib.sha256(text).hexdigest().encode() != checksum:
+        raise ValueError("damaged")
+    metadata: dict[str, Any] = json.loads(text)
     if metadata["format_version"] != _FORMAT_VERSION:
         raise ValueError("of another version")
-    if any((work_dir / name).stat().st_size != size for name, size in metadata["files"].items()):
-        raise ValueError("cut short")
+    if any(_sha256(work_dir / name) != checksum for name, checksum in metadata["files"].items()):
+        raise ValueError("damaged")
     return metadata
+
+
+def _sha256_of_input(path: Path) -> str:
+    """Checksum (hex) of a file that may be reached through links."""
+    return _sha256(path.resolve())
+
+
+def _sha256(path: Path) -> str:
+    """Checksum (hex) of a regular file."""
+    with open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _is_unchanged(entry: dict[str, Any]) -> bool:
     if entry["given"] == STDIN:
         return True
     path = Path(entry["given"]).absolute()
-    unchanged: bool = list(size_and_mtime(path.stat())) == entry["stat"]
-    return unchanged and str(path) == entry["absolute"]
+    status = path.stat()
+    if list(size_and_mtime(status)) != entry["stat"] or str(path) != entry["absolute"]:
+        return False
+    # another file may have been given the same size and time; its ctime cannot be chosen
+    return bool(status.st_ctime_ns == entry["ctime"] or _sha256_of_input(path) == entry["sha256"])
 
 
 def _restore(work_dir: Path, metadata: dict[str, Any]) -> FastaIndex:
@@ -348,10 +376,11 @@ def _restore(work_dir: Path, metadata: dict[str, Any]) -> FastaIndex:
         )
         for entry in metadata["inputs"]
     ]
-    records = np.memmap(work_dir / _RECORDS, dtype=RECORD, mode="r")
+    records = RowFile(work_dir / _RECORDS, RECORD)
     return FastaIndex(
         RecordReader(records, sources, ReadOptions(**metadata["options"])),
-        np.memmap(work_dir / _FIRST_SAME, dtype=np.int64, mode="r"),
+        RowFile(work_dir / _RECORDS, RECORD, "length"),
+        RowFile(work_dir / _FIRST_SAME, np.dtype(np.int64)),
         num_identical=metadata["num_identical"],
         num_replaced=metadata["num_replaced"],
         num_duplicates=metadata["num_duplicates"],
@@ -365,20 +394,11 @@ def _copy_name(number: int) -> str:
 
 def _clear(work_dir: Path) -> None:
     """Remove an earlier index, first what vouches for it; a process that has it mapped keeps its pages."""
-    for name in (_METADATA, _METADATA + ".tmp", *_FILES):
+    for name in (_METADATA, *_FILES):
         (work_dir / name).unlink(missing_ok=True)
-    for pattern in ("input-*.fasta", "*.bin.spare"):
+    for pattern in (f"{_METADATA}.*", "input-*.fasta", "*.bin.spare"):
         for path in work_dir.glob(pattern):
             path.unlink()
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file or folder is on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class _Pass:
@@ -427,6 +447,8 @@ class _Pass:
             else:
                 copy_file = stack.enter_context(copy.open("wb"))
                 source = Source(path, copy.absolute(), True, status, self.num_records)
+            if can_be_read_again:
+                source.ctime = os.fstat(file.fileno()).st_ctime_ns
             self.sources.append(source)
 
             is_start = True
@@ -603,7 +625,7 @@ def _settle_duplicates(builder: _Pass, work_dir: Path) -> int:
     num_duplicates = confirm_firsts(firsts, reader.names)
     if num_duplicates:
         if builder.options.duplicates == "rename":
-            _rename(reader, rows, firsts, work_dir)
+            _rename(reader, records, rows, firsts, work_dir)
         else:
             keep = _keep_first(builder, reader, firsts)
             _drop_rows(work_dir / _RECORDS, records, keep)
@@ -660,7 +682,9 @@ def _drop_rows(path: Path, rows: Records | Rows, keep: npt.NDArray[np.bool_]) ->
     kept_path.replace(path)
 
 
-def _rename(reader: RecordReader, rows: Rows, firsts: npt.NDArray[np.int64], work_dir: Path) -> None:
+def _rename(
+    reader: RecordReader, records: Records, rows: Rows, firsts: npt.NDArray[np.int64], work_dir: Path
+) -> None:
     """Number the records of an ID from 2 on, past the IDs that the files already have; `rows` are sorted."""
 
     def is_taken(name: bytes, hash_halves: Sequence[int]) -> bool:
@@ -684,7 +708,7 @@ def _rename(reader: RecordReader, rows: Rows, firsts: npt.NDArray[np.int64], wor
                 if not is_taken(wanted, halves if wanted == new_name else _hashes_of_names([wanted])[0]):
                     break
                 copy += 1
-            reader.records["copy"][record] = copy
+            records["copy"][record] = copy
             next_copies[first] = copy + 1
     path.unlink()
 

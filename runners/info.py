@@ -106,7 +106,7 @@ def _describe_fasta(path: str) -> list[str]:
     with tempfile.TemporaryDirectory(prefix="esm-packed-") as work_dir:
         with Console().progress("reading", "B", size) as advance:
             index = build_index([path], Path(work_dir), options, progress=advance)
-        quantiles = np.quantile(index.lengths, _LENGTH_QUANTILES).round().astype(int).tolist()
+        quantiles = np.quantile(index.lengths[:], _LENGTH_QUANTILES).round().astype(int).tolist()
         values = {
             "file": f"{path} ({byte_size(index.inputs[0].size)})",
             "sha256": index.inputs[0].sha256,
@@ -117,7 +117,7 @@ def _describe_fasta(path: str) -> list[str]:
                 *quantiles
             ),
             "mean length": f"{index.total_residues / index.num_records:,.1f}",
-            f"longer than {_TRUNCATION}": f"{int(np.count_nonzero(index.lengths > _TRUNCATION)):,}",
+            f"longer than {_TRUNCATION}": f"{int(np.count_nonzero(index.lengths[:] > _TRUNCATION)):,}",
         }
         problems = index.problems
     lines = _table(values)

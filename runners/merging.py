@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from esm_packed.layouts import LAYOUTS
+from esm_packed.runners.files import whole_or_nothing
 from esm_packed.runners.memory import RowBuffers, Rows
 from esm_packed.runners.plan import Plan
 from esm_packed.runners.progress import Advance, Console
@@ -21,7 +22,7 @@ from esm_packed.runners.store import (
     Shard,
     StoredComparison,
     StoredProblem,
-    whole_or_nothing,
+    StoreError,
 )
 
 
@@ -45,12 +46,19 @@ def merge_run(run: Run, console: Console, *, overwrite: bool) -> None:
         StoreError: the output exists by now and may not be replaced.
         OSError: the disk is full or fails.
     """
+    try:
+        _merge_run(run, console, overwrite)
+    except FileExistsError as error:
+        raise StoreError(f"{error.filename}: {error.strerror}") from error
+
+
+def _merge_run(run: Run, console: Console, overwrite: bool) -> None:
     plan, index, output = run.plan, run.index, run.directory.output
     store_dtype = STORE_DTYPES[plan.identity["store_dtype"]]
     total = index.num_records * plan.hidden_size * len(plan.layers) * np.dtype(store_dtype).itemsize
     made_by: list[Mapping[str, str]] = []
     with (
-        whole_or_nothing(output, overwrite=overwrite) as temporary,
+        whole_or_nothing(output, run.directory.scratch_path, overwrite=overwrite) as temporary,
         EmbeddingWriter(
             temporary,
             num_sequences=index.num_records,

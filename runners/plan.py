@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy.typing as npt
 
 from esm_packed.config import ESM2Config
 from esm_packed.packing import SPECIAL_TOKENS
+from esm_packed.runners.files import read_regular, whole_or_nothing
 from esm_packed.runners.store import plan_hash
 
 PLAN_FORMAT = 1
@@ -78,9 +78,8 @@ class Plan:
         """Records [start, stop) of a shard."""
         return self.starts[shard], self.starts[shard + 1]
 
-    def write(self, path: Path) -> None:
-        """Write the plan so that it is there whole or not at all."""
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    def write(self, path: Path, scratch: Path) -> None:
+        """Write the plan so that it is there whole or not at all; `scratch` holds it meanwhile."""
         content = {
             "format": PLAN_FORMAT,
             "identity": self.identity,
@@ -90,11 +89,8 @@ class Plan:
             "hidden_size": self.hidden_size,
         }
         content["sha256"] = plan_hash(content)
-        with temporary.open("w") as file:
-            json.dump(content, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        with whole_or_nothing(path, scratch) as temporary:
+            temporary.write_text(json.dumps(content, indent=1))
 
     @classmethod
     def read(cls, path: Path) -> Plan:
@@ -105,7 +101,7 @@ class Plan:
             OSError: it is not there or cannot be read.
         """
         try:
-            content = json.loads(path.read_text())
+            content = json.loads(read_regular(path))
             is_whole = content.pop("sha256") == plan_hash(content)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             is_whole = False

@@ -38,7 +38,7 @@ from esm_packed.runners.progress import Console
 from esm_packed.runners.request import STORE_DTYPES, EmbedRequest, UsageError
 from esm_packed.runners.rundir import RunDirectory
 from esm_packed.runners.shards import Run
-from esm_packed.runners.store import STATUS_COMPUTED, STATUS_FAILED, Shard, StoreError, write_shard
+from esm_packed.runners.store import STATUS_COMPUTED, STATUS_FAILED, Shard, StoreError
 from esm_packed.runners.watch import Watch, WorkerState
 from esm_packed.runners.worker import Worker, device_name, set_threads
 from esm_packed.weights import Checkpoint, CheckpointError, load_checkpoint
@@ -468,7 +468,7 @@ class _Schedule:
             made_by=made_by,
         )
         assert (whole.status != STATUS_COMPUTED).sum() == len(whole.reasons)
-        write_shard(self._run.directory.shard_path(task.shard), whole, task.shard, self._run.plan.hash)
+        self._run.write(task.shard, whole)
         del self._parts[task.shard]
 
     def _ask(self) -> None:

@@ -22,6 +22,7 @@ from esm_packed.runners.fasta import (
     shorten,
     token_ids_of,
 )
+from esm_packed.runners.files import open_regular
 
 STDIN = "-"
 
@@ -41,6 +42,56 @@ Records = npt.NDArray[Any]
 _PIECE_BYTES = 1 << 20
 _GAP_BYTES = 1 << 12
 """Records nearer to each other are read with one read: that costs less than a second call."""
+
+
+class RowFile:
+    """Rows of one dtype in a file, read as they are asked for.
+
+    A mapped file would be as short to write, but ends the process when the file is cut short meanwhile.
+
+    Args:
+        path: the file.
+        dtype: of a row.
+        field: the field that is given of each row; None gives whole rows.
+    """
+
+    def __init__(self, path: Path, dtype: np.dtype[Any], field: str | None = None) -> None:
+        self._path = path
+        self._file = open_regular(path)
+        self._row = dtype
+        self._field = field
+        self._num_rows = os.fstat(self._file.fileno()).st_size // dtype.itemsize
+        self.dtype: np.dtype[Any] = dtype if field is None else dtype[field]
+
+    def __len__(self) -> int:
+        return self._num_rows
+
+    def __getitem__(self, rows: slice) -> Records:
+        """The rows of a slice without a step, in memory of their own.
+
+        Raises:
+            InputError: the file is shorter than it was.
+        """
+        start, stop, _ = rows.indices(self._num_rows)
+        size = max(0, stop - start) * self._row.itemsize
+        content = os.pread(self._file.fileno(), size, start * self._row.itemsize)
+        while len(content) < size and (
+            more := os.pread(
+                self._file.fileno(), size - len(content), start * self._row.itemsize + len(content)
+            )
+        ):
+            content += more
+        if len(content) < size:
+            raise InputError(f"{self._path}: cut short while it was in use; repeat the command")
+        values = np.frombuffer(content, self._row)
+        return values if self._field is None else np.ascontiguousarray(values[self._field])
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Records:
+        return np.asarray(self[:], dtype)
+
+    def tolist(self) -> list[Any]:
+        """All of them."""
+        return list(self[:].tolist())
 
 
 @dataclass(frozen=True)
@@ -70,7 +121,7 @@ class Source:
     """Where the records of one input can be read: the file itself or its uncompressed copy.
 
     `size` and `sha256` are of the input; `stat`, its size and mtime in ns before it was read, is None where
-    it cannot be read again (a pipe).
+    it cannot be read again (a pipe), and so is `ctime`, in ns.
     """
 
     given: str
@@ -78,6 +129,7 @@ class Source:
     is_copy: bool
     stat: tuple[int, int] | None
     first_record: int
+    ctime: int | None = None
     size: int = 0
     sha256: str = ""
 
@@ -137,7 +189,7 @@ class Source:
 class RecordReader:
     """The rows of an index and the texts they point to; records are numbered over all sources."""
 
-    def __init__(self, records: Records, sources: Sequence[Source], options: ReadOptions) -> None:
+    def __init__(self, records: Records | RowFile, sources: Sequence[Source], options: ReadOptions) -> None:
         self.records = records
         self.sources = sources
         self.options = options
@@ -178,14 +230,15 @@ class RecordReader:
     def place(self, record: int) -> tuple[int, int]:
         """Source number and byte position of the record's header."""
         source = bisect_right(self.sources, record, key=lambda source: source.first_record) - 1
-        return source, int(self.records["header"][record])
+        return source, int(self.records[record : record + 1]["header"][0])
 
     def _by_source(self, wanted: Positions) -> Iterator[tuple[Source, Records]]:
         limits = [source.first_record for source in self.sources[1:]] + [len(self.records)]
         for source, limit in zip(self.sources, limits, strict=True):
             part = wanted[np.searchsorted(wanted, source.first_record) : np.searchsorted(wanted, limit)]
             if len(part):
-                yield source, np.asarray(self.records)[part]
+                first = int(part[0])
+                yield source, np.asarray(self.records[first : int(part[-1]) + 1])[part - first]
 
 
 def size_and_mtime(status: os.stat_result) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from esm_packed.runners.memory import RowBuffers
 from esm_packed.runners.pipeline import ShardInput
 from esm_packed.runners.plan import Plan, PlanError
 from esm_packed.runners.rundir import RunDirectory
-from esm_packed.runners.store import Shard, StoreError, read_shard
+from esm_packed.runners.store import Shard, StoreError, read_shard, write_shard
 
 IDENTIFYING_RULES = ("invalid", "duplicates", "gaps", "full_header")
 """What of the rules for the input makes another run."""
@@ -91,7 +91,7 @@ class Run:
         path = self.directory.shard_path(shard)
         try:
             found = read_shard(path, shard, self.plan.hash, buffers)
-            if len(found.status) == len(self.computed(shard)):
+            if self._fits(found, len(self.computed(shard))):
                 return found
         except FileNotFoundError:
             return None
@@ -99,6 +99,22 @@ class Run:
             pass
         path.unlink(missing_ok=True)
         return None
+
+    def _fits(self, shard: Shard, num_rows: int) -> bool:
+        """Whether a shard has a status, and a row for each layer, of `num_rows` records."""
+        shapes = {layer: rows.shape for layer, rows in shard.embeddings.items()}
+        return shard.status.shape == (num_rows,) and shapes == dict.fromkeys(
+            self.plan.layers, (num_rows, self.plan.hidden_size)
+        )
+
+    def write(self, number: int, shard: Shard) -> None:
+        """Write a shard, which is finished then.
+
+        Raises:
+            OSError: the disk is full or fails.
+        """
+        directory = self.directory
+        write_shard(directory.shard_path(number), directory.scratch_path, shard, number, self.plan.hash)
 
     def input_of(self, shard: int, num_compared: int = 0) -> ShardInput:
         """What computing a shard needs.

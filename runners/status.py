@@ -17,7 +17,7 @@ def describe_run(directory: RunDirectory) -> list[str]:
         PlanError: neither the output nor a run is there, or what is there cannot be read.
     """
     try:
-        if directory.path.is_dir():
+        if directory.exists():
             return _describe_unfinished(directory)
         if not directory.output.exists():
             raise PlanError(f"{directory.output}: there is neither this output nor a run that makes it")

@@ -7,7 +7,6 @@ import io
 import json
 import math
 import os
-import secrets
 import signal
 import stat
 import threading
@@ -22,6 +21,7 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
+from esm_packed.runners.files import open_regular, whole_or_nothing
 from esm_packed.runners.memory import RowBuffers, Rows
 
 FORMAT = "esm-packed"
@@ -110,51 +110,6 @@ def signals_deferred() -> Iterator[None]:
             signal.signal(number, handler)
         for late in dict.fromkeys(pending):
             signal.raise_signal(late)
-
-
-@contextmanager
-def whole_or_nothing(path: Path, *, overwrite: bool = True) -> Iterator[Path]:
-    """A name beside `path` to write under; moved to `path` if the block ends well, removed if not.
-
-    Args:
-        path: the file to make.
-        overwrite: replace a file that is there by then; without it another run's output is never lost.
-
-    Raises:
-        StoreError: `path` has come to exist meanwhile and may not be replaced.
-        OSError: the folder cannot be written to, or the file system fails while data are flushed.
-    """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        yield temporary
-        _fsync(temporary)
-        if overwrite:
-            temporary.replace(path)
-        else:
-            _move_to_new(temporary, path)
-        with suppress(OSError):  # the file itself is safe, and not every file system can flush a folder
-            _fsync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _move_to_new(source: Path, target: Path) -> None:
-    try:
-        target.hardlink_to(source)
-    except OSError:  # it exists, or the file system has no hard links
-        if target.exists():
-            raise StoreError(
-                f"{target}: another run has made this file meanwhile; this run's result is dropped"
-            ) from None
-        source.replace(target)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class _FailureKeepingFile(io.RawIOBase):
@@ -246,18 +201,20 @@ class Shard:
     made_by: Mapping[str, str] = field(default_factory=dict)
 
 
-def write_shard(path: Path, shard: Shard, number: int, plan: str) -> None:
+def write_shard(path: Path, scratch: Path, shard: Shard, number: int, plan: str) -> None:
     """Write a finished shard: on disk whole, or not at all.
 
     Args:
         path: the file to make; one that is there is replaced.
+        scratch: a folder on the same file system for the unfinished file.
+        shard: what it holds.
         number: of the shard in its plan.
         plan: hash of the plan.
 
     Raises:
         OSError: the disk is full or fails.
     """
-    with whole_or_nothing(path) as temporary:
+    with whole_or_nothing(path, scratch) as temporary:
         with _hdf5_output(temporary) as file:
             file.attrs["format"] = SHARD_FORMAT
             file.attrs["plan_hash"] = plan
@@ -286,7 +243,7 @@ def read_shard(path: Path, number: int, plan: str, buffers: RowBuffers | None = 
         StoreError: it is cut short, altered, or another run's.
         FileNotFoundError: it is not there.
     """
-    with path.open("rb") as raw:
+    with open_regular(path) as raw:
         digest = hashlib.sha256()
         remaining = max(0, os.fstat(raw.fileno()).st_size - digest.digest_size)
         while remaining and (block := raw.read(min(remaining, 1 << 20))):

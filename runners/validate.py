@@ -92,8 +92,8 @@ def validate_file(request: ValidateRequest, console: Console) -> tuple[list[str]
     _check_folder(request)
     with console.byte_steps() as report:
         checkpoint = load_checkpoint(request.model, progress=report)
-    written = {f"--output: {path.name}": path for path in report_files(request.output)}
-    check_apart(written, [*([request.fasta] if request.fasta != STDIN else []), *files_of(checkpoint)])
+    replaced = {f"--output: {path.name}": path for path in report_files(request.output)}
+    check_apart(replaced, [*([request.fasta] if request.fasta != STDIN else []), *files_of(checkpoint)])
     with tempfile.TemporaryDirectory(prefix="esm-packed-") as work_dir:
         with console.progress("reading", "B", None) as advance:
             index = build_index([request.fasta], Path(work_dir), request.read, progress=advance)
@@ -103,7 +103,7 @@ def validate_file(request: ValidateRequest, console: Console) -> tuple[list[str]
         file = index.inputs[0]
     num_residues = sum(map(len, token_ids))
     num_truncated = sum(
-        len(ids) < length for ids, length in zip(token_ids, index.lengths[chosen].tolist(), strict=True)
+        len(ids) < length for ids, length in zip(token_ids, index.lengths[:][chosen].tolist(), strict=True)
     )
 
     def load() -> Checkpoint:
@@ -156,10 +156,10 @@ def choose(index: FastaIndex, limit: int) -> tuple[list[int], str]:
     a single one is of the median length. Equal sequences would be each other's nearest neighbours, in an
     order that says nothing.
     """
-    distinct = np.flatnonzero(index.first_same == np.arange(index.num_records))
+    distinct = np.flatnonzero(index.first_same[:] == np.arange(index.num_records))
     if not limit or len(distinct) <= limit:
         return distinct.tolist(), f"all {len(distinct):,} distinct sequences"
-    by_length = distinct[np.argsort(index.lengths[distinct], kind="stable")]
+    by_length = distinct[np.argsort(index.lengths[:][distinct], kind="stable")]
     if limit == 1:
         return [int(by_length[len(distinct) // 2])], f"of {len(distinct):,} distinct sequences the median one"
     picks = np.linspace(0, len(distinct) - 1, limit).round().astype(np.int64)

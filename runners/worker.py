@@ -21,7 +21,7 @@ from esm_packed.numerics import is_out_of_memory
 from esm_packed.runners.pipeline import Pipeline, ShardInput
 from esm_packed.runners.request import STORE_DTYPES, EmbedRequest, UsageError
 from esm_packed.runners.shards import Run
-from esm_packed.runners.store import Shard, write_shard
+from esm_packed.runners.store import Shard
 from esm_packed.version import __version__
 from esm_packed.weights import Checkpoint
 
@@ -96,7 +96,7 @@ class Worker:
 
         def write(number: int, shard: Shard) -> None:
             made = replace(shard, made_by=self.made_by)
-            write_shard(run.directory.shard_path(number), made, number, run.plan.hash)
+            run.write(number, made)
             self._log.info("shard %d: finished, %d sequences", number, len(shard.status))
 
         self._run(inputs(), write)

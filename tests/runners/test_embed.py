@@ -355,10 +355,12 @@ def test_a_damaged_shard_is_computed_again(fasta, model, monkeypatch, damage):
 
 def test_a_second_process_is_refused(fasta, model):
     directory = embed.RunDirectory((fasta.parent / "out.h5").resolve())
+    directory.make()
     with directory.claim(), pytest.raises(UsageError, match="is being worked on by process"):
         run(fasta)
-    assert names_in(fasta.parent) == ["in.fasta"]
+    assert names_in(fasta.parent) == ["in.fasta", "out.h5.run"]
     run(fasta)
+    assert names_in(fasta.parent) == ["in.fasta", "out.h5"]
 
 
 def test_identical_sequences_are_computed_once(fasta, sequences, model, monkeypatch):
@@ -373,6 +375,40 @@ def test_identical_sequences_are_computed_once(fasta, sequences, model, monkeypa
     rows = dict(zip(reader.sequence_ids(), reader.embeddings(), strict=True))
     for number in range(0, len(sequences), 3):
         np.testing.assert_array_equal(rows[f"copy{number}"], rows[f"protein{number}"])
+
+
+def test_a_copy_of_a_failed_row_fails_too_in_whatever_shard_it_is(fasta, sequences, monkeypatch):
+    original = ESM2.embed_packed
+
+    def spoil_length_90(self, batch, layers):
+        rows = original(self, batch, layers)
+        rows[6][batch.cu_seqlens.diff() == 92] = torch.nan
+        return rows
+
+    monkeypatch.setitem(embed.FLOPS_PER_SHARD, "cpu", 1.0)  # each record is a shard
+    monkeypatch.setattr(ESM2, "embed_packed", spoil_length_90)
+    failed = LENGTHS.index(90)
+    copied = sequences[f"protein{failed}"]
+    fasta.write_text(to_fasta(sequences | {"sound": sequences["protein0"], "copy": copied}))
+    summary, reader = run(fasta)
+    rows = [failed, len(sequences) + 1]
+    assert np.flatnonzero(reader.column("status")).tolist() == rows
+    assert reader.column("status")[rows].tolist() == [STATUS_FAILED, STATUS_FAILED]
+    assert np.isnan(reader.embeddings()[rows]).all()
+    assert summary.num_failed == 2
+    assert [problem.sequence_id for problem in reader.problems()] == [f"protein{failed}", "copy"]
+
+
+def test_the_sequences_compared_with_fp32_are_the_same_every_time(fasta, monkeypatch):
+    """Also in a run that was stopped: a shard that is computed again compares the same ones."""
+    monkeypatch.setitem(embed.FLOPS_PER_SHARD, "cpu", 2e8)
+    samples = []
+    for name in ("one.h5", "two.h5"):
+        _, reader = run(fasta, output=fasta.parent / name, dtype="bf16", fp32_compare=5)
+        samples.append([comparison.sequence_id for comparison in reader.comparisons()])
+    assert samples[0] == samples[1]
+    assert len(set(samples[0])) == 5
+    assert samples[0] != [f"protein{number}" for number in range(5)], "no sample, only the first"
 
 
 def test_out_of_memory_halves_the_pack(fasta, model, monkeypatch):

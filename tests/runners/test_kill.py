@@ -11,6 +11,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -35,8 +36,11 @@ steps = []
 def counted(name):
     original = getattr(os, name)
     def operation(*call, **options):
-        target = os.readlink(f"/proc/self/fd/{{call[0]}}") if isinstance(call[0], int) else os.fspath(call[0])
-        if ONLY in str(target) and (name != "open" or call[1] & os.O_CREAT):
+        target = " ".join(
+            os.readlink(f"/proc/self/fd/{{path}}") if isinstance(path, int) else str(os.fspath(path))
+            for path in call[: 2 if name in ("replace", "rename", "link") else 1]
+        )
+        if ONLY in target and (name != "open" or call[1] & os.O_CREAT):
             steps.append(f"{{name}} {{target}}")
             if len(steps) == STEP:
                 if name == "pwrite":
@@ -122,7 +126,8 @@ def kill_at_random(nursery: Nursery, work: Work, folder: Path, kills: int, seed:
 
 def litter_in(folder: Path) -> list[str]:
     """Temporary files, and a claim that nobody holds, of a folder with a finished run."""
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob(".*"))
+    litter = [*folder.rglob(".*"), *folder.rglob("tmp/*"), *folder.rglob("claim"), *folder.rglob("*.claim")]
+    return sorted(str(path.relative_to(folder)) for path in litter)
 
 
 def test_killed_at_random_moments(nursery: Nursery, many_shards: Work, tmp_path: Path) -> None:
@@ -177,13 +182,13 @@ def kill_at_steps(nursery: Nursery, work: Work, folder: Path, only: str, steps: 
     assert not faults, "\n".join(faults)
 
 
-@pytest.mark.parametrize("only", [".claim", "plan.json", "shards/", "/index", ".out.h5."])
+@pytest.mark.parametrize("only", ["claim", "plan.json", "shards/", "/index", "/tmp/", ".out.h5.run"])
 def test_killed_at_a_step_on_disk(nursery: Nursery, few_shards: Work, tmp_path: Path, only: str) -> None:
     kill_at_steps(nursery, few_shards, tmp_path, only, 3)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("only", [".claim", "plan.json", "shards/", "/index", ".out.h5."])
+@pytest.mark.parametrize("only", ["claim", "plan.json", "shards/", "/index", "/tmp/", ".out.h5.run"])
 def test_killed_at_every_step_on_disk(nursery: Nursery, few_shards: Work, tmp_path: Path, only: str) -> None:
     kill_at_steps(nursery, few_shards, tmp_path, only, 40)
 
@@ -230,7 +235,7 @@ def test_damage_to_a_killed_run_is_found(nursery: Nursery, many_shards: Work, tm
     content = bytearray(altered.read_bytes())
     content[place] ^= 1
     altered.write_bytes(content)
-    unnamed.rename(folder / f".{unnamed.name}.0123abcd.tmp")
+    unnamed.rename(folder.parent / "tmp" / f"{unnamed.name}.0123abcd")
     empty.write_bytes(b"")
     before = shards_of(output)
     child = nursery.start(
@@ -241,7 +246,7 @@ def test_damage_to_a_killed_run_is_found(nursery: Nursery, many_shards: Work, tm
     now = shards_of(output)
     assert {name for name in before if before[name] != now[name]} == {cut.name, altered.name, empty.name}
     assert all(now[path.name] == before[path.name] for path in whole)
-    assert list(folder.glob(".*")) == [], "temporary files of killed processes are left"
+    assert litter_in(tmp_path) == [], "temporary files of killed processes are left"
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[]", b'{"format": 1}', b'{"format": 99}'])
@@ -276,6 +281,62 @@ def test_an_altered_cut_never_gives_a_wrong_file(nursery: Nursery, few_shards: W
     assert code == 2, child.output()
 
 
+def test_what_a_killed_command_for_another_input_left_is_never_used(
+    nursery: Nursery, few_shards: Work, tmp_path: Path
+) -> None:
+    """By mistake another input goes to the output of a stopped run, and is killed at any moment."""
+    output = tmp_path / "stopped" / "out.h5"
+    output.parent.mkdir()
+    stopped_in_the_middle(nursery, few_shards, output, 1)
+    other = tmp_path / "other.fasta"
+    proteins = few_shards.fasta.read_text().replace(">protein", ">other").splitlines()
+    proteins[1::2] = [sequence[::-1] for sequence in proteins[1::2]]
+    other.write_text("\n".join(proteins) + "\n")
+    step = 0
+    while step < 60:  # more than there are
+        step += 4
+        place = tmp_path / str(step) / "out.h5"
+        shutil.copytree(output.parent, place.parent)
+        patch = DIE_AT_STEP.format(step=step, only="out.h5.run")
+        child = nursery.start(other, place, flops_per_shard=few_shards.flops_per_shard, patch=patch)
+        code = child.wait()
+        assert code in (-signal.SIGKILL, 2), child.output()
+        child = nursery.start(few_shards.fasta, place, flops_per_shard=few_shards.flops_per_shard)
+        assert child.wait() == 0, f"step {step}: {child.output()}"
+        assert Result.of(place) == few_shards.expected, f"step {step}"
+        assert names_in(place.parent) == ["out.h5"]
+        if code == 2:
+            break
+    assert step >= 12, "nothing was interrupted"
+
+
+def test_an_input_replaced_by_one_of_the_same_size_and_time_is_another(
+    nursery: Nursery, few_shards: Work, tmp_path: Path
+) -> None:
+    fasta = tmp_path / "folder" / "in.fasta"
+    fasta.parent.mkdir()
+    shutil.copy(few_shards.fasta, fasta)
+    work = replace(few_shards, fasta=fasta)
+    output = tmp_path / "out.h5"
+    stopped_in_the_middle(nursery, work, output, 1)
+    status = fasta.stat()
+    other = "\n".join(
+        line if line.startswith(">") else line[::-1] for line in few_shards.fasta.read_text().splitlines()
+    )
+    fasta.write_text(other + "\n")
+    os.utime(fasta, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert fasta.stat().st_size == status.st_size
+    child = nursery.start(fasta, output, flops_per_shard=work.flops_per_shard)
+    assert child.wait() == 2, child.output()
+    assert "sha256" in child.output()
+    shutil.copy(few_shards.fasta, fasta)
+    os.utime(fasta, ns=(status.st_atime_ns, status.st_mtime_ns))
+    fasta.chmod(0o600)
+    child = nursery.start(fasta, output, flops_per_shard=work.flops_per_shard)
+    assert child.wait() == 0, child.output()
+    assert Result.of(output) == work.expected
+
+
 FOREIGN = {"host": "elsewhere.example", "pid": 1, "process_started": "1", "since": "then", "token": "0"}
 
 
@@ -285,7 +346,7 @@ def test_a_fresh_claim_of_somebody_else_is_respected_and_an_old_one_taken_over(
 ) -> None:
     output = tmp_path / "out.h5"
     stopped_in_the_middle(nursery, few_shards, output, 1)
-    claim = tmp_path / ".out.h5.claim"
+    claim = tmp_path / "out.h5.run" / "claim"
     claim.write_text(content)
     os.utime(claim)
     child = nursery.start(few_shards.fasta, output, flops_per_shard=few_shards.flops_per_shard)
@@ -305,7 +366,7 @@ def test_a_claim_of_this_host_without_a_process_is_taken_over_at_once(
     stopped_in_the_middle(nursery, few_shards, output, 1)
     mine = FOREIGN | {"host": socket.gethostname(), "process_started": "no such time"}
     for content in (mine, {"host": socket.gethostname()}, mine | {"pid": "?"}):
-        (tmp_path / ".out.h5.claim").write_text(json.dumps(content))
+        (tmp_path / "out.h5.run" / "claim").write_text(json.dumps(content))
         child = nursery.start(
             few_shards.fasta, output, flops_per_shard=few_shards.flops_per_shard, keep_run=True
         )
@@ -336,7 +397,7 @@ def test_interrupted(
     assert number.name in last
     assert "repeat the command to continue" in last
     assert "Traceback" not in child.output()
-    assert not (tmp_path / ".out.h5.claim").exists()
+    assert not (tmp_path / "out.h5.run" / "claim").exists()
     assert list((tmp_path / "out.h5.run" / "shards").glob(".*")) == []
     before = shards_of(output)
     assert len(before) >= 3
@@ -371,18 +432,18 @@ def test_interrupted_while_merging(
     assert child.wait() == 4, child.output()
     assert "repeat the command to continue" in child.output().splitlines()[-1]
     assert names_in(tmp_path) == ["out.h5.run"]
-    assert not (tmp_path / ".out.h5.claim").exists()
+    assert not (tmp_path / "out.h5.run" / "claim").exists()
     assert len(shards_of(output)) == few_shards.num_shards
     continue_to_the_end(nursery, few_shards, output)
 
 
 SLOW_DISK = """
-original_write = store.write_shard
-def slow_write(path, *shard):
+original_write = shards.Run.write
+def slow_write(run, *shard):
     os.write(2, b"writing\\n")
     time.sleep(2.5)
-    original_write(path, *shard)
-worker.write_shard = slow_write
+    original_write(run, *shard)
+shards.Run.write = slow_write
 """
 
 
@@ -432,7 +493,7 @@ def test_space_that_runs_out_and_comes_back(
     assert "out of space" in child.output().splitlines()[-1]
     assert not output.exists()
     assert names_in(tmp_path) == ["out.h5.run"]
-    assert not (tmp_path / ".out.h5.claim").exists()
+    assert not (tmp_path / "out.h5.run" / "claim").exists()
     before = shards_of(output)
     assert (len(before) > 0) == (size > 0)
     continue_to_the_end(nursery, many_shards, output)

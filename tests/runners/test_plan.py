@@ -129,7 +129,7 @@ def test_a_plan_is_read_as_it_was_written(
 ) -> None:
     folder = tmp_path_factory.mktemp("plan")
     written = Plan(identity, tuple(names), (0, *sorted(cuts)))
-    written.write(folder / "plan.json")
+    written.write(folder / "plan.json", folder)
     read = Plan.read(folder / "plan.json")
     assert read == written
     assert read.hash == written.hash
@@ -140,7 +140,7 @@ def test_a_plan_is_read_as_it_was_written(
 
 def a_plan(path: Path) -> Plan:
     plan = Plan(IDENTITY, ("in.fasta",), (0, 10, 20, 25))
-    plan.write(path)
+    plan.write(path, path.parent)
     return plan
 
 
@@ -228,6 +228,6 @@ def test_a_failed_write_keeps_the_plan_that_was_there(
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match="No space"):
-        Plan(IDENTITY, (), (0, 1)).write(path)
+        Plan(IDENTITY, (), (0, 1)).write(path, path.parent)
     assert Plan.read(path) == written
     assert json.loads(path.read_text())["starts"] == [0, 10, 20, 25]

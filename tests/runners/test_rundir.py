@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,15 +18,23 @@ import pytest
 
 from esm_packed.runners import claims
 from esm_packed.runners.claims import STALE_SECONDS, Claim, ClaimedError
-from esm_packed.runners.rundir import RunDirectory
+from esm_packed.runners.fasta import ReadOptions
+from esm_packed.runners.index import build_index
+from esm_packed.runners.plan import Plan
+from esm_packed.runners.rundir import MARKER, RunDirectory
+from esm_packed.runners.shards import Run
 from esm_packed.runners.store import Shard, StoreError, read_shard, write_shard
 
 
 @pytest.fixture
 def directory(tmp_path: Path) -> RunDirectory:
     directory = RunDirectory(tmp_path / "out.h5")
-    directory.create()
+    directory.make()
     return directory
+
+
+EMPTY = [MARKER, "index", "logs", "shards", "slices", "tmp"]
+"""What a directory holds in which nothing has been done yet."""
 
 
 def names_in(folder: Path) -> list[str]:
@@ -37,6 +46,13 @@ def write_claim(path: Path, silent: float = 0.0, **changes: object) -> None:
     holder = {"host": "elsewhere", "pid": 1, "process_started": "1", "since": "then", "token": "0"}
     path.write_text(json.dumps(holder | changes))
     os.utime(path, (time.time() - silent,) * 2)
+
+
+def write_claim_of_this_host(claim: Claim, **changes: object) -> None:
+    """A claim as a process of this host writes it, with `changes`."""
+    with claim:
+        holder = json.loads(claim.path.read_text())
+    write_claim(claim.path, **{**holder, "token": "0", **changes})
 
 
 def pid_of_the_dead() -> int:
@@ -52,8 +68,9 @@ def test_a_claim_is_held_until_it_is_released(directory: RunDirectory) -> None:
         second.acquire()
     first.release()
     with second:
-        assert names_in(directory.output.parent) == [".out.h5.claim", "out.h5.run"]
-    assert names_in(directory.output.parent) == ["out.h5.run"]
+        assert names_in(directory.path) == [*EMPTY[:1], "claim", *EMPTY[1:]]
+    assert names_in(directory.path) == EMPTY
+    assert names_in(directory.scratch_path) == []
 
 
 @pytest.mark.parametrize("has_links", [True, False])
@@ -125,16 +142,25 @@ def test_a_released_claim_of_somebody_else_is_left(directory: RunDirectory) -> N
 
 def test_a_claim_of_a_dead_process_of_this_host_is_taken_over_at_once(directory: RunDirectory) -> None:
     claim = directory.claim()
-    write_claim(claim.path, host=socket.gethostname(), pid=pid_of_the_dead())
+    write_claim_of_this_host(claim, pid=pid_of_the_dead())
     with claim:
         assert json.loads(claim.path.read_text())["pid"] == os.getpid()
 
 
 def test_a_number_that_now_is_another_process_does_not_hold(directory: RunDirectory) -> None:
     claim = directory.claim()
-    write_claim(claim.path, host=socket.gethostname(), pid=os.getpid(), process_started="12")
+    write_claim_of_this_host(claim, process_started="12")
     with claim:
         pass
+
+
+@pytest.mark.parametrize("name", ["host", "boot", "pid_namespace"])
+def test_a_process_that_this_one_cannot_see_is_not_taken_for_dead(directory: RunDirectory, name: str) -> None:
+    """Containers may share a host's name, and not its processes."""
+    claim = directory.claim()
+    write_claim_of_this_host(claim, pid=pid_of_the_dead(), **{name: "another"})
+    with pytest.raises(ClaimedError):
+        claim.acquire()
 
 
 @pytest.mark.parametrize(
@@ -151,12 +177,14 @@ def test_a_claim_that_says_nothing_holds_until_it_is_old(directory: RunDirectory
         pass
 
 
-@pytest.mark.parametrize("changes", [{"pid": None}, {"pid": "?"}, {"pid": -1}, {"process_started": None}])
+@pytest.mark.parametrize(
+    "changes", [{"pid": None}, {"pid": "?"}, {"pid": -1}, {"pid": 10**30}, {"process_started": None}]
+)
 def test_a_claim_of_this_host_with_an_odd_holder_is_never_an_internal_error(
     directory: RunDirectory, changes: dict[str, object]
 ) -> None:
     claim = directory.claim()
-    write_claim(claim.path, host=socket.gethostname(), **changes)
+    write_claim_of_this_host(claim, **changes)
     try:
         claim.acquire()
     except ClaimedError:
@@ -172,7 +200,51 @@ def test_a_claim_of_another_host_holds_while_it_is_refreshed(directory: RunDirec
     write_claim(claim.path, silent=STALE_SECONDS + 1)
     with claim:
         pass
-    assert names_in(directory.output.parent) == ["out.h5.run"]
+    assert names_in(directory.path) == EMPTY
+    assert names_in(directory.scratch_path) == []
+
+
+def test_a_claim_from_the_future_says_nothing(directory: RunDirectory) -> None:
+    claim = directory.claim()
+    write_claim(claim.path, silent=-STALE_SECONDS - 1)
+    with claim:
+        pass
+
+
+@pytest.mark.parametrize("kind", ["dangling", "fifo", "folder"])
+def test_a_claim_that_is_no_file_is_an_error_at_once(directory: RunDirectory, kind: str) -> None:
+    claim = directory.claim()
+    if kind == "dangling":
+        claim.path.symlink_to("/nonexistent/z")
+    elif kind == "fifo":
+        os.mkfifo(claim.path)
+    else:
+        claim.path.mkdir()
+    with pytest.raises(OSError, match="no regular file"):
+        claim.acquire()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt("SIGTERM"), RuntimeError("can't start new thread")])
+@pytest.mark.parametrize("has_started", [False, True])
+def test_what_stops_the_thread_from_starting_leaves_no_claim(
+    directory: RunDirectory, monkeypatch: pytest.MonkeyPatch, error: BaseException, has_started: bool
+) -> None:
+    start = threading.Thread.start
+
+    def failing(thread: threading.Thread) -> None:
+        if has_started:
+            start(thread)
+        raise error
+
+    claim = directory.claim()
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", failing)
+        with pytest.raises(type(error), match=str(error)):
+            claim.acquire()
+    assert not claim.path.exists()
+    assert names_in(directory.scratch_path) == []
+    with claim:
+        assert claim.is_held()
 
 
 def test_a_claim_is_refreshed(directory: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,7 +307,33 @@ def test_of_many_that_race_for_a_claim_one_gets_it(directory: RunDirectory, stal
         race(count, act)
         assert len(got) == 1, f"attempt {attempt}: {len(got)} hold the claim"
         claims[got[0]].release()
-    assert names_in(directory.path) == ["index", "logs", "shards", "slices"]
+    assert names_in(directory.path) == EMPTY
+
+
+def test_who_dies_while_taking_over_is_taken_over_from(
+    directory: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three in a row die just before they replace the claim; the next one need not wait for ten minutes."""
+    claim = directory.claim()
+    write_claim(claim.path, silent=STALE_SECONDS + 1)
+    replace = Path.replace
+
+    def die(path: Path, target: Path) -> None:
+        raise SystemExit
+
+    for _ in range(3):
+        dead = directory.claim()
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "replace", die)
+            patch.setattr(Path, "unlink", lambda path, missing_ok=False: None)
+            patch.setattr(os, "getpid", pid_of_the_dead)
+            patch.setattr(claims, "_process_start", lambda pid: "none")
+            with pytest.raises(SystemExit):
+                dead.acquire()
+        assert replace is Path.replace
+    assert len([name for name in names_in(directory.scratch_path) if "after" in name]) == 3
+    with claim:
+        assert [name for name in names_in(directory.scratch_path) if "after" in name] == []
 
 
 def test_who_saw_a_stale_claim_long_ago_takes_nothing(
@@ -280,10 +378,10 @@ def test_more_shards_than_five_digits(directory: RunDirectory) -> None:
     assert directory.finished(123_457) == [123_456]
 
 
-def test_removing_twice_is_no_error(directory: RunDirectory) -> None:
+def test_removing_leaves_nothing(directory: RunDirectory) -> None:
     directory.remove()
     directory.remove()
-    assert not directory.path.exists()
+    assert names_in(directory.output.parent) == []
 
 
 def a_shard() -> Shard:
@@ -303,21 +401,50 @@ def same(one: Shard, other: Shard) -> bool:
 
 def test_a_shard_is_read_as_it_was_written(directory: RunDirectory) -> None:
     path = directory.shard_path(3)
-    write_shard(path, a_shard(), 3, "plan")
+    write_shard(path, directory.scratch_path, a_shard(), 3, "plan")
     read = read_shard(path, 3, "plan")
     assert same(read, a_shard())
     assert read.reasons == a_shard().reasons
     assert names_in(path.parent) == ["00003.h5"]
+    assert names_in(directory.scratch_path) == []
     for number, plan in ((4, "plan"), (3, "another plan")):
         with pytest.raises(StoreError, match="another run's"):
             read_shard(path, number, plan)
+
+
+@pytest.mark.parametrize("change", ["rows", "status", "columns", "a layer less", "a layer more"])
+def test_a_shard_of_another_shape_is_not_that_of_the_plan(directory: RunDirectory, change: str) -> None:
+    """Whole and with the right checksum, as a mistake in a program would write it."""
+    fasta = directory.output.with_name("in.fa")
+    fasta.write_text("".join(f">{number}\nMKV{'A' * number}\n" for number in range(7)))
+    index = build_index([str(fasta)], directory.index_path, ReadOptions())
+    run = Run(directory, Plan({"layers": [3, 6]}, (), (0, 7), hidden_size=12), index)
+    shard = a_shard()
+    run.write(0, shard)
+    found = run.read(0)
+    assert found is not None
+    assert same(found, shard)
+    rows, status = dict(shard.embeddings), shard.status
+    if change == "rows":
+        rows[6] = rows[6][:6]
+    elif change == "status":
+        rows, status = {layer: values[:6] for layer, values in rows.items()}, status[:6]
+    elif change == "columns":
+        rows[3] = rows[3][:, :11]
+    elif change == "a layer less":
+        del rows[3]
+    else:
+        rows[4] = rows[3]
+    run.write(0, replace(shard, embeddings=rows, status=status))
+    assert run.read(0) is None
+    assert run.finished([0]) == [], "it would be taken for finished again"
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_a_shard_cut_short_or_altered_is_never_another_shard(directory: RunDirectory, seed: int) -> None:
     """Whatever bytes a disk makes of a shard, it reads as what was written or is refused."""
     path = directory.shard_path(3)
-    write_shard(path, a_shard(), 3, "plan")
+    write_shard(path, directory.scratch_path, a_shard(), 3, "plan")
     whole = path.read_bytes()
     rng = np.random.default_rng(seed)
     for _ in range(250):

@@ -100,14 +100,14 @@ def test_a_process_takes_the_device_of_its_number_on_the_node() -> None:
 
 def test_what_a_live_slice_writes_is_not_swept_away(tmp_path: Path) -> None:
     directory = RunDirectory(tmp_path / "out.h5")
-    directory.create()
-    half_written = directory.path / "shards" / ".00003.h5.abcd.tmp"
+    directory.make()
+    half_written = directory.scratch_path / "00003.h5.abcd"
     half_written.touch()
     with directory.slice_claim(Slice(1, 3)):
-        directory.create()
+        directory.sweep()
         assert half_written.exists()
         assert list(directory.live_slices()) == [Slice(1, 3)]
-    directory.create()
+    directory.sweep()
     assert not half_written.exists()
     assert not directory.live_slices()
 
@@ -334,7 +334,14 @@ def test_a_refused_command_does_not_touch_the_index_that_merging_needs(
     before = {path.name: path.read_bytes() for path in index.iterdir()}
     assert start(nursery, replace(work, fasta=renamed), output).wait() == 2
     assert {path.name: path.read_bytes() for path in index.iterdir()} == before
-    assert names_in(tmp_path / "out.h5.run") == ["index", "plan.json", "shards", "slices"]
+    assert names_in(tmp_path / "out.h5.run") == [
+        "ESM-PACKED-RUN",
+        "index",
+        "plan.json",
+        "shards",
+        "slices",
+        "tmp",
+    ]
     renamed.unlink()
     assert cli.main(["merge", str(output)]) == 0
     check_end(work, output)
@@ -383,7 +390,7 @@ def test_status_says_who_is_at_work(
     assert f"slice 1/2: process {child.pid} on" in capsys.readouterr().out
     child.kill()
     whole = start(nursery, work, output, held=True)
-    wait_until((tmp_path / ".out.h5.claim").exists)
+    wait_until((tmp_path / "out.h5.run" / "claim").exists)
     whole.kill()
     assert cli.main(["status", str(output)]) == 0
     assert "nobody is at work on it" in capsys.readouterr().out

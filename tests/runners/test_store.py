@@ -1,4 +1,3 @@
-import errno
 import os
 import signal
 import subprocess
@@ -127,20 +126,6 @@ def test_other_files_are_refused(tmp_path):
         EmbeddingReader(tmp_path / "nothing.h5")
 
 
-def test_whole_or_nothing(tmp_path):
-    path = tmp_path / "out.h5"
-    path.write_text("old")
-    with pytest.raises(RuntimeError), store.whole_or_nothing(path) as temporary:
-        temporary.write_text("half")
-        raise RuntimeError
-    assert path.read_text() == "old"
-    with store.whole_or_nothing(path) as temporary:
-        temporary.write_text("new")
-        assert path.read_text() == "old"
-    assert path.read_text() == "new"
-    assert names_in(tmp_path) == ["out.h5"]
-
-
 def test_output_obeys_the_umask(tmp_path):
     previous = os.umask(0o027)
     try:
@@ -192,16 +177,6 @@ def test_short_writes_are_completed(tmp_path, monkeypatch):
     rows = write_output(tmp_path / "out.h5", num_sequences=300, batch=300)
     with EmbeddingReader(tmp_path / "out.h5") as reader:
         np.testing.assert_array_equal(reader.embeddings(), rows[6])
-
-
-def test_failure_while_flushing_leaves_nothing(tmp_path, monkeypatch):
-    def fail(descriptor):
-        raise OSError(errno.EDQUOT, "Disk quota exceeded")
-
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="quota"), store.whole_or_nothing(tmp_path / "out.h5") as temporary:
-        temporary.write_text("all")
-    assert names_in(tmp_path) == []
 
 
 def test_signals_wait_until_the_block_ends():
