@@ -42,6 +42,8 @@ class Server(ThreadingHTTPServer):
         self.cut_after: list[int] = []
         """Bytes of the body after which each of the next requests is cut off."""
         self.delay = 0.0
+        self.together: threading.Barrier | None = None
+        """Holds requests for a model until so many have come."""
         self.content_length: str | None = None
         """Sent in place of the true one."""
         self.requests: list[tuple[str, str | None]] = []
@@ -61,6 +63,8 @@ class _Handler(BaseHTTPRequestHandler):
         requested = self.headers.get("Range")
         self.server.requests.append((self.path, requested))
         time.sleep(self.server.delay)
+        if self.server.together is not None and self.path.startswith("/models"):
+            self.server.together.wait(60)
         content = self.server.files.get(self.path)
         if content is None:
             self.send_error(404)
@@ -348,6 +352,7 @@ def test_processes_that_download_at_once(
             return False
 
         monkeypatch.setattr(download, "_lock", no_lock)
+        server.together = threading.Barrier(4)
     server.delay = 0.2
     fork = multiprocessing.get_context("fork")
     children = [
