@@ -101,7 +101,12 @@ def test_rivals_are_timed_without_preparation(
     provider: str, contest: Any, options: Any, strict: StrictBenchmark
 ) -> None:
     bench = importlib.import_module("bench_peers")
-    bench.test_peer(0, MODEL, "short50", provider, "fp32", contest, strict, options)
+    try:
+        bench.test_peer(0, MODEL, "short50", provider, "fp32", contest, strict, options)
+    except pytest.skip.Exception as reason:  # a package may be missing, but none computes another model
+        if "FP64" in str(reason) or "not finite" in str(reason):
+            pytest.fail(str(reason))
+        raise
     assert strict.calls == 1
     assert strict.extra_info["provider"] == provider
 
