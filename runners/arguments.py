@@ -113,7 +113,11 @@ def _add_embed(commands: argparse._SubParsersAction[_Parser]) -> None:
     )
     _runs(parser, run.embed, "esm_packed.runners.embed")
     parser.add_argument(
-        "fasta", nargs="+", metavar="FASTA", help="FASTA file, plain or gzip; - is standard input"
+        "fasta",
+        nargs="+",
+        type=_input,
+        metavar="FASTA",
+        help="FASTA file, plain or gzip; - is standard input",
     )
     parser.add_argument(
         "-o", "--output", required=True, type=_path, metavar="OUT.h5", help="HDF5 file to make"
@@ -344,7 +348,9 @@ def _add_validate(commands: argparse._SubParsersAction[_Parser]) -> None:
     )
     _runs(parser, run.validate, "esm_packed.runners.validate")
     parser.add_argument("model", metavar="MODEL", help="name, file or folder, as for embed --model")
-    parser.add_argument("fasta", metavar="FASTA", help="FASTA file, plain or gzip; - is standard input")
+    parser.add_argument(
+        "fasta", type=_input, metavar="FASTA", help="FASTA file, plain or gzip; - is standard input"
+    )
     parser.add_argument(
         "-o", "--output", required=True, type=_path, metavar="DIR", help="folder for the report"
     )
@@ -462,6 +468,11 @@ def _path(text: str) -> Path:
             shown = text if len(text) <= 60 else f"{text[:57]}..."
             raise argparse.ArgumentTypeError(f"{shown!r}: {error.strerror}") from error
     return path
+
+
+def _input(text: str) -> str:
+    _path(text)
+    return text
 
 
 def _count(least: int) -> Callable[[str], int]:

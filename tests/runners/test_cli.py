@@ -614,6 +614,19 @@ def test_paths_that_are_no_outputs(fasta, capsys, monkeypatch, command, path):
     assert names_in(fasta.parent) == before
 
 
+@pytest.mark.parametrize(
+    "path", ["/", "", "loop", "folder", "y" * 5000], ids=lambda path: path[:8] or "empty"
+)
+def test_paths_that_are_no_inputs(tmp_path, capsys, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    Path("loop").symlink_to("loop")
+    Path("folder").mkdir()
+    for command in (embed_arguments(path, tmp_path), ["validate", "demo", path, "-o", "report"]):
+        assert cli.main(command) == 2
+        assert_one_line_error(capsys.readouterr().err)
+    assert names_in(tmp_path) == ["folder", "loop"]
+
+
 def without(name):
     def remove(file):
         del file[name]
@@ -826,3 +839,41 @@ sys.exit(main())
     assert run.returncode == 4, run.stderr
     assert run.stderr == f"esm-packed: error: interrupted ({number.name}); repeat the command to continue\n"
     assert names_in(fasta.parent) == ["in.fasta"]
+
+
+def wrapped(error):
+    outer = RuntimeError("a worker failed")
+    outer.__cause__ = error
+    return outer
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+        RuntimeError("can't start new thread"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("std::bad_alloc"),
+        ImportError("libtorch_cpu.so: failed to map segment from shared object"),
+        wrapped(MemoryError()),
+    ],
+    ids=repr,
+)
+def test_too_little_memory_is_said_in_a_line(fasta, capsys, monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("esm_packed.runners.embed.embed_files", fail)
+    assert cli.main(embed_arguments(fasta, fasta.parent)) == commands.EXIT_INTERNAL_ERROR
+    message = assert_one_line_error(capsys.readouterr().err, "out of memory", "repeat the command to continue")
+    assert "internal error" not in (message or "")
+
+
+def test_a_mistake_that_mentions_memory_stays_one(fasta, capsys, monkeypatch):
+    def fail(*_, **__):
+        raise UsageError("the model does not fit: out of memory")
+
+    monkeypatch.setattr("esm_packed.runners.embed.embed_files", fail)
+    assert cli.main(embed_arguments(fasta, fasta.parent)) == commands.EXIT_USAGE
+    assert_one_line_error(capsys.readouterr().err, "the model does not fit")
