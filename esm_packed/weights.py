@@ -536,7 +536,7 @@ def _some(names: list[str]) -> str:
 
 def _random_checkpoint(name: str) -> Checkpoint:
     model, _, seed_text = name.removeprefix("random:").removeprefix("facebook/").partition("@")
-    if model not in ESM2_MODELS or not re.fullmatch(r"\d{0,9}", seed_text):
+    if model not in ESM2_MODELS or not re.fullmatch("[0-9]{0,9}", seed_text):
         raise CheckpointError(
             f"{name!r} should be random:NAME or random:NAME@SEED, with a NAME of {', '.join(ESM2_MODELS)}"
         )

@@ -6,7 +6,6 @@ block, where the machine was in one state; its median over blocks is given, and 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from esm_packed.download import read_json
 from esm_packed.reports.page import ReportError
 
 DTYPES = ("fp32", "tf32", "fp16", "bf16")
@@ -119,7 +119,7 @@ def read_results(path: Path) -> Results:
         ReportError: the file cannot be read, or is no result of pytest-benchmark, or is empty.
     """
     try:
-        content = json.loads(path.read_text())
+        content = read_json(path)
         benchmarks = content["benchmarks"]
         infos: dict[Key, list[dict[str, Any]]] = {}
         blocks: dict[Key, dict[int, list[float]]] = {}

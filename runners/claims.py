@@ -230,7 +230,9 @@ def _text_of(path: str) -> str:
 def _slurm_incarnation() -> dict[str, Any]:
     """The Slurm job of this process, and how often it was requeued: its earlier processes are gone."""
     job, restarts = os.environ.get("SLURM_JOB_ID", ""), os.environ.get("SLURM_RESTART_COUNT", "0")
-    return {"job": job, "restarts": int(restarts)} if job and restarts.isdecimal() else {}
+    return (
+        {"job": job, "restarts": int(restarts)} if job and restarts.isascii() and restarts.isdecimal() else {}
+    )
 
 
 def _link(source: Path, target: Path) -> bool:

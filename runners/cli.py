@@ -77,6 +77,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _report(error: Exception, can_continue: bool) -> int:
     """Explain `error` in one line and return the exit code it calls for."""
+    if not _is_of(error, _USER_ERRORS) and _is_out_of_memory(error):  # before anything else is imported
+        complain(
+            "out of memory: close other programs, or choose fewer --threads, a smaller --token-budget or a "
+            "smaller model" + "; repeat the command to continue" * can_continue
+        )
+        return EXIT_INTERNAL_ERROR
     import traceback
 
     from esm_packed.runners.files import is_out_of_space
@@ -97,6 +103,27 @@ def _report(error: Exception, can_continue: bool) -> int:
         summary = "".join(traceback.format_exception_only(error)).strip().splitlines()[-1]
         complain(f"internal error: {summary} (set ESM_PACKED_DEBUG=1 for the traceback)")
     return EXIT_INTERNAL_ERROR
+
+
+_OUT_OF_MEMORY = (
+    "annot allocate memory",
+    "an't allocate memory",
+    "out of memory",
+    "can't start new thread",
+    "could not create a primitive",
+    "failed to map segment",
+    "std::bad_alloc",
+)
+"""How the system, torch, oneDNN, the loader and the standard library say it."""
+
+
+def _is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether a shortage of memory, or a limit on it, is behind `error`."""
+    while error is not None:
+        if isinstance(error, MemoryError) or any(text in str(error) for text in _OUT_OF_MEMORY):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 _USER_ERRORS = {

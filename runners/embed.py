@@ -40,6 +40,7 @@ from esm_packed.runners.store import (
 )
 from esm_packed.runners.summary import Summary
 from esm_packed.runners.watch import watching
+from esm_packed.runners.worker import check_threads
 from esm_packed.weights import Checkpoint, load_checkpoint
 
 __all__ = ["EmbedRequest", "Summary", "UsageError", "embed_files", "merge_files"]
@@ -211,7 +212,7 @@ class _Session:
             token_budget = plan.token_budget
         elif existing_plan is not None:
             with EmbeddingReader(self.directory.output) as reader:
-                token_budget = int(reader.plan["identity"]["token_budget"])
+                token_budget = int(reader.plan["identity"].get("token_budget", 0))
         elif request.layout == "fixed":  # what is measured may differ from run to run
             token_budget = DEFAULT_TOKEN_BUDGETS[self.device.type]
         else:
@@ -557,8 +558,12 @@ def _check_request(request: EmbedRequest) -> None:
         raise UsageError(
             "--ray-address: say --device cuda or --device cpu; this machine may differ from the others"
         )
+    if request.ray_address is None:
+        check_threads(request.threads)
     _check_paths(request, [path for path in request.inputs if path != STDIN])
     if request.log_json is not None:
+        if request.log_json.is_fifo():  # opening one waits for its reader
+            raise UsageError(f"--log-json {request.log_json}: is a pipe; name a file")
         try:
             request.log_json.open("a").close()
         except OSError as error:

@@ -107,15 +107,18 @@ class Plan:
             is_whole = False
         if not is_whole:
             raise PlanError(f"{path}: damaged; --overwrite starts anew")
-        if content["format"] != PLAN_FORMAT:
-            raise PlanError(f"{path}: made by another version of esm-packed; --overwrite starts anew")
-        return cls(
-            content["identity"],
-            tuple(content["input_names"]),
-            tuple(content["starts"]),
-            content["model_name"],
-            content["hidden_size"],
-        )
+        try:
+            if content["format"] == PLAN_FORMAT:
+                return cls(
+                    content["identity"],
+                    tuple(content["input_names"]),
+                    tuple(content["starts"]),
+                    content["model_name"],
+                    content["hidden_size"],
+                )
+        except (KeyError, TypeError):
+            pass
+        raise PlanError(f"{path}: made by another version of esm-packed; --overwrite starts anew")
 
     def check_same(self, identity: Mapping[str, Any], where: Path) -> None:
         """See that a run of `identity` may continue this one.

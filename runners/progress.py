@@ -10,6 +10,8 @@ from typing import Protocol
 
 from tqdm import tqdm
 
+from esm_packed.runners.terminal import printable
+
 LOG_INTERVAL_SECONDS = 15.0
 
 
@@ -36,7 +38,7 @@ class Console:
             stamp = "" if self._terminal else time.strftime("%Y-%m-%d %H:%M:%S ")
             # A log that is gone or full must not end the work.
             with suppress(OSError):
-                print(f"{stamp}{text}", file=sys.stderr, flush=True)
+                print(f"{stamp}{printable(text)}", file=sys.stderr, flush=True)
 
     @contextmanager
     def progress(self, label: str, unit: str, total: int | None) -> Iterator[Advance]:

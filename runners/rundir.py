@@ -95,7 +95,7 @@ class RunDirectory:
             OSError: the folder of the output cannot be written to.
         """
         old = self._being_removed
-        if os.path.lexists(old) and not _is_made_by_us(old) and not _is_empty_folder(old):
+        if _is_foreign(old):
             raise UsageError(
                 f"{old}: in the way of the run directory, and not made by esm-packed; move it away"
             )
@@ -155,7 +155,7 @@ class RunDirectory:
         live = {}
         for name in names:
             index, _, count = name.removesuffix(".claim").partition("-of-")
-            if index.isdecimal() and count.isdecimal() and is_live(self._slices / name, now):
+            if _is_number(index) and _is_number(count) and is_live(self._slices / name, now):
                 live[Slice(int(index), int(count))] = self._slices / name
         return live
 
@@ -254,8 +254,19 @@ def _check_kind(entry: os.DirEntry[str], is_folder: bool) -> None:
         raise UsageError(f"{entry.path}: no {kind}, and not made by esm-packed; move it away")
 
 
-def _is_empty_folder(path: Path) -> bool:
-    return stat.S_ISDIR(path.lstat().st_mode) and not any(path.iterdir())
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and len(text) < 7
+
+
+def _is_foreign(path: Path) -> bool:
+    """Whether there is something of this name that others may have made."""
+    try:
+        status = path.lstat()
+        if stat.S_ISDIR(status.st_mode) and (_is_made_by_us(path) or not any(path.iterdir())):
+            return False
+        return path.lstat().st_ino == status.st_ino  # and not a folder that has just come and gone
+    except FileNotFoundError:
+        return False
 
 
 def _discard(path: Path) -> None:

@@ -865,15 +865,14 @@ def test_too_little_memory_is_said_in_a_line(fasta, capsys, monkeypatch, error):
         raise error
 
     monkeypatch.setattr("esm_packed.runners.embed.embed_files", fail)
-    assert cli.main(embed_arguments(fasta, fasta.parent)) == commands.EXIT_INTERNAL_ERROR
-    message = assert_one_line_error(capsys.readouterr().err, "out of memory", "repeat the command to continue")
-    assert "internal error" not in (message or "")
+    assert cli.main(embed_arguments(fasta, fasta.parent)) == terminal.EXIT_INTERNAL_ERROR
+    assert_one_line_error(capsys.readouterr().err, "error: out of memory", "repeat the command to continue")
 
 
 def test_a_mistake_that_mentions_memory_stays_one(fasta, capsys, monkeypatch):
     def fail(*_, **__):
-        raise UsageError("the model does not fit: out of memory")
+        raise embed.UsageError("the model does not fit: out of memory")
 
     monkeypatch.setattr("esm_packed.runners.embed.embed_files", fail)
-    assert cli.main(embed_arguments(fasta, fasta.parent)) == commands.EXIT_USAGE
+    assert cli.main(embed_arguments(fasta, fasta.parent)) == terminal.EXIT_USAGE
     assert_one_line_error(capsys.readouterr().err, "the model does not fit")

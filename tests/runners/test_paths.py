@@ -80,6 +80,12 @@ def test_embed_does_not_write_over_a_model_that_is_found_by_its_name(
     assert (DEMO / "esm2_demo.pt").read_bytes() == before
 
 
+def test_a_log_is_no_pipe(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    os.mkfifo(folder / "pipe")
+    arguments = ["embed", "in.fa", "-o", "x.h5", "--model", "demo", "--log-json", "pipe"]
+    assert "is a pipe" in refused(folder, capsys, *arguments)
+
+
 @pytest.mark.parametrize("path", ["x.h5", "x.h5.run/metrics.json"])
 def test_two_outputs_are_not_one(folder: Path, capsys: pytest.CaptureFixture[str], path: str) -> None:
     said = refused(folder, capsys, "embed", "in.fa", "-o", "x.h5", "--model", "demo", "--log-json", path)

@@ -28,6 +28,7 @@ from esm_packed.runners.plan import (
     cut_shards,
     sequence_flops,
 )
+from esm_packed.runners.store import plan_hash
 from esm_packed.weights import Checkpoint, RandomTensors
 
 CONFIG = ESM2_MODELS["esm2_t6_8M_UR50D"]
@@ -215,6 +216,19 @@ def test_what_differs_is_named_with_both_values(tmp_path: Path) -> None:
     assert "token_budget" not in str(error.value)
     with pytest.raises(PlanError, match="reproducible was None, now True"):
         plan.check_same(IDENTITY | {"reproducible": True}, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "missing", ["format", "identity", "input_names", "starts", "model_name", "hidden_size"]
+)
+def test_a_whole_plan_of_another_shape_is_another_versions(tmp_path: Path, missing: str) -> None:
+    path = tmp_path / "plan.json"
+    a_plan(path)
+    content = json.loads(path.read_text())
+    del content["sha256"], content[missing]
+    path.write_text(json.dumps({**content, "sha256": plan_hash(content)}))
+    with pytest.raises(PlanError, match="another version"):
+        Plan.read(path)
 
 
 def test_a_failed_write_keeps_the_plan_that_was_there(

@@ -365,6 +365,14 @@ def test_who_saw_a_stale_claim_long_ago_takes_nothing(
     assert holders == ["b"], f"{holders} all hold one claim"
 
 
+def test_slices_are_numbered_with_ascii_digits(directory: RunDirectory) -> None:
+    for name in ("٣-of-٨.claim", "9999999-of-99999999.claim", "-1-of-8.claim", "3-of-.claim"):
+        write_claim(directory.path / "slices" / name)
+    assert directory.live_slices() == {}
+    write_claim(directory.path / "slices" / "3-of-8.claim")
+    assert [str(part) for part in directory.live_slices()] == ["3/8"]
+
+
 def test_finished_shards_are_those_of_the_plan(directory: RunDirectory) -> None:
     for name in ("00000.h5", "00002.h5", "00009.h5", ".00001.h5.abcd.tmp"):
         (directory.path / "shards" / name).touch()
