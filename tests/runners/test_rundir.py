@@ -321,13 +321,13 @@ def test_who_dies_while_taking_over_is_taken_over_from(
     def die(path: Path, target: Path) -> None:
         raise SystemExit
 
-    for _ in range(3):
+    for number in range(3):
         dead = directory.claim()
         with monkeypatch.context() as patch:
             patch.setattr(Path, "replace", die)
             patch.setattr(Path, "unlink", lambda path, missing_ok=False: None)
             patch.setattr(os, "getpid", pid_of_the_dead)
-            patch.setattr(claims, "_process_start", lambda pid: "none")
+            patch.setattr(claims, "_process_start", lambda pid, started=str(number): started)
             with pytest.raises(SystemExit):
                 dead.acquire()
         assert replace is Path.replace
