@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import errno
 import math
-import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -199,13 +198,11 @@ def _add_embed(commands: argparse._SubParsersAction[_Parser]) -> None:
     compute.add_argument(
         "--disable-packing",
         action="store_true",
-        default=_is_set("ESM_PACKED_DISABLE_PACKING"),
         help="padded batches in place of packs, to compare with (also ESM_PACKED_DISABLE_PACKING=1)",
     )
     compute.add_argument(
         "--disable-fp16",
         action="store_true",
-        default=_is_set("ESM_PACKED_DISABLE_FP16"),
         help="FP32 wherever FP16 or BF16 would be used (also ESM_PACKED_DISABLE_FP16=1)",
     )
 
@@ -505,10 +502,6 @@ def _device(text: str) -> str:
     if not re.fullmatch("auto|cpu|cuda(:[0-9]{1,3})?", text):
         raise argparse.ArgumentTypeError(f"{text!r} is none of auto, cpu, cuda, cuda:INDEX")
     return text
-
-
-def _is_set(variable: str) -> bool:
-    return os.environ.get(variable, "0") not in ("", "0")
 
 
 def _gpu_numbers(text: str) -> tuple[int, ...]:

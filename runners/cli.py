@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, TextIO
 
+from esm_packed.runners.environment import is_on
 from esm_packed.runners.terminal import (
     EXIT_INTERNAL_ERROR,
     EXIT_INTERRUPTED,
@@ -52,7 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     with _signals_interrupt(explain_interruption) as has_started, warnings.catch_warnings():
         warnings.showwarning = _show_warning
+        show_traceback = False
         try:
+            show_traceback = is_on("ESM_PACKED_DEBUG")
             from importlib import import_module
 
             from esm_packed.runners.arguments import build_parser, join_negative_layers
@@ -72,10 +75,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             explain_interruption(str(error))
             return EXIT_INTERRUPTED
         except Exception as error:
-            return _report(error, can_continue)
+            return _report(error, can_continue, show_traceback)
 
 
-def _report(error: Exception, can_continue: bool) -> int:
+def _report(error: Exception, can_continue: bool, show_traceback: bool) -> int:
     """Explain `error` in one line and return the exit code it calls for."""
     if not _is_of(error, _USER_ERRORS) and _is_out_of_memory(error):  # before anything else is imported
         complain(
@@ -97,7 +100,7 @@ def _report(error: Exception, can_continue: bool) -> int:
     if _is_of(error, _USER_ERRORS):
         complain(str(error))
         return EXIT_USAGE
-    if os.environ.get("ESM_PACKED_DEBUG"):
+    if show_traceback:
         traceback.print_exception(error)
     else:
         summary = "".join(traceback.format_exception_only(error)).strip().splitlines()[-1]
@@ -130,6 +133,7 @@ _USER_ERRORS = {
     "esm_packed.attention": "BackendError",
     "esm_packed.download": "CheckpointError",
     "esm_packed.reports.page": "ReportError",
+    "esm_packed.runners.environment": "EnvironmentSwitchError",
     "esm_packed.runners.fasta": "InputError",
     "esm_packed.runners.plan": "PlanError",
     "esm_packed.runners.request": "UsageError",

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from esm_packed.config import ESM2_MODELS
+from esm_packed.runners.environment import is_on
 from esm_packed.runners.terminal import (
     EXIT_COMPLETE,
     EXIT_FAILED_ROWS,
@@ -37,6 +38,8 @@ def embed(options: argparse.Namespace) -> int:
     from esm_packed.runners.slices import local_device_number, parse_slice
 
     _check_standard_input(options.fasta)
+    options.disable_packing |= is_on("ESM_PACKED_DISABLE_PACKING")
+    options.disable_fp16 |= is_on("ESM_PACKED_DISABLE_FP16")
     device = options.device
     if options.shard == "auto" and device in ("auto", "cuda") and (num_devices := torch.cuda.device_count()):
         device = f"cuda:{local_device_number(os.environ, num_devices)}"

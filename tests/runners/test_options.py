@@ -18,6 +18,7 @@ from esm_packed.runners import budget, cli, embed, worker
 from esm_packed.runners.budget import PROBE_LENGTH, PROBE_SEQUENCES, measured_token_budget
 from esm_packed.runners.embed import EmbedRequest, embed_files
 from esm_packed.runners.pipeline import Pipeline, ShardInput, StageTimes
+from esm_packed.runners.plan import FLOPS_PER_SHARD
 from esm_packed.runners.progress import Console
 from esm_packed.runners.store import STATUS_COMPUTED, STATUS_FAILED, EmbeddingReader, Shard
 from esm_packed.runners.summary import Summary
@@ -46,9 +47,9 @@ def reader_of(fasta: Path) -> EmbeddingReader:
 def test_compared_rows_are_those_of_the_file_and_of_fp32(
     fasta: Path, dtype: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(embed.FLOPS_PER_SHARD, "cpu", 1e8)  # several shards
+    monkeypatch.setitem(FLOPS_PER_SHARD, "cpu", 1e8)  # several shards
     assert run(fasta, "--dtype", dtype, "--fp32-compare", "5") == 0
-    fp32 = ESM2.from_pretrained("demo", dtype="fp32")
+    fp32 = ESM2.from_pretrained("demo", dtype="fp32", device="cpu")
     with reader_of(fasta) as reader:
         found = reader.comparisons()
         assert len({each.sequence_id for each in found}) == 5
@@ -74,7 +75,7 @@ def test_more_to_compare_than_there_is(fasta: Path) -> None:
 
 
 def test_a_failed_row_is_not_compared() -> None:
-    model = ESM2.from_pretrained("demo")
+    model = ESM2.from_pretrained("demo", device="cpu")
     original = model.embed_packed
 
     def spoil(batch, layers):  # type: ignore[no-untyped-def]
@@ -126,7 +127,7 @@ def test_reproducible_keeps_the_bits_in_another_order(
         for order in (1, -1):
             numbers = range(len(SEQUENCES))[::order]
             fasta.write_text("".join(f">p{number}\n{SEQUENCES[number]}\n" for number in numbers))
-            monkeypatch.setitem(embed.FLOPS_PER_SHARD, "cpu", 1e8 * (2 + order))
+            monkeypatch.setitem(FLOPS_PER_SHARD, "cpu", 1e8 * (2 + order))
             assert run(fasta, option, "--overwrite") == 0
             with reader_of(fasta) as reader:
                 rows[option, order] = reader.embeddings()[::order]
@@ -181,12 +182,33 @@ def test_fp16_disabled(fasta: Path, monkeypatch: pytest.MonkeyPatch, how: str, d
         assert reader.attributes["disabled"] == "fp16"
 
 
-def test_disabled_means_1(fasta: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ESM_PACKED_DISABLE_FP16", "0")
-    monkeypatch.setenv("ESM_PACKED_DISABLE_PACKING", "")
+@pytest.mark.parametrize(
+    ("value", "disabled"),
+    [("1", "packing, fp16"), ("True", "packing, fp16"), ("yes", "packing, fp16")]
+    + [(value, "") for value in ("0", "false", "No", "")],
+)
+def test_environment_switches(
+    fasta: Path, monkeypatch: pytest.MonkeyPatch, value: str, disabled: str
+) -> None:
+    monkeypatch.setenv("ESM_PACKED_DISABLE_FP16", value)
+    monkeypatch.setenv("ESM_PACKED_DISABLE_PACKING", value)
     assert run(fasta, "--dtype", "fp16") == 0
     with reader_of(fasta) as reader:
-        assert reader.attributes["dtype"] == "fp16"
+        assert reader.attributes["disabled"] == disabled
+
+
+@pytest.mark.parametrize(
+    "variable", ["ESM_PACKED_DISABLE_FP16", "ESM_PACKED_DISABLE_PACKING", "ESM_PACKED_DEBUG"]
+)
+def test_an_environment_switch_that_is_neither_on_nor_off(
+    fasta: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], variable: str
+) -> None:
+    monkeypatch.setenv(variable, "maybe")
+    assert run(fasta) == 2
+    assert (
+        f"esm-packed: error: environment variable {variable}='maybe': set it to 1" in capsys.readouterr().err
+    )
+    assert not fasta.with_name("out.h5").exists()
 
 
 def test_metrics(fasta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,12 +316,12 @@ class Meter:
     ],
 )
 def test_token_budget_is_what_fits_into_the_memory(per_token: float, free: int, expected: int) -> None:
-    model = ESM2.from_pretrained("demo")
+    model = ESM2.from_pretrained("demo", device="cpu")
     assert measured_token_budget(model, 32768, Meter(10**9, per_token, free)) == expected
 
 
 def test_what_the_budget_is_measured_with_can_be_embedded() -> None:
-    model = ESM2.from_pretrained("demo")
+    model = ESM2.from_pretrained("demo", device="cpu")
     rows = model.embed_packed(pack(budget.probe(PROBE_SEQUENCES[0])), [5])[5]
     assert rows.shape == (PROBE_SEQUENCES[0], 96)
     assert rows.isfinite().all()
