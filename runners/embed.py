@@ -7,7 +7,7 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import replace
+from dataclasses import astuple, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -35,8 +35,9 @@ from esm_packed.runners.store import (
     FORMAT_VERSION,
     EmbeddingReader,
     StoreError,
-    bytes_needed,
+    output_bytes,
     plan_hash,
+    shards_bytes,
 )
 from esm_packed.runners.summary import Summary
 from esm_packed.runners.watch import watching
@@ -46,6 +47,15 @@ from esm_packed.weights import Checkpoint, load_checkpoint
 __all__ = ["EmbedRequest", "Summary", "UsageError", "embed_files", "merge_files"]
 
 WAIT_SECONDS = 0.5
+
+OTHER_SUFFIXES = """
+    .csv .tsv .tab .txt .json .jsonl .ndjson .yaml .yml .xml .html .md .xls .xlsx
+    .npy .npz .mat .pkl .pickle .joblib .pt .pth .ckpt .bin .safetensors .onnx
+    .parquet .feather .arrow .avro .orc .zarr .nc .db .sqlite .rds .rdata .h5ad .loom
+    .fasta .fa .faa .fas .fna .ffn .mpfa .fastq .fq .aln .a2m .a3m .sto .pdb .cif .gff .gb .gbk
+    .gz .bgz .bz2 .xz .zst .zip .tar .tgz
+"""
+"""Of formats for which an output, which is HDF5, must not pass."""
 
 MOST_REMOVALS = 1000
 """How often a run directory may vanish while it is entered; more often, it cannot be made there at all."""
@@ -276,13 +286,7 @@ class _Session:
         else:
             finished = set(run.finished(shards))
             left = [shard for shard in shards if shard not in finished]
-        rows = run.index.num_records
-        needed = bytes_needed(
-            rows, run.plan.hidden_size, len(run.plan.layers), STORE_DTYPES[request.store_dtype]
-        )
-        check_space(
-            self.directory.output.parent, needed + needed * len(left) // run.plan.num_shards, self.console
-        )
+        check_space(run, request.fp32_compare, self.console)
         if len(left) < len(shards):
             self.console.note(
                 f"continuing: {len(shards) - len(left):,} of {len(shards):,} shards are finished"
@@ -541,6 +545,18 @@ def _check_paths(request: EmbedRequest, read: Iterable[str | Path]) -> None:
     check_apart(written, read)
 
 
+def _check_suffix(output: Path) -> None:
+    """See that the name of the output is not that of a file of another format."""
+    name = output
+    while name.suffix.lower() in OTHER_SUFFIXES.split():
+        name = name.with_suffix("")
+    if name != output:
+        raise UsageError(
+            f"{output}: the output is HDF5, and this would be the name of a {output.suffix} file; use "
+            f"-o {name.with_suffix('.h5')}"
+        )
+
+
 def _check_request(request: EmbedRequest) -> None:
     """See that the options fit each other."""
     if request.part is not None and STDIN in request.inputs:
@@ -561,6 +577,7 @@ def _check_request(request: EmbedRequest) -> None:
     if request.ray_address is None:
         check_threads(request.threads)
     _check_paths(request, [path for path in request.inputs if path != STDIN])
+    _check_suffix(request.output)
     if request.log_json is not None:
         if request.log_json.is_fifo():  # opening one waits for its reader
             raise UsageError(f"--log-json {request.log_json}: is a pipe; name a file")
@@ -624,14 +641,35 @@ def run_identity(
     }
 
 
-def check_space(folder: Path, needed: int, console: Console) -> None:
-    """Say what the output takes and what is free.
+def check_space(run: Run, num_compared: int, console: Console) -> None:
+    """Say what the output takes, what the run still takes with its shards before they go, and what is free.
+
+    Args:
+        run: whose finished shards are there already.
+        num_compared: sequences that are compared with FP32.
+        console: where it is said.
 
     Raises:
         OSError: ENOSPC, when that is too little.
     """
+    index, plan = run.index, run.plan
+    row = plan.hidden_size, len(plan.layers), STORE_DTYPES[plan.identity["store_dtype"]]
+    num_computed = index.num_records - index.num_identical
+    output = output_bytes(
+        index.num_records,
+        index.mean_id_bytes,
+        *row,
+        problems=[astuple(problem) for problem in index.problems],
+        num_compared=min(num_compared, num_computed),
+    )
+    num_left = plan.num_shards - len(run.finished(range(plan.num_shards)))
+    needed = output + shards_bytes(num_left, num_computed * num_left // plan.num_shards, *row)
+    folder = run.directory.output.parent
     free = shutil.disk_usage(folder).free
-    sizes = f"the output takes about {byte_size(needed)}; {byte_size(free)} are free in {folder}"
+    sizes = (
+        f"the output takes about {byte_size(output)}, the run up to {byte_size(needed)} until it is merged; "
+        f"{byte_size(free)} are free in {folder}"
+    )
     if needed > free:
         raise OSError(errno.ENOSPC, sizes)
     console.note(sizes)

@@ -114,6 +114,7 @@ class FastaIndex:
         num_identical: records whose residues an earlier one has.
         num_replaced: characters that became X, in duplicates left out too.
         num_duplicates: records that had the ID of an earlier one.
+        mean_id_bytes: mean size of an ID as it was read, in bytes of UTF-8.
         problems: the records left out, in input order.
         options: the rules it was made by.
         inputs: path, size in bytes and sha256 of each input.
@@ -128,6 +129,7 @@ class FastaIndex:
         num_identical: int,
         num_replaced: int,
         num_duplicates: int,
+        mean_id_bytes: float,
         problems: list[Problem],
     ) -> None:
         self._reader = reader
@@ -142,6 +144,7 @@ class FastaIndex:
         self.num_identical = num_identical
         self.num_replaced = num_replaced
         self.num_duplicates = num_duplicates
+        self.mean_id_bytes = mean_id_bytes
         self.problems = problems
         self.options = reader.options
         self.inputs = [InputFile(source.given, source.size, source.sha256) for source in reader.sources]
@@ -251,6 +254,7 @@ def build_index(
             f"no record is left, all {len(builder.left_out):,} were left out; the first is "
             f"{first.located()}: {first.reason}"
         )
+    mean_id_bytes = builder.num_id_bytes / builder.num_records
     num_duplicates = _settle_duplicates(builder, work_dir)
     num_identical = _find_identical(builder, work_dir)
     problems = _problems(builder.sources, builder.left_out)
@@ -277,6 +281,7 @@ def build_index(
         "num_identical": num_identical,
         "num_replaced": builder.num_replaced,
         "num_duplicates": num_duplicates,
+        "mean_id_bytes": mean_id_bytes,
         "problems": [astuple(problem) for problem in problems],
     }
     text = json.dumps(metadata).encode("ascii")
@@ -384,6 +389,7 @@ def _restore(work_dir: Path, metadata: dict[str, Any]) -> FastaIndex:
         num_identical=metadata["num_identical"],
         num_replaced=metadata["num_replaced"],
         num_duplicates=metadata["num_duplicates"],
+        mean_id_bytes=metadata["mean_id_bytes"],
         problems=[Problem(*problem) for problem in metadata["problems"]],
     )
 
@@ -415,6 +421,7 @@ class _Pass:
         self.left_out: list[_LeftOut] = []
         self.num_records = 0
         self.num_replaced = 0
+        self.num_id_bytes = 0
         self.dna_checked = options.force
         self.first_accepted: _LeftOut | None = None
         self.num_nucleotides = 0
@@ -553,6 +560,7 @@ class _Pass:
         self.sequences_file.write(hash_rows(sequences[keep], self.num_records).tobytes())
         self.num_records += len(accepted)
         self.num_replaced += parsed.num_replaced
+        self.num_id_bytes += int((parsed.name_ends - parsed.name_begins)[keep].sum())
 
     def check_not_dna(self) -> None:
         """Raise InputError if the first records look like nucleotides; for when enough, or all, are known."""

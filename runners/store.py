@@ -33,6 +33,13 @@ STATUS_RECOMPUTED = 1
 STATUS_FAILED = 2
 
 _CHUNK_BYTES = 1 << 18
+_RECORDS_IN_CHUNK = 1024
+_REFERENCE_BYTES = 16
+"""Of a text in a data set, which leads to the text in a heap."""
+_HEAP_BYTES = 20
+"""Of a text in a heap beside its own: 16, and half of the 8 it is rounded up to."""
+_EMPTY_FILE_BYTES = 24_000
+_EMPTY_SHARD_BYTES = 8_192
 _TEXT = h5py.string_dtype()
 _PROBLEM = np.dtype([("sequence_id", _TEXT), ("file", _TEXT), ("line", np.int64), ("reason", _TEXT)])
 _COMPARISON = np.dtype(
@@ -79,12 +86,57 @@ def plan_hash(identity: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def bytes_needed(num_sequences: int, hidden_size: int, num_layers: int, store_dtype: str) -> int:
-    """Size of the output in bytes, estimated from above for names of up to 64 bytes."""
-    row = hidden_size * num_layers * np.dtype(store_dtype).itemsize
-    columns = 4 + 4 + 1 + 1
-    name = 16 + 16 + 64
-    return num_sequences * (row + columns + name) + (1 << 16) + num_layers * _CHUNK_BYTES
+def output_bytes(
+    num_sequences: int,
+    mean_id_bytes: float,
+    hidden_size: int,
+    num_layers: int,
+    store_dtype: str,
+    *,
+    problems: Sequence[Sequence[object]] = (),
+    num_compared: int = 0,
+) -> int:
+    """Size of an output file in bytes, to within a tenth and 32 kB.
+
+    Args:
+        num_sequences: rows.
+        mean_id_bytes: mean size of a sequence ID in bytes of UTF-8.
+        hidden_size: columns of the embeddings.
+        num_layers: layers kept.
+        store_dtype: "float32" or "float16".
+        problems: records left out, each as the fields of a `StoredProblem`.
+        num_compared: sequences compared with FP32.
+    """
+
+    def columns(rows: int, chunk_rows: int, row_bytes: int) -> int:
+        return math.ceil(rows / chunk_rows) * chunk_rows * row_bytes
+
+    row_bytes = [np.dtype(dtype).itemsize for dtype in _COLUMN_KINDS.values()]
+    row_bytes += [hidden_size * np.dtype(store_dtype).itemsize] * num_layers
+    num_ids = num_sequences + num_compared
+    texts = [field for problem in problems for field in problem if isinstance(field, str)]
+    return (
+        _EMPTY_FILE_BYTES
+        + sum(columns(num_sequences, _chunk_rows(num_sequences, size), size) for size in row_bytes)
+        + columns(num_sequences, _chunk_rows(num_sequences, _TEXT.itemsize), _REFERENCE_BYTES)
+        + columns(len(problems), _RECORDS_IN_CHUNK, 3 * _REFERENCE_BYTES + 8)
+        + columns(num_compared, _RECORDS_IN_CHUNK, _REFERENCE_BYTES + 3 * 8)
+        + num_ids * _HEAP_BYTES
+        + math.ceil(num_ids * mean_id_bytes)
+        + sum(_HEAP_BYTES + len(text.encode("utf-8", "replace")) for text in texts)
+    )
+
+
+def shards_bytes(
+    num_shards: int, num_computed: int, hidden_size: int, num_layers: int, store_dtype: str
+) -> int:
+    """Size in bytes of the files of `num_shards` shards, in which `num_computed` sequences are computed."""
+    row = 1 + hidden_size * num_layers * np.dtype(store_dtype).itemsize
+    return num_shards * _EMPTY_SHARD_BYTES + num_computed * row
+
+
+def _chunk_rows(rows: int, row_bytes: int) -> int:
+    return min(max(rows, 1), max(1, _CHUNK_BYTES // row_bytes))
 
 
 @contextmanager
@@ -344,7 +396,7 @@ class EmbeddingWriter:
 
     def _create(self, name: str, rows: int, row_shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
         row_bytes = dtype.itemsize * int(np.prod(row_shape, dtype=np.int64))
-        chunk_rows = min(max(rows, 1), max(1, _CHUNK_BYTES // row_bytes))
+        chunk_rows = _chunk_rows(rows, row_bytes)
         return self._file.create_dataset(name, (rows, *row_shape), dtype, chunks=(chunk_rows, *row_shape))
 
     def write_rows(
@@ -406,7 +458,7 @@ class EmbeddingWriter:
     def _append(self, name: str, dtype: np.dtype[Any], records: Sequence[tuple[Any, ...]]) -> None:
         with self._hdf5():
             if name not in self._file:
-                self._file.create_dataset(name, (0,), dtype, maxshape=(None,), chunks=(1024,))
+                self._file.create_dataset(name, (0,), dtype, maxshape=(None,), chunks=(_RECORDS_IN_CHUNK,))
             if records:
                 dataset = self._file[name]
                 written = len(dataset)

@@ -1,0 +1,109 @@
+"""What a run says about itself: sizes before it, the bar, the summary, and `info` and `status` later."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from esm_packed.model import ESM2
+from esm_packed.runners import cli
+
+FASTA = ">a first\nMKTLLAGVSE\n>b second\nMKVLA\n>c\nMMMRPQ\n"
+
+
+@pytest.fixture
+def fasta(tmp_path: Path) -> Path:
+    path = tmp_path / "in.fasta"
+    path.write_text(FASTA)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def without_computing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every embedding is ones: these tests are not about numbers."""
+
+    def ones(self, batch, layers):  # type: ignore[no-untyped-def]
+        return {layer: torch.ones(batch.num_sequences, self.config.hidden_size) for layer in layers}
+
+    monkeypatch.setattr(ESM2, "embed_packed", ones)
+
+
+@pytest.fixture(autouse=True)
+def restore_threads():  # type: ignore[no-untyped-def]
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def embed(fasta: Path, *options: str, output: str = "out.h5") -> int:
+    arguments = ["embed", str(fasta), "-o", str(fasta.with_name(output)), "--model", "demo"]
+    return cli.main([*arguments, "--device", "cpu", "--threads", "1", *options])
+
+
+@pytest.mark.parametrize(
+    ("count", "id_bytes", "description", "options"),
+    [
+        (3, 1, "", []),
+        (3000, 20, "", ["--store-dtype", "fp16"]),
+        (3000, 8, " and what it does" * 30, []),
+        (3000, 300, "", []),
+        (3000, 2400, "", []),
+        (3000, 8, " and what it does" * 30, ["--full-header"]),
+        (3000, 8, "", ["--layers", "1,2,3"]),
+        (3000, 8, "", ["--fp32-compare", "3000"]),
+        (3000, 200, "", ["--duplicates", "first"]),
+        (40_000, 12, "", ["--store-dtype", "fp16"]),
+    ],
+)
+def test_the_sizes_said_before_a_run_are_those_of_its_files(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    count: int,
+    id_bytes: int,
+    description: str,
+    options: list[str],
+) -> None:
+    repeats = 5 if "--duplicates" in options else 1
+    residues = "".maketrans("0123456789", "ACDEFGHIKL")
+    path = tmp_path / "in.fasta"
+    path.write_text(
+        "".join(
+            f">{str(number // repeats).ljust(id_bytes, 'x')}{description}\n"
+            f"M{str(number).translate(residues)}\n"
+            for number in range(count)
+        )
+    )
+    assert embed(path, "--keep-run", *options) == 0
+    sizes = re.search(r"takes about ([0-9.]+ .B), the run up to ([0-9.]+ .B)", capsys.readouterr().err)
+    assert sizes is not None
+    said, needed = (float(size[:-3]) * {"kB": 1e3, "MB": 1e6}[size[-2:]] for size in sizes.groups())
+    size = (tmp_path / "out.h5").stat().st_size
+    assert abs(said - size) <= 0.2 * size + 64_000
+    size += sum(shard.stat().st_size for shard in (tmp_path / "out.h5.run" / "shards").iterdir())
+    assert abs(needed - size) <= 0.2 * size + 64_000
+
+
+@pytest.mark.parametrize(
+    "suffix",
+    [
+        *(".csv", ".TSV", ".npy", ".npz", ".pt", ".parquet", ".fasta", ".fa", ".faa.gz", ".json", ".txt"),
+        *(".pkl", ".csv.gz", ".h5.gz", ".safetensors", ".bin"),
+    ],
+)
+def test_a_name_that_promises_another_format_is_refused(
+    fasta: Path, capsys: pytest.CaptureFixture[str], suffix: str
+) -> None:
+    assert embed(fasta, output=f"out{suffix}") == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"esm-packed: error: {fasta.with_name('out')}{suffix}: ")
+    assert error.endswith(f"-o {fasta.with_name('out.h5')}\n")
+    assert [path.name for path in fasta.parent.iterdir()] == ["in.fasta"]
+
+
+@pytest.mark.parametrize("name", ["out.hdf5", "out", "out.v2", "out.csv.h5"])
+def test_other_names_are_accepted(fasta: Path, name: str) -> None:
+    assert embed(fasta, output=name) == 0
+    assert fasta.with_name(name).exists()
