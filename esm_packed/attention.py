@@ -29,6 +29,15 @@ PackedAttention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tens
 
 HALF_TYPES = (torch.float16, torch.bfloat16)
 
+_HOW_TO_INSTALL = {
+    "flash_attn": "pip install --no-build-isolation flash-attn",
+    "flash_attn_interface": "build it in the folder hopper of github.com/Dao-AILab/flash-attention",
+    "fa3_fwd_interface": "pip install fa3-fwd",
+    "flash_attn.cute": "pip install flash-attn-4",
+    "triton": "pip install triton (on Linux)",
+}
+"""By module. flash-attn's build imports torch, so pip must not isolate it."""
+
 
 class BackendError(ValueError):
     """The attention backend asked for cannot serve this device, dtype or head_dim, or is not installed."""
@@ -145,7 +154,12 @@ def _warn_of_old_flash_attn() -> None:
     version = importlib.metadata.version("flash-attn")
     major, minor = (int(part) for part in version.split(".")[:2])
     if (major, minor) < (2, 6):
-        warnings.warn(f"flash-attn {version} is older than 2.6; newer ones are faster", stacklevel=2)
+        warnings.warn(
+            f"flash-attn {version} was released for torch 2.3 and older, and has not been checked with torch "
+            f"{torch.__version__}: upgrade it ({_HOW_TO_INSTALL['flash_attn']} --upgrade), or use "
+            "attention 'varlen', which is part of torch",
+            stacklevel=2,
+        )
 
 
 def _installed(module: str) -> bool:
@@ -161,8 +175,6 @@ def _flash_obstacle(
     """Obstacles of the FlashAttention family: `capabilities` are the major compute capabilities served."""
 
     def obstacle(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-        if module is not None and not _installed(module):
-            return f"the module {module} is not installed"
         if device.type != "cuda":
             return f"it runs on CUDA devices, not on {device.type}"
         if dtype not in dtypes:
@@ -173,16 +185,18 @@ def _flash_obstacle(
         major = torch.cuda.get_device_capability(device)[0]
         if major < 8 or (capabilities is not None and major not in capabilities):
             return f"{torch.cuda.get_device_name(device)} (sm_{major}x) is not served"
+        if module is not None and not _installed(module):
+            return f"the module {module} is not installed: {_HOW_TO_INSTALL[module]}"
         return None
 
     return obstacle
 
 
 def _triton_obstacle(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    if not dispatch.TRITON_DEVICES:
-        return "Triton is not installed"
-    if device.type not in dispatch.TRITON_DEVICES:
+    if device.type != "cuda" and device.type not in dispatch.TRITON_DEVICES:
         return f"it runs on CUDA devices, not on {device.type}"
+    if not dispatch.TRITON_DEVICES:
+        return f"Triton is not installed: {_HOW_TO_INSTALL['triton']}"
     if dtype == torch.float64:
         return "it computes in float16, bfloat16 and float32, not in float64"
     if device.type == "cuda" and (capability := torch.cuda.get_device_capability(device)) < (8, 0):

@@ -7,12 +7,14 @@ language model", Science 379) as fair-esm 2.0.0 computes it. Sequences lie end t
 
 from __future__ import annotations
 
+import operator
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import NoReturn, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -114,8 +116,8 @@ class ESM2(nn.Module):
         cls,
         name_or_path: str | Path = DEFAULT_MODEL,
         *,
-        device: str | torch.device = "cpu",
-        dtype: str | None = None,
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype | None = None,
         attention: str = "auto",
     ) -> ESM2:
         """Load a model.
@@ -124,7 +126,8 @@ class ESM2(nn.Module):
             name_or_path: an ESM-2 name, a checkpoint file or directory, `demo`, or `random:NAME`
                 (see `weights.load_checkpoint`).
             device: `cpu`, `cuda`, `cuda:INDEX`, or `auto` for the first GPU, else the CPU.
-            dtype: precision mode, one of `numerics.PRECISIONS`; None takes the device's default.
+            dtype: precision mode, one of `numerics.PRECISIONS`, or a dtype such as `torch.float16`; None
+                takes the device's default, `fp16` on CUDA and `fp32` on a CPU.
             attention: attention backend, one of `attention.BACKENDS`, or `auto`.
 
         Raises:
@@ -172,15 +175,39 @@ class ESM2(nn.Module):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> ESM2:
         # `.half()` would round inv_freq and leave `precision` untrue.
-        dtype = self.embedding.weight.dtype
-        if fn(torch.empty(0, dtype=dtype)).dtype != dtype:
+        if fn(torch.empty(0, dtype=self.dtype)).dtype != self.dtype:
             raise ValueError("the precision is chosen when loading: ESM2.from_pretrained(..., dtype='fp16')")
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call,no-any-return]
+
+    def train(self, mode: bool = True) -> ESM2:
+        """Refused: the kernels record no gradients."""
+        if mode:
+            _refuse_training()
+        return super().train(mode)
+
+    def requires_grad_(self, requires_grad: bool = True) -> ESM2:
+        """Refused: the kernels record no gradients."""
+        if requires_grad:
+            _refuse_training()
+        return super().requires_grad_(requires_grad)
+
+    def forward(self, *args: object, **kwargs: object) -> NoReturn:
+        """Not defined: `embed` takes proteins, `forward_packed` packed tensors."""
+        raise TypeError(
+            "ESM2 is not called itself: call model.embed(sequences) with a list of proteins, or "
+            "model.forward_packed(input_ids, cu_seqlens, max_seqlen) with the tensors that "
+            "esm_packed.packing.pack makes"
+        )
 
     @property
     def precision(self) -> str:
         """Name of the precision mode."""
         return self.precision_mode.name
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights."""
+        return self.embedding.weight.dtype
 
     @property
     def device(self) -> torch.device:
@@ -302,6 +329,7 @@ class ESM2(nn.Module):
             for layer, hidden_states in output.representations.items()
         }
 
+    @overload
     def embed(
         self,
         sequences: Sequence[str],
@@ -309,7 +337,26 @@ class ESM2(nn.Module):
         layer: int = -1,
         per_residue: bool = False,
         token_budget: int | None = None,
-    ) -> list[npt.NDArray[np.float32]]:
+    ) -> list[npt.NDArray[np.float32]]: ...
+
+    @overload
+    def embed(
+        self,
+        sequences: Sequence[str],
+        *,
+        layer: Sequence[int],
+        per_residue: bool = False,
+        token_budget: int | None = None,
+    ) -> dict[int, list[npt.NDArray[np.float32]]]: ...
+
+    def embed(
+        self,
+        sequences: Sequence[str],
+        *,
+        layer: int | Sequence[int] = -1,
+        per_residue: bool = False,
+        token_budget: int | None = None,
+    ) -> list[npt.NDArray[np.float32]] | dict[int, list[npt.NDArray[np.float32]]]:
         """Embed proteins.
 
         What is not finite is computed again in FP32, and is NaN if it is not finite there either.
@@ -317,63 +364,84 @@ class ESM2(nn.Module):
         Args:
             sequences: one-letter residues; `<mask>` stands for a masked one. Nothing is truncated, and `-`
                 and `.` are computed as the gap tokens they are in ESM-2's alphabet.
-            layer: 0 to num_layers; negative counts from the last, which is -1.
+            layer: 0 to num_layers; negative counts from the last, which is -1. Of a list of layers each is
+                returned, from one pass.
             per_residue: one row for each residue in place of their mean.
             token_budget: tokens computed together; None for the default of the device.
 
         Returns:
             In the order of `sequences`, (hidden_size,) or (num_residues, hidden_size) FP32 arrays (FP64 in
-            the FP64 mode).
+            the FP64 mode). Of a list of layers a dict of these, with the numbers in `layer` as its keys.
 
         Raises:
-            ValueError: a sequence is empty or has a character outside the alphabet; the message names it.
-            TypeError: a sequence is no string.
+            ValueError: a sequence is empty or has a character outside the alphabet (the message names it), or
+                there is no such layer.
+            TypeError: a sequence is not a string, `sequences` is a string or a mapping, or `layer` is not a
+                number or a list of numbers.
 
         Warns:
             UserWarning: embeddings were not finite; says how many, whose, and what became of them.
         """
         if isinstance(sequences, str):
             raise TypeError("sequences is one string; pass a list of them")
-        layer = self.config.resolve_layer(layer)
+        if isinstance(sequences, Mapping):
+            raise TypeError(
+                f"sequences is a {type(sequences).__name__}; pass list(sequences.values()), whose order "
+                "the embeddings keep"
+            )
+        asked = {number: self.config.resolve_layer(number) for number in _layer_numbers(layer)}
+        layers = list(dict.fromkeys(asked.values()))
         token_ids = [
             _encode_named(f"sequences[{index}]", sequence) for index, sequence in enumerate(sequences)
         ]
         if token_budget is None:
             token_budget = DEFAULT_TOKEN_BUDGETS[self.device.type]
-        arrays: dict[int, npt.NDArray[np.float32]] = {}
+        arrays: dict[int, dict[int, npt.NDArray[np.float32]]] = {}
         for members in plan_packs([len(ids) + SPECIAL_TOKENS for ids in token_ids], token_budget):
-            rows = self._embed_pack([token_ids[index] for index in members], layer, per_residue)
+            rows = self._embed_pack([token_ids[index] for index in members], layers, per_residue)
             arrays.update(zip(members.tolist(), rows, strict=True))
 
         changed: dict[str, list[int]] = {}
         for index, ids in enumerate(token_ids):
-            if not is_finite({layer: arrays[index]}):
-                reason = self._recompute(ids, arrays[index], layer, per_residue)
+            if not is_finite(arrays[index]):
+                reason = self._recompute(ids, arrays[index], per_residue)
                 changed.setdefault(reason, []).append(index)
         for reason, indices in changed.items():
             warnings.warn(
                 f"{len(indices)} of {len(token_ids)} sequences: the embedding is {reason}: {named(indices)}",
                 stacklevel=2,
             )
-        return [arrays[index] for index in range(len(token_ids))]
+        several = {
+            number: [arrays[index][resolved] for index in range(len(token_ids))]
+            for number, resolved in asked.items()
+        }
+        return several if isinstance(layer, Iterable) else several[layer]
 
     def _embed_pack(
-        self, token_ids: Sequence[npt.NDArray[np.uint8]], layer: int, per_residue: bool
-    ) -> list[npt.NDArray[np.float32]]:
+        self, token_ids: Sequence[npt.NDArray[np.uint8]], layers: Sequence[int], per_residue: bool
+    ) -> list[dict[int, npt.NDArray[np.float32]]]:
+        """Of each sequence: layer to its mean, or to a row for each residue."""
         batch = pack(token_ids).to(self.device)
         if not per_residue:
-            return list(self.embed_packed(batch, [layer])[layer].cpu().numpy())
-        output = self.forward_packed(batch.input_ids, batch.cu_seqlens, batch.max_seqlen, [layer])
-        hidden_states = output.representations[layer].to(self.precision_mode.table_dtype)
-        bounds = batch.cu_seqlens.tolist()
-        return [hidden_states[start + 1 : end - 1].cpu().numpy().copy() for start, end in pairwise(bounds)]
+            means = {layer: rows.cpu().numpy() for layer, rows in self.embed_packed(batch, layers).items()}
+            return [{layer: means[layer][index] for layer in layers} for index in range(len(token_ids))]
+        output = self.forward_packed(batch.input_ids, batch.cu_seqlens, batch.max_seqlen, layers)
+        table_dtype = self.precision_mode.table_dtype
+        hidden_states = {layer: rows.to(table_dtype) for layer, rows in output.representations.items()}
+        return [
+            {layer: hidden_states[layer][start + 1 : end - 1].cpu().numpy().copy() for layer in layers}
+            for start, end in pairwise(batch.cu_seqlens.tolist())
+        ]
 
     def _recompute(
-        self, token_ids: npt.NDArray[np.uint8], rows: npt.NDArray[np.float32], layer: int, per_residue: bool
+        self,
+        token_ids: npt.NDArray[np.uint8],
+        rows: Mapping[int, npt.NDArray[np.float32]],
+        per_residue: bool,
     ) -> str:
         _, reason = self._rescue.replace(
-            {layer: rows},
-            lambda model: {layer: model._embed_pack([token_ids], layer, per_residue)[0]},
+            rows,
+            lambda model: model._embed_pack([token_ids], list(rows), per_residue)[0],
             f"dtype {self.precision}",
         )
         return reason
@@ -465,6 +533,23 @@ def load_in_fp32(checkpoint: Checkpoint, device: torch.device) -> ESM2:
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return load(torch.device("cpu"))
+
+
+def _refuse_training() -> NoReturn:
+    raise NotImplementedError(
+        "ESM2 is for inference only: its kernels record no gradients; train with fair-esm or transformers, "
+        "whose checkpoints ESM2.from_pretrained reads"
+    )
+
+
+def _layer_numbers(layer: int | Sequence[int]) -> list[int]:
+    numbers = list(layer) if isinstance(layer, Iterable) else [layer]
+    if not numbers:
+        raise ValueError("layer is empty; pass a number or a list of numbers")
+    try:
+        return [operator.index(number) for number in numbers]
+    except TypeError:
+        raise TypeError(f"layer {layer!r} is not a number or a list of numbers") from None
 
 
 def _norm(norm: nn.LayerNorm, hidden_states: torch.Tensor) -> torch.Tensor:

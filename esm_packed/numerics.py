@@ -47,6 +47,18 @@ PRECISIONS: dict[str, Precision] = {
 }
 
 
+_TORCH_NAMES = {
+    "float64": "fp64",
+    "double": "fp64",
+    "float32": "fp32",
+    "float": "fp32",
+    "float16": "fp16",
+    "half": "fp16",
+    "bfloat16": "bf16",
+}
+"""Torch's names of dtypes, by mode. torch.float32 means IEEE: TF32 is asked for by name."""
+
+
 def resolve_device(name: str | torch.device) -> torch.device:
     """The device called `name`: `cpu`, `cuda`, `cuda:INDEX`, or `auto` for the first GPU, else the CPU.
 
@@ -73,19 +85,25 @@ def resolve_device(name: str | torch.device) -> torch.device:
     return device
 
 
-def resolve_precision(name: str | None, device: torch.device) -> Precision:
+def resolve_precision(name: str | torch.dtype | None, device: torch.device) -> Precision:
     """The mode called `name`, or the default of `device`: `fp16` on CUDA, `fp32` elsewhere.
+
+    Args:
+        name: one of `PRECISIONS`, or a dtype such as `torch.float16`, `"float16"` or `"half"`.
+        device: what it is to run on.
 
     Raises:
         ValueError: unknown mode, or TF32 asked of a device without it.
     """
     if name is None:
         name = "fp16" if device.type == "cuda" else "fp32"
-    if name not in PRECISIONS:
+    torch_name = str(name).removeprefix("torch.")
+    mode = _TORCH_NAMES.get(torch_name, torch_name)
+    if mode not in PRECISIONS:
         raise ValueError(f"dtype {name!r} is not known; choose from {', '.join(PRECISIONS)}")
-    if name == "tf32" and device.type != "cuda":
+    if mode == "tf32" and device.type != "cuda":
         raise ValueError(f"dtype 'tf32' needs a CUDA device, not {device}; choose 'fp32'")
-    return PRECISIONS[name]
+    return PRECISIONS[mode]
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -22,7 +22,7 @@ Rows = npt.NDArray[np.float32]
 
 @pytest.fixture(scope="module")
 def right() -> Rows:
-    return np.stack(ESM2.from_pretrained("demo", dtype="fp32").embed(SEQUENCES))
+    return np.stack(ESM2.from_pretrained("demo", dtype="fp32", device="cpu").embed(SEQUENCES))
 
 
 @pytest.mark.parametrize(

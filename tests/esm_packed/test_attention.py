@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import re
 import sys
+import tomllib
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -54,7 +57,7 @@ def test_auto_takes_sdpa_on_a_cpu_and_the_reference_for_fp64() -> None:
     [
         ("varlen", "it runs on CUDA devices, not on cpu"),
         ("triton", "it runs on CUDA devices, not on cpu"),
-        ("flash3", "the module flash_attn_interface is not installed"),
+        ("flash3", "it runs on CUDA devices, not on cpu"),
         ("warp", "'warp' is not known; choose from auto"),
     ],
 )
@@ -62,6 +65,34 @@ def test_a_backend_that_cannot_serve_says_why_and_what_would(name: str, reason: 
     with pytest.raises(attention.BackendError, match=reason) as error:
         attention.select_backend(name, CPU, PRECISIONS["fp32"], 64)
     assert "sdpa" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name, how",
+    [
+        ("flash2", "pip install --no-build-isolation flash-attn"),
+        ("flash3", "hopper"),
+        ("fa3_fwd", "pip install fa3-fwd"),
+        ("flash4", "pip install flash-attn-4"),
+    ],
+)
+def test_a_missing_package_says_how_to_install_it(
+    monkeypatch: pytest.MonkeyPatch, name: str, how: str
+) -> None:
+    monkeypatch.setattr(attention.importlib.util, "find_spec", lambda module: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    with pytest.raises(attention.BackendError, match=f"is not installed: .*{re.escape(how)}"):
+        attention.select_backend(name, torch.device("cuda"), PRECISIONS["bf16"], 64)
+    with pytest.raises(attention.BackendError) as error:
+        attention.select_backend(name, CPU, PRECISIONS["bf16"], 64)
+    assert "install" not in str(error.value), "it would not serve there either"
+
+
+def test_the_package_promises_no_extra_that_pip_cannot_build() -> None:
+    """flash-attn's build imports torch, which pip's isolated builds do not have."""
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    assert "flash" not in project["optional-dependencies"]
+    assert not any("flash" in line for lines in project["optional-dependencies"].values() for line in lines)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +148,7 @@ def test_without_triton_fp32_on_a_gpu_falls_back(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(attention.dispatch, "TRITON_DEVICES", set())
     device = torch.device("cuda")
     assert attention.select_backend("auto", device, PRECISIONS["fp32"], 64)[0] == "sdpa"
-    with pytest.raises(attention.BackendError, match="Triton is not installed"):
+    with pytest.raises(attention.BackendError, match="Triton is not installed: pip install triton"):
         attention.select_backend("triton", device, PRECISIONS["fp32"], 64)
 
 
@@ -156,4 +187,8 @@ def test_flash_attn_is_called_with_its_own_spelling(
     assert torch.equal(actual, packed_attention(query, key, value, cu_seqlens, 9, 0.25))
     assert calls[0]["max_seqlen_k"] == 9
     assert calls[0]["cu_seqlens_k"] is cu_seqlens
-    assert any("older than 2.6" in str(warning.message) for warning in recwarn) == warns
+    messages = [str(warning.message) for warning in recwarn]
+    assert len(messages) == warns
+    for message in messages:
+        for said in ("flash-attn 2.5.9", "torch 2.3", "'varlen'", "pip install"):
+            assert said in message

@@ -79,7 +79,7 @@ def ours(model: ESM2, batch: PackedBatch) -> dict[str, torch.Tensor]:
 
 
 def test_fp64_is_fair_esm(case: Case) -> None:
-    model = ESM2.from_pretrained(case.checkpoint, dtype="fp64")
+    model = ESM2.from_pretrained(case.checkpoint, dtype="fp64", device="cpu")
     expected = tensors_of(case.truth)
     for name, actual in ours(model, case.batch()).items():
         assert actual.dtype == torch.float64
@@ -87,7 +87,7 @@ def test_fp64_is_fair_esm(case: Case) -> None:
 
 
 def test_fp32_is_as_close_to_the_truth_as_fair_esm(case: Case) -> None:
-    model = ESM2.from_pretrained(case.checkpoint, dtype="fp32")
+    model = ESM2.from_pretrained(case.checkpoint, dtype="fp32", device="cpu")
     truth, fair = tensors_of(case.truth), tensors_of(case.fair("fp32"))
     for name, actual in ours(model, case.batch()).items():
         assert relative_error(actual, truth[name]) <= 1.5 * relative_error(fair[name], truth[name]), name
@@ -95,7 +95,7 @@ def test_fp32_is_as_close_to_the_truth_as_fair_esm(case: Case) -> None:
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 def test_half_types_are_within_twice_the_error_of_fair_esm(case: Case, dtype: str) -> None:
-    model = ESM2.from_pretrained(case.checkpoint, dtype=dtype)
+    model = ESM2.from_pretrained(case.checkpoint, dtype=dtype, device="cpu")
     # The last protein is left out: fair-esm takes 10 s for 1,300 residues in a half type on a CPU.
     truth, fair = tensors_of(case.truth[:-1]), tensors_of(case.fair(dtype, -1))
     for name, actual in ours(model, case.batch(-1)).items():
@@ -109,16 +109,16 @@ def test_contacts_are_those_of_fair_esm(case: Case) -> None:
         tokens = torch.tensor([[0, *fair_esm_reference.ALPHABET.encode(sequence), 2]])
         expected = fair.predict_contacts(tokens)[0].numpy()
     assert expected.std() > 1e-3
-    actual = ESM2.from_pretrained(case.checkpoint, dtype="fp64").predict_contacts(sequence)
+    actual = ESM2.from_pretrained(case.checkpoint, dtype="fp64", device="cpu").predict_contacts(sequence)
     np.testing.assert_allclose(actual, expected, rtol=1e-10, atol=1e-12)
-    single = ESM2.from_pretrained(case.checkpoint, dtype="fp32").predict_contacts(sequence)
+    single = ESM2.from_pretrained(case.checkpoint, dtype="fp32", device="cpu").predict_contacts(sequence)
     np.testing.assert_allclose(single, expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype, bound", [("fp64", 1e-12), ("fp32", 1e-5)])
 def test_packing_changes_nothing(case: Case, dtype: str, bound: float) -> None:
     """Alone, packed, and packed in another order: the same rows."""
-    model = ESM2.from_pretrained(case.checkpoint, dtype=dtype)
+    model = ESM2.from_pretrained(case.checkpoint, dtype=dtype, device="cpu")
     sequences = case.sequences[:20]
     together = model.embed(sequences, per_residue=True, token_budget=10_000)
     order = np.random.default_rng(0).permutation(len(sequences))
@@ -134,7 +134,7 @@ def test_packing_changes_nothing(case: Case, dtype: str, bound: float) -> None:
 
 @pytest.mark.parametrize("shift", [-1, 1])
 def test_a_shifted_boundary_is_seen(case: Case, shift: int) -> None:
-    model = ESM2.from_pretrained(case.checkpoint, dtype="fp32")
+    model = ESM2.from_pretrained(case.checkpoint, dtype="fp32", device="cpu")
     batch = case.batch()
     shifted = batch.cu_seqlens.clone()
     shifted[10] += shift
@@ -148,7 +148,7 @@ def test_a_shifted_boundary_is_seen(case: Case, shift: int) -> None:
 
 def test_recomputed_inv_freq_is_another_model(case: Case) -> None:
     """Were inv_freq recomputed in FP32 rather than read, the FP64 test would fail by this much."""
-    model = ESM2.from_pretrained(case.checkpoint, dtype="fp64")
+    model = ESM2.from_pretrained(case.checkpoint, dtype="fp64", device="cpu")
     head_dim = model.config.head_dim
     model.inv_freq = 1 / 10000 ** (torch.arange(0, head_dim, 2).double() / head_dim)
     actual = ours(model, case.batch())

@@ -44,7 +44,7 @@ def test_a_shape_holds_its_batch(num_residues: list[int], budget: int) -> None:
 @pytest.mark.parametrize("attention", ["sdpa", "reference"])
 def test_loaded_batches_have_the_same_embeddings(attention: str) -> None:
     """One static batch, loaded with one pack after the other, as for replays: nothing stays of the last."""
-    model = ESM2.from_pretrained("demo", dtype="fp64", attention=attention)
+    model = ESM2.from_pretrained("demo", dtype="fp64", attention=attention, device="cpu")
     batches = [random_batch(lengths) for lengths in ([60, 3, 1], [30, 30, 61, 12], [64], [7] * 25)]
     widest = max((Shape.of(batch, [5]) for batch in batches), key=lambda shape: shape.num_segments)
     static = empty_batch(Shape(BUDGET, widest.num_segments, 128, (5,)), batches[0])
@@ -88,7 +88,7 @@ class StandInGraph:
 
 def test_replays_give_each_batch_its_own_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Static tensors, shapes and copies, with graphs that repeat calls as CUDA's repeat launches."""
-    model = RecordingModel(ESM2.from_pretrained("demo", dtype="fp32"))
+    model = RecordingModel(ESM2.from_pretrained("demo", dtype="fp32", device="cpu"))
 
     @contextmanager
     def record(graph: StandInGraph, **options: object) -> Iterator[None]:

@@ -38,7 +38,7 @@ def embed(
 
 
 def test_layouts_give_the_same_embeddings() -> None:
-    model = ESM2.from_pretrained("demo", dtype="fp64")
+    model = ESM2.from_pretrained("demo", dtype="fp64", device="cpu")
     token_ids = [encode(sequence) for sequence in SEQUENCES]
     lengths = [len(ids) + 2 for ids in token_ids]
     rows = {
@@ -68,7 +68,7 @@ def test_filled_packs(num_residues: list[int], missing: int) -> None:
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("num_threads", [1, 2])
 def test_fixed_layout_gives_the_same_bits_in_any_company(dtype: str, num_threads: int) -> None:
-    model = ESM2.from_pretrained("demo", dtype=dtype)
+    model = ESM2.from_pretrained("demo", dtype=dtype, device="cpu")
     token_ids = random_proteins(24, 70)
     lengths = [len(ids) + 2 for ids in token_ids]
     rng = np.random.default_rng(0)
@@ -96,7 +96,7 @@ def test_other_layouts_do_not_keep_the_bits(monkeypatch: pytest.MonkeyPatch) -> 
         return linear(x[:, :half], weight[:, :half], bias) + x[:, half:] @ weight[:, half:].T
 
     monkeypatch.setattr("esm_packed.kernels.linear", by_shape)
-    model = ESM2.from_pretrained("demo", dtype="fp32")
+    model = ESM2.from_pretrained("demo", dtype="fp32", device="cpu")
     token_ids = random_proteins(12, 70)
     lengths = [len(ids) + 2 for ids in token_ids]
     packings = [random_packing(lengths, 101, np.random.default_rng(seed), early=0.1) for seed in range(4)]
@@ -118,6 +118,6 @@ def test_filled_packs_keep_fair_esms_embeddings(tmp_path) -> None:  # type: igno
         tmp_path / "esm2_small.pt", num_layers=2, num_heads=4, head_dim=16
     )
     truth = fair_esm_reference.run(fair_esm_reference.load(path, torch.float64), SEQUENCES)
-    model = ESM2.from_pretrained(path, dtype="fp64")
+    model = ESM2.from_pretrained(path, dtype="fp64", device="cpu")
     rows = embed(model, "fixed", [encode(s) for s in SEQUENCES], [[0, 2, 1], [4, 3]], 64)
     np.testing.assert_allclose(rows, [each["mean"][2] for each in truth], rtol=1e-10, atol=1e-12)

@@ -11,16 +11,23 @@ import numpy as np
 import pytest
 import torch
 
+import esm_packed
 from esm_packed import ESM2
+from esm_packed import model as model_module
 from esm_packed.alphabet import encode
 from esm_packed.config import ESM2Config
 from esm_packed.packing import pack
+from esm_packed.runners.request import EmbedRequest
 from esm_packed.weights import CheckpointError, load_checkpoint, save_fair_esm
 
 
 @pytest.fixture(scope="module")
 def demo() -> ESM2:
-    return ESM2.from_pretrained("demo")
+    return ESM2.from_pretrained("demo", device="cpu")
+
+
+def test_the_package_lists_what_it_offers() -> None:
+    assert {"ESM2", "__version__"} <= set(dir(esm_packed))
 
 
 def test_embed_keeps_the_order_and_the_shapes(demo: ESM2) -> None:
@@ -49,6 +56,7 @@ def test_layers_count_from_both_ends(demo: ESM2) -> None:
     "sequences, kind, named",
     [
         ("MKT", TypeError, "one string"),
+        ({"a": "MKT"}, TypeError, r"sequences is a dict.*pass list\(sequences\.values\(\)\)"),
         ([("a", "MKT")], TypeError, r"sequences\[0\] is a tuple"),
         (["MK", ""], ValueError, r"sequences\[1\] is empty"),
         (["MK", "MJ"], ValueError, r"sequences\[1\]: 'J' at position 2"),
@@ -83,6 +91,82 @@ def test_devices_that_cannot_serve_are_refused(device: str) -> None:
         pytest.skip("this machine has a CUDA device")
     with pytest.raises(ValueError, match=f"device '?{device}"):
         ESM2.from_pretrained("demo", device=device)
+
+
+@pytest.mark.parametrize("per_residue", [False, True])
+def test_a_list_of_layers_gives_a_dict_in_one_pass(
+    demo: ESM2, monkeypatch: pytest.MonkeyPatch, per_residue: bool
+) -> None:
+    sequences = ["MKTAYIAK", "ACD"]
+    expected = {layer: demo.embed(sequences, layer=layer, per_residue=per_residue) for layer in (2, 0, -1)}
+    passes = []
+    forward_packed = ESM2.forward_packed
+
+    def count(model: ESM2, *arguments: object, **options: object) -> object:
+        passes.append(arguments)
+        return forward_packed(model, *arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(ESM2, "forward_packed", count)
+    several = demo.embed(sequences, layer=[2, 0, -1], per_residue=per_residue)
+    assert len(passes) == 1
+    assert list(several) == [2, 0, -1], "keyed as asked for, in that order"
+    for layer, arrays in expected.items():
+        for actual, array in zip(several[layer], arrays, strict=True):
+            np.testing.assert_array_equal(actual, array)
+    assert demo.embed([], layer=[1, 2]) == {1: [], 2: []}
+    both = demo.embed(["ACD"], layer=(5, -1))
+    np.testing.assert_array_equal(both[5][0], both[-1][0])
+    assert list(demo.embed(["ACD"], layer=[np.int64(3)])) == [3]
+
+
+@pytest.mark.parametrize(
+    "layer, kind, said",
+    [
+        ("6", TypeError, "layer '6' is not a number or a list of numbers"),
+        (2.0, TypeError, "layer 2.0 is not a number"),
+        ([1, "2"], TypeError, r"layer \[1, '2'\] is not a number or a list"),
+        ([], ValueError, "layer is empty"),
+        ([1, 9], ValueError, "layer 9 does not exist"),
+    ],
+)
+def test_layers_that_are_no_numbers_are_refused(
+    demo: ESM2, layer: object, kind: type[Exception], said: str
+) -> None:
+    with pytest.raises(kind, match=said):
+        demo.embed(["MK"], layer=layer)  # type: ignore[call-overload]
+
+
+def test_calling_the_model_says_what_to_call(demo: ESM2) -> None:
+    for arguments in ([torch.zeros(1, 4, dtype=torch.int64)], [["MKT"]], []):
+        with pytest.raises(TypeError, match=r"call model\.embed\(sequences\).* or model\.forward_packed\("):
+            demo(*arguments)
+
+
+def test_training_is_refused(demo: ESM2) -> None:
+    for train in (demo.train, lambda: demo.train(True), demo.requires_grad_):
+        with pytest.raises(NotImplementedError, match=r"inference only.*fair-esm or transformers"):
+            train()
+    assert demo.eval() is demo and demo.train(False) is demo and demo.requires_grad_(False) is demo
+    assert not any(parameter.requires_grad for parameter in demo.parameters())
+
+
+@pytest.mark.parametrize("dtype", ["float16", torch.float16, "torch.float16", "half", "fp16"])
+def test_the_dtype_may_be_spelt_as_in_torch(dtype: str | torch.dtype) -> None:
+    model = ESM2.from_pretrained("demo", dtype=dtype, device="cpu")
+    assert model.precision == "fp16"
+    assert model.dtype == torch.float16
+
+
+def test_the_default_device_is_that_of_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def resolve_device(name: str | torch.device) -> torch.device:
+        asked.append(name)
+        return torch.device("cpu")
+
+    monkeypatch.setattr(model_module, "resolve_device", resolve_device)
+    ESM2.from_pretrained("demo")
+    assert asked == ["auto"] == [EmbedRequest((), Path("out.h5")).device]
 
 
 @pytest.mark.parametrize("layer", [6, -7])
@@ -120,7 +204,7 @@ def test_what_the_checkpoint_lacks_is_missed_only_when_asked_for() -> None:
         for name, tensor in checkpoint.tensors.items()
         if not name.startswith(("lm_head", "contact_head"))
     }
-    whole = ESM2.from_pretrained("demo")
+    whole = ESM2.from_pretrained("demo", device="cpu")
     model = ESM2.from_checkpoint(
         type(checkpoint)("trunk", checkpoint.config, kept, "", ""),
         whole.device,
@@ -136,7 +220,7 @@ def test_what_the_checkpoint_lacks_is_missed_only_when_asked_for() -> None:
 
 
 def test_precision_mode_sets_the_dtype_of_the_weights() -> None:
-    model = ESM2.from_pretrained("demo", dtype="bf16")
+    model = ESM2.from_pretrained("demo", dtype="bf16", device="cpu")
     assert model.precision == "bf16"
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert model.inv_freq.dtype == torch.float32
@@ -144,7 +228,7 @@ def test_precision_mode_sets_the_dtype_of_the_weights() -> None:
 
 @pytest.mark.parametrize("mode", ["fp16", "bf16", "fp32", "fp64"])
 def test_rows_come_back_in_fp32_whatever_computed_them(demo: ESM2, mode: str) -> None:
-    model = ESM2.from_pretrained("demo", dtype=mode)
+    model = ESM2.from_pretrained("demo", dtype=mode, device="cpu")
     expected = np.float64 if mode == "fp64" else np.float32
     for per_residue in (False, True):
         (rows,) = model.embed(["MKTAYIAK"], per_residue=per_residue)
@@ -157,7 +241,7 @@ def test_rows_come_back_in_fp32_whatever_computed_them(demo: ESM2, mode: str) ->
 @pytest.mark.parametrize("mode", ["fp16", "bf16", "fp32"])
 def test_the_residual_stream_has_the_dtype_of_the_setting(mode: str, residual: torch.dtype) -> None:
     """In values, not in name only: an FP32 stream holds what no half type does."""
-    model = ESM2.from_pretrained("demo", dtype=mode)
+    model = ESM2.from_pretrained("demo", dtype=mode, device="cpu")
     assert model.precision_mode.residual_dtype == torch.float32
     model.precision_mode = replace(model.precision_mode, residual_dtype=residual)
     batch = pack([encode("MKTAYIAKQRQISFVK"), encode("ACDEFGH")])
@@ -181,7 +265,7 @@ def test_the_residual_stream_holds_more_than_fp16_can() -> None:
         tensors[f"layers.{layer}.fc2.bias"] = torch.full((96,), 40_000.0)
     changed = type(checkpoint)("changed", checkpoint.config, tensors, "", "")
     batch = pack([encode("MKTAYIAK")])
-    whole = ESM2.from_pretrained("demo", dtype="fp16")
+    whole = ESM2.from_pretrained("demo", dtype="fp16", device="cpu")
     model = ESM2.from_checkpoint(
         changed, whole.device, whole.precision_mode, (whole.attention_backend, whole.attend)
     )
@@ -200,7 +284,7 @@ from esm_packed import ESM2
 def anonymous():
     return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 
-ESM2.from_pretrained("demo")
+ESM2.from_pretrained("demo", device="cpu")
 before = peak = anonymous()
 done = threading.Event()
 
@@ -211,7 +295,7 @@ def watch():
 
 watcher = threading.Thread(target=watch)
 watcher.start()
-model = ESM2.from_pretrained(sys.argv[1], dtype=sys.argv[2])
+model = ESM2.from_pretrained(sys.argv[1], dtype=sys.argv[2], device="cpu")
 done.set()
 watcher.join()
 print(max(peak, anonymous()) - before, sum(p.numel() * p.element_size() for p in model.parameters()))
@@ -238,7 +322,7 @@ def test_loading_holds_the_model_and_one_tensor_more(tmp_path: Path, dtype: str)
 
 
 def test_rotary_tables_grow_and_outlive_what_was_captured_with_them() -> None:
-    model = ESM2.from_pretrained("demo")
+    model = ESM2.from_pretrained("demo", device="cpu")
     first, _ = model._rotary_tables(5)
     assert len(first) == 1026
     again, _ = model._rotary_tables(1026)

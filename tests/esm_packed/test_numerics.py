@@ -48,3 +48,23 @@ def test_defaults_and_refusals() -> None:
         resolve_precision("fp8", torch.device("cpu"))
     with pytest.raises(ValueError, match="needs a CUDA device"):
         resolve_precision("tf32", torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    "mode, spellings",
+    [
+        ("fp64", ["fp64", "float64", "double", torch.float64]),
+        ("fp32", ["fp32", "float32", "float", torch.float32, "torch.float32"]),
+        ("fp16", ["fp16", "float16", "half", torch.float16]),
+        ("bf16", ["bf16", "bfloat16", torch.bfloat16]),
+    ],
+)
+def test_torchs_names_of_dtypes_are_taken(mode: str, spellings: list[str | torch.dtype]) -> None:
+    for spelling in spellings:
+        assert resolve_precision(spelling, torch.device("cpu")) is PRECISIONS[mode], spelling
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, "torch.int8", 16])
+def test_dtypes_without_a_mode_are_refused(dtype: object) -> None:
+    with pytest.raises(ValueError, match="is not known; choose from fp64, fp32, tf32, fp16, bf16"):
+        resolve_precision(dtype, torch.device("cpu"))  # type: ignore[arg-type]

@@ -49,7 +49,7 @@ def test_equal_to_fair_esm_on_each_sequence_alone(tmp_path: Path, dtype: str, ga
         tmp_path / "esm2_small.pt", num_layers=2, num_heads=4, head_dim=16
     )
     truth = fair_esm_reference.run(fair_esm_reference.load(path, torch.float64), SEQUENCES)
-    model = ESM2.from_pretrained(path, dtype=dtype)
+    model = ESM2.from_pretrained(path, dtype=dtype, device="cpu")
     batch = pad([encode(sequence) for sequence in SEQUENCES])
     means = model.embed_packed(batch, [0, 1, 2], attend=padded_attention)
     for layer, rows in means.items():

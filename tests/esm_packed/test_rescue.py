@@ -67,6 +67,16 @@ def test_what_overflows_is_recomputed_and_named(
         assert np.array_equal(array, in_fp32) == was_rescued
 
 
+def test_of_several_layers_all_are_recomputed_and_the_sequence_is_named_once(overflowing: Checkpoint) -> None:
+    model, truth = model_of(overflowing, "fp16"), model_of(overflowing, "fp32")
+    with pytest.warns(UserWarning, match="^2 of 8 sequences:") as caught:
+        several = model.embed(SEQUENCES, layer=[0, -1])
+    assert len(caught) == 1
+    for layer, arrays in several.items():
+        np.testing.assert_array_equal(arrays[6], truth.embed([SEQUENCES[6]], layer=layer)[0])
+        assert np.isfinite(arrays).all()
+
+
 def test_no_warning_and_no_second_model_without_need(
     overflowing: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
