@@ -33,7 +33,9 @@ from esm_packed.kernels import (
     rotary,
 )
 
-CAPABILITIES = (80, 86, 89, 90, 100)
+CAPABILITIES = (75, 80, 86, 89, 90, 100)
+SINCE = {"packed_attention": 80, "gemm_bias_gelu": 80}
+"""Kernels that older GPUs do not run: attention is SDPA's there, and fc1 is never fused."""
 HALF_TYPES = (torch.float16, torch.bfloat16)
 TOTAL_TOKENS = 233
 CU_SEQLENS = torch.tensor([0, 100, TOTAL_TOKENS], dtype=torch.int32)
@@ -131,7 +133,8 @@ def compile_all(
         launch.num_multiprocessors = lambda device: 132
         for config in models.values():
             for name, run in cases(config.hidden_size, config.num_heads, dtypes):
-                if only and name.split("/")[0] not in only:
+                kernel = name.split("/")[0]
+                if (only and kernel not in only) or capability < SINCE.get(kernel, 0):
                     continue
                 entry = found.setdefault(name, {})
                 if str(capability) in entry:
@@ -149,7 +152,7 @@ def main() -> None:
     parser.add_argument("--capabilities", type=int, nargs="+", default=CAPABILITIES)
     parser.add_argument("--full", action="store_true", help="all models and dtypes")
     parser.add_argument("--only", nargs="+", default=(), help="kernels, such as rotary_qk_")
-    parser.add_argument("--table", type=Path, help="record the registers under this Triton's version")
+    parser.add_argument("--table", type=Path, help="record the results under this Triton's version")
     options = parser.parse_args()
     found = compile_all(tuple(options.capabilities), options.full, tuple(options.only))
     if options.table is None:
@@ -158,7 +161,10 @@ def main() -> None:
     table = json.loads(options.table.read_text()) if options.table.exists() else {}
     recorded = table.setdefault(triton.__version__, {})
     for name, entry in found.items():
-        recorded[name] = {capability: needs["registers"] for capability, needs in entry.items()}
+        recorded[name] = {
+            quantity: {capability: needs[quantity] for capability, needs in entry.items()}
+            for quantity in ("registers", "int32_products")
+        }
     lines = (
         f'"{version}": {{\n'
         + ",\n".join(f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in sorted(entries.items()))

@@ -12,11 +12,13 @@ from typing import Any
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.runtime.cache import get_cache_manager
+from ttir import int32_products
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448}
+SHARED_MEMORY = {75: 65536, 80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448}
 """Bytes of shared memory a program may use, by compute capability (CUDA C Programming Guide, table 'Compute
-Capabilities', less the 1 KiB each block reserves)."""
+Capabilities', less the 1 KiB each block reserves from 8.0 on)."""
 
 
 def _tool(name: str, *arguments: str) -> str:
@@ -60,7 +62,8 @@ class _Utils:
         }
 
     def load_binary(self, name: str, kernel: bytes, shared: int, device: int) -> tuple[Any, ...]:
-        found = {"kernel": name, "shared": shared, **resources(kernel)}
+        products = int32_products(self.driver.ttir)
+        found = {"kernel": name, "shared": shared, "int32_products": products, **resources(kernel)}
         self.driver.compiled.append(found)
         return object(), 0, found["registers"], found["stack"] // 4, 1024
 
@@ -75,9 +78,13 @@ class StubDriver:
         self.capability = capability
         self.compiled: list[dict[str, Any]] = []
         self.launches: list[str] = []
+        self.ttir = ""  # of the kernel that is being loaded
         self.utils = _Utils(self)
 
     def launcher_cls(self, source: Any, metadata: Any) -> Any:
+        path = get_cache_manager(metadata.hash).get_file(f"{metadata.name}.ttir")
+        assert path is not None
+        self.ttir = Path(path).read_text()
         return lambda *arguments: self.launches.append(source.name)
 
     def get_current_target(self) -> GPUTarget:
