@@ -125,7 +125,11 @@ def _add_embed(commands: argparse._SubParsersAction[_Parser]) -> None:
         "--overwrite", action="store_true", help="replace OUT.h5, or an unfinished run of other options"
     )
     parser.add_argument("--keep-run", action="store_true", help="keep OUT.h5.run when OUT.h5 is made")
-    parser.add_argument("--quiet", action="store_true", help="no notes and no progress; the summary remains")
+    amount = parser.add_mutually_exclusive_group()
+    amount.add_argument("--quiet", action="store_true", help="say nothing but what goes wrong")
+    amount.add_argument(
+        "--verbose", action="store_true", help="a summary with stages, packing and all counts at the end"
+    )
     parser.add_argument(
         "--log-json",
         type=_path,

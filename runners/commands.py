@@ -70,10 +70,10 @@ def embed(options: argparse.Namespace) -> int:
         keep_run=options.keep_run,
     )
     summary = embed_files(request, Console(options.quiet))
-    if summary.already_complete:
+    if not options.quiet and summary.already_complete:
         say([f"already complete: {summary.output} holds this run ({summary.num_sequences:,} sequences)"])
-    else:
-        say(summary.lines())
+    elif not options.quiet:
+        say(summary.lines(options.verbose))
         for warning in summary.warnings():
             warnings.warn(warning, stacklevel=1)
     if summary.num_failed:

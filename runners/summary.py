@@ -90,58 +90,73 @@ class Summary:
         others = [stage for stage in STAGES if stage != "computing"]
         return max(others, key=lambda stage: float(getattr(self.stages, stage)))
 
-    def lines(self) -> list[str]:
-        """The summary for the terminal."""
-        stages = self.stages
-        packs = f"{stages.packs:,} of up to {self.token_budget:,} tokens"
-        if stages.overlong_packs:
-            packs += f", {stages.overlong_packs:,} of them one longer sequence"
-        if stages.num_halved:
-            packs += f", {stages.num_halved:,} halved for want of memory"
-        wall = max(stages.wall, 1e-9)
-        shares = ", ".join(f"{stage} {getattr(stages, stage) / wall:.0%}" for stage in STAGES)
-        values = {
-            "sequences": f"{self.num_sequences:,}",
-            "residues": f"{self.num_residues:,}",
-            "truncated": f"{self.num_truncated:,}",
-            "replaced": f"{self.num_replaced:,}",
-            "duplicates": f"{self.num_duplicates:,}",
-            "identical": f"{self.num_identical:,} copied from an equal sequence",
-            "left out": f"{self.num_left_out:,}",
-            "recomputed": f"{self.num_recomputed:,} in fp32",
-            "failed": f"{self.num_failed:,}",
-            **self._comparison_lines(),
-            "packs": packs,
-            "packing efficiency": f"{self.packing_efficiency:.1%}",
-            "wall time": f"{duration(self.seconds)}, embedding {duration(self.embedding_seconds)}, merging "
-            f"{duration(self.merging_seconds)}",
-            "stages": f"{shares} of the time; {stages.bottleneck} was the slowest",
-            "residues/s": f"{stages.residues / max(self.embedding_seconds, 1e-9):,.0f}",
-            "model": f"{self.model_name} (sha256 {self.model_sha256[:16]})",
-            "dtype": self.dtype,
-            "device": self.device,
-            "attention": self.attention,
+    def lines(self, verbose: bool = False) -> list[str]:
+        """The summary for the terminal.
+
+        Args:
+            verbose: all that is known; else the output, counts, the rate, and what was out of the ordinary.
+        """
+        values = {**self._result_lines(), **self._exception_lines(verbose), **self._comparison_lines()}
+        if verbose:
+            values |= self._detail_lines()
+        return [f"{name:<20}{value}" for name, value in values.items()]
+
+    def _result_lines(self) -> dict[str, str]:
+        time = f"{duration(self.seconds)}"
+        if self.stages.packs:
+            time += f", {self.stages.residues / max(self.embedding_seconds, 1e-9):,.0f} residues/s"
+        lines = {
+            "sequences": f"{self.num_sequences:,} ({self.num_residues:,} residues)",
+            "model": f"{self.model_name} in {self.dtype} on {self.device}",
+            "time": time,
         }
-        unknown: list[str] = []
-        if not stages.packs:
-            unknown += ["packs", "packing efficiency", "stages", "residues/s"]
         if self.missing_shards:
-            unknown += [
-                "truncated",
-                "recomputed",
-                "failed",
-                "against fp32",
-                "attention",
-            ]  # the output has them
-            values["slice"] = (
-                f"{self.part} is done; {self.missing_shards:,} shards of other slices are missing"
+            return lines | {
+                "slice": f"{self.part} is done; {self.missing_shards:,} shards of other slices are missing"
+            }
+        return {"output": f"{self.output} ({byte_size(self.output.stat().st_size)})"} | lines
+
+    def _exception_lines(self, verbose: bool) -> dict[str, str]:
+        """Counts of what is not as usual; those of zero only if `verbose`."""
+        counts = {
+            "replaced": (self.num_replaced, "residues outside the alphabet, now X"),
+            "duplicates": (self.num_duplicates, "records with the ID of an earlier one"),
+            "left out": (self.num_left_out, "records, listed in `problems`"),
+            "identical": (self.num_identical, "sequences copied from an equal one"),
+        }
+        if not self.missing_shards:  # the output has them
+            counts |= {
+                "truncated": (self.num_truncated, "sequences, to the first --max-length residues"),
+                "recomputed": (self.num_recomputed, "sequences in fp32, listed in `problems`"),
+                "failed": (self.num_failed, "sequences, whose rows are NaN, listed in `problems`"),
+            }
+        counts["split"] = (self.stages.num_halved, "packs, after running out of memory")
+        return {name: f"{count:,} {what}" for name, (count, what) in counts.items() if count or verbose}
+
+    def _detail_lines(self) -> dict[str, str]:
+        stages = self.stages
+        lines = {
+            "model sha256": self.model_sha256,
+            "embedding": duration(self.embedding_seconds),
+            "merging": duration(self.merging_seconds),
+        }
+        if not self.missing_shards:
+            lines["attention"] = self.attention
+        if stages.packs:
+            overlong = f", {stages.overlong_packs:,} of them one longer sequence" * bool(
+                stages.overlong_packs
             )
-        else:
-            values["output"] = f"{self.output} ({byte_size(self.output.stat().st_size)})"
-        return [f"{name:<20}{value}" for name, value in values.items() if name not in unknown]
+            wall = max(stages.wall, 1e-9)
+            shares = ", ".join(f"{stage} {getattr(stages, stage) / wall:.0%}" for stage in STAGES)
+            lines |= {
+                "packs": f"{stages.packs:,} of up to {self.token_budget:,} tokens{overlong}",
+                "packing efficiency": f"{self.packing_efficiency:.1%}",
+                "stages": f"{shares} of the time; {stages.bottleneck} was the slowest",
+            }
+        return lines
 
     def _comparison_lines(self) -> dict[str, str]:
-        if not self.comparisons and not self.num_to_compare:
+        if self.missing_shards or (not self.comparisons and not self.num_to_compare):
             return {}
         if not self.comparisons:
             return {"against fp32": f"none of {self.num_to_compare:,} compared yet"}

@@ -143,7 +143,7 @@ def test_default_length_is_1022_and_0_is_the_whole(tmp_path, without_computing):
     summary, reader = run(tmp_path / "in.fasta", max_length=0, overwrite=True)
     assert reader.column("embedded_lengths").tolist() == [1100]
     assert (summary.stages.packs, summary.stages.tokens) == (1, 1102)
-    assert "1 of them one longer sequence" in "\n".join(summary.lines())
+    assert "1 of them one longer sequence" in "\n".join(summary.lines(verbose=True))
 
 
 def test_gzip_stdin_and_several_files_are_one_input(tmp_path, fasta, sequences, monkeypatch):

@@ -107,3 +107,43 @@ def test_a_name_that_promises_another_format_is_refused(
 def test_other_names_are_accepted(fasta: Path, name: str) -> None:
     assert embed(fasta, output=name) == 0
     assert fasta.with_name(name).exists()
+
+
+def names_of(text: str) -> list[str]:
+    return [line[:20].strip() for line in text.splitlines()]
+
+
+def test_the_summary_is_short_unless_something_was_out_of_the_ordinary(
+    fasta: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert embed(fasta) == 0
+    assert names_of(capsys.readouterr().out) == ["output", "sequences", "model", "time"]
+    fasta.write_text(FASTA + ">c\nMK\n>d\nMK1LLLLL\n>e\nMK-\n>f\nMKV\n>g\nMKV\n")
+    assert (
+        embed(fasta, "--overwrite", "--invalid", "skip", "--duplicates", "rename", "--max-length", "5") == 0
+    )
+    text = capsys.readouterr().out
+    assert names_of(text)[4:] == ["duplicates", "left out", "identical", "truncated"]
+    assert re.findall(r"^(?:duplicates|left out|identical|truncated) +([0-9]+) ", text, re.M) == [
+        "1",
+        "2",
+        "1",
+        "2",
+    ]
+
+
+def test_verbose_tells_all(fasta: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert embed(fasta, "--verbose") == 0
+    text = capsys.readouterr().out
+    expected = {"failed", "packs", "packing efficiency", "stages", "attention", "embedding", "merging"}
+    assert expected <= set(names_of(text))
+    assert re.search("^failed +0 ", text, re.M)
+
+
+def test_quiet_says_nothing(fasta: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for _ in range(2):  # the second time it is complete already
+        assert embed(fasta, "--quiet") == 0
+        captured = capsys.readouterr()
+        assert captured.out + captured.err == ""
+    assert embed(fasta, "--quiet", "--verbose") == 2
+    assert "not allowed with argument" in capsys.readouterr().err
