@@ -249,6 +249,9 @@ def _add_info(commands: argparse._SubParsersAction[_Parser]) -> None:
     )
     _runs(parser, run.info, "esm_packed.runners.info")
     parser.add_argument("subject", metavar="FILE|MODEL")
+    parser.add_argument(
+        "--all", action="store_true", help="list all faults of a FASTA file, not only the first ten"
+    )
 
 
 def _add_checkpoint(commands: argparse._SubParsersAction[_Parser]) -> None:

@@ -98,7 +98,7 @@ def _report(error: Exception, can_continue: bool, show_traceback: bool) -> int:
         complain(f"{error}; what is finished is kept, repeat the command to continue")
         return EXIT_INTERRUPTED
     if _is_of(error, _USER_ERRORS):
-        complain(str(error))
+        complain(getattr(error, "message", str(error)), getattr(error, "details", ()))
         return EXIT_USAGE
     if show_traceback:
         traceback.print_exception(error)

@@ -155,7 +155,7 @@ def info(options: argparse.Namespace) -> int:
     from esm_packed.runners.info import describe
 
     _check_standard_input([options.subject])
-    say(describe(options.subject))
+    say(describe(options.subject, list_all=options.all))
     return EXIT_COMPLETE
 
 

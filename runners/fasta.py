@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import IntFlag
 
 import numpy as np
 import numpy.typing as npt
@@ -35,14 +37,38 @@ _HINT_INVALID = "--invalid x replaces such characters by X, --invalid skip leave
 _COMMENT_LINE = re.compile(rb"[\r\n];[^\r\n]*")
 _IS_SPACE = np.zeros(ord(" ") + 1, dtype=np.bool_)
 _IS_SPACE[list(b" \t\n\r\v\f")] = True
-_NUCLEOTIDE_CODES = np.unique(RESIDUE_TO_ID[np.frombuffer(b"ACGTUN", dtype=np.uint8)])
+_NUCLEOTIDE_IDS = np.unique(RESIDUE_TO_ID[np.frombuffer(b"ACGTUN", dtype=np.uint8)])
 
 Codes = npt.NDArray[np.uint8]
 Positions = npt.NDArray[np.int64]
 
 
+class Modified(IntFlag):
+    """How a record differs from what its file holds; several flags may be set."""
+
+    RESIDUES_REPLACED = 1
+    GAPS_DROPPED = 2
+    TRAILING_STOP_DROPPED = 4
+    RENAMED = 8
+
+    @property
+    def label(self) -> str:
+        """The name of a single flag in words, such as `gaps dropped`."""
+        return str(self.name).lower().replace("_", " ")
+
+
 class InputError(ValueError):
-    """The user's mistake, in a file or an option; `str(error)` is the full message for the terminal."""
+    """The user's mistake, in a file or an option; `str(error)` is the full message.
+
+    Args:
+        message: the message, or its first line if there are `details`.
+        details: further lines, for a list of faults.
+    """
+
+    def __init__(self, message: str, details: Sequence[str] = ()) -> None:
+        super().__init__("\n  ".join([message, *details]))
+        self.message = message
+        self.details = tuple(details)
 
 
 @dataclass(frozen=True)
@@ -95,7 +121,7 @@ class ParsedBlock:
 
     `header_begins` (just behind the `>`), `header_ends` (where the sequence begins), `sequence_ends` (in
     front of a trailing `*`), `name_begins`, `name_ends` (of the ID) and `lengths` (residues) are (n,) int64;
-    `codes` is what `residue_codes` gives.
+    `modified` is (n,) uint8, `Modified` flags; `codes` is what `residue_codes` gives.
     """
 
     block: bytes
@@ -105,6 +131,7 @@ class ParsedBlock:
     name_begins: Positions
     name_ends: Positions
     lengths: Positions
+    modified: npt.NDArray[np.uint8]
     codes: Codes
     faults: list[Fault]
     num_replaced: int
@@ -112,11 +139,6 @@ class ParsedBlock:
     def name(self, record: int) -> str:
         """The ID of `record`; empty if it has none."""
         return self.block[self.name_begins[record] : self.name_ends[record]].decode("utf-8")
-
-    def count_nucleotides(self, record: int) -> int:
-        """How many residues of `record` are one of A, C, G, T, U, N."""
-        codes = self.codes[self.header_ends[record] : self.sequence_ends[record]]
-        return int(np.isin(codes, _NUCLEOTIDE_CODES).sum())
 
 
 def _code_table(gaps: str) -> bytes:
@@ -174,6 +196,11 @@ def token_ids_of(codes: Codes) -> npt.NDArray[np.uint8]:
     return token_ids
 
 
+def count_nucleotides(token_ids: npt.NDArray[np.uint8]) -> int:
+    """How many residues are one of A, C, G, T, U, N."""
+    return int(np.isin(token_ids, _NUCLEOTIDE_IDS).sum())
+
+
 def text_fault(block: bytes) -> tuple[int, str] | None:
     """Position and reason of the first byte that shows that `block` is no text; None if there is none."""
     nul = block.find(b"\0")
@@ -201,9 +228,14 @@ def first_record(block: bytes) -> int:
     return found.end() - 1 if found else len(block)
 
 
+def record_begin(block: bytes, position: int) -> int:
+    """Where the record in which `position` lies begins; 0 if no later line begins one."""
+    return max(block.rfind(b"\n>", 0, position + 1), block.rfind(b"\r>", 0, position + 1)) + 1
+
+
 def record_at(block: bytes, position: int, full_header: bool) -> str | None:
     """The ID of the record in which `position` lies; None before the first record."""
-    start = max(block.rfind(b"\n>", 0, position + 1), block.rfind(b"\r>", 0, position + 1)) + 1
+    start = record_begin(block, position)
     if not block.startswith(b">", start):
         return None
     header = re.split(rb"[\r\n]", block[start + 1 :], maxsplit=1)[0]
@@ -245,6 +277,11 @@ def parse_block(block: bytes, options: ReadOptions) -> ParsedBlock:
         return ends - begins - num_absent
 
     lengths = count_present(header_ends, ends)
+    modified = np.zeros(len(starts), dtype=np.uint8)
+    if options.gaps == "drop":
+        undropped = residue_codes(block, header_ends, ends, "error")
+        gaps = np.flatnonzero((undropped == NEVER_REPLACED) & (codes == NOTHING))
+        modified[np.searchsorted(header_ends, gaps) - 1] |= Modified.GAPS_DROPPED.value
 
     suspects = np.flatnonzero(codes >= NEVER_REPLACED)
     if suspects.size:
@@ -259,13 +296,15 @@ def parse_block(block: bytes, options: ReadOptions) -> ParsedBlock:
             ends[owner] = stops
             lengths[owner] -= 1
             codes[stops] = NOTHING
+            modified[owner] |= Modified.TRAILING_STOP_DROPPED.value
             suspects = suspects[codes[suspects] != NOTHING]
 
     num_replaced = 0
     if options.invalid == "x":
-        num_replaced = len(suspects)
-        suspects = suspects[codes[suspects] == NEVER_REPLACED]
-        num_replaced -= len(suspects)
+        is_replaced = codes[suspects] != NEVER_REPLACED
+        replaced, suspects = suspects[is_replaced], suspects[~is_replaced]
+        num_replaced = len(replaced)
+        modified[np.searchsorted(header_ends, replaced) - 1] |= Modified.RESIDUES_REPLACED.value
 
     faults: dict[int, Fault] = {}
     owners, first = np.unique(np.searchsorted(header_ends, suspects) - 1, return_index=True)
@@ -283,6 +322,7 @@ def parse_block(block: bytes, options: ReadOptions) -> ParsedBlock:
         name_begins=name_begins,
         name_ends=name_ends,
         lengths=lengths,
+        modified=modified,
         codes=codes,
         faults=[faults[record] for record in sorted(faults)],
         num_replaced=num_replaced,

@@ -1,10 +1,11 @@
 """FASTA files to a compact index: one pass that checks all, then random access to any range of records.
 
-An index is a folder: `records.bin`, one row of 24 bytes for each record; `first_same.bin`, 8 bytes that name
+An index is a folder: `records.bin`, one row of 25 bytes for each record; `first_same.bin`, 8 bytes that name
 the first record of the same sequence; and `index.json`, which is written last, carries the checksums of all,
 and says what the index was made from, so that a later process can take it over. Sequences and headers stay
 where they are: in the user's files or, for gzip, pipes and standard input, in an uncompressed copy in the
-folder. Memory is bounded by the chunk size or the longest record, plus a note for each record left out.
+folder. Memory is bounded by the chunk size or the longest record, plus a note for each record left out or
+fault to be listed.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, astuple, dataclass
-from itertools import chain
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -29,12 +31,16 @@ import numpy as np
 import numpy.typing as npt
 
 from esm_packed.runners.fasta import (
+    Fault,
     InputError,
+    Modified,
     ReadOptions,
+    count_nucleotides,
     first_record,
     parse_block,
     preamble_fault,
     record_at,
+    record_begin,
     shorten,
     text_fault,
     token_ids_of,
@@ -70,8 +76,10 @@ MAX_RECORD_BYTES = 1 << 26
 """Longest record that is read, as a record is held in memory whole; the longest proteins are about 46 kB."""
 DNA_RECORDS = 100
 DNA_FRACTION = 0.9
+MOST_LISTED = 10
+"""Faults that an error lists; of the others it says how many there are."""
 
-_FORMAT_VERSION = 1
+_FORMAT_VERSION = 2
 _CHECKSUM_BYTES = hashlib.sha256().digest_size * 2
 _NO_INDEX = (OSError, ValueError, TypeError, KeyError)
 """What reading an index raises that is not there, not whole, or not of this version."""
@@ -100,6 +108,72 @@ class _LeftOut:
     sequence_id: str
     reason: str
     same_as: tuple[int, int] | None = None
+    hint: str = ""
+
+
+class _UnreadableError(InputError):
+    """The rest of an input cannot be read; other inputs can."""
+
+
+class _Faults:
+    """The faults that end a run, counted; the first ones are kept.
+
+    Args:
+        most: how many of each kind to keep; None keeps all.
+    """
+
+    def __init__(self, most: int | None) -> None:
+        self.most = most
+        self.count = 0
+        self._in_records: list[_LeftOut] = []
+        self._repeated: list[_LeftOut] = []
+        self._dna: list[_LeftOut] = []
+        self._unreadable: list[tuple[int, str]] = []
+
+    def add_in_record(self, entry: Callable[[], _LeftOut]) -> None:
+        """Of one record; `entry` is asked for only if it is kept."""
+        self.count += 1
+        if self.most is None or len(self._in_records) < self.most:
+            self._in_records.append(entry())
+
+    def add_repeated(self, entries: Iterator[_LeftOut], count: int) -> None:
+        """All records, `count` of them, of an ID that an earlier one has."""
+        self.count += count
+        self._repeated += islice(entries, self.most)
+
+    def add_dna(self, entry: _LeftOut) -> None:
+        self.count += 1
+        self._dna.append(entry)
+
+    def add_unreadable(self, source: int, message: str) -> None:
+        """Source number and message of what ends the reading of an input."""
+        self.count += 1
+        self._unreadable.append((source, message))
+
+    def error(self, sources: Sequence[Source], left_out: Sequence[_LeftOut] = ()) -> InputError:
+        """The error that lists what was found, in input order, with line numbers.
+
+        Args:
+            sources: all inputs.
+            left_out: records that are to be listed, too.
+        """
+        count = self.count + len(left_out)
+        entries = [*self._in_records, *self._repeated, *self._dna, *left_out]
+        entries = sorted(entries, key=lambda entry: entry.place)[: self.most]
+        listed = [
+            (entry.place, f"{problem.located()}: {problem.reason}", entry.hint)
+            for entry, problem in zip(entries, _problems(sources, entries), strict=True)
+        ]
+        # what ends a file comes after all else in it, and is listed in any case
+        ends = [((source, sys.maxsize), text, "") for source, text in self._unreadable[: self.most]]
+        listed = sorted(listed + ends)
+        lines = [" ".join(text.splitlines()) for _, text, _ in listed]
+        hints = list(dict.fromkeys(hint for _, _, hint in listed if hint))
+        if count == 1:
+            return InputError(lines[0] + "".join(f" ({hint})" for hint in hints))
+        if len(lines) < count:
+            lines.append(f"and {count - len(lines):,} more; esm-packed info --all FILE lists all of a file")
+        return InputError(f"{count:,} faults in the input:", [*lines, *hints])
 
 
 class FastaIndex:
@@ -184,6 +258,23 @@ class FastaIndex:
             for name, copy in zip(names, copies, strict=True)
         ]
 
+    def modified(self, start: int, stop: int) -> npt.NDArray[np.uint8]:
+        """(stop - start,) uint8, what was changed in the records [start, stop): `Modified` flags.
+
+        Raises:
+            ValueError: no such range.
+        """
+        self._check_range(start, stop)
+        rows = self._records[start:stop]
+        is_renamed = (rows["copy"] > 0).astype(np.uint8)
+        modified: npt.NDArray[np.uint8] = rows["modified"] | is_renamed * np.uint8(Modified.RENAMED)
+        return modified
+
+    def dna_problem(self) -> Problem | None:
+        """Why the first records look like nucleotides; None if they do not."""
+        fault = _dna_fault(self._reader, self.num_records)
+        return None if fault is None else _problems(self._reader.sources, [fault])[0]
+
     def _check_range(self, start: int, stop: int) -> None:
         if not 0 <= start <= stop <= self.num_records:
             raise ValueError(
@@ -219,6 +310,8 @@ def build_index(
     *,
     progress: Callable[[int], None] | None = None,
     chunk_size: int = 1 << 22,
+    most_listed: int | None = MOST_LISTED,
+    list_left_out: bool = False,
 ) -> FastaIndex:
     """Read all of `paths` once, check every record, and leave an index in `work_dir`.
 
@@ -228,15 +321,17 @@ def build_index(
         options: what to do about faults.
         progress: told how many more bytes of the inputs (as they are, compressed or not) have been read.
         chunk_size: bytes to read at a time.
+        most_listed: faults that an error lists; None lists all.
+        list_left_out: an error also lists the records that `options` left out.
 
     Raises:
-        InputError: the first fault that `options` does not allow; the message names file, line and record.
+        InputError: there are faults that `options` does not allow; the message names file, line and record
+            of each that is listed, a line for each if there are several.
         OSError: `work_dir` cannot be written.
     """
     if not paths:
         raise InputError("no input files were given")
-    for path in paths:
-        _check_opens(path)
+    _check_open(paths, most_listed)
     work_dir.mkdir(parents=True, exist_ok=True)
     _clear(work_dir)
     with (
@@ -244,18 +339,27 @@ def build_index(
         (work_dir / _ID_HASHES).open("wb") as ids_file,
         (work_dir / _SEQUENCE_HASHES).open("wb") as sequences_file,
     ):
-        builder = _Pass(options, records_file, ids_file, sequences_file)
+        builder = _Pass(options, records_file, ids_file, sequences_file, _Faults(most_listed))
         for number, path in enumerate(paths):
-            builder.read_input(path, work_dir / _copy_name(number), progress, chunk_size)
-        builder.check_not_dna()
+            try:
+                builder.read_input(path, work_dir / _copy_name(number), progress, chunk_size)
+            except _UnreadableError as error:
+                builder.faults.add_unreadable(len(builder.sources) - 1, str(error))
+    num_duplicates, mean_id_bytes = 0, 0.0
+    if builder.num_records:
+        if not options.force:
+            _check_not_dna(builder, work_dir)
+        mean_id_bytes = builder.num_id_bytes / builder.num_records
+        num_duplicates = _settle_duplicates(builder, work_dir)
+    left_out = builder.left_out if list_left_out else []
+    if builder.faults.count or (left_out and not builder.num_records):
+        raise builder.faults.error(builder.sources, left_out)
     if not builder.num_records:
         first = _problems(builder.sources, builder.left_out[:1])[0]
         raise InputError(
             f"no record is left, all {len(builder.left_out):,} were left out; the first is "
             f"{first.located()}: {first.reason}"
         )
-    mean_id_bytes = builder.num_id_bytes / builder.num_records
-    num_duplicates = _settle_duplicates(builder, work_dir)
     num_identical = _find_identical(builder, work_dir)
     problems = _problems(builder.sources, builder.left_out)
     copies = [_copy_name(number) for number, source in enumerate(builder.sources) if source.is_copy]
@@ -411,26 +515,33 @@ class _Pass:
     """The state of the pass over all inputs."""
 
     def __init__(
-        self, options: ReadOptions, records_file: BinaryIO, ids_file: BinaryIO, sequences_file: BinaryIO
+        self,
+        options: ReadOptions,
+        records_file: BinaryIO,
+        ids_file: BinaryIO,
+        sequences_file: BinaryIO,
+        faults: _Faults,
     ) -> None:
         self.options = options
         self.records_file = records_file
         self.ids_file = ids_file
         self.sequences_file = sequences_file
+        self.faults = faults
         self.sources: list[Source] = []
         self.left_out: list[_LeftOut] = []
         self.num_records = 0
         self.num_replaced = 0
         self.num_id_bytes = 0
-        self.dna_checked = options.force
-        self.first_accepted: _LeftOut | None = None
-        self.num_nucleotides = 0
-        self.num_tested_residues = 0
 
     def read_input(
         self, path: str, copy: Path, progress: Callable[[int], None] | None, chunk_size: int
     ) -> None:
-        """Read one input; `copy` is where it goes, uncompressed, if it cannot be read again as it is."""
+        """Read one input; `copy` is where it goes, uncompressed, if it cannot be read again as it is.
+
+        Raises:
+            _UnreadableError: it, or the rest of it, is no FASTA; records before that are in the index.
+            InputError: it was changed meanwhile.
+        """
         name = "standard input" if path == STDIN else path
         with ExitStack() as stack:
             file = sys.stdin.buffer if path == STDIN else stack.enter_context(_open_input(path))
@@ -440,11 +551,6 @@ class _Pass:
             # gzip reads in small pieces, so that what is beneath it must be buffered.
             stream: BinaryIO = io.BufferedReader(hashing, max(chunk_size, io.DEFAULT_BUFFER_SIZE))
             head = stream.peek(8)  # type: ignore[attr-defined]
-            for magic, compression in _COMPRESSED.items():
-                if head.startswith(magic):
-                    raise InputError(
-                        f"{name}: compressed with {compression}; only gzip is read, unpack it first"
-                    )
             is_gzip = head.startswith(b"\x1f\x8b")
             if is_gzip:
                 stream = gzip.GzipFile(fileobj=stream)  # type: ignore[assignment]
@@ -457,6 +563,11 @@ class _Pass:
             if can_be_read_again:
                 source.ctime = os.fstat(file.fileno()).st_ctime_ns
             self.sources.append(source)
+            for magic, compression in _COMPRESSED.items():
+                if head.startswith(magic):
+                    raise _UnreadableError(
+                        f"{name}: compressed with {compression}; only gzip is read, unpack it first"
+                    )
 
             is_start = True
             for position, block in self._blocks(stream, chunk_size, copy_file):
@@ -466,7 +577,7 @@ class _Pass:
                     is_start = False
                     self._add_block(position, block)
             if is_start:
-                raise InputError(f"{name}: {'no records' if hashing.size else 'the file is empty'}")
+                raise _UnreadableError(f"{name}: {'no records' if hashing.size else 'the file is empty'}")
             if status is not None and (
                 status[0] != hashing.size or status != size_and_mtime(os.fstat(file.fileno()))
             ):
@@ -524,33 +635,30 @@ class _Pass:
         """Check the records of a block and append them to the index."""
         unreadable = text_fault(block)
         if unreadable is not None:
+            if readable := record_begin(block, unreadable[0]):
+                self._add_block(position, block[:readable])
             raise self._error(position, block, *unreadable)
         parsed = parse_block(block, self.options)
         keep = np.ones(len(parsed.lengths), dtype=np.bool_)
-        for fault in parsed.faults:
-            if self.options.invalid != "skip":
-                raise self._error(position, block, fault.position, fault.reason, fault.hint)
-            keep[fault.record] = False
-            place = (len(self.sources) - 1, position + fault.position)
-            self.left_out.append(_LeftOut(place, parsed.name(fault.record), fault.reason))
+        keep[[fault.record for fault in parsed.faults]] = False
+        num_accepted = int(np.count_nonzero(keep))
 
-        accepted = np.flatnonzero(keep)
-        if not self.dna_checked:
-            if self.first_accepted is None and len(accepted):
-                first = int(accepted[0])
-                place = (len(self.sources) - 1, position + int(parsed.header_begins[first]))
-                self.first_accepted = _LeftOut(place, parsed.name(first), "")
-            for record in accepted[: DNA_RECORDS - self.num_records].tolist():
-                self.num_nucleotides += parsed.count_nucleotides(record)
-                self.num_tested_residues += int(parsed.lengths[record])
-            if self.num_records + len(accepted) >= DNA_RECORDS:
-                self.check_not_dna()
+        def entry(fault: Fault) -> _LeftOut:
+            place = (len(self.sources) - 1, position + fault.position)
+            return _LeftOut(place, parsed.name(fault.record), fault.reason, hint=fault.hint)
+
+        if self.options.invalid == "skip":
+            self.left_out += map(entry, parsed.faults)
+        else:
+            for fault in parsed.faults:
+                self.faults.add_in_record(partial(entry, fault))
 
         rows = np.zeros(len(keep), dtype=RECORD)
         rows["header"] = position + parsed.header_begins
         rows["header_bytes"] = parsed.header_ends - parsed.header_begins
         rows["sequence_bytes"] = parsed.sequence_ends - parsed.header_ends
         rows["length"] = parsed.lengths
+        rows["modified"] = parsed.modified
         residues = token_ids_of(parsed.codes).tobytes()
         ends = np.cumsum(parsed.lengths)
         ids = hashes_of(block, parsed.name_begins, parsed.name_ends)
@@ -558,32 +666,18 @@ class _Pass:
         self.records_file.write(rows[keep].tobytes())
         self.ids_file.write(hash_rows(ids[keep], self.num_records).tobytes())
         self.sequences_file.write(hash_rows(sequences[keep], self.num_records).tobytes())
-        self.num_records += len(accepted)
+        self.num_records += num_accepted
         self.num_replaced += parsed.num_replaced
         self.num_id_bytes += int((parsed.name_ends - parsed.name_begins)[keep].sum())
 
-    def check_not_dna(self) -> None:
-        """Raise InputError if the first records look like nucleotides; for when enough, or all, are known."""
-        if self.dna_checked:
-            return
-        self.dna_checked = True
-        if self.num_nucleotides > DNA_FRACTION * self.num_tested_residues:
-            share = 100 * self.num_nucleotides / self.num_tested_residues
-            assert self.first_accepted is not None
-            first = _problems(self.sources, [self.first_accepted])[0]
-            raise InputError(
-                f"{first.located()}: this looks like DNA or RNA: {share:.0f}% of the residues in the first "
-                f"records (at most {DNA_RECORDS}) are A, C, G, T, U or N (--force goes on)"
-            )
-
     def _error(
         self, block_position: int, block: bytes, fault: int, reason: str, hint: str = ""
-    ) -> InputError:
+    ) -> _UnreadableError:
         """The error for byte `fault` of the block that begins at `block_position` of the newest input."""
         line = line_numbers(self.sources[-1].path, [block_position + fault])[0]
         name = record_at(block, fault, self.options.full_header)
         record = "" if name is None else f", record {shorten(name)}"
-        return InputError(
+        return _UnreadableError(
             f"{self.sources[-1].name}, line {line}{record}: {reason}" + (f" ({hint})" if hint else "")
         )
 
@@ -599,17 +693,31 @@ def _open_input(path: str) -> BinaryIO:
         raise InputError(f"{path}: cannot be opened: {error.strerror}") from error
 
 
-def _check_opens(path: str) -> None:
-    """Fail before the first file is read, not hours later at the last; a pipe can be opened only once."""
+def _check_open(paths: Sequence[str], most_listed: int | None) -> None:
+    """Fail before the first file is read, not hours later at the last; a pipe can be opened only once.
+
+    Raises:
+        InputError: files that cannot be opened.
+    """
+    faults = _Faults(most_listed)
+    for number, path in enumerate(paths):
+        try:
+            if path != STDIN and not _is_fifo(path):
+                _open_input(path).close()
+        except InputError as error:
+            faults.add_unreadable(number, str(error))
+    if faults.count:
+        raise faults.error([])
+
+
+def _is_fifo(path: str) -> bool:
     try:
-        only_once = path == STDIN or Path(path).is_fifo()
+        return Path(path).is_fifo()
     except OSError:
-        only_once = False
-    if not only_once:
-        _open_input(path).close()
+        return False
 
 
-def _problems(sources: Sequence[Source], left_out: list[_LeftOut]) -> list[Problem]:
+def _problems(sources: Sequence[Source], left_out: Sequence[_LeftOut]) -> list[Problem]:
     """`left_out` in input order, with line numbers."""
     places = [entry.place for entry in left_out] + [entry.same_as for entry in left_out if entry.same_as]
     lines = lines_at(sources, places)
@@ -620,6 +728,32 @@ def _problems(sources: Sequence[Source], left_out: list[_LeftOut]) -> list[Probl
             reason += f" {sources[entry.same_as[0]].name}, line {lines[entry.same_as]}"
         problems.append(Problem(entry.sequence_id, sources[entry.place[0]].name, lines[entry.place], reason))
     return problems
+
+
+def _dna_fault(reader: RecordReader, num_records: int) -> _LeftOut | None:
+    """Why the first records look like nucleotides; None if they do not."""
+    tested = np.arange(min(num_records, DNA_RECORDS))
+    num_nucleotides = num_residues = 0
+    for residues in reader.token_ids(tested):
+        num_nucleotides += count_nucleotides(residues)
+        num_residues += len(residues)
+    if num_nucleotides <= DNA_FRACTION * num_residues:
+        return None
+    share = 100 * num_nucleotides / num_residues
+    reason = (
+        f"this looks like DNA or RNA: {share:.0f}% of the residues in the first records (at most "
+        f"{DNA_RECORDS}) are A, C, G, T, U or N"
+    )
+    name = reader.names(tested[:1])[0].decode("utf-8")
+    return _LeftOut(reader.place(0), name, reason, hint="--force goes on")
+
+
+def _check_not_dna(builder: _Pass, work_dir: Path) -> None:
+    """Add to the faults if the first records look like nucleotides."""
+    records = np.memmap(work_dir / _RECORDS, dtype=RECORD, mode="r")
+    fault = _dna_fault(RecordReader(records, builder.sources, builder.options), builder.num_records)
+    if fault is not None:
+        builder.faults.add_dna(fault)
 
 
 def _settle_duplicates(builder: _Pass, work_dir: Path) -> int:
@@ -634,6 +768,9 @@ def _settle_duplicates(builder: _Pass, work_dir: Path) -> int:
     if num_duplicates:
         if builder.options.duplicates == "rename":
             _rename(reader, records, rows, firsts, work_dir)
+        elif builder.options.duplicates == "error":
+            repeated = (entry for _, entry in _repeated(reader, firsts))
+            builder.faults.add_repeated(repeated, num_duplicates)
         else:
             keep = _keep_first(builder, reader, firsts)
             _drop_rows(work_dir / _RECORDS, records, keep)
@@ -655,21 +792,24 @@ def _repeats(reader: RecordReader, firsts: npt.NDArray[np.int64]) -> Iterator[li
             yield list(zip(records.tolist(), part[records - start].tolist(), names, strict=True))
 
 
-def _keep_first(builder: _Pass, reader: RecordReader, firsts: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-    """Which records stay when only the first of each ID does; InputError if all have to."""
-    keep = np.ones(len(firsts), dtype=np.bool_)
+def _repeated(reader: RecordReader, firsts: npt.NDArray[np.int64]) -> Iterator[tuple[int, _LeftOut]]:
+    """Each record whose ID an earlier one has, and why it is left out or refused."""
+    hint = "--duplicates first keeps the first record of an ID, --duplicates rename adds __2, __3 ..."
     for record, first, name in chain.from_iterable(_repeats(reader, firsts)):
-        repeated = _LeftOut(
-            reader.place(record), name.decode("utf-8"), "the same ID as in", reader.place(first)
+        yield (
+            record,
+            _LeftOut(
+                reader.place(record), name.decode("utf-8"), "the same ID as in", reader.place(first), hint
+            ),
         )
-        if builder.options.duplicates == "error":
-            problem = _problems(builder.sources, [repeated])[0]
-            raise InputError(
-                f"{problem.located()}: {problem.reason} (--duplicates first keeps the first record of an "
-                f"ID, --duplicates rename adds __2, __3 ...)"
-            )
+
+
+def _keep_first(builder: _Pass, reader: RecordReader, firsts: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    """Which records stay when only the first of each ID does."""
+    keep = np.ones(len(firsts), dtype=np.bool_)
+    for record, entry in _repeated(reader, firsts):
         keep[record] = False
-        builder.left_out.append(repeated)
+        builder.left_out.append(entry)
     for source in builder.sources:
         source.first_record = int(np.count_nonzero(keep[: source.first_record]))
     builder.num_records = int(np.count_nonzero(keep))

@@ -13,7 +13,7 @@ import numpy as np
 from esm_packed.config import ESM2_MODELS, ESM2Config
 from esm_packed.download import OFFICIAL_FILES, checkpoint_directory, hugging_face_snapshot
 from esm_packed.runners.fasta import InputError, ReadOptions, shorten
-from esm_packed.runners.index import STDIN, build_index
+from esm_packed.runners.index import MOST_LISTED, STDIN, build_index
 from esm_packed.runners.progress import Console, byte_size
 from esm_packed.runners.store import STATUS_FAILED, STATUS_RECOMPUTED, EmbeddingReader
 from esm_packed.weights import load_checkpoint, tensor_shapes
@@ -27,8 +27,12 @@ _MOST_SHOWN = 1000
 _ROWS_AT_ONCE = 1 << 20
 
 
-def describe(subject: str) -> list[str]:
+def describe(subject: str, *, list_all: bool = False) -> list[str]:
     """Lines about `subject`: an HDF5 output, a FASTA file (`-`: standard input), or a model's name or file.
+
+    Args:
+        subject: what to describe.
+        list_all: list all faults of a FASTA file, not only the first ten.
 
     Raises:
         CheckpointError, InputError, StoreError: it is nothing of the kind, or damaged.
@@ -43,7 +47,7 @@ def describe(subject: str) -> list[str]:
         return _describe_model(subject)
     if subject != STDIN and h5py.is_hdf5(path):
         return _describe_output(path)
-    return _describe_fasta(subject)
+    return _describe_fasta(subject, None if list_all else MOST_LISTED)
 
 
 def _check_kind(path: Path) -> None:
@@ -99,13 +103,20 @@ def _describe_output(path: Path) -> list[str]:
     return lines
 
 
-def _describe_fasta(path: str) -> list[str]:
+def _describe_fasta(path: str, most_listed: int | None) -> list[str]:
     # rules under which nothing stops the pass that can be counted instead
     options = ReadOptions(invalid="skip", duplicates="first", force=True)
     size = Path(path).stat().st_size if path != STDIN else None
     with tempfile.TemporaryDirectory(prefix="esm-packed-") as work_dir:
         with Console().progress("reading", "B", size) as advance:
-            index = build_index([path], Path(work_dir), options, progress=advance)
+            index = build_index(
+                [path],
+                Path(work_dir),
+                options,
+                progress=advance,
+                most_listed=most_listed,
+                list_left_out=True,
+            )
         quantiles = np.quantile(index.lengths[:], _LENGTH_QUANTILES).round().astype(int).tolist()
         values = {
             "file": f"{path} ({byte_size(index.inputs[0].size)})",
@@ -120,11 +131,13 @@ def _describe_fasta(path: str) -> list[str]:
             f"longer than {_TRUNCATION}": f"{int(np.count_nonzero(index.lengths[:] > _TRUNCATION)):,}",
         }
         problems = index.problems
+        if (dna := index.dna_problem()) is not None:
+            problems = sorted([*problems, dna], key=lambda problem: problem.line)
     lines = _table(values)
-    for problem in problems[:_PROBLEMS_SHOWN]:
+    for problem in problems[:most_listed]:
         lines.append(_cut(f"  line {problem.line}, {problem.sequence_id}: {problem.reason}"))
-    if len(problems) > _PROBLEMS_SHOWN:
-        lines.append(f"  and {len(problems) - _PROBLEMS_SHOWN:,} more")
+    if most_listed is not None and len(problems) > most_listed:
+        lines.append(f"  and {len(problems) - most_listed:,} more; --all lists them")
     return lines
 
 

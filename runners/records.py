@@ -27,7 +27,8 @@ from esm_packed.runners.files import open_regular
 STDIN = "-"
 
 # Bytes from the start of the readable file; the sequence begins where the header ends. `copy` is 0, or the
-# number in the `__2` that tells this record from an earlier one of the same ID.
+# number in the `__2` that tells this record from an earlier one of the same ID; `modified` holds the flags of
+# `fasta.Modified` but RENAMED, which `copy` tells.
 RECORD = np.dtype(
     [
         ("header", "<i8"),
@@ -35,6 +36,7 @@ RECORD = np.dtype(
         ("sequence_bytes", "<i4"),
         ("length", "<i4"),
         ("copy", "<i4"),
+        ("modified", "u1"),
     ]
 )
 Records = npt.NDArray[Any]

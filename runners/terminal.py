@@ -1,4 +1,4 @@
-"""What the program says to whoever called it: an exit code, errors in one line, text fit for a terminal."""
+"""What the program says to whoever called it: an exit code, errors, text fit for a terminal."""
 
 from __future__ import annotations
 
@@ -26,15 +26,20 @@ def printable(text: str) -> str:
     )
 
 
-def complain(text: str) -> None:
-    """Print an error, in one line on stderr."""
-    warn(f"error: {text}")
+def complain(text: str, details: Sequence[str] = ()) -> None:
+    """Print an error on stderr: one line, and an indented one for each of `details`."""
+    warn(f"error: {text}", details)
 
 
-def warn(text: str) -> None:
-    """Print a line on stderr."""
+def warn(text: str, details: Sequence[str] = ()) -> None:
+    """Print a line on stderr, and an indented one for each of `details`."""
+    lines = [f"esm-packed: {_in_one_line(text)}", *(f"  {_in_one_line(detail)}" for detail in details)]
     with suppress(OSError):  # a log that is gone or full must not end the work
-        print(f"esm-packed: {printable(' '.join(text.splitlines()))}", file=sys.stderr, flush=True)
+        print("\n".join(lines), file=sys.stderr, flush=True)
+
+
+def _in_one_line(text: str) -> str:
+    return printable(" ".join(text.splitlines()))
 
 
 def say(lines: Sequence[str]) -> None:

@@ -26,9 +26,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from esm_packed.alphabet import RESIDUE_TO_ID, decode
+from esm_packed.runners import cli
 from esm_packed.runners import hashes as hashes_module
 from esm_packed.runners import index as index_module
-from esm_packed.runners.fasta import InputError, ReadOptions
+from esm_packed.runners.fasta import InputError, Modified, ReadOptions
 from esm_packed.runners.index import FastaIndex, Problem, build_index, open_index
 
 DATA = Path(__file__).parents[2].parent / "shared" / "data"
@@ -90,6 +91,7 @@ class Refused(Exception):
 class SlowResult:
     records: list[tuple[str, str]] = field(default_factory=list)
     left_out: list[tuple[str, int, int]] = field(default_factory=list)  # ID, file, line
+    modified: list[Modified] = field(default_factory=list)
     num_replaced: int = 0
     num_duplicates: int = 0
 
@@ -98,26 +100,34 @@ def read_slowly(files: Sequence[bytes], options: ReadOptions) -> SlowResult:
     """All rules, line by line and character by character."""
     result = SlowResult()
     kept: list[tuple[str, str, int, int]] = []
+    changes: list[Modified] = []
     for file_number, data in enumerate(files):
         for name, header_line, symbols in slow_records(data, options.full_header):
             residues = ""
             fault_line = 0
+            modified = Modified(0)
             if options.gaps == "drop":
+                num_before = len(symbols)
                 symbols = [symbol for symbol in symbols if symbol[0] not in "-."]
+                if len(symbols) < num_before:
+                    modified |= Modified.GAPS_DROPPED
             if symbols and symbols[-1][0] == "*":
                 symbols.pop()
+                modified |= Modified.TRAILING_STOP_DROPPED
             for character, line in symbols:
                 if character.isascii() and character.upper() in RESIDUES:
                     residues += character.upper()
                 elif options.invalid == "x" and character not in "-.>":
                     residues += "X"
                     result.num_replaced += 1
+                    modified |= Modified.RESIDUES_REPLACED
                 else:
                     fault_line = fault_line or line
             if not symbols or not name:
                 fault_line = header_line
             if not fault_line:
                 kept.append((name, residues, file_number, header_line))
+                changes.append(modified)
             elif options.invalid == "skip":
                 result.left_out.append((name, file_number, fault_line))
             else:
@@ -132,7 +142,7 @@ def read_slowly(files: Sequence[bytes], options: ReadOptions) -> SlowResult:
 
     names = {name for name, *_ in kept}
     copies: dict[str, int] = {}
-    for name, residues, file_number, line in kept:
+    for (name, residues, file_number, line), modified in zip(kept, changes, strict=True):
         shown = name
         if name in copies:
             result.num_duplicates += 1
@@ -145,9 +155,11 @@ def read_slowly(files: Sequence[bytes], options: ReadOptions) -> SlowResult:
             while f"{name}__{copies[name]}" in names:
                 copies[name] += 1
             shown = f"{name}__{copies[name]}"
+            modified |= Modified.RENAMED
         else:
             copies[name] = 1
         result.records.append((shown, residues))
+        result.modified.append(modified)
     return result
 
 
@@ -213,6 +225,7 @@ def compare(files: Sequence[bytes], options: ReadOptions, chunk_size: int) -> No
             [str(path) for path in paths], Path(folder, "work"), options, chunk_size=chunk_size
         )
         assert records_of(made) == expected.records
+        assert made.modified(0, made.num_records).tolist() == expected.modified
         assert made.num_replaced == expected.num_replaced
         assert made.num_duplicates == expected.num_duplicates
         assert made.first_same.tolist() == firsts_of([residues for _, residues in expected.records])
@@ -437,6 +450,98 @@ def test_what_is_refused(content: bytes, message: str, tmp_path: Path) -> None:
         assert message in error_of(tmp_path, content, chunk_size=chunk_size)
 
 
+def test_what_was_changed_in_a_record_is_flagged(tmp_path: Path) -> None:
+    text = b">a-b*\nMKV\n>b\nM-K\n;-*\n>b\nMJ*\n>c\nM.1K*-\n>d\nmkv *\n;-\n>e\n;J-*\nMK\n"
+    made, _ = read(tmp_path, text, invalid="x", gaps="drop", duplicates="rename")
+    assert made.modified(0, 6).tolist() == [
+        0,
+        Modified.GAPS_DROPPED,
+        Modified.RESIDUES_REPLACED | Modified.TRAILING_STOP_DROPPED | Modified.RENAMED,
+        Modified.RESIDUES_REPLACED | Modified.GAPS_DROPPED | Modified.TRAILING_STOP_DROPPED,
+        Modified.TRAILING_STOP_DROPPED,
+        0,
+    ]
+    assert made.modified(2, 4).tolist() == made.modified(0, 6)[2:4].tolist()
+    assert made.modified(0, 6).dtype == np.uint8
+
+
+@pytest.mark.parametrize("chunk_size", [1, 7, 1 << 22])
+def test_an_error_lists_the_faults_of_all_inputs(tmp_path: Path, chunk_size: int) -> None:
+    contents = (
+        b">a\nACGJ\n>b\nACGT\n>c\nAC-GT\n>b again\nACG\n",
+        gzip.compress(b">\nMK\n>d\n\n>a\nTTTT\n>b\nT1\n"),
+        b"MKV\n",
+        b"",
+        b">e\nA2A\n>f\nG\0G\n>g\nA3\n",
+    )
+    assert error_of(tmp_path, *contents, chunk_size=chunk_size).splitlines() == [
+        "11 faults in the input:",
+        "  0.fa, line 2, record 'a': 'J' is not in ESM-2's alphabet",
+        "  0.fa, line 3, record 'b': this looks like DNA or RNA: 100% of the residues in the first records "
+        "(at most 100) are A, C, G, T, U or N",
+        "  0.fa, line 6, record 'c': gap '-' in the sequence: this looks like an alignment",
+        "  0.fa, line 7, record 'b': the same ID as in 0.fa, line 3",
+        "  1.fa, line 1, record '': no ID after '>'",
+        "  1.fa, line 3, record 'd': the record has no residues",
+        "  1.fa, line 8, record 'b': '1' is not in ESM-2's alphabet",
+        "  2.fa, line 1: not FASTA: text before the first '>': 'MKV'",
+        "  3.fa: the file is empty",
+        "  4.fa, line 2, record 'e': '2' is not in ESM-2's alphabet",
+        "  4.fa, line 4, record 'f': NUL byte: this is not a text file",
+        "  --invalid x replaces such characters by X, --invalid skip leaves such records out",
+        "  --force goes on",
+        "  --gaps drop removes gaps",
+        "  --duplicates first keeps the first record of an ID, --duplicates rename adds __2, __3 ...",
+    ]
+
+
+def test_an_error_lists_the_first_ten_faults_and_counts_the_others(tmp_path: Path) -> None:
+    many = b"".join(b">%d\nMJ\n>r%d\nMK\n" % (number, number % 8) for number in range(20))
+    lines = error_of(tmp_path, many, b">z\n\xff").splitlines()
+    assert lines[0] == "33 faults in the input:"
+    # r0 comes again in line 35; the record before it is the ninth that is invalid
+    assert [line.split(",")[1] for line in lines[1:11]] == [
+        *(f" line {line}" for line in (2, 6, 10, 14, 18, 22, 26, 30, 34, 35))
+    ]
+    assert lines[11].startswith("  1.fa, line 2, record 'z': byte 0xff is not valid UTF-8")
+    assert lines[12] == "  and 22 more; esm-packed info --all FILE lists all of a file"
+
+    paths = [str(tmp_path / "0.fa")]
+    with pytest.raises(InputError) as caught:
+        build_index(paths, tmp_path / "work", ReadOptions(), most_listed=None)
+    assert [line.split(",")[1] for line in caught.value.details if ", line " in line] == [
+        f" line {line}"
+        for number in range(20)
+        for line in [4 * number + 2, 4 * number + 3][: 1 + (number > 7)]
+    ]
+
+
+def test_files_that_cannot_be_opened_are_listed(tmp_path: Path) -> None:
+    (tmp_path / "0.fa").write_bytes(b">a\nMJ\n")
+    paths = [str(tmp_path / name) for name in ("one\nname.fa", "0.fa", "two.fa", "")]
+    with pytest.raises(InputError) as caught:
+        build_index(paths, tmp_path / "work", ReadOptions())
+    assert str(caught.value).replace(str(tmp_path), "").splitlines() == [
+        "3 faults in the input:",
+        "  /one name.fa: there is no such file",
+        "  /two.fa: there is no such file",
+        "  : this is a directory; name the FASTA files in it",
+    ]
+
+
+def test_faults_that_are_not_listed_take_no_memory(tmp_path: Path) -> None:
+    path = tmp_path / "many.fa"
+    path.write_bytes(b"".join(b">%d %s\nMJ\n" % (number, b"x" * 60) for number in range(80_000)))
+    tracemalloc.start()
+    try:
+        with pytest.raises(InputError, match="80,000 faults in the input"):
+            build_index([str(path)], tmp_path / "work", ReadOptions(), chunk_size=1 << 16)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 4_000_000
+
+
 def test_a_duplicate_names_both_places(tmp_path: Path) -> None:
     message = error_of(tmp_path, b">x\nMK\n>a\nMKL\n", b"\xef\xbb\xbf>y\nW\n\n>a z\nL\n")
     assert message.startswith("1.fa, line 4, record 'a': the same ID as in 0.fa, line 3 (--duplicates")
@@ -446,7 +551,11 @@ def test_a_duplicate_names_both_places(tmp_path: Path) -> None:
 
 def test_the_first_of_several_duplicates_is_reported(tmp_path: Path) -> None:
     text = b"".join(b">%d\nMK\n" % number for number in [*range(50), *range(40, 90), *range(50)])
-    assert error_of(tmp_path, text).startswith("0.fa, line 101, record '40': the same ID as in 0.fa, line 81")
+    lines = error_of(tmp_path, text).splitlines()
+    assert lines[:2] == [
+        "60 faults in the input:",
+        "  0.fa, line 101, record '40': the same ID as in 0.fa, line 81",
+    ]
 
 
 def test_only_equal_ids_are_duplicates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1022,3 +1131,55 @@ def test_hashes_of_like_pieces_are_spread_evenly() -> None:
             counts = np.bincount((hashes[:, half] >> np.uint64(shift)).astype(np.uint8), minlength=256)
             mean = len(pieces) / 256
             assert np.square(counts - mean).sum() / mean < 255 + 6 * (2 * 255) ** 0.5  # chi-squared
+
+
+MANY_FAULTS = ">dna\nACGT\n" + "".join(f">p\x1b{number}\nMKJ\n" for number in range(12)) + ">dna\nACG*\n"
+LISTED = [f"line {line}" for line in (1, *range(4, 21, 2))]
+
+
+def test_embed_lists_the_first_ten_faults(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "in\n.fa"
+    path.write_text(MANY_FAULTS)
+    arguments = ["embed", str(path), "-o", str(tmp_path / "out.h5"), "--model", "demo", "--device", "cpu"]
+    assert cli.main(arguments) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "esm-packed: error: 14 faults in the input:"
+    shown = str(path).replace("\n", " ")
+    assert [line.split(", record")[0] for line in lines[1:11]] == [f"  {shown}, {place}" for place in LISTED]
+    assert lines[2].endswith(r"record 'p\x1b0': 'J' is not in ESM-2's alphabet")
+    assert lines[11:] == [
+        "  and 4 more; esm-packed info --all FILE lists all of a file",
+        "  --force goes on",
+        "  --invalid x replaces such characters by X, --invalid skip leaves such records out",
+    ]
+    assert [path.name for path in tmp_path.iterdir()] == ["in\n.fa"]
+
+
+def test_info_lists_the_first_ten_faults_or_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "in.fa"
+    path.write_text(MANY_FAULTS)
+    assert cli.main(["info", str(path)]) == 0
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+    assert [line.partition(",")[0] for line in lines[:-1]] == LISTED
+    assert "looks like DNA" in lines[0]
+    assert lines[-1] == "and 4 more; --all lists them"
+
+    assert cli.main(["info", str(path), "--all"]) == 0
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+    assert [line.partition(",")[0] for line in lines] == [
+        f"line {line}" for line in (1, *range(4, 27, 2), 27)
+    ]
+    assert lines[-1].endswith(f"the same ID as in {path}, line 1")
+
+
+def test_info_lists_the_faults_of_what_cannot_be_read_whole(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "in.fa"
+    path.write_bytes(b">a\nMKJ\n>b\nM-K\n>c\n\0\n")
+    assert cli.main(["info", str(path)]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(", ")[1] for line in lines[1:4]] == ["line 2", "line 4", "line 6"]
+    path.write_bytes(b">a\nMKJ\n>b\nM-K\n")
+    assert cli.main(["info", str(path)]) == 2
+    assert capsys.readouterr().err.startswith("esm-packed: error: 2 faults in the input:\n")
