@@ -126,6 +126,7 @@ def merge(run: Run, shards: Iterable[Shard], writer: EmbeddingWriter, advance: A
             lengths=np.array(run.index.lengths[start:stop]),
             embedded_lengths=run.embedded_lengths(start, stop),
             status=status,
+            modified=run.index.modified(start, stop),
             embeddings=rows,
         )
         reasons.update((int(records[row]), reason) for row, reason in shard.reasons.items())

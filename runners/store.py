@@ -21,6 +21,7 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
+from esm_packed.runners.fasta import Modified
 from esm_packed.runners.files import open_regular, whole_or_nothing
 from esm_packed.runners.memory import RowBuffers, Rows
 
@@ -382,8 +383,12 @@ class EmbeddingWriter:
                 ("embedded_lengths", np.int32),
                 ("truncated", np.bool_),
                 ("status", np.uint8),
+                ("modified", np.uint8),
             )
         }
+        self._columns["modified"].attrs["flags"] = ", ".join(
+            f"{flag.value} {flag.label}" for flag in Modified
+        )
         self._embeddings = {
             layer: self._create(_dataset_of(layer, layers), num_sequences, (hidden_size,), store_dtype)
             for layer in layers
@@ -407,6 +412,7 @@ class EmbeddingWriter:
         lengths: npt.NDArray[np.int32],
         embedded_lengths: npt.NDArray[np.int32],
         status: npt.NDArray[np.uint8],
+        modified: npt.NDArray[np.uint8],
         embeddings: Mapping[int, npt.NDArray[np.floating[Any]]],
     ) -> None:
         """Fill the rows from `start` on.
@@ -417,6 +423,7 @@ class EmbeddingWriter:
             lengths: (n,) residues in the input.
             embedded_lengths: (n,) residues embedded.
             status: (n,) one of the STATUS values.
+            modified: (n,) `Modified` flags.
             embeddings: for each layer (n, hidden_size).
         """
         rows = slice(start, start + len(sequence_ids))
@@ -426,6 +433,7 @@ class EmbeddingWriter:
             self._columns["embedded_lengths"][rows] = embedded_lengths
             self._columns["truncated"][rows] = embedded_lengths < lengths
             self._columns["status"][rows] = status
+            self._columns["modified"][rows] = modified
             for layer, dataset in self._embeddings.items():
                 dataset[rows] = embeddings[layer]
 
@@ -526,7 +534,13 @@ def _utf8(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-_COLUMN_KINDS = {"lengths": "i4", "embedded_lengths": "i4", "truncated": "b1", "status": "u1"}
+_COLUMN_KINDS = {
+    "lengths": "i4",
+    "embedded_lengths": "i4",
+    "truncated": "b1",
+    "status": "u1",
+    "modified": "u1",
+}
 _MOST_COMPRESSED = 1032
 """Bytes that one byte of a compressed data set can stand for."""
 
@@ -688,11 +702,22 @@ class EmbeddingReader:
         return names
 
     def column(self, name: str, start: int = 0, stop: int | None = None) -> npt.NDArray[Any]:
-        """`lengths`, `embedded_lengths`, `truncated` or `status` of the rows [start, stop)."""
+        """`lengths`, `embedded_lengths`, `truncated`, `status` or `modified` of the rows [start, stop)."""
         dataset = self._file[name]
         with self._reading():
             values: npt.NDArray[Any] = dataset[start:stop]
         return values
+
+    def changed(self, start: int = 0, stop: int | None = None) -> dict[str, npt.NDArray[np.int64]]:
+        """How embedded sequences differ from the input, in words, each with the rows of which it is true.
+
+        Returns:
+            `truncated` and the label of each `Modified` flag to (n,) int64 row numbers in [start, stop).
+        """
+        modified = self.column("modified", start, stop)
+        found = {"truncated": self.column("truncated", start, stop)}
+        found |= {flag.label: (modified & flag.value) != 0 for flag in Modified}
+        return {change: start + np.flatnonzero(is_changed) for change, is_changed in found.items()}
 
     def embeddings(
         self, layer: int | None = None, start: int = 0, stop: int | None = None

@@ -36,6 +36,7 @@ def write_output(path: Path, num_sequences: int = 5, batch: int = 2, **changes) 
                 lengths=lengths[part],
                 embedded_lengths=np.minimum(lengths[part], 12),
                 status=np.zeros(part.stop - part.start, np.uint8),
+                modified=np.arange(part.start, part.stop, dtype=np.uint8),
                 embeddings={layer: values[part] for layer, values in rows.items()},
             )
         writer.write_problems([StoredProblem("a", "in.fasta", 7, "gap")])
@@ -56,6 +57,14 @@ def test_what_is_written_is_read_back(tmp_path, store_dtype):
         assert reader.sequence_ids(1, 3) == ["päf1", "päf2"]
         assert reader.column("embedded_lengths").tolist() == [10, 11, 12, 12, 12]
         assert reader.column("truncated").tolist() == [False, False, False, True, True]
+        assert reader.column("modified").tolist() == [0, 1, 2, 3, 4]
+        assert {change: found.tolist() for change, found in reader.changed(1, 5).items()} == {
+            "truncated": [3, 4],
+            "residues replaced": [1, 3],
+            "gaps dropped": [2, 3],
+            "trailing stop dropped": [4],
+            "renamed": [],
+        }
         np.testing.assert_array_equal(reader.embeddings(), rows[6])
         np.testing.assert_array_equal(reader.embeddings(1, 2, 4), rows[1][2:4])
         assert reader.embeddings().dtype == store_dtype
@@ -76,6 +85,7 @@ def test_layout_is_the_documented_one(tmp_path):
             "embedded_lengths": ((5,), "i"),
             "truncated": ((5,), "b"),
             "status": ((5,), "u"),
+            "modified": ((5,), "u"),
             "embeddings": ((5, 8), "f"),
             "problems": ((2,), "V"),
             "plan": ((), "O"),
@@ -85,6 +95,9 @@ def test_layout_is_the_documented_one(tmp_path):
         assert file.attrs["format_version"] == 1
         assert file.attrs["pooling"] == "mean"
         assert file.attrs["layers"].tolist() == [1, 6]
+        assert file["modified"].attrs["flags"] == (
+            "1 residues replaced, 2 gaps dropped, 4 trailing stop dropped, 8 renamed"
+        )
 
 
 def test_the_same_rows_give_the_same_bytes(tmp_path):
@@ -150,7 +163,7 @@ try:
         for start in range(0, 2000, 500):
             writer.write_rows(
                 start, sequence_ids=["name"] * 500, lengths=numbers, embedded_lengths=numbers,
-                status=numbers.astype(np.uint8), embeddings={6: rows},
+                status=numbers.astype(np.uint8), modified=numbers.astype(np.uint8), embeddings={6: rows},
             )
         writer.write_plan({}, [])
 except OSError as error:
