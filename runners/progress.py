@@ -16,9 +16,9 @@ LOG_INTERVAL_SECONDS = 15.0
 
 
 class Advance(Protocol):
-    """Tells a progress display how many more units are done."""
+    """Tells a progress display how many more units are done, and a bar in a word what is going on."""
 
-    def __call__(self, amount: int, /) -> None: ...
+    def __call__(self, amount: int, /, state: str = "") -> None: ...
 
 
 class Console:
@@ -32,6 +32,11 @@ class Console:
         self._quiet = quiet
         self._terminal = sys.stderr is not None and sys.stderr.isatty()
 
+    @property
+    def has_bar(self) -> bool:
+        """Whether progress is a bar."""
+        return self._terminal and not self._quiet
+
     def note(self, text: str) -> None:
         """One line; with the time of day in a log."""
         if not self._quiet:
@@ -44,7 +49,7 @@ class Console:
     def progress(self, label: str, unit: str, total: int | None) -> Iterator[Advance]:
         """Show progress towards `total` units (None: unknown) while the block runs."""
         if self._quiet:
-            yield lambda amount, /: None
+            yield lambda amount, /, state="": None
         elif self._terminal:
             with tqdm(
                 total=total,
@@ -55,7 +60,13 @@ class Console:
                 smoothing=0.1,
                 leave=False,
             ) as bar:
-                yield lambda amount, /: _discard(bar.update(amount))
+
+                def advance(amount: int, /, state: str = "") -> None:
+                    if state:
+                        bar.set_postfix_str(state)
+                    bar.update(amount)
+
+                yield advance
         else:
             yield _LogLines(self, label, unit, total)
 
@@ -106,10 +117,6 @@ class _Steps:
         self._done = done
 
 
-def _discard(value: object) -> None:
-    pass
-
-
 class _LoggedLines:
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -128,7 +135,7 @@ class _LogLines:
         self._done = 0
         self._start = self._last_line = time.monotonic()
 
-    def __call__(self, amount: int, /) -> None:
+    def __call__(self, amount: int, /, state: str = "") -> None:
         self._done += amount
         now = time.monotonic()
         if now - self._last_line < LOG_INTERVAL_SECONDS:

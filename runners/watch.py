@@ -11,9 +11,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import mode
 
-from esm_packed.runners.pipeline import STAGES, Snapshot, StageTimes
-from esm_packed.runners.progress import Console, byte_size
+from esm_packed.runners.pipeline import SHARDS_AHEAD, STAGES, Snapshot, StageTimes
+from esm_packed.runners.progress import Advance, Console, byte_size
 
 DISPLAY_SECONDS = 1.0
 LOG_SECONDS = 10.0
@@ -33,6 +34,13 @@ class WorkerState:
     name: str
     snapshot: Snapshot | None
 
+    @property
+    def stage(self) -> str:
+        """The stage that the others wait for: reading, computing or writing."""
+        if self.snapshot is not None and self.snapshot.shards_waiting >= SHARDS_AHEAD:
+            return "writing"
+        return "computing" if self.snapshot is not None and self.snapshot.packs_waiting else "reading"
+
     def describe(self) -> str:
         """A line for the terminal."""
         if self.snapshot is None:
@@ -40,7 +48,7 @@ class WorkerState:
         times = self.snapshot.times
         text = f"  {self.rank}: {self.name}, {times.residues / max(times.wall, 1e-9):,.0f} residues/s"
         if self.snapshot.shard is not None:
-            text += f", shard {self.snapshot.shard}"
+            text += f", shard {self.snapshot.shard}, {self.stage}"
         if self.snapshot.memory_bytes is not None:
             text += f", {byte_size(self.snapshot.memory_bytes)} on the device"
         return text
@@ -51,7 +59,7 @@ class Watch:
 
     Args:
         console: told when the log cannot be written any more.
-        advance: tells the display of residues done.
+        advance: tells the display of residues done; a bar also which stage most workers wait for.
         show: shows a line for each worker; None if there is only one.
         log: file for metrics, a JSON object in each line; None for none.
         total: residues to compute.
@@ -61,7 +69,7 @@ class Watch:
     def __init__(
         self,
         console: Console,
-        advance: Callable[[int], None],
+        advance: Advance,
         show: Callable[[Sequence[str]], None] | None,
         log: Path | None,
         total: int,
@@ -88,9 +96,13 @@ class Watch:
             self._advance(done - self._done)
             self._done = done
         now = time.monotonic()
-        if self._show is not None and now - self._last_shown >= DISPLAY_SECONDS:
+        is_shown = self._show is not None or self._console.has_bar
+        if is_shown and now - self._last_shown >= DISPLAY_SECONDS:
             self._last_shown = now
-            self._show([state.describe() for state in states()])
+            seen = states()
+            self._advance(0, mode(state.stage for state in seen))
+            if self._show is not None:
+                self._show([state.describe() for state in seen])
         if self._log is not None and now - self._last_logged >= LOG_SECONDS:
             self.write_log(states(), "running")
 

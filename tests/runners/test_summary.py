@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from esm_packed.model import ESM2
-from esm_packed.runners import cli
+from esm_packed.runners import cli, watch
+from esm_packed.runners.pipeline import PACKS_AHEAD, SHARDS_AHEAD, Snapshot, StageTimes
+from esm_packed.runners.progress import Console
+from esm_packed.runners.watch import WorkerState
 
 FASTA = ">a first\nMKTLLAGVSE\n>b second\nMKVLA\n>c\nMMMRPQ\n"
 
@@ -107,6 +111,36 @@ def test_a_name_that_promises_another_format_is_refused(
 def test_other_names_are_accepted(fasta: Path, name: str) -> None:
     assert embed(fasta, output=name) == 0
     assert fasta.with_name(name).exists()
+
+
+@pytest.mark.parametrize(
+    ("packs_waiting", "shards_waiting", "stage"),
+    [
+        (0, 0, "reading"),
+        (0, SHARDS_AHEAD, "writing"),
+        (1, 0, "computing"),
+        (PACKS_AHEAD, SHARDS_AHEAD - 1, "computing"),
+        (PACKS_AHEAD, SHARDS_AHEAD, "writing"),
+    ],
+)
+def test_a_bar_shows_the_stage_that_the_others_wait_for(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    packs_waiting: int,
+    shards_waiting: int,
+    stage: str,
+) -> None:
+    monkeypatch.setattr(watch, "DISPLAY_SECONDS", 0.0)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    snapshot = Snapshot(StageTimes(), 0, packs_waiting, shards_waiting, None, None)
+    idle = Snapshot(StageTimes(), None, 1, 0, None, None)
+    busy = [WorkerState(rank, "cpu", snapshot) for rank in range(2)]
+    for states in (busy[:1], [*busy, WorkerState(2, "cpu", idle)]):
+        with watch.watching(Console(), len(states), None, 100, 64) as watched:
+            watched.update(10, lambda states=states: states)
+        shown = capsys.readouterr().err
+        assert re.findall(r"residues/s, (\w+)\]", shown)[-1] == stage
+        assert shown.count(f"shard 0, {stage}") == (2 if len(states) > 1 else 0)
 
 
 def names_of(text: str) -> list[str]:
