@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
+from esm_packed.runners.fasta import Modified, shorten
 from esm_packed.runners.pipeline import STAGES, StageTimes
 from esm_packed.runners.progress import byte_size, duration
 from esm_packed.runners.store import (
@@ -20,6 +22,19 @@ JUDGED_PACKS = 20
 """Of fewer packs the last ones, which are not full, decide the efficiency."""
 
 JUDGED_SECONDS = 10.0
+
+_IDS_SHOWN = 5
+
+
+class Changed(NamedTuple):
+    """The sequences that differ from the input in one way: how many, and the IDs of the first ones."""
+
+    count: int
+    first_ids: list[str]
+
+    def __str__(self) -> str:
+        ids = ", ".join(map(shorten, self.first_ids))
+        return ids + ", ..." * (len(self.first_ids) < self.count)
 
 
 @dataclass
@@ -40,6 +55,8 @@ class Summary:
     num_identical: int
     attention: str = ""
     num_truncated: int = 0
+    changed: dict[str, Changed] = field(default_factory=dict)
+    """By what was changed, as `EmbeddingReader.changed` calls it."""
     num_recomputed: int = 0
     num_failed: int = 0
     comparisons: list[Comparison] = field(default_factory=list)
@@ -64,7 +81,13 @@ class Summary:
             status = reader.column("status")
             self.num_failed = int(np.count_nonzero(status == STATUS_FAILED))
             self.num_recomputed = int(np.count_nonzero(status == STATUS_RECOMPUTED))
-            self.num_truncated = int(np.count_nonzero(reader.column("truncated")))
+            self.changed = {
+                change: Changed(
+                    len(rows), [reader.sequence_ids(row, row + 1)[0] for row in rows[:_IDS_SHOWN].tolist()]
+                )
+                for change, rows in reader.changed().items()
+            }
+            self.num_truncated = self.changed["truncated"].count
             self.comparisons = [each.comparison for each in reader.comparisons()]
             self.attention = reader.attributes.get("attention_backend", "")
 
@@ -124,14 +147,26 @@ class Summary:
             "left out": (self.num_left_out, "records, listed in `problems`"),
             "identical": (self.num_identical, "sequences copied from an equal one"),
         }
+        ids = {"replaced": Modified.RESIDUES_REPLACED.label, "duplicates": Modified.RENAMED.label}
         if not self.missing_shards:  # the output has them
+            for name, flag, what in (
+                ("gaps dropped", Modified.GAPS_DROPPED, "sequences with gaps"),
+                ("stops dropped", Modified.TRAILING_STOP_DROPPED, "sequences that end in *"),
+            ):
+                counts[name] = (self.changed[flag.label].count, what)
+                ids[name] = flag.label
+            ids["truncated"] = "truncated"
             counts |= {
                 "truncated": (self.num_truncated, "sequences, to the first --max-length residues"),
                 "recomputed": (self.num_recomputed, "sequences in fp32, listed in `problems`"),
                 "failed": (self.num_failed, "sequences, whose rows are NaN, listed in `problems`"),
             }
         counts["split"] = (self.stages.num_halved, "packs, after running out of memory")
-        return {name: f"{count:,} {what}" for name, (count, what) in counts.items() if count or verbose}
+        lines = {name: f"{count:,} {what}" for name, (count, what) in counts.items() if count or verbose}
+        for name, change in ids.items():
+            if name in lines and (changed := self.changed.get(change)) and changed.count:
+                lines[name] += f": {changed}"
+        return lines
 
     def _detail_lines(self) -> dict[str, str]:
         stages = self.stages

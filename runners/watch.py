@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -15,9 +16,12 @@ from statistics import mode
 
 from esm_packed.runners.pipeline import SHARDS_AHEAD, STAGES, Snapshot, StageTimes
 from esm_packed.runners.progress import Advance, Console, byte_size
+from esm_packed.runners.store import EmbeddingReader
 
 DISPLAY_SECONDS = 1.0
 LOG_SECONDS = 10.0
+
+_ROWS_AT_ONCE = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -160,6 +164,27 @@ def _worker_metrics(state: WorkerState) -> dict[str, object]:
         "device_utilization_percent": state.snapshot.utilization,
         **{name: value for name, value in asdict(times).items() if isinstance(value, int)},
     }
+
+
+def log_changes(console: Console, log: Path, output: Path) -> None:
+    """Append a line for each sequence of a finished output that differs from the input: its ID and how.
+
+    A log that is gone or full does not end the run.
+    """
+    try:
+        with EmbeddingReader(output) as reader, log.open("a") as file:
+            for start in range(0, reader.num_sequences, _ROWS_AT_ONCE):
+                stop = min(start + _ROWS_AT_ONCE, reader.num_sequences)
+                changes: defaultdict[int, list[str]] = defaultdict(list)
+                for change, rows in reader.changed(start, stop).items():
+                    for row in rows.tolist():
+                        changes[row].append(change)
+                ids = reader.sequence_ids(start, stop) if changes else []
+                for row in sorted(changes):
+                    line = {"event": "changed", "sequence_id": ids[row - start], "changes": changes[row]}
+                    file.write(json.dumps(line) + "\n")
+    except OSError as error:
+        console.note(f"{log}: {error.strerror}; it does not name all sequences that were changed")
 
 
 @contextmanager
