@@ -40,7 +40,7 @@ from esm_packed.runners.store import (
     shards_bytes,
 )
 from esm_packed.runners.summary import Summary
-from esm_packed.runners.watch import watching
+from esm_packed.runners.watch import log_changes, watching
 from esm_packed.runners.worker import check_threads
 from esm_packed.weights import Checkpoint, load_checkpoint
 
@@ -333,6 +333,8 @@ class _Session:
         self.summary.merging_seconds = time.monotonic() - begin
         self.summary.device = self.summary.device or "none, all was computed before"
         self.summary.read_output()
+        if self.request.log_json is not None:
+            log_changes(self.console, self.request.log_json, self.directory.output)
         _check_held(claim)
         if not self.request.keep_run:
             self.directory.remove()

@@ -174,6 +174,41 @@ def test_left_out_renamed_and_replaced_records_are_accounted_for(tmp_path, witho
     assert (summary.num_replaced, summary.num_duplicates, summary.num_left_out) == (1, 1, 0)
 
 
+def test_what_was_changed_is_named_in_the_output_the_summary_and_the_log(tmp_path, without_computing):
+    path, log = tmp_path / "in.fasta", tmp_path / "log.jsonl"
+    path.write_text(
+        ">long\nMKTMKT*\n>a\nMK1\n>a\nM-K*\n>plain\nMKV\n"
+        + "".join(f">stop{number}\nMK{'L' * (number % 3)}*\n" for number in range(6))
+    )
+    rules = ReadOptions(invalid="x", gaps="drop", duplicates="rename")
+    summary, reader = run(path, read=rules, max_length=4, log_json=log)
+    assert reader.column("modified").tolist() == [4, 1, 14, 0, *[4] * 6]
+    assert reader.column("truncated").tolist() == [True, *[False] * 9]
+    stops = ["long", "a__2", *(f"stop{number}" for number in range(6))]
+    expected = {
+        "truncated": ["long"],
+        "residues replaced": ["a"],
+        "gaps dropped": ["a__2"],
+        "trailing stop dropped": stops,
+        "renamed": ["a__2"],
+    }
+    assert summary.changed == {change: (len(ids), ids[:5]) for change, ids in expected.items()}
+    lines = {line[:20].strip(): line[20:] for line in summary.lines()}
+    assert lines["truncated"].endswith(": 'long'")
+    assert lines["replaced"].endswith(": 'a'")
+    assert lines["gaps dropped"] == "1 sequences with gaps: 'a__2'"
+    assert lines["stops dropped"] == (
+        "8 sequences that end in *: 'long', 'a__2', 'stop0', 'stop1', 'stop2', ..."
+    )
+    assert lines["duplicates"].endswith(": 'a__2'")
+    logged = [json.loads(line) for line in log.read_text().splitlines()]
+    changed = [(line["sequence_id"], line["changes"]) for line in logged if line["event"] == "changed"]
+    assert changed == [
+        (name, [change for change, ids in expected.items() if name in ids])
+        for name in ("long", "a", *stops[1:])
+    ]
+
+
 def test_attributes_state_what_ran(fasta, model, without_computing):
     _, reader = run(fasta)
     attributes = reader.attributes
