@@ -153,17 +153,18 @@ def time_call(function: Callable[[], Any], device: torch.device, rounds: int) ->
 
 
 def copy_rate(device: torch.device) -> float:
-    """Bytes per second, read and written, of a copy from device memory to device memory."""
+    """Bytes per second, read and written, of the fastest copy from device memory to device memory."""
     num_bytes = 1 << (32 if device.type == "cuda" else 25)
     source = torch.empty(num_bytes // 4, dtype=torch.float32, device=device).normal_()
     target = torch.empty_like(source)
-    return 2 * num_bytes / median(time_call(lambda: target.copy_(source), device, 7))
+    return 2 * num_bytes / min(time_call(lambda: target.copy_(source), device, 7))
 
 
 def matmul_rate(device: torch.device, mode: str) -> float:
-    """Floating-point operations per second of a large square matrix multiplication of random values.
+    """Floating-point operations per second of the fastest of some large square matrix multiplications.
 
-    On a GPU that is `torch.mm`; on a CPU, where libraries differ by a factor, it is what the model calls.
+    Values are random. On a GPU that is `torch.mm`; on a CPU, where libraries differ by a factor, it is what
+    the model calls.
 
     Args:
         device: where it runs.
@@ -181,4 +182,4 @@ def matmul_rate(device: torch.device, mode: str) -> float:
         return kernels.linear(left, right, out[0])
 
     with matmul_precision(PRECISIONS[mode]):
-        return 2 * size**3 / median(time_call(multiply, device, 10))
+        return 2 * size**3 / min(time_call(multiply, device, 10))

@@ -58,10 +58,12 @@ FIELDS = (
     "max_error",
     "relative_error",
     "launches",
+    "load_average",
 )
 """`useful_tokens` counts BOS, residues and EOS, `padded_tokens` all that is computed, padding included,
 as `flops` and `computed_flops` count operations.
-`floor_seconds` is `forward_floor` and `share_of_floor` that over the time.
+`floor_seconds` is `forward_floor` and `share_of_floor` that over the time. `load_average` is
+that of the machine over the last minute.
 """
 
 _DENSE_TFLOPS: dict[str, dict[str, float]] = {
@@ -140,7 +142,8 @@ def record(benchmark: Any, seconds: float | None = None, **values: Any) -> dict[
     """
     if seconds is None and benchmark.stats is not None:  # None with --benchmark-disable
         seconds = median(benchmark.stats.stats.data)
-    info: dict[str, Any] = dict.fromkeys(FIELDS) | values | {"seconds": seconds}
+    measured = {"seconds": seconds, "load_average": os.getloadavg()[0]}
+    info: dict[str, Any] = dict.fromkeys(FIELDS) | values | measured
     if seconds:
         for amount, rate in (
             ("useful_tokens", "tokens_per_second"),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from esm_packed.reports.page import OKABE_ITO
 from esm_packed.reports.results import (
     DTYPES,
+    FP16_EXPECTATION,
     STAGES,
     Change,
     Comparison,
@@ -23,6 +24,7 @@ from esm_packed.reports.results import (
     stage_seconds,
 )
 from esm_packed.reports.speedup import (
+    EXPECTED,
     contender,
     variant_name,
 )
@@ -105,8 +107,13 @@ def _style(dtype: str, layout: str, *, is_larger: bool = False, is_combined: boo
     return {"marker": marker, "color": colour, "markerfacecolor": face, "markersize": 7 if is_combined else 5}
 
 
-def speedups(kinds: Mapping[str, Sequence[Comparison]]) -> Figure:
-    """How many times as fast, by lengths, with the range over blocks: models are rows, kinds are columns."""
+def speedups(kinds: Mapping[str, Sequence[Comparison]], *, expected: bool = False) -> Figure:
+    """How many times as fast, by lengths, with the range over blocks: models are rows, kinds are columns.
+
+    Args:
+        kinds: comparisons by the title of their column.
+        expected: shade `FP16_EXPECTATION` where it applies.
+    """
     kinds = {kind: comparisons for kind, comparisons in kinds.items() if comparisons}
     every = [comparison for comparisons in kinds.values() for comparison in comparisons]
     models = list(dict.fromkeys(c.model for c in every))
@@ -122,9 +129,9 @@ def speedups(kinds: Mapping[str, Sequence[Comparison]]) -> Figure:
         names = list(dict.fromkeys(c.what for c in comparisons))
         for index, name in enumerate(names):
             points = [c for c in comparisons if c.what == name and c.model == model]
-            fast = next((c.fast for c in points if c.fast is not None), None)
-            if fast is None:
+            if not points:
                 continue
+            fast = points[0].fast
             _dots(
                 axes,
                 [c.times for c in points],
@@ -139,6 +146,8 @@ def speedups(kinds: Mapping[str, Sequence[Comparison]]) -> Figure:
             )
         _lanes(axes, ["all lengths" if workload == "all" else workload for workload in workloads])
         axes.axvline(1, color=_BLACK, linewidth=1)
+        if expected and any(c.against_expectation for c in comparisons):
+            axes.axvspan(*FP16_EXPECTATION, color=_SKY, alpha=0.25, linewidth=0, label=f"FP16, {EXPECTED}")
         _log_axis(axes, "x")
         axes.set_xlabel("times as fast (log); bars span the blocks")
         axes.set_title(f"{short_model(model)}: {kind}", loc="left")
@@ -176,7 +185,7 @@ def _dots(
     axes.errorbar(
         [spread.middle for spread in spreads],
         places,
-        xerr=_error_bars([(spread.middle, spread.low, spread.high) for spread in spreads]),
+        xerr=_error_bars([(spread.middle, *spread.ends) for spread in spreads]),
         linestyle="none",
         elinewidth=1.2,
         capsize=2,
@@ -222,7 +231,8 @@ def rivals(results: Results) -> Figure:
         spreads = []
         for m in group:
             tokens, seconds = m.info["useful_tokens"], m.seconds
-            spreads.append((tokens / seconds.middle, tokens / seconds.high, tokens / seconds.low))
+            low, high = seconds.ends
+            spreads.append((tokens / seconds.middle, tokens / high, tokens / low))
         bars = axes.barh(
             range(len(group)),
             [middle for middle, _, _ in spreads],
@@ -344,7 +354,8 @@ def attention(results: Results) -> Figure:
         spreads = []
         for m in own:
             flops, seconds = m.info["flops"] / 1e9, m.seconds
-            spreads.append((flops / seconds.middle, flops / seconds.high, flops / seconds.low))
+            low, high = seconds.ends
+            spreads.append((flops / seconds.middle, flops / high, flops / low))
         axes.bar(
             [workloads.index(m.info["workload"]) - 0.42 + (index + 0.5) * width for m in own],
             [middle for middle, _, _ in spreads],

@@ -29,6 +29,7 @@ th { border-bottom: 2px solid #888; vertical-align: bottom }
 th.text, td.text { text-align: left }
 td.prose { text-align: left; white-space: normal; overflow-wrap: anywhere; min-width: 20rem }
 .wide { overflow-x: auto }
+.warning { border-left: 0.4rem solid #D55E00; background: #fdf1e8; padding: 0.6rem 1rem; font-weight: 600 }
 img { max-width: min(100%, 72rem); height: auto }
 """
 
@@ -108,6 +109,11 @@ def page_html(title: str, body: str) -> str:
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n'
         f"<style>{_STYLE}</style>\n</head>\n<body>\n<h1>{title}</h1>\n{body}\n</body>\n</html>\n"
     )
+
+
+def warning(text: str) -> str:
+    """A paragraph of plain `text` that nobody overlooks."""
+    return f'<p class="warning">{html.escape(text)}</p>'
 
 
 def check_matplotlib() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,6 +28,13 @@ WORKLOADS = ("short50", "medium150", "long300", "proteome", "uniref", "viral", "
 STAGES = ("reading", "copying", "computing", "writing")
 
 
+MIN_BLOCKS = 3
+"""A range over fewer blocks says nothing and is not shown."""
+
+FP16_EXPECTATION = (1.5, 1.8)
+"""How many times as fast as in FP32 a forward pass on a GPU is expected to be in FP16, in the same layout."""
+
+
 Info = Mapping[str, Any]
 Key = tuple[str, ...]
 """A variant: the test and its parameters, the block left out."""
@@ -34,11 +42,22 @@ Key = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Spread:
-    """A middle value and where most others lie."""
+    """A middle value and where most others lie.
+
+    Args:
+        middle, low, high: in this order, or all equal.
+        blocks: how many blocks they are from.
+    """
 
     middle: float
     low: float
     high: float
+    blocks: int
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """Low and high, or the middle twice where there are too few blocks for a range."""
+        return (self.low, self.high) if self.blocks >= MIN_BLOCKS else (self.middle, self.middle)
 
 
 @dataclass(frozen=True)
@@ -66,7 +85,7 @@ class Measurement:
         low, middle, high = np.percentile(
             [s for rounds in self.blocks.values() for s in rounds], [20, 50, 80]
         )
-        return Spread(float(middle), float(low), float(high))
+        return Spread(float(middle), float(low), float(high), len(self.blocks))
 
     @property
     def block_medians(self) -> dict[int, float]:
@@ -99,6 +118,7 @@ class Results:
         machine: `machine_info`.
         measurements: by key, in the order of the file.
         not_run: what could not run, with the reason.
+        load: the highest load average of the machine that was recorded, None if none was.
     """
 
     path: Path
@@ -106,6 +126,23 @@ class Results:
     machine: Mapping[str, Any]
     measurements: Mapping[Key, Measurement]
     not_run: Sequence[Mapping[str, str]]
+    load: float | None = None
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether a GPU computed."""
+        return bool(self.machine.get("gpu"))
+
+    @property
+    def cores(self) -> int | None:
+        """CPU cores of the machine, None if unknown."""
+        cores = self.machine.get("cpu_cores") or self.machine.get("cpu", {}).get("count")
+        return None if cores is None else int(cores)
+
+    @property
+    def is_overloaded(self) -> bool:
+        """Whether the load exceeded the cores, to one decimal."""
+        return self.load is not None and self.cores is not None and round(self.load, 1) > self.cores
 
     def suite(self, name: str) -> list[Measurement]:
         """The measurements of one suite."""
@@ -145,12 +182,15 @@ def read_results(path: Path) -> Results:
         raise ReportError(message) from error
     if not benchmarks:
         raise ReportError(f"{path}: holds no benchmark; see the messages of the pytest run that wrote it")
+    machine = content.get("machine_info") or {}
+    loads: list[Any] = [each.get("load_average") for each in (machine, *chain.from_iterable(infos.values()))]
     return Results(
         path,
         str(content.get("datetime", "")),
-        content.get("machine_info") or {},
+        machine,
         {key: Measurement(key, _typical(records), blocks[key]) for key, records in infos.items()},
         content.get("not_run") or [],
+        max((load for load in loads if load is not None), default=None),
     )
 
 
@@ -164,22 +204,46 @@ def ratio(slow: Measurement, fast: Measurement) -> Spread | None:
     """How many times as long `slow` takes: median and range over the blocks both have; None without any."""
     ours, theirs = fast.block_medians, slow.block_medians
     ratios = [theirs[block] / ours[block] for block in ours if block in theirs]
-    return Spread(median(ratios), min(ratios), max(ratios)) if ratios else None
+    return Spread(median(ratios), min(ratios), max(ratios), len(ratios)) if ratios else None
 
 
-def total_ratio(pairs: Sequence[tuple[Measurement, Measurement]]) -> Spread | None:
-    """The ratio of summed times per useful token, so that every length class weighs the same."""
-    blocks = (
-        set.intersection(*(set(one.blocks) & set(other.blocks) for one, other in pairs)) if pairs else set()
-    )
-    ratios = []
-    for block in sorted(blocks):
-        slow, fast = (
-            sum(pair[side].block_medians[block] / pair[side].info["useful_tokens"] for pair in pairs)
-            for side in (0, 1)
-        )
-        ratios.append(slow / fast)
-    return Spread(median(ratios), min(ratios), max(ratios)) if ratios else None
+def total(pairs: Sequence[tuple[Measurement, Measurement]]) -> tuple[Measurement, Measurement] | None:
+    """Both variants over all length classes, in the blocks that all have; None without any.
+
+    Every class weighs the same: times, sequences and operations are scaled to the classes' mean number of
+    useful tokens and summed. The peak memory is the largest.
+    """
+    if not pairs:
+        return None
+    blocks = set.intersection(*(set(one.blocks) & set(other.blocks) for one, other in pairs))
+    if not blocks:
+        return None
+    tokens = sum(fast.info["useful_tokens"] for _, fast in pairs) / len(pairs)
+    slow, fast = (_sum([pair[side] for pair in pairs], sorted(blocks), tokens) for side in (0, 1))
+    return slow, fast
+
+
+def _sum(measurements: Sequence[Measurement], blocks: Sequence[int], tokens: float) -> Measurement:
+    scales = [tokens / m.info["useful_tokens"] for m in measurements]
+
+    def amount(name: str) -> float | None:
+        values = [m.info.get(name) for m in measurements]
+        if any(value is None for value in values):
+            return None
+        return float(sum(value * scale for value, scale in zip(values, scales, strict=True)))
+
+    memory: list[Any] = [m.info.get("peak_memory_bytes") for m in measurements]
+    first = measurements[0].info
+    info = {name: first.get(name) for name in ("suite", "model", "dtype", "layout", "token_budget")} | {
+        "workload": "all",
+        "peak_memory_bytes": None if None in memory else max(memory),
+        **{name: amount(name) for name in ("useful_tokens", "sequences", "computed_flops")},
+    }
+    seconds = {
+        block: [sum(m.block_medians[block] * scale for m, scale in zip(measurements, scales, strict=True))]
+        for block in blocks
+    }
+    return Measurement((*measurements[0].key, "all"), info, seconds)
 
 
 @dataclass(frozen=True)
@@ -190,17 +254,26 @@ class Comparison:
         what: such as `FP16 over FP32, packed`.
         model: the model.
         workload: the lengths, or `all` for all of them together.
-        slow: the variant compared with; None in a total.
-        fast: the variant that is judged; None in a total.
+        slow: the variant compared with.
+        fast: the variant that is judged.
         times: how many times as fast it is.
     """
 
     what: str
     model: str
     workload: str
-    slow: Measurement | None
-    fast: Measurement | None
+    slow: Measurement
+    fast: Measurement
     times: Spread
+
+    @property
+    def against_expectation(self) -> str:
+        """`below`, `within` or `above` `FP16_EXPECTATION`; empty where none is stated."""
+        slow, fast = self.slow.info, self.fast.info
+        if (slow["dtype"], fast["dtype"]) != ("fp32", "fp16") or not _same(slow, fast, "layout"):
+            return ""
+        low, high = FP16_EXPECTATION
+        return "below" if self.times.middle < low else "above" if self.times.middle > high else "within"
 
 
 def precision_comparisons(results: Results) -> list[Comparison]:
@@ -285,9 +358,9 @@ def _compare(
     found: list[Comparison] = []
     for (what, model), by_workload in groups.items():
         found += by_workload.values()
-        pairs = [(c.slow, c.fast) for c in by_workload.values() if c.slow is not None and c.fast is not None]
-        if len(pairs) > 1 and (times := total_ratio(pairs)):
-            found.append(Comparison(what, model, "all", None, None, times))
+        pairs = [(c.slow, c.fast) for c in by_workload.values()]
+        if len(pairs) > 1 and (both := total(pairs)) and (times := ratio(*both)):
+            found.append(Comparison(what, model, "all", *both, times))
     return found
 
 
@@ -386,8 +459,9 @@ def changes(results: Results, older: Results) -> list[Change]:
         if before is None or not _same(measurement.info, before.info, *_WORK):
             continue
         now, then = list(measurement.block_medians.values()), list(before.block_medians.values())
+        blocks = min(len(now), len(then))
         mark = ""
-        if min(len(now), len(then)) >= 2:
+        if blocks >= 2:
             spread = max(max(now) - min(now), max(then) - min(then))
             mark = (
                 "slower"
@@ -396,6 +470,6 @@ def changes(results: Results, older: Results) -> list[Change]:
                 if min(then) - max(now) > spread
                 else ""
             )
-        times = Spread(median(now) / median(then), min(now) / max(then), max(now) / min(then))
+        times = Spread(median(now) / median(then), min(now) / max(then), max(now) / min(then), blocks)
         found.append(Change(measurement, before, times, mark))
     return sorted(found, key=lambda change: -change.times.middle)

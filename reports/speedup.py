@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from esm_packed.reports.page import Table
 from esm_packed.reports.results import (
+    FP16_EXPECTATION,
+    MIN_BLOCKS,
     STAGES,
     Change,
     Comparison,
@@ -38,6 +40,9 @@ PROVIDER_NAMES = {
     "padded_unsorted": "padded, input order",
 }
 
+EXPECTED = "expected {}x to {}x".format(*FP16_EXPECTATION)
+"""Heads the column that says where FP16 over FP32 lies."""
+
 
 def time_text(seconds: float | None) -> str:
     """Seconds with three digits and a unit."""
@@ -54,14 +59,17 @@ def time_text(seconds: float | None) -> str:
 
 
 def spread_text(spread: Spread) -> str:
-    """`1.2 s (1.1 to 1.3)`; one round has no spread."""
-    if spread.low == spread.high:
+    """`1.2 s (1.1 s to 1.3 s)`, or the time alone where there are too few blocks for a range."""
+    low, high = spread.ends
+    if low == high:
         return time_text(spread.middle)
-    return f"{time_text(spread.middle)} ({time_text(spread.low)} to {time_text(spread.high)})"
+    return f"{time_text(spread.middle)} ({time_text(low)} to {time_text(high)})"
 
 
 def times_text(times: Spread) -> str:
-    """`2.4x (2.1 to 2.5)`."""
+    """`2.4x (2.1 to 2.5)`, or `2.4x (n = 1, no range)`."""
+    if times.blocks < MIN_BLOCKS:
+        return f"{times.middle:.2f}x (n = {times.blocks}, no range)"
     return f"{times.middle:.2f}x ({times.low:.2f} to {times.high:.2f})"
 
 
@@ -91,32 +99,37 @@ def _rate(value: float | None, unit: str) -> str:
     return f"{value:.3g} {unit}"
 
 
-def comparison_table(comparisons: Sequence[Comparison]) -> Table:
-    """Times of both variants, the ratio, and what else changes."""
+def comparison_table(comparisons: Sequence[Comparison], *, expected: bool = False) -> Table:
+    """Times of both variants, the ratio, and what else changes.
+
+    Args:
+        comparisons: a row for each.
+        expected: compare FP16 over FP32 with `FP16_EXPECTATION`.
+    """
     headers = (
         "comparison", "model", "lengths", "time before", "time after", "times as fast (range of blocks)",
-        "fewer operations", "time saved", "tokens/s after", "sequences/s after", "peak memory before",
-        "peak memory after",
+        EXPECTED, "fewer operations", "time saved", "tokens/s after", "sequences/s after",
+        "peak memory before", "peak memory after",
     )  # fmt: skip
     rows = []
     for c in comparisons:
-        if c.slow is None or c.fast is None:
-            cells = [""] * 2
-            rest = [""] * 4
-            fewer = ""
-        else:
-            cells = [spread_text(c.slow.seconds), spread_text(c.fast.seconds)]
-            rest = [
+        before, after = (m.info.get("computed_flops") for m in (c.slow, c.fast))
+        rows.append(
+            [
+                c.what,
+                short_model(c.model),
+                c.workload,
+                spread_text(c.slow.seconds),
+                spread_text(c.fast.seconds),
+                times_text(c.times),
+                c.against_expectation if expected else "",
+                f"{before / after:.2f}x" if before and after else "",
+                _percent(1 - 1 / c.times.middle) if c.times.middle >= 1 else "",
                 _count(c.fast.rate("useful_tokens")),
                 _count(c.fast.rate("sequences")),
                 _memory(c.slow.info.get("peak_memory_bytes")),
                 _memory(c.fast.info.get("peak_memory_bytes")),
             ]
-            before, after = (m.info.get("computed_flops") for m in (c.slow, c.fast))
-            fewer = f"{before / after:.2f}x" if before and after else ""
-        saved = _percent(1 - 1 / c.times.middle) if c.times.middle >= 1 else ""
-        rows.append(
-            [c.what, short_model(c.model), c.workload, *cells, times_text(c.times), fewer, saved, *rest]
         )
     return without_empty_columns(Table(headers, rows))
 
@@ -304,12 +317,11 @@ def scaling_table(results: Results) -> Table:
     return Table(headers, rows)
 
 
-def machine_name(machine: Mapping[str, Any]) -> str:
+def machine_name(results: Results) -> str:
     """The GPU, or else the processor and how many cores of it."""
-    if machine.get("gpu"):
-        return str(machine["gpu"])
-    cores = machine.get("cpu_cores") or machine.get("cpu", {}).get("count")
-    return f"{machine.get('cpu_model', 'unknown processor')}, {cores} cores"
+    if results.on_gpu:
+        return str(results.machine["gpu"])
+    return f"{results.machine.get('cpu_model', 'unknown processor')}, {results.cores} cores"
 
 
 def variant_name(measurement: Measurement) -> str:
@@ -347,16 +359,15 @@ def conditions_table(results: Results) -> Table:
     state = machine.get("gpu_state") or {}
     packages = machine.get("packages") or {"torch": machine.get("torch")}
     commit = machine.get("git_commit")
-    load = machine.get("load_average")
     rows = {
-        "machine": machine_name(machine),
-        "processor": f"{machine['cpu_model']}, {machine['cpu_cores']} cores" if machine.get("gpu") else "",
+        "machine": machine_name(results),
+        "processor": f"{machine['cpu_model']}, {results.cores} cores" if results.on_gpu else "",
         "GPU driver, clocks": ", ".join(f"{name} {value}" for name, value in state.items()),
         "CUDA": machine.get("cuda"),
         "packages": ", ".join(f"{name} {version}" for name, version in packages.items() if version),
         "TF32 and reductions": ", ".join(f"{k} {v}" for k, v in (machine.get("tf32") or {}).items()),
         "CPU threads": machine.get("threads"),
-        "load of the machine at the end": None if load is None else f"{load:.1f}",
+        "highest load of the machine": None if results.load is None else f"{results.load:.1f}",
         "system": machine.get("system"),
         "date": results.date,
         "commit": commit,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,10 +17,14 @@ from esm_packed.reports.page import (
     figure_style,
     page_html,
     save_figure,
+    warning,
 )
 from esm_packed.reports.results import (
+    MIN_BLOCKS,
     Comparison,
+    Measurement,
     Results,
+    achieved,
     changes,
     combined_comparisons,
     in_order,
@@ -31,6 +35,7 @@ from esm_packed.reports.results import (
     scaling_series,
 )
 from esm_packed.reports.speedup import (
+    EXPECTED,
     changes_table,
     comparison_table,
     conditions_table,
@@ -106,6 +111,9 @@ def write_report(path: Path, older: Sequence[Path], folder: Path) -> list[str]:
         sections = list(_sections(results, before))
         folder.mkdir(parents=True, exist_ok=True)
         page, markdown = [], [f"# {TITLE}", ""]
+        if results.is_overloaded:
+            page.append(warning(_load_text(results)))
+            markdown += [f"**{_load_text(results)}**", ""]
         with figure_style():
             for section in sections:
                 page.append(f"<h2>{html.escape(section.title)}</h2>\n<p>{html.escape(section.text)}</p>")
@@ -136,11 +144,36 @@ def write_report(path: Path, older: Sequence[Path], folder: Path) -> list[str]:
 
 
 def _headlines(results: Results) -> Iterator[str]:
-    """The totals over all lengths."""
+    """The totals over all lengths, and what makes them doubtful."""
     for comparison in _comparisons(results):
         if comparison.workload == "all":
             times = times_text(comparison.times)
-            yield f"{comparison.model}: {comparison.what}: {times} as fast, all lengths"
+            mark = comparison.against_expectation if results.on_gpu else ""
+            expected = f" ({EXPECTED}: {mark})" if mark else ""
+            yield f"{comparison.model}: {comparison.what}: {times} as fast, all lengths{expected}"
+    if results.is_overloaded:
+        yield f"warning: {_load_text(results)}"
+
+
+def _load_text(results: Results) -> str:
+    return (
+        f"The load of the machine reached {results.load:.1f} on {results.cores} cores: other processes "
+        "competed for them. Times are too long and ratios uncertain; measure again on an idle machine."
+    )
+
+
+def _shares_text(shares: Iterable[float | None]) -> str:
+    """An explanation where a share is above 100%."""
+    if all(share is None or share <= 1 for share in shares):
+        return ""
+    return (
+        " A share above 100%: the rate it refers to was measured while the machine was busier, or the data "
+        "stay in a cache, for which the copy that gives the rate is too large."
+    )
+
+
+def _share_of_ceiling(kernel: Measurement) -> float:
+    return achieved(kernel) / float(kernel.info["ceiling_per_second"])
 
 
 def _comparisons(results: Results) -> list[Comparison]:
@@ -149,12 +182,12 @@ def _comparisons(results: Results) -> list[Comparison]:
 
 def _sections(results: Results, older: Sequence[Results]) -> Iterator[Section]:
     """The parts for which there are measurements."""
-    on_gpu = bool(results.machine.get("gpu"))
+    on_gpu = results.on_gpu
     yield Section(
         "Conditions",
-        f"{machine_name(results.machine)}. Times are medians over all rounds of all blocks, with the 20th "
-        "and 80th percentile; variants took turns, block by block, and ratios are formed within a block. "
-        "Tokens are useful ones: BOS, residues, EOS, never padding.",
+        f"{machine_name(results)}. Times are medians over all rounds of all blocks, with the 20th "
+        f"and 80th percentile if there are {MIN_BLOCKS} blocks; variants took turns, block by block, and "
+        "ratios are formed within a block. Tokens are useful ones: BOS, residues, EOS, never padding.",
         [conditions_table(results)],
     )
     if comparisons := _comparisons(results):
@@ -164,19 +197,22 @@ def _sections(results: Results, older: Sequence[Results]) -> Iterator[Section]:
         }
         yield Section(
             "Precision, and packed against padded",
-            "Times of whole forward passes over the same proteins. The last line of a group weighs all "
-            "length classes alike. Padded batches are sorted by length, as fair-esm's esm-extract makes "
-            "them, unless it says in input order. Fewer operations: how many times as many floating-point "
-            "operations, padding and attention included, the slower side computes.",
-            [comparison_table(comparisons)],
-            ("speedups", lambda: figures.speedups(kinds)),
+            "Times of whole forward passes over the same proteins. The last line of a group is the total "
+            "over all length classes, each scaled to the same number of tokens. Padded batches are sorted by "
+            "length, as fair-esm's esm-extract makes them, unless it says in input order. Fewer operations: "
+            "how many times as many floating-point operations, padding and attention included, the slower "
+            "side computes.",
+            [comparison_table(comparisons, expected=on_gpu)],
+            ("speedups", lambda: figures.speedups(kinds, expected=on_gpu)),
         )
-    if results.suite("model"):
+    if forward := results.suite("model"):
+        shares = [m.share(name) for m in forward for name in ("mfu_measured", "share_of_floor")]
         yield Section(
             "Every forward pass",
             "MFU is the model's floating-point operations on useful tokens over time, as a share of the "
             "matrix-multiplication rate measured in the same run, and of the datasheet's where that is "
-            "known. Errors are of mean embeddings, to FP64.",
+            "known. The floor is the time of these operations and of the bytes that must move, at the rates "
+            f"measured in the same run. Errors are of mean embeddings, to FP64.{_shares_text(shares)}",
             [forward_table(results)],
             ("forward", lambda: figures.forward_times(results)),
         )
@@ -202,16 +238,17 @@ def _sections(results: Results, older: Sequence[Results]) -> Iterator[Section]:
         )
         yield Section(
             "Kernels",
-            f"Achieved rates over what the same machine reached in a copy or a matrix multiplication.{trial}",
+            f"Achieved rates over what the same machine reached in a copy or a matrix multiplication.{trial}"
+            + _shares_text(map(_share_of_ceiling, kernels)),
             [kernels_table(kernels)],
             ("roofline", lambda: figures.roofline(results)) if on_gpu else None,
         )
-    if results.suite("attention"):
+    if attention := results.suite("attention"):
         yield Section(
             "Attention",
             "Every backend that serves here, over every distribution of lengths; floating-point "
-            "operations are those within sequences.",
-            [kernels_table(in_order(results.suite("attention")))],
+            "operations are those within sequences." + _shares_text(map(_share_of_ceiling, attention)),
+            [kernels_table(in_order(attention))],
             ("attention", lambda: figures.attention(results)),
         )
     if results.suite("packing"):
@@ -223,11 +260,12 @@ def _sections(results: Results, older: Sequence[Results]) -> Iterator[Section]:
             [packing_table(results)],
             ("packing", lambda: figures.padding(results)),
         )
-    if results.suite("end_to_end"):
+    if end_to_end := results.suite("end_to_end"):
         yield Section(
             "From FASTA to HDF5",
             "The whole run with the model read from a file. Stages of the pipeline may overlap; other is "
-            "the time outside it: loading the model, indexing, planning, putting the output together.",
+            "the time outside it: loading the model, indexing, planning, putting the output together."
+            + _shares_text(m.share("mfu_measured") for m in end_to_end),
             [end_to_end_table(results)],
             ("stages", lambda: figures.stages(results)),
         )
@@ -252,7 +290,7 @@ def _change_section(results: Results, older: Results, name: str) -> Section:
     found = changes(results, older)
     common = len(results.measurements.keys() & older.measurements.keys())
     commit = older.machine.get("git_commit") or "unknown commit"
-    text = f"{older.path.name}: {older.date or 'unknown date'}, {commit}, {machine_name(older.machine)}. "
+    text = f"{older.path.name}: {older.date or 'unknown date'}, {commit}, {machine_name(older)}. "
     if common > len(found):
         text += f"{common - len(found)} benchmarks in both files did other work (tokens, sequences) there. "
     if not found:
@@ -264,7 +302,7 @@ def _change_section(results: Results, older: Results, name: str) -> Section:
         f"Of {len(found)} benchmarks that did the same work {slower} became slower and {faster} faster "
         "beyond the spread: the gap between the ranges of their blocks' medians is wider than these ranges."
     )
-    if machine_name(older.machine) != machine_name(results.machine):
+    if machine_name(older) != machine_name(results):
         text += " The machines differ: this compares them, too."
     return Section(
         f"Change against {older.path.name}",

@@ -19,6 +19,7 @@ H100 = {"fp32": 67e12, "tf32": 494e12, "fp16": 989e12, "bf16": 989e12}
 def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measuring, "measured_rate", MATMUL_RATES.__getitem__)
     monkeypatch.setattr(measuring, "gpu_name", lambda: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(measuring.os, "getloadavg", lambda: (1.5, 7.0, 8.0))
 
 
 def timed(*seconds: float) -> Any:
@@ -41,6 +42,7 @@ def test_a_record_is_of_the_median_round(on_a_gpu: None) -> None:
     assert info == benchmark.extra_info
     assert info.keys() == set(FIELDS)
     assert info["seconds"] == 2.0
+    assert info["load_average"] == 1.5
     rates = ("tokens_per_second", "sequences_per_second", "flops_per_second", "bytes_per_second")
     assert [info[rate] for rate in rates] == [5.0, 2.0, 4e12, 3.0]
     assert info["share_of_floor"] == 0.25
@@ -61,6 +63,7 @@ def test_what_is_unknown_is_none(on_a_gpu: None, monkeypatch: pytest.MonkeyPatch
         "flops",
         "seconds",
         "flops_per_second",
+        "load_average",
     }
     monkeypatch.setattr(measuring, "gpu_name", lambda: None)
     assert record(timed(2.0), dtype="fp16", flops=6e12)["mfu_datasheet"] is None

@@ -26,7 +26,7 @@ def test_times_are_the_median_of_all_rounds() -> None:
     one = measurement(
         {0: [30.0, 1.0], 1: [2.0], 2: [4.0, 3.0]}, useful_tokens=12, bytes=None, seconds=2.0, mfu=0.3
     )
-    assert one.seconds == Spread(3.0, pytest.approx(1.8), pytest.approx(9.2))
+    assert one.seconds == Spread(3.0, pytest.approx(1.8), pytest.approx(9.2), blocks=3)
     assert one.block_medians == {0: 15.5, 1: 2.0, 2: 3.5}
     assert one.tokens_per_second == one.rate("useful_tokens") == 4.0
     assert one.rate("bytes") is None
@@ -39,11 +39,16 @@ def test_a_ratio_is_the_median_of_those_of_the_blocks() -> None:
     slow = measurement({0: [10.0], 1: [3.0, 9.0, 5.0], 2: [12.0], 4: [7.0]})
     fast = measurement({0: [5.0], 1: [1.0], 2: [4.0], 3: [1.0]})
     # 2, 5 and 3 in the blocks of both
-    assert results.ratio(slow, fast) == Spread(3.0, 2.0, 5.0)
+    assert results.ratio(slow, fast) == Spread(3.0, 2.0, 5.0, blocks=3)
     assert results.ratio(fast, slow) == Spread(
-        pytest.approx(1 / 3), pytest.approx(1 / 5), pytest.approx(1 / 2)
+        pytest.approx(1 / 3), pytest.approx(1 / 5), pytest.approx(1 / 2), blocks=3
     )
     assert results.ratio(measurement({7: [1.0]}), fast) is None
+
+
+def total_ratio(pairs: Sequence[tuple[Measurement, Measurement]]) -> Spread | None:
+    total = results.total(pairs)
+    return None if total is None else results.ratio(*total)
 
 
 def test_a_total_is_of_times_and_not_of_ratios() -> None:
@@ -53,7 +58,7 @@ def test_a_total_is_of_times_and_not_of_ratios() -> None:
         (measurement({0: [8.0]}, useful_tokens=100), measurement({0: [2.0]}, useful_tokens=100)),
         (measurement({0: [1.0]}, useful_tokens=100), measurement({0: [1.0]}, useful_tokens=100)),
     ]
-    assert results.total_ratio(pairs) == Spread(3.0, 3.0, 3.0)
+    assert total_ratio(pairs) == Spread(3.0, 3.0, 3.0, blocks=1)
 
 
 def test_a_class_weighs_the_same_whatever_was_measured_of_it() -> None:
@@ -62,7 +67,7 @@ def test_a_class_weighs_the_same_whatever_was_measured_of_it() -> None:
         (measurement({0: [80.0]}, useful_tokens=1000), measurement({0: [20.0]}, useful_tokens=1000)),
         (measurement({0: [1.0]}, useful_tokens=100), measurement({0: [1.0]}, useful_tokens=100)),
     ]
-    assert results.total_ratio(pairs) == Spread(*[pytest.approx(3.0)] * 3)
+    assert total_ratio(pairs) == Spread(*[pytest.approx(3.0)] * 3, blocks=1)
 
 
 def test_a_total_is_the_median_of_the_blocks_that_all_have() -> None:
@@ -77,17 +82,37 @@ def test_a_total_is_the_median_of_the_blocks_that_all_have() -> None:
         ),
     ]
     # 9 over 3, 4 over 4, 8 over 2
-    assert results.total_ratio(pairs) == Spread(3.0, 1.0, 4.0)
-    assert results.total_ratio(pairs[:1]) == Spread(4.0, 1.0, 50.0)
-    assert results.total_ratio([pairs[0], (measurement({9: [1.0]}), measurement({9: [1.0]}))]) is None
-    assert results.total_ratio([]) is None
+    assert total_ratio(pairs) == Spread(3.0, 1.0, 4.0, blocks=3)
+    assert total_ratio(pairs[:1]) == Spread(4.0, 1.0, 50.0, blocks=4)
+    assert total_ratio([pairs[0], (measurement({9: [1.0]}), measurement({9: [1.0]}))]) is None
+    assert total_ratio([]) is None
+
+
+def test_a_total_has_time_rates_and_memory_of_all_classes() -> None:
+    """100 tokens in 8 s and 300 in 3 s are 200 and 200 in 16 and 2 s; the larger memory is needed."""
+    first = {"useful_tokens": 100, "sequences": 10, "computed_flops": 5.0, "peak_memory_bytes": 7}
+    second = {"useful_tokens": 300, "sequences": 3, "computed_flops": 9.0, "peak_memory_bytes": 6}
+    one, other = measurement({0: [8.0]}, **first), measurement({0: [3.0]}, **second)
+    total = results.total(
+        [(one, measurement({0: [4.0]}, **first)), (other, measurement({0: [1.5]}, **second))]
+    )
+    assert total is not None
+    slow, fast = total
+    assert slow.blocks == {0: [pytest.approx(18.0)]} and fast.blocks == {0: [pytest.approx(9.0)]}
+    assert slow.tokens_per_second == pytest.approx(400 / 18)
+    assert slow.rate("sequences") == pytest.approx(22 / 18)  # 20 of the first class and 2 of the second
+    assert slow.info["computed_flops"] == pytest.approx(16.0)
+    assert slow.info["peak_memory_bytes"] == 7
+    unknown = measurement({0: [1.0]}, **first | {"peak_memory_bytes": None})
+    total = results.total([(unknown, unknown), (other, other)])
+    assert total is not None and total[0].info["peak_memory_bytes"] is None
 
 
 def test_a_change_is_how_many_times_as_long_it_takes_now() -> None:
     now = measurement({0: [10.0], 1: [12.0], 2: [14.0]})
     before = measurement({0: [4.0], 1: [3.0], 2: [5.0]})
     (slower,) = results.changes(file_of(now), file_of(before))
-    assert slower.times == Spread(3.0, 2.0, pytest.approx(14 / 3))
+    assert slower.times == Spread(3.0, 2.0, pytest.approx(14 / 3), blocks=3)
     assert slower.mark == "slower"
     (faster,) = results.changes(file_of(before), file_of(now))
     assert faster.times.middle == pytest.approx(1 / 3)
@@ -195,7 +220,7 @@ def test_what_a_comparison_shows() -> None:
         "lengths": "uniref",
         "time before": "2 s",
         "time after": "500 ms",
-        "times as fast (range of blocks)": "4.00x (4.00 to 4.00)",
+        "times as fast (range of blocks)": "4.00x (n = 1, no range)",
         "fewer operations": "1.50x",
         "time saved": "75.0%",
         "tokens/s after": "200",
@@ -203,6 +228,103 @@ def test_what_a_comparison_shows() -> None:
         "peak memory before": "2.00 GiB",
         "peak memory after": "1.00 GiB",
     }
+
+
+@pytest.mark.parametrize(("blocks", "is_shown"), [(1, False), (2, False), (3, True)])
+def test_a_range_needs_three_blocks(blocks: int, is_shown: bool) -> None:
+    times = Spread(2.0, 1.0, 3.0, blocks)
+    assert speedup.times_text(times) == f"2.00x ({'1.00 to 3.00' if is_shown else f'n = {blocks}, no range'})"
+    assert speedup.spread_text(times) == ("2 s (1 s to 3 s)" if is_shown else "2 s")
+    assert times.ends == ((1.0, 3.0) if is_shown else (2.0, 2.0))
+
+
+def test_totals_are_in_the_table() -> None:
+    """Two classes of 100 tokens: 2 and 4 s in FP32, 1 and 3 s in FP16."""
+    seconds = {
+        ("fp32", "uniref"): 2.0,
+        ("fp32", "viral"): 4.0,
+        ("fp16", "uniref"): 1.0,
+        ("fp16", "viral"): 3.0,
+    }
+    measurements = [
+        forward(
+            f"{dtype} {workload}",
+            time,
+            dtype=dtype,
+            workload=workload,
+            layout="packed",
+            peak_memory_bytes=(2**31 if dtype == "fp32" else 2**30) + (workload == "viral") * 2**30,
+            computed_flops=1e9,
+        )
+        for (dtype, workload), time in seconds.items()
+    ]
+    found = results.precision_comparisons(file_of(*measurements))
+    table = speedup.comparison_table(found, expected=True)
+    assert [row[2] for row in table.rows] == ["uniref", "viral", "all"]
+    total = shown(table, 2)
+    assert total == {
+        "comparison": "FP16 over FP32, packed",
+        "model": "8M",
+        "lengths": "all",
+        "time before": "6 s",
+        "time after": "4 s",
+        "times as fast (range of blocks)": "1.50x (n = 1, no range)",
+        "expected 1.5x to 1.8x": "within",
+        "fewer operations": "1.00x",
+        "time saved": "33.3%",
+        "tokens/s after": "50",
+        "sequences/s after": "5",
+        "peak memory before": "3.00 GiB",
+        "peak memory after": "2.00 GiB",
+    }
+    assert shown(table, 0)["expected 1.5x to 1.8x"] == "above"  # 2 times
+    assert shown(table, 1)["expected 1.5x to 1.8x"] == "below"  # 4/3 times
+    assert "expected 1.5x to 1.8x" not in speedup.comparison_table(found).headers
+
+
+def test_only_fp16_over_fp32_in_the_same_layout_is_expected_to_gain() -> None:
+    others = [
+        forward("a", 1.6, dtype="fp32", layout="packed"),
+        forward("b", 1.6, dtype="fp32", layout="padded"),
+        forward("c", 1.0, dtype="bf16", layout="packed"),
+        forward("d", 1.0, dtype="fp16", layout="packed"),
+    ]
+    every = results.precision_comparisons(file_of(*others)) + results.combined_comparisons(file_of(*others))
+    table = speedup.comparison_table(every, expected=True)
+    marks = {row[0]: shown(table, index)["expected 1.5x to 1.8x"] for index, row in enumerate(table.rows)}
+    assert marks == {
+        "FP16 over FP32, packed": "within",
+        "BF16 over FP32, packed": "",
+        "FP16 packed over FP32 padded": "",
+    }
+
+
+@pytest.mark.parametrize(("load", "is_overloaded"), [(2.04, False), (2.06, True), (None, False)])
+def test_a_machine_is_overloaded_when_its_load_exceeds_its_cores(
+    load: float | None, is_overloaded: bool
+) -> None:
+    found = Results(Path("x.json"), "", {"cpu_cores": 2}, {}, [], load)
+    assert found.is_overloaded == is_overloaded
+
+
+def test_the_load_is_the_highest_of_all_blocks_and_of_the_end(tmp_path: Path) -> None:
+    def load(of_blocks: Sequence[float | None], at_the_end: float | None) -> float | None:
+        records = [
+            {
+                "name": f"test_x[{block}]",
+                "params": {"block": block},
+                "extra_info": {"suite": "model", "block": block, "load_average": value},
+                "stats": {"data": [1.0]},
+            }
+            for block, value in enumerate(of_blocks)
+        ]
+        path = tmp_path / "x.json"
+        path.write_text(json.dumps({"machine_info": {"load_average": at_the_end}, "benchmarks": records}))
+        return results.read_results(path).load
+
+    assert load([1.0, 5.0, 2.0], 3.0) == 5.0
+    assert load([1.0], 3.0) == 3.0
+    assert load([None], None) is None
 
 
 def test_what_a_forward_pass_shows() -> None:
@@ -292,7 +414,7 @@ def test_what_a_rival_shows() -> None:
         "tokens/s": "33",
         "sequences/s": "3",
         "padding": "20.0%",
-        "esm-packed is": "1.50x (1.50 to 1.50) as fast",
+        "esm-packed is": "1.50x (n = 1, no range) as fast",
     }
     floor = shown(table, 0)
     assert (floor["tokens/s"], floor["sequences/s"], floor["esm-packed is"]) == ("", "", "")

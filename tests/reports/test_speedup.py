@@ -390,5 +390,44 @@ def test_operations_saved_stand_beside_the_speedup(gpu_like: Path) -> None:
     times = {row[2]: row[column] for row in table.rows if row[0] == "packed over padded, FP16"}
     assert times == {
         **{workload: f"{1 / (1 - padding):.2f}x" for workload, padding in GPU_LIKE.WORKLOADS.items()},
-        "all": "",
+        "all": f"{np.mean([1 / (1 - padding) for padding in GPU_LIKE.WORKLOADS.values()]):.2f}x",
     }
+
+
+@pytest.mark.parametrize(("load", "is_warned"), [(2.0, False), (3.4, True)])
+def test_a_load_above_the_cores_stands_at_the_top(tmp_path: Path, load: float, is_warned: bool) -> None:
+    pytest.importorskip("matplotlib")
+    content = json.loads(CPU_RESULTS.read_text())
+    content["machine_info"]["load_average"] = load
+    lines = write_report(write_json(tmp_path / "x.json", content), [], tmp_path)
+    text = "The load of the machine reached 3.4 on 2 cores"
+    page, markdown = (tmp_path / "speedup.html").read_text(), (tmp_path / "speedup.md").read_text()
+    for report in (page, markdown, "\n".join(lines)):
+        assert (text in report) == is_warned
+    if is_warned:
+        assert page.index(text) < page.index("<h2>") and markdown.index(text) < markdown.index("## ")
+
+
+def test_a_share_above_all_is_explained(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    for name, share in (("below", 0.9), ("above", 1.2)):
+        content = GPU_LIKE.make()
+        for each in content["benchmarks"]:
+            if each["extra_info"]["suite"] == "model":
+                each["extra_info"]["share_of_floor"] = share
+        write_report(write_json(tmp_path / "x.json", content), [], tmp_path / name)
+        text = (tmp_path / name / "speedup.md").read_text()
+        assert ("A share above 100%" in text) == (name == "above")
+
+
+def test_the_expectation_is_marked_on_a_gpu_only(tmp_path: Path, gpu_like: Path) -> None:
+    pytest.importorskip("matplotlib")
+    lines = write_report(gpu_like, [], tmp_path / "gpu")
+    assert any(
+        "FP16 over FP32, packed: " in line and "expected 1.5x to 1.8x: above" in line for line in lines
+    )
+    assert "| expected 1.5x to 1.8x |" in (tmp_path / "gpu" / "speedup.md").read_text()
+    assert "1.5x to 1.8x" in (tmp_path / "gpu" / "speedups.svg").read_text()
+    lines = write_report(CPU_RESULTS, [], tmp_path / "cpu")
+    assert "1.8x" not in "\n".join(lines) + (tmp_path / "cpu" / "speedup.md").read_text()
+    assert "1.5x to 1.8x" not in (tmp_path / "cpu" / "speedups.svg").read_text()
