@@ -15,6 +15,9 @@ pytest.importorskip("triton")
 
 from stub_driver import SHARED_MEMORY
 
+# A minute of compilation, which on a busy machine takes many.
+pytestmark = pytest.mark.timeout(1800)
+
 SUPPORT = Path(__file__).parents[1] / "support"
 TABLE = Path(__file__).with_name("compile_table.json")
 REGISTER_MARGIN = 8
