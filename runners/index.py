@@ -76,6 +76,8 @@ MAX_RECORD_BYTES = 1 << 26
 """Longest record that is read, as a record is held in memory whole; the longest proteins are about 46 kB."""
 DNA_RECORDS = 100
 DNA_FRACTION = 0.9
+MOST_READ_OF_DNA = 1 << 26
+"""Bytes of text after which an input that looks like DNA is not read on: there may be a hundred gigabytes."""
 MOST_LISTED = 10
 """Faults that an error lists; of the others it says how many there are."""
 
@@ -345,10 +347,10 @@ def build_index(
                 builder.read_input(path, work_dir / _copy_name(number), progress, chunk_size)
             except _UnreadableError as error:
                 builder.faults.add_unreadable(len(builder.sources) - 1, str(error))
+        if builder.num_records:
+            builder.check_not_dna()
     num_duplicates, mean_id_bytes = 0, 0.0
     if builder.num_records:
-        if not options.force:
-            _check_not_dna(builder, work_dir)
         mean_id_bytes = builder.num_id_bytes / builder.num_records
         num_duplicates = _settle_duplicates(builder, work_dir)
     left_out = builder.left_out if list_left_out else []
@@ -532,6 +534,8 @@ class _Pass:
         self.num_records = 0
         self.num_replaced = 0
         self.num_id_bytes = 0
+        self.is_dna_checked = options.force
+        self.is_dna = False
 
     def read_input(
         self, path: str, copy: Path, progress: Callable[[int], None] | None, chunk_size: int
@@ -590,6 +594,9 @@ class _Pass:
         """Cut the text in front of records: (position in the text, block of whole records)."""
         position, pending, num_read = 0, b"", 0
         while True:
+            if self.is_dna and num_read >= MOST_READ_OF_DNA:
+                name = self.sources[-1].name
+                raise _UnreadableError(f"{name}: not read beyond {num_read >> 20} MiB, as it looks like DNA")
             try:
                 chunk = stream.read(chunk_size)
             except (EOFError, gzip.BadGzipFile, zlib.error) as error:
@@ -670,6 +677,21 @@ class _Pass:
         self.num_replaced += parsed.num_replaced
         self.num_id_bytes += int((parsed.name_ends - parsed.name_begins)[keep].sum())
 
+        if self.num_records >= DNA_RECORDS:
+            self.check_not_dna()
+
+    def check_not_dna(self) -> None:
+        """Add a fault if the first records look like nucleotides; for when enough, or all, are known."""
+        if self.is_dna_checked:
+            return
+        self.is_dna_checked = True
+        self.records_file.flush()
+        records = np.memmap(self.records_file.name, dtype=RECORD, mode="r")
+        fault = _dna_fault(RecordReader(records, self.sources, self.options), len(records))
+        if fault is not None:
+            self.is_dna = True
+            self.faults.add_dna(fault)
+
     def _error(
         self, block_position: int, block: bytes, fault: int, reason: str, hint: str = ""
     ) -> _UnreadableError:
@@ -746,14 +768,6 @@ def _dna_fault(reader: RecordReader, num_records: int) -> _LeftOut | None:
     )
     name = reader.names(tested[:1])[0].decode("utf-8")
     return _LeftOut(reader.place(0), name, reason, hint="--force goes on")
-
-
-def _check_not_dna(builder: _Pass, work_dir: Path) -> None:
-    """Add to the faults if the first records look like nucleotides."""
-    records = np.memmap(work_dir / _RECORDS, dtype=RECORD, mode="r")
-    fault = _dna_fault(RecordReader(records, builder.sources, builder.options), builder.num_records)
-    if fault is not None:
-        builder.faults.add_dna(fault)
 
 
 def _settle_duplicates(builder: _Pass, work_dir: Path) -> int:

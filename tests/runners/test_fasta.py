@@ -653,6 +653,28 @@ def test_the_dna_check_ends_at_record_100_however_the_file_is_cut(tmp_path: Path
     assert made.num_records == 500
 
 
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+def test_a_large_file_of_dna_is_not_read_to_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pack: Any
+) -> None:
+    monkeypatch.setattr(index_module, "MOST_READ_OF_DNA", 20_000)
+    letters = np.random.default_rng(0).choice(list(b"ACGT"), size=(3000, 60)).astype(np.uint8)
+    path, protein = tmp_path / "dna.fa", tmp_path / "protein.fa"
+    path.write_bytes(pack(b"".join(b">%d\n%s\n" % (n, row.tobytes()) for n, row in enumerate(letters))))
+    protein.write_bytes(b">p\nMJ\n")
+    told: list[int] = []
+    with pytest.raises(InputError) as caught:
+        build_index(
+            [str(path), str(protein)], tmp_path / "work", ReadOptions(), progress=told.append, chunk_size=1000
+        )
+    assert [line.rsplit(": ", 1)[-1].split(",")[0] for line in caught.value.details[:3]] == [
+        "100% of the residues in the first records (at most 100) are A",
+        "not read beyond 0 MiB",
+        "'J' is not in ESM-2's alphabet",
+    ]
+    assert sum(told) < 0.5 * path.stat().st_size
+
+
 def test_a_missing_file_a_directory_and_no_input(tmp_path: Path) -> None:
     read(tmp_path, b">a\nMK")
     sound, missing = str(tmp_path / "0.fa"), str(tmp_path / "none.fa")
