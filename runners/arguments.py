@@ -243,8 +243,9 @@ def _add_embed(commands: argparse._SubParsersAction[_Parser]) -> None:
 def _add_info(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser = commands.add_parser(
         "info",
-        help="describe an output, a FASTA file or a model",
-        description="Describe an HDF5 output, a FASTA file, or a model given by name, file or folder.",
+        help="describe an output, a run, a FASTA file or a model",
+        description="Describe an HDF5 output, an unfinished run, a FASTA file, or a model given by name, "
+        "file or folder.",
         allow_abbrev=False,
     )
     _runs(parser, run.info, "esm_packed.runners.info")
@@ -252,6 +253,7 @@ def _add_info(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser.add_argument(
         "--all", action="store_true", help="list all faults of a FASTA file, not only the first ten"
     )
+    parser.add_argument("--json", action="store_true", help="an output or a run as JSON, for machines")
 
 
 def _add_checkpoint(commands: argparse._SubParsersAction[_Parser]) -> None:

@@ -6,6 +6,7 @@ Little is imported here: until `main` handles signals, Ctrl-C ends in a tracebac
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -65,6 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if options.command is None:
                 parser.print_help(sys.stderr)
                 return EXIT_USAGE
+            options.command_line = shlex.join(["esm-packed", *arguments])
             import_module(options.module)
             has_started()
             command: Callable[[argparse.Namespace], int] = options.run

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 import sys
 import warnings
 from collections.abc import Sequence
@@ -68,6 +67,7 @@ def embed(options: argparse.Namespace) -> int:
         log_json=options.log_json,
         overwrite=options.overwrite,
         keep_run=options.keep_run,
+        command=options.command_line,
     )
     summary = embed_files(request, Console(options.quiet))
     if not options.quiet and summary.already_complete:
@@ -145,9 +145,9 @@ def _output_of(path: Path) -> Path:
 
 def status(options: argparse.Namespace) -> int:
     from esm_packed.runners.rundir import RunDirectory
-    from esm_packed.runners.status import describe_run
+    from esm_packed.runners.status import run_state
 
-    say(describe_run(RunDirectory(_output_of(options.output).resolve())))
+    say(run_state(RunDirectory(_output_of(options.output).resolve())).lines())
     return EXIT_COMPLETE
 
 
@@ -155,7 +155,7 @@ def info(options: argparse.Namespace) -> int:
     from esm_packed.runners.info import describe
 
     _check_standard_input([options.subject])
-    say(describe(options.subject, list_all=options.all))
+    say(describe(options.subject, list_all=options.all, as_json=options.json))
     return EXIT_COMPLETE
 
 
@@ -224,7 +224,7 @@ def validate(options: argparse.Namespace) -> int:
         read=_read_options(options),
         threads=options.threads,
         overwrite=options.overwrite,
-        command=shlex.join(["esm-packed", *sys.argv[1:]]),
+        command=options.command_line,
     )
     lines, passed = validate_file(request, Console(options.quiet))
     say(lines)

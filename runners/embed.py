@@ -398,6 +398,7 @@ class _Session:
             (0, index.num_records),
             self.checkpoint.model_name,
             config.hidden_size,
+            self.request.command,
         )
         run = Run(self.directory, uncut, index)
         starts = cut_shards(

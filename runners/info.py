@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
 import stat
 import tempfile
+from collections import Counter, defaultdict
+from dataclasses import asdict
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -15,6 +20,9 @@ from esm_packed.download import OFFICIAL_FILES, checkpoint_directory, hugging_fa
 from esm_packed.runners.fasta import InputError, ReadOptions, shorten
 from esm_packed.runners.index import MOST_LISTED, STDIN, build_index
 from esm_packed.runners.progress import Console, byte_size
+from esm_packed.runners.request import UsageError
+from esm_packed.runners.rundir import RunDirectory
+from esm_packed.runners.status import run_state
 from esm_packed.runners.store import STATUS_FAILED, STATUS_RECOMPUTED, EmbeddingReader
 from esm_packed.weights import load_checkpoint, tensor_shapes
 
@@ -27,26 +35,33 @@ _MOST_SHOWN = 1000
 _ROWS_AT_ONCE = 1 << 20
 
 
-def describe(subject: str, *, list_all: bool = False) -> list[str]:
-    """Lines about `subject`: an HDF5 output, a FASTA file (`-`: standard input), or a model's name or file.
+def describe(subject: str, *, list_all: bool = False, as_json: bool = False) -> list[str]:
+    """Lines about `subject`: an HDF5 output, a run, a FASTA file (`-`: standard input), or a model.
 
     Args:
-        subject: what to describe.
+        subject: a file or folder, or the name of a model.
         list_all: list all faults of a FASTA file, not only the first ten.
+        as_json: the lines of a JSON object; for an output or a run.
 
     Raises:
-        CheckpointError, InputError, StoreError: it is nothing of the kind, or damaged.
+        CheckpointError, InputError, PlanError, StoreError: it is nothing of the kind, or damaged.
+        UsageError: it cannot be shown as JSON, or is a run directory that is not ours.
     """
     path = Path(subject)
     if subject != STDIN:
         _check_kind(path)
+        if path.is_file() and h5py.is_hdf5(path):
+            return _describe_output(path, as_json)
+        if (directory := _run_directory(path)) is not None:
+            state = run_state(directory)
+            return _json({"kind": "run", **asdict(state)}) if as_json else state.lines()
+    if as_json:
+        raise UsageError(f"info --json: {shorten(subject)}: neither an output nor a run")
     official = subject.removeprefix("facebook/")
     if official in ESM2_MODELS or subject == "demo" or subject.startswith("random:"):
         return _describe_model(subject)
     if subject != STDIN and (not path.is_file() or subject.endswith(_MODEL_SUFFIXES)):
         return _describe_model(subject)
-    if subject != STDIN and h5py.is_hdf5(path):
-        return _describe_output(path)
     return _describe_fasta(subject, None if list_all else MOST_LISTED)
 
 
@@ -66,6 +81,19 @@ def _check_kind(path: Path) -> None:
         raise InputError(f"{path}: neither a file nor a folder; esm-packed info - reads FASTA from a pipe")
 
 
+def _run_directory(path: Path) -> RunDirectory | None:
+    """The run directory that `path` names, or that of an output that is not there; None if there is none."""
+    output = path.with_suffix("") if path.suffix == ".run" else path
+    if path.is_file() or not output.name:
+        return None
+    directory = RunDirectory(output)
+    return directory if directory.path.is_dir() else None
+
+
+def _json(content: dict[str, Any]) -> list[str]:
+    return json.dumps(content, indent=1, default=str).splitlines()
+
+
 def _table(values: dict[str, str]) -> list[str]:
     return [f"{name:<20}{_cut(value)}" for name, value in values.items()]
 
@@ -74,33 +102,68 @@ def _cut(text: str) -> str:
     return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
 
 
-def _describe_output(path: Path) -> list[str]:
+def _describe_output(path: Path, as_json: bool) -> list[str]:
     with EmbeddingReader(path) as reader:
-        residues = truncated = 0
-        status_counts = np.zeros(256, np.int64)
+        residues = 0
+        counts: Counter[str] = Counter()
         for start in range(0, reader.num_sequences, _ROWS_AT_ONCE):
             rows = (start, start + _ROWS_AT_ONCE)
             residues += int(reader.column("lengths", *rows).sum(dtype=np.int64))
-            truncated += int(np.count_nonzero(reader.column("truncated", *rows)))
-            status_counts += np.bincount(reader.column("status", *rows), minlength=256)
+            counts.update({change: len(changed) for change, changed in reader.changed(*rows).items()})
+            status = reader.column("status", *rows)
+            counts["recomputed"] += int(np.count_nonzero(status == STATUS_RECOMPUTED))
+            counts["failed"] += int(np.count_nonzero(status == STATUS_FAILED))
+        counts["problems"] = reader.num_problems
         problems = reader.problems(0, _PROBLEMS_SHOWN)
+        attributes = reader.attributes
+        size = path.stat().st_size
+        if as_json:
+            return _json(
+                {
+                    "kind": "output",
+                    "file": str(path),
+                    "bytes": size,
+                    "sequences": reader.num_sequences,
+                    "residues": residues,
+                    "hidden_size": reader.hidden_size,
+                    **counts,
+                    "first_problems": [problem._asdict() for problem in problems],
+                    "inputs": reader.plan["input_names"],
+                    "identity": reader.plan["identity"],
+                    "attributes": attributes,
+                }
+            )
+        shown = defaultdict(str, {name: str(value) for name, value in attributes.items()})
+        shape = f"{reader.num_sequences:,} x {reader.hidden_size:,}, {shown['store_dtype']}"
+        *others, last = reader.layers
         values = {
-            "file": f"{path} ({byte_size(path.stat().st_size)})",
-            "sequences": f"{reader.num_sequences:,}",
-            "residues": f"{residues:,}",
-            "truncated": f"{truncated:,}",
-            "recomputed": f"{status_counts[STATUS_RECOMPUTED]:,}",
-            "failed": f"{status_counts[STATUS_FAILED]:,}",
-            "embeddings": f"{reader.num_sequences} x {reader.hidden_size}, layer {reader.layers[-1]}",
+            "output": f"{path} ({byte_size(size)})",
+            "date": _date(shown["date"]),
+            "command": shown["command"],
             "inputs": ", ".join(reader.plan["input_names"]),
+            "model": f"{shown['model_name']} in {shown['dtype']} (sha256 {shown['model_sha256'][:16]})",
+            "device": f"{shown['device']}, attention {shown['attention_backend']}",
+            "disabled": shown["disabled"],
+            "sequences": f"{reader.num_sequences:,} ({residues:,} residues)",
+            "embeddings": f"mean of layer {last}: {shape}",
+            **{f"mean/{layer}": f"mean of layer {layer}: {shape}" for layer in others},
+            "exceptions": ", ".join(f"{count:,} {name}" for name, count in counts.items() if count) or "none",
         }
-        values |= {name: str(value) for name, value in reader.attributes.items()}
-        values["problems"] = f"{reader.num_problems:,}"
-    lines = _table(values)
+    lines = _table({name: value for name, value in values.items() if value})
     for problem in problems:
         place = f" ({problem.file}, line {problem.line})" if problem.file else ""
         lines.append(_cut(f"  {problem.sequence_id}{place}: {problem.reason}"))
+    if counts["problems"] > len(problems):
+        lines.append(f"  and {counts['problems'] - len(problems):,} more in `problems`")
     return lines
+
+
+def _date(text: str) -> str:
+    """A date of ISO 8601 as people write it; any other text as it is."""
+    try:
+        return f"{datetime.fromisoformat(text):%Y-%m-%d %H:%M:%S %Z}"
+    except ValueError:
+        return text
 
 
 def _describe_fasta(path: str, most_listed: int | None) -> list[str]:

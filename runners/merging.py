@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,9 @@ from esm_packed.runners.store import (
     StoredProblem,
     StoreError,
 )
+
+MOST_COMMAND_BYTES = 16_384
+"""Of the command in the output: all attributes together end at 64 KB."""
 
 
 class DamagedShardError(RuntimeError):
@@ -196,5 +200,13 @@ def _attributes(plan: Plan, made_by: Sequence[Mapping[str, str]]) -> dict[str, s
         "store_dtype": identity["store_dtype"],
         "max_length": plan.max_length,
         "packing": json.dumps(packing),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": _cut(plan.command),
         **made,
     }
+
+
+def _cut(command: str) -> str:
+    """A command as UTF-8 that fits into an attribute."""
+    text = command.encode("utf-8", "replace")
+    return text[:MOST_COMMAND_BYTES].decode("utf-8", "ignore") + "..." * (len(text) > MOST_COMMAND_BYTES)

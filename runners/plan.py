@@ -41,6 +41,7 @@ class Plan:
         starts: first record of each shard, and the number of records at the end.
         model_name: for people; `model_sha256` in the identity says which model it is.
         hidden_size: columns of the embeddings.
+        command: the one that began the run, for people.
     """
 
     identity: Mapping[str, Any]
@@ -48,6 +49,7 @@ class Plan:
     starts: tuple[int, ...]
     model_name: str = ""
     hidden_size: int = 0
+    command: str = ""
 
     @property
     def layers(self) -> list[int]:
@@ -87,6 +89,7 @@ class Plan:
             "starts": list(self.starts),
             "model_name": self.model_name,
             "hidden_size": self.hidden_size,
+            "command": self.command,
         }
         content["sha256"] = plan_hash(content)
         with whole_or_nothing(path, scratch) as temporary:
@@ -115,6 +118,7 @@ class Plan:
                     tuple(content["starts"]),
                     content["model_name"],
                     content["hidden_size"],
+                    content["command"],
                 )
         except (KeyError, TypeError):
             pass

@@ -48,6 +48,7 @@ class EmbedRequest:
         log_json: file that gets a line of metrics every few seconds.
         overwrite: replace an output, or a run directory, of another run.
         keep_run: leave the run directory when the output is made.
+        command: the command line, to be kept in the output; empty for none.
     """
 
     inputs: tuple[str, ...]
@@ -74,6 +75,7 @@ class EmbedRequest:
     log_json: Path | None = None
     overwrite: bool = False
     keep_run: bool = False
+    command: str = ""
 
     def precision(self, device: torch.device) -> Precision:
         """The precision mode on `device`.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
+from dataclasses import dataclass
 
 from esm_packed.runners.claims import describe_holder, holder_of, is_live
 from esm_packed.runners.plan import Plan, PlanError
@@ -10,45 +12,112 @@ from esm_packed.runners.rundir import RunDirectory
 from esm_packed.runners.store import EmbeddingReader, StoreError
 
 
-def describe_run(directory: RunDirectory) -> list[str]:
-    """Lines for the terminal.
+@dataclass(frozen=True)
+class RunState:
+    """How far the run of an output is.
+
+    Args:
+        run: its directory; empty when there is none any more.
+        output: the file it makes.
+        complete: the output is there, made by this run.
+        command: the one that began it, empty if it is not known.
+        num_shards: parts of the work; None while the input is read.
+        num_shards_finished: those that are done.
+        num_records: of the input.
+        num_records_finished: those in finished shards.
+        shards_per_minute: None where it cannot be told.
+        seconds_since_last: since the last shard was finished.
+        workers: processes at work on it.
+    """
+
+    run: str
+    output: str
+    complete: bool = False
+    command: str = ""
+    num_shards: int | None = None
+    num_shards_finished: int = 0
+    num_records: int | None = None
+    num_records_finished: int = 0
+    shards_per_minute: float | None = None
+    seconds_since_last: float | None = None
+    workers: tuple[str, ...] = ()
+
+    def lines(self) -> list[str]:
+        """For the terminal."""
+        if self.complete:
+            kept = f"; {self.run} is kept" if self.run else ""
+            return [f"{self.output}: complete, {self.num_records:,} sequences{kept}", *self.workers]
+        lines = list(self.workers) or ["not running; repeat the command to continue"]
+        if self.command:
+            lines.append(f"begun by: {self.command}")
+        if self.num_shards is None or self.num_records is None:
+            return [f"{self.run}: no plan yet, the input is being read", *lines]
+        if self.shards_per_minute is not None:
+            lines.insert(
+                0,
+                f"{self.shards_per_minute:.1f} shards a minute so far, the last one "
+                f"{self.seconds_since_last:,.0f} s ago",
+            )
+        return [
+            f"{self.run}: {self.num_shards_finished:,} of {self.num_shards:,} shards finished, "
+            f"{self.num_records_finished:,} of {self.num_records:,} records "
+            f"({self.num_records_finished / self.num_records:.0%})",
+            *lines,
+        ]
+
+
+def run_state(directory: RunDirectory) -> RunState:
+    """How far the run of an output is.
 
     Raises:
         PlanError: neither the output nor a run is there, or what is there cannot be read.
     """
     try:
         if directory.exists():
-            return _describe_unfinished(directory)
+            return _state_of_run(directory)
         if not directory.output.exists():
             raise PlanError(f"{directory.output}: there is neither this output nor a run that makes it")
         with EmbeddingReader(directory.output) as reader:
-            return [f"{directory.output}: complete, {reader.num_sequences:,} sequences"]
+            return RunState("", str(directory.output), complete=True, num_records=reader.num_sequences)
     except StoreError as error:
         raise PlanError(str(error)) from error
     except OSError as error:  # no right to look there, a name too long
         raise PlanError(f"{error.filename or directory.output}: {error.strerror}") from error
 
 
-def _describe_unfinished(directory: RunDirectory) -> list[str]:
+def _state_of_run(directory: RunDirectory) -> RunState:
+    run, output = str(directory.path), str(directory.output)
     try:
         plan = Plan.read(directory.plan_path)
     except FileNotFoundError:
-        return [f"{directory.path}: no plan yet, the input is being read", *_workers(directory)]
+        return RunState(run, output, workers=_workers(directory))
     finished = directory.finished(plan.num_shards)
-    records = sum(stop - start for start, stop in map(plan.records, finished))
-    lines = [
-        f"{directory.path}: {len(finished):,} of {plan.num_shards:,} shards finished, "
-        f"{records:,} of {plan.starts[-1]:,} records ({records / plan.starts[-1]:.0%})"
-    ]
     times = sorted(directory.shard_path(shard).stat().st_mtime for shard in finished)
-    if len(times) > 1 and times[-1] > times[0]:
-        per_minute = 60 * (len(times) - 1) / (times[-1] - times[0])
-        silent = time.time() - times[-1]
-        lines.append(f"{per_minute:.1f} shards a minute so far, the last one {silent:,.0f} s ago")
-    return [*lines, *_workers(directory)]
+    has_rate = len(times) > 1 and times[-1] > times[0]
+    return RunState(
+        run,
+        output,
+        complete=_is_made_by(directory, plan),
+        command=plan.command,
+        num_shards=plan.num_shards,
+        num_shards_finished=len(finished),
+        num_records=plan.starts[-1],
+        num_records_finished=sum(stop - start for start, stop in map(plan.records, finished)),
+        shards_per_minute=60 * (len(times) - 1) / (times[-1] - times[0]) if has_rate else None,
+        seconds_since_last=time.time() - times[-1] if times else None,
+        workers=_workers(directory),
+    )
 
 
-def _workers(directory: RunDirectory) -> list[str]:
+def _is_made_by(directory: RunDirectory, plan: Plan) -> bool:
+    """Whether the output is there, whole, and of this plan."""
+    with suppress(OSError, StoreError), EmbeddingReader(directory.output) as reader:
+        attributes = reader.attributes
+        return attributes["plan_hash"] == plan.hash and bool(attributes.get("complete", True))
+    return False
+
+
+def _workers(directory: RunDirectory) -> tuple[str, ...]:
     """Who is at work: one process on all of it, or several on slices."""
     claims = {f"slice {part}": path for part, path in directory.live_slices().items()}
     claims["the run"] = directory.claim().path
@@ -62,6 +131,6 @@ def _workers(directory: RunDirectory) -> list[str]:
         except FileNotFoundError:
             continue
         lines.append(
-            f"{name}: {describe_holder(holder_of(path))}, last sign of life {max(0.0, silent):,.0f} s ago"
+            f"{name}: {describe_holder(holder_of(path))}, last heartbeat {max(0.0, silent):,.0f} s ago"
         )
-    return lines or ["nobody is at work on it; the command that began it continues it"]
+    return tuple(lines)

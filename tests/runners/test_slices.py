@@ -393,7 +393,7 @@ def test_status_says_who_is_at_work(
     wait_until((tmp_path / "out.h5.run" / "claim").exists)
     whole.kill()
     assert cli.main(["status", str(output)]) == 0
-    assert "nobody is at work on it" in capsys.readouterr().out
+    assert "not running" in capsys.readouterr().out
 
 
 def test_merge_needs_all_shards_and_nothing_else(

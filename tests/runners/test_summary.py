@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -181,3 +184,84 @@ def test_quiet_says_nothing(fasta: Path, capsys: pytest.CaptureFixture[str]) -> 
         assert captured.out + captured.err == ""
     assert embed(fasta, "--quiet", "--verbose") == 2
     assert "not allowed with argument" in capsys.readouterr().err
+
+
+def information(capsys: pytest.CaptureFixture[str], path: Path) -> Any:
+    assert cli.main(["info", str(path), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_info_on_an_output_reads_like_a_summary(fasta: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = datetime.now(UTC).replace(microsecond=0)
+    assert embed(fasta, "--layers", "3,5", "--store-dtype", "fp16") == 0
+    capsys.readouterr()
+    output = fasta.with_name("out.h5")
+    assert cli.main(["info", str(output)]) == 0
+    shown = {line[:20].strip(): line[20:] for line in capsys.readouterr().out.splitlines()}
+    assert shown["command"].startswith(f"esm-packed embed {fasta} -o {output} --model demo")
+    assert before <= datetime.strptime(shown["date"], "%Y-%m-%d %H:%M:%S %Z").replace(tzinfo=UTC)
+    assert shown["sequences"] == "3 (21 residues)"
+    assert shown["embeddings"] == "mean of layer 5: 3 x 96, fp16"
+    assert shown["mean/3"] == "mean of layer 3: 3 x 96, fp16"
+    assert shown["exceptions"] == "none"
+    found = information(capsys, output)
+    assert found["attributes"]["command"] == shown["command"]
+    assert before <= datetime.fromisoformat(found["attributes"]["date"]) <= datetime.now(UTC)
+    assert (found["kind"], found["sequences"], found["residues"]) == ("output", 3, 21)
+
+
+def test_info_names_what_was_out_of_the_ordinary(fasta: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fasta.write_text(FASTA + "".join(f">x{number}\nMK1\n" for number in range(7)))
+    assert embed(fasta, "--invalid", "skip", "--max-length", "5") == 0
+    capsys.readouterr()
+    assert cli.main(["info", str(fasta.with_name("out.h5"))]) == 0
+    text = capsys.readouterr().out
+    assert "exceptions          2 truncated, 7 problems\n" in text
+    assert f"  x0 ({fasta}, line 8): '1' is not in" in text
+    assert "  and 2 more in `problems`" in text
+    found = information(capsys, fasta.with_name("out.h5"))
+    assert (found["truncated"], found["failed"], found["problems"]) == (2, 0, 7)
+
+
+def test_a_command_longer_than_an_attribute(fasta: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert embed(fasta, *["--max-length", "5"] * 10_000) == 0
+    capsys.readouterr()
+    command = information(capsys, fasta.with_name("out.h5"))["attributes"]["command"]
+    assert command.startswith("esm-packed embed ")
+    assert command.endswith("...")
+
+
+def test_info_and_status_on_an_unfinished_run(
+    fasta: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self, batch, layers):  # type: ignore[no-untyped-def]
+        raise ValueError("some bug")
+
+    output = fasta.with_name("out.h5")
+    run = fasta.with_name("out.h5.run")
+    with monkeypatch.context() as broken:
+        broken.setattr(ESM2, "embed_packed", fail)
+        assert embed(fasta) == 1
+    capsys.readouterr()
+    for command in ("info", "status"):
+        for path in (output, run):
+            assert cli.main([command, str(path)]) == 0
+            text = capsys.readouterr().out
+            assert "0 of 1 shards finished, 0 of 3 records (0%)" in text
+            assert "not running; repeat the command to continue" in text
+            assert f"begun by: esm-packed embed {fasta}" in text
+    found = information(capsys, output)
+    assert (found["kind"], found["complete"], found["num_records"]) == ("run", False, 3)
+    assert embed(fasta, "--keep-run") == 0
+    capsys.readouterr()
+    assert cli.main(["status", str(output)]) == 0
+    assert capsys.readouterr().out == f"{output}: complete, 3 sequences; {run} is kept\n"
+    assert information(capsys, run)["complete"]
+
+
+def test_json_is_for_outputs_and_runs(fasta: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for subject in (str(fasta), "demo"):
+        assert cli.main(["info", subject, "--json"]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("esm-packed: error: info --json: ")
+        assert subject[:20] in error
