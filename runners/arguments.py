@@ -86,6 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     _add_embed(commands)
     _add_info(commands)
+    _add_check(commands)
     _add_checkpoint(commands)
     _add_merge(commands)
     _add_status(commands)
@@ -254,6 +255,26 @@ def _add_info(commands: argparse._SubParsersAction[_Parser]) -> None:
         "--all", action="store_true", help="list all faults of a FASTA file, not only the first ten"
     )
     parser.add_argument("--json", action="store_true", help="an output or a run as JSON, for machines")
+
+
+def _add_check(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = commands.add_parser(
+        "check",
+        help="compare a model's outputs here with published ones",
+        description="Compute a few proteins in FP32 and in the device's default precision, and compare with\n"
+        "outputs of the published model that others computed. `demo` has its own.",
+        epilog="exit codes: 0 passed, 1 differs, 2 no golden values for this model, or wrong option",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    _runs(parser, run.check, "esm_packed.runners.check")
+    parser.add_argument("model", metavar="MODEL", help="name, file or folder, as for embed --model")
+    parser.add_argument(
+        "--device", type=_device, default="auto", help="auto, cpu, cuda or cuda:INDEX (default: auto)"
+    )
+    parser.add_argument(
+        "--threads", type=_count(1), metavar="N", help="CPU threads (default: torch's choice)"
+    )
 
 
 def _add_checkpoint(commands: argparse._SubParsersAction[_Parser]) -> None:

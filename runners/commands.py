@@ -159,6 +159,15 @@ def info(options: argparse.Namespace) -> int:
     return EXIT_COMPLETE
 
 
+def check(options: argparse.Namespace) -> int:
+    from esm_packed.runners.check import check_model
+    from esm_packed.runners.progress import Console
+
+    lines, passed = check_model(options.model, Console(), device=options.device, threads=options.threads)
+    say(lines)
+    return EXIT_COMPLETE if passed else EXIT_FAILED_VERDICT
+
+
 def checkpoint(options: argparse.Namespace) -> int:
     from esm_packed.download import contact_regression_path
     from esm_packed.runners.paths import check_apart, files_of
