@@ -30,6 +30,9 @@ th.text, td.text { text-align: left }
 td.prose { text-align: left; white-space: normal; overflow-wrap: anywhere; min-width: 20rem }
 .wide { overflow-x: auto }
 .warning { border-left: 0.4rem solid #D55E00; background: #fdf1e8; padding: 0.6rem 1rem; font-weight: 600 }
+.passed, .FAILED { border-left: 0.4rem solid #009E73; background: #e8f6f1; padding: 0.6rem 1rem;
+                   font-size: 1.25rem; font-weight: 600 }
+.FAILED { border-color: #D55E00; background: #fdf1e8 }
 img { max-width: min(100%, 72rem); height: auto }
 """
 

@@ -14,6 +14,7 @@ import torch
 
 from esm_packed.attention import BACKENDS, select_backend
 from esm_packed.config import ESM2Config
+from esm_packed.kernels import dispatch
 from esm_packed.layouts import LAYOUTS
 from esm_packed.model import ESM2
 from esm_packed.numerics import PRECISIONS, Precision, resolve_precision
@@ -93,6 +94,11 @@ class Validation:
         return all(verdict.passed for verdict in self.verdicts)
 
     @property
+    def verdict(self) -> str:
+        """The verdict with the device and the attention backends it holds for."""
+        return verdict_line(self.verdicts, self.paths, self.settings.device)
+
+    @property
     def first_paths(self) -> list[PathResult]:
         """The first path of each mode, for figures that show one."""
         first: dict[str, PathResult] = {}
@@ -155,6 +161,27 @@ def validate(
         not_run=not_run,
         verdicts=verdicts,
         environment=environment(settings.device),
+    )
+
+
+def verdict_line(verdicts: Sequence[Verdict], paths: Sequence[PathResult], device: torch.device) -> str:
+    """`passed on CPU, SDPA; GPU kernels not validated`: what is validated, and where.
+
+    Backends are those of packed runs. `reference` is one only where nothing else ran.
+    """
+    failed = [verdict.mode for verdict in verdicts if not verdict.passed]
+    packed = dict.fromkeys(path.backend for path in paths if path.layout == "packed")
+    backends = [name for name in packed if name != "reference"] or list(packed)
+    names = [name.upper() if name == "sdpa" else name for name in backends]
+    on_gpu = device.type == "cuda"
+    where = ", ".join([torch.cuda.get_device_name(device) if on_gpu else "CPU", *names])
+    kernels_ran = (
+        on_gpu and device.type in dispatch.TRITON_DEVICES and any(path.mode != "fp64" for path in paths)
+    )
+    return (
+        (f"FAILED ({', '.join(failed)})" if failed else "passed")
+        + f" on {where}"
+        + ("" if kernels_ran else "; GPU kernels not validated")
     )
 
 

@@ -14,7 +14,7 @@ import torch
 
 from esm_packed.reports.activations import FP16_MAX, OPERATIONS, RESIDUAL
 from esm_packed.reports.errors import PathResult, finite_max, finite_median, finite_min
-from esm_packed.reports.page import Table, figure_files, figure_style, page_html, save_figure
+from esm_packed.reports.page import Table, figure_files, figure_style, page_html, save_figure, warning
 from esm_packed.reports.validation import Validation, by_length_class
 from esm_packed.reports.validation_figures import FIGURES
 from esm_packed.reports.verdict import CLASSICAL_NOTE, Verdict
@@ -22,7 +22,6 @@ from esm_packed.reports.verdict import CLASSICAL_NOTE, Verdict
 FORMAT_VERSION = 1
 WORST_SHOWN = 10
 
-_WARNING = "border-left: 0.4rem solid #D55E00; background: #fdf1e8; padding: 0.6rem 1rem; font-weight: 600"
 _NONFINITE_NOTE = (
     "Embeddings with NaN or Inf fail here. `esm-packed embed` finds each of them, computes it again in FP32 "
     "and says so in the row's `status`."
@@ -66,6 +65,7 @@ def as_json(validation: Validation, conditions: Mapping[str, str]) -> dict[str, 
     activations = validation.activations
     last, layers = validation.reference.num_residues
     return {
+        "verdict": validation.verdict,
         "format": "esm-packed validation",
         "format_version": FORMAT_VERSION,
         "passed": validation.passed,
@@ -127,7 +127,7 @@ def _numbers(values: torch.Tensor) -> list[float | None]:
 
 
 def summary_lines(validation: Validation) -> list[str]:
-    """The verdicts, for a terminal."""
+    """The verdict on each mode, for a terminal."""
     lines = [
         f"{'mode':<6}{'verdict':<9}{'worst rel L2':>13}{'at most':>10}{'worst cosine':>14}"
         f"{'at least':>12}  where"
@@ -188,11 +188,12 @@ def _page_body(validation: Validation, conditions: Mapping[str, str], images: Ma
         ],
     )
     parts = [
+        f'<p class="{_passed(validation.passed)}">{escape(validation.verdict)}</p>',
         _paragraph(
-            f"{len(validation.lengths):,} proteins, {total:,} residues, against "
-            f"{_reference_text(validation)}: {_passed(validation.passed)}."
+            f"{len(validation.lengths):,} proteins, {total:,} residues, compared with "
+            f"{_reference_text(validation)}."
         ),
-        f'<p style="{_WARNING}">{escape(validation.weights_note)}</p>' if validation.weights_note else "",
+        warning(validation.weights_note) if validation.weights_note else "",
         "<h2>Verdict</h2>",
         _verdict_table(validation).html(),
         _paragraph(
@@ -244,7 +245,7 @@ def _paragraph(text: str) -> str:
 def _reference_text(validation: Validation) -> str:
     if validation.reference.name == "fair-esm":
         return "fair-esm 2.0.0 in FP64 (its softmax, too), each protein alone"
-    return "our own path in FP64 on weights read afresh, each protein alone"
+    return "our own path in FP64, using freshly loaded weights, one protein at a time"
 
 
 def _passed(passed: bool) -> str:

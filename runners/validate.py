@@ -78,7 +78,7 @@ def validate_file(request: ValidateRequest, console: Console) -> tuple[list[str]
     """Validate a model on the proteins of a file and write the report.
 
     Returns:
-        Lines for the terminal, and whether every mode that ran passes.
+        Lines for the terminal, the last one the verdict, and whether every mode that ran passes.
 
     Raises:
         UsageError: an option cannot be, or the report cannot be written.
@@ -145,6 +145,7 @@ def validate_file(request: ValidateRequest, console: Console) -> tuple[list[str]
         f"{checkpoint.model_name} on {len(chosen):,} proteins ({rule}), against {settings.reference} in fp64",
         *summary_lines(validation),
         *(f"written: {path}" for path in written),
+        validation.verdict,
     ]
     return lines, validation.passed
 

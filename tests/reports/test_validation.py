@@ -20,6 +20,7 @@ from esm_packed import ESM2, kernels
 from esm_packed.alphabet import decode
 from esm_packed.attention import sdpa_attention, select_backend
 from esm_packed.config import ESM2Config
+from esm_packed.kernels import dispatch
 from esm_packed.layouts import LAYOUTS, Layout
 from esm_packed.numerics import PRECISIONS
 from esm_packed.packing import PackedBatch, pack
@@ -35,6 +36,7 @@ from esm_packed.reports.validation import (
     estimate_seconds,
     num_passes,
     validate,
+    verdict_line,
     weights_note,
 )
 from esm_packed.reports.validation_page import as_json, summary_lines, write_report
@@ -494,6 +496,39 @@ def test_the_estimate_follows_from_the_time_of_one_layer(
     assert estimate_seconds(CONFIG, PROTEINS, with_fair_esm) == pytest.approx(2 * one_reference + others)
 
 
+def in_mode(mode: str, backend: str, relative_l2: float = 0.0, layout: str = "packed") -> PathResult:
+    return replace(path_result([relative_l2], [1.0]), mode=mode, backend=backend, layout=layout)
+
+
+def line_of(paths: list[PathResult], device: torch.device) -> str:
+    modes = dict.fromkeys(path.mode for path in paths)
+    verdicts = [judge(mode, [p for p in paths if p.mode == mode], THRESHOLDS[mode]) for mode in modes]
+    return verdict_line(verdicts, paths, device)
+
+
+def test_a_verdict_holds_for_a_device_and_its_backends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference and the padded layout are yardsticks: a run uses neither unless it is told to."""
+    on_cpu = [
+        in_mode("fp32", "sdpa"),
+        in_mode("fp32", "reference"),
+        in_mode("fp32", "masked sdpa", layout="padded"),
+        in_mode("fp16", "sdpa"),
+    ]
+    assert line_of(on_cpu, CPU) == "passed on CPU, SDPA; GPU kernels not validated"
+    failed = [*on_cpu, in_mode("bf16", "sdpa", relative_l2=1.0)]
+    assert line_of(failed, CPU) == "FAILED (bf16) on CPU, SDPA; GPU kernels not validated"
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA X")
+    monkeypatch.setattr(dispatch, "TRITON_DEVICES", {"cuda"})
+    gpu = torch.device("cuda", 0)
+    on_gpu = [in_mode("fp32", "triton"), in_mode("fp16", "varlen"), in_mode("fp16", "triton")]
+    assert line_of(on_gpu, gpu) == "passed on NVIDIA X, triton, varlen"
+    fp64 = [in_mode("fp64", "sdpa")]
+    assert line_of(fp64, gpu) == "passed on NVIDIA X, SDPA; GPU kernels not validated"
+    monkeypatch.setattr(dispatch, "TRITON_DEVICES", set())
+    assert line_of(on_gpu, gpu) == "passed on NVIDIA X, triton, varlen; GPU kernels not validated"
+
+
 # The page
 
 
@@ -509,7 +544,10 @@ def test_the_page_needs_no_other_file(tmp_path: Path, validation: Validation) ->
     assert "These are stress weights" in text and "a&lt;b&gt;.fasta" in text
     for name in ("errors", "layers", "lengths", "activations"):
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+    verdict = "passed on CPU, SDPA; GPU kernels not validated"
+    assert re.search(r"</h1>\s*<p[^>]*>" + verdict, text)
     data = json.loads(numbers.read_text(), parse_constant=pytest.fail)
+    assert next(iter(data.items())) == ("verdict", verdict)
     assert data["proteins"] == {"sequence_ids": IDS, "lengths": LENGTHS}
     assert data["model"]["note"].startswith("These are stress weights")
     assert len(data["paths"]) == 9

@@ -56,6 +56,7 @@ def test_the_demo_passes_and_is_called_the_demo(
         assert f"{mode}  passed" in text
     assert "tf32  not run" in text and "needs a CUDA device" in text
     assert "the weights of the demo" in text
+    assert lines[-1] == "passed on CPU, SDPA; GPU kernels not validated"
     data = json.loads((request.output / "validation.json").read_text())
     assert data["proteins"]["sequence_ids"] == [f"p{number}" for number in range(7)]
     assert data["proteins"]["lengths"] == [30, 12, 75, 12, 100, 5, 41]
@@ -70,6 +71,7 @@ def test_a_stricter_threshold_fails(request_for: ValidateRequest) -> None:
     lines, passed = validate_file(request, QUIET)
     assert not passed
     assert any(line.startswith("bf16  FAILED") for line in lines)
+    assert lines[-1] == "FAILED (bf16) on CPU, SDPA; GPU kernels not validated"
     data = json.loads((request.output / "validation.json").read_text())
     assert data["passed"] is False and data["verdicts"][0]["threshold"]["relative_l2"] == 1e-4
 
