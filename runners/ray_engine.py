@@ -53,6 +53,9 @@ MAX_FAILURES_IN_A_ROW = 12
 """Without anything that works in between: then it is not a sequence that is at fault."""
 
 MAX_FAILED_STARTS = 3
+NO_ROOM_SECONDS = 60.0
+"""How long the run waits for a node, after all that a worker fits on are gone."""
+
 POLL_SECONDS = 0.5
 OBJECT_STORE_BYTES = 512 << 20
 AUTHENTICATED_RELEASE = (2, 59)
@@ -204,6 +207,7 @@ class RayEngine:
         self._connect(len(gpu_numbers))
         try:
             self.num_workers = self._count_workers()
+            self._threads = self._count_threads()
         except BaseException:
             self.__exit__()
             raise
@@ -235,25 +239,34 @@ class RayEngine:
                 ) from error
 
     def _count_workers(self) -> int:
-        resources = self._ray.cluster_resources()
         if self._device.type == "cuda":
-            available = int(resources.get("GPU", 0))
+            available = sum(self.capacities("GPU"))
             if not available:
                 raise UsageError("--engine ray: Ray finds no GPU; --device cpu computes on CPU cores")
+            kind = "a GPU"
         else:
-            available = int(resources.get("CPU", 1)) // (self._request.threads or 1)
+            threads = self._request.threads or 1
+            available = sum(cores // threads for cores in self.capacities("CPU"))
+            kind = f"{threads} CPU core{'s' * (threads > 1)}"
         wanted = self._request.workers or (available if self._device.type == "cuda" else 1)
         if wanted > available:
-            kind = "GPUs" if self._device.type == "cuda" else f"times {self._request.threads or 1} CPU cores"
-            raise UsageError(f"--workers {wanted}: Ray has only {available} {kind}")
+            raise UsageError(f"--workers {wanted}: Ray has room for {available}, with {kind} each")
         return wanted
 
-    @property
-    def _threads(self) -> int:
+    def _count_threads(self) -> int:
         """CPU threads of a worker."""
         if self._request.threads is not None or self._device.type == "cuda":
             return self._request.threads or 1
-        return max(1, int(self._ray.cluster_resources().get("CPU", 1)) // self.num_workers)
+        return _threads_each(self.capacities("CPU"), self.num_workers)
+
+    def capacities(self, resource: str) -> list[int]:
+        """How much of a resource each node has that is alive: no worker can be spread over several."""
+        return [int(node["Resources"].get(resource, 0)) for node in self._ray.nodes() if node["Alive"]]
+
+    def has_room(self) -> bool:
+        """Whether there is a node that a worker fits on, be it in use or not."""
+        resource, needed = ("GPU", 1) if self._device.type == "cuda" else ("CPU", self._threads)
+        return any(capacity >= needed for capacity in self.capacities(resource))
 
     def describe(self) -> str:
         """How many workers there are, and on what."""
@@ -320,6 +333,7 @@ class _Schedule:
         self._failures_in_a_row = 0
         self._parts: dict[int, dict[_Task, Shard]] = {}
         self._done_residues = 0
+        self._last_room = time.monotonic()
 
     def run(self) -> None:
         slots = self._engine._slots
@@ -330,6 +344,7 @@ class _Schedule:
                 self._hand_out()
                 self._look(POLL_SECONDS)
                 self._ask()
+                self._check_room()
                 in_flight = sum(_new_residues(slot) for slot in slots if slot.task is not None)
                 self._watch.update(self._done_residues + in_flight, self._states)
         finally:
@@ -471,6 +486,14 @@ class _Schedule:
         self._run.write(task.shard, whole)
         del self._parts[task.shard]
 
+    def _check_room(self) -> None:
+        """See that there is a worker, or may come to be one: Ray would wait for a new node for ever."""
+        now = time.monotonic()
+        if any(slot.starting is None for slot in self._engine._slots) or self._engine.has_room():
+            self._last_room = now
+        elif now - self._last_room >= NO_ROOM_SECONDS:
+            raise EngineError("no node of the cluster has room for a worker any more")
+
     def _ask(self) -> None:
         """Ask workers how it goes, without waiting for their answers."""
         for slot in self._engine._slots:
@@ -489,6 +512,15 @@ class _Schedule:
 
     def _states(self) -> list[WorkerState]:
         return [WorkerState(slot.rank, slot.name, slot.snapshot) for slot in self._engine._slots]
+
+
+def _threads_each(cores: Sequence[int], num_workers: int) -> int:
+    """The most threads with which workers fit on nodes that have so many cores."""
+    most = sum(cores) // num_workers
+    fitting = (
+        threads for threads in range(most, 0, -1) if sum(each // threads for each in cores) >= num_workers
+    )
+    return next(fitting, 1)
 
 
 def _new_residues(slot: _Slot) -> int:
@@ -516,6 +548,8 @@ def _root_cause(error: BaseException) -> BaseException:
                 return known(message)
     if text.startswith("The actor died") or "actor is dead" in text or "worker process has died" in text:
         return RuntimeError("the process died")
+    if "is temporarily unavailable" in text:
+        return RuntimeError("the worker cannot be reached")
     return RuntimeError(text.splitlines()[-1] if text else type(error).__name__)
 
 

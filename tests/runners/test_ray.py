@@ -18,10 +18,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from nursery import Result, names_in, shards_of, write_fasta
+from nursery import Result, names_in, shards_of, wait_until, write_fasta
 
 from esm_packed.runners import cli, embed, ray_engine
 from esm_packed.runners.embed import EmbedRequest, UsageError, embed_files
+from esm_packed.runners.plan import FLOPS_PER_SHARD
 from esm_packed.runners.progress import Console
 from esm_packed.runners.ray_engine import EngineError, RayEngine, RayWorker
 from esm_packed.runners.store import EmbeddingReader
@@ -35,7 +36,7 @@ POISON_LENGTH = 77
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(embed.FLOPS_PER_SHARD, "cpu", 3.5e8)
+    monkeypatch.setitem(FLOPS_PER_SHARD, "cpu", 3.5e8)
     monkeypatch.setattr(ray_engine, "BACK_OFF_SECONDS", 0.05)
     monkeypatch.setenv("ESM_PACKED_TESTS", str(os.getpid()))
 
@@ -117,7 +118,7 @@ def test_two_workers_give_the_file_of_one_process(
     last = log.read_text().splitlines()[-1]
     assert '"event": "end"' in last
     assert '"rank": 1' in last
-    assert not worker_pids()
+    wait_until(lambda: not worker_pids())
 
 
 class DoomedWorker(SlowWorker):
@@ -229,7 +230,7 @@ def test_a_sequence_that_ends_its_worker_is_found_and_left_out(
     run(poisoned, truth)
     monkeypatch.setattr(RayEngine, "worker_class", worker_class)
     output = tmp_path / "out.h5"
-    monkeypatch.setitem(embed.FLOPS_PER_SHARD, "cpu", 7e8)  # the poison has company in its shard
+    monkeypatch.setitem(FLOPS_PER_SHARD, "cpu", 7e8)  # the poison has company in its shard
     summary = run(poisoned, output, engine="ray", workers=1)
     assert summary.num_failed == 1
     with EmbeddingReader(output) as reader, EmbeddingReader(truth) as whole:
@@ -394,9 +395,9 @@ def test_no_worker_outlives_its_driver(
     code = (
         "import sys, time\n"
         "from esm_packed.model import ESM2\n"
-        "from esm_packed.runners import cli, embed, ray_engine\n"
+        "from esm_packed.runners import cli, plan, ray_engine\n"
         "import ray\n"
-        "embed.FLOPS_PER_SHARD['cpu'] = 3.5e8\n"
+        "plan.FLOPS_PER_SHARD['cpu'] = 3.5e8\n"
         "class SlowWorker(ray_engine.RayWorker):\n"
         "    def compute(self, shard):\n"
         "        time.sleep(0.3)\n"
@@ -438,3 +439,18 @@ def test_no_worker_outlives_its_driver(
     run(fasta, output, keep_run=True)
     assert before.items() <= shards_of(output).items()
     assert Result.of(output) == expected
+
+
+@pytest.mark.parametrize(
+    "cores, num_workers, threads",
+    [([16], 1, 16), ([16], 3, 5), ([8, 8], 1, 8), ([8, 8], 2, 8), ([8, 4], 2, 4), ([8, 4], 3, 4), ([], 1, 1)],
+)
+def test_no_worker_gets_more_threads_than_a_node_has(
+    cores: list[int], num_workers: int, threads: int
+) -> None:
+    assert ray_engine._threads_each(cores, num_workers) == threads
+
+
+def test_a_worker_that_cannot_be_reached_is_said_in_plain_words() -> None:
+    error = ray.exceptions.ActorUnavailableError("The actor is temporarily unavailable: RpcError: 14", None)
+    assert str(ray_engine._root_cause(error)) == "the worker cannot be reached"
