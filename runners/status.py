@@ -47,6 +47,8 @@ class RunState:
         if self.complete:
             kept = f"; {self.run} is kept" if self.run else ""
             return [f"{self.output}: complete, {self.num_records:,} sequences{kept}", *self.workers]
+        if not self.run:
+            return [f"{self.output}: not complete; the command that began the run computes what is missing"]
         lines = list(self.workers) or ["not running; repeat the command to continue"]
         if self.command:
             lines.append(f"begun by: {self.command}")
@@ -78,7 +80,8 @@ def run_state(directory: RunDirectory) -> RunState:
         if not directory.output.exists():
             raise PlanError(f"{directory.output}: there is neither this output nor a run that makes it")
         with EmbeddingReader(directory.output) as reader:
-            return RunState("", str(directory.output), complete=True, num_records=reader.num_sequences)
+            is_complete = bool(reader.attributes.get("complete", True))
+            return RunState("", str(directory.output), is_complete, num_records=reader.num_sequences)
     except StoreError as error:
         raise PlanError(str(error)) from error
     except OSError as error:  # no right to look there, a name too long

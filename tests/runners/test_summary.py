@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import h5py
 import pytest
 import torch
 
@@ -265,3 +267,16 @@ def test_json_is_for_outputs_and_runs(fasta: Path, capsys: pytest.CaptureFixture
         error = capsys.readouterr().err
         assert error.startswith("esm-packed: error: info --json: ")
         assert subject[:20] in error
+
+
+def test_status_of_an_output_that_is_not_complete(fasta: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = fasta.with_name("out.h5")
+    assert embed(fasta, "--keep-run") == 0
+    with h5py.File(output, "r+") as file:
+        file.attrs["complete"] = 0
+    capsys.readouterr()
+    assert cli.main(["status", str(output)]) == 0
+    assert "1 of 1 shards finished" in capsys.readouterr().out
+    shutil.rmtree(fasta.with_name("out.h5.run"))
+    assert cli.main(["status", str(output)]) == 0
+    assert capsys.readouterr().out.startswith(f"{output}: not complete; ")
