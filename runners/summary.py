@@ -29,12 +29,12 @@ _IDS_SHOWN = 5
 class Changed(NamedTuple):
     """The sequences that differ from the input in one way: how many, and the IDs of the first ones."""
 
-    count: int
+    number: int
     first_ids: list[str]
 
     def __str__(self) -> str:
         ids = ", ".join(map(shorten, self.first_ids))
-        return ids + ", ..." * (len(self.first_ids) < self.count)
+        return ids + ", ..." * (len(self.first_ids) < self.number)
 
 
 @dataclass
@@ -87,7 +87,7 @@ class Summary:
                 )
                 for change, rows in reader.changed().items()
             }
-            self.num_truncated = self.changed["truncated"].count
+            self.num_truncated = self.changed["truncated"].number
             self.comparisons = [each.comparison for each in reader.comparisons()]
             self.attention = reader.attributes.get("attention_backend", "")
 
@@ -153,7 +153,7 @@ class Summary:
                 ("gaps dropped", Modified.GAPS_DROPPED, "sequences with gaps"),
                 ("stops dropped", Modified.TRAILING_STOP_DROPPED, "sequences that end in *"),
             ):
-                counts[name] = (self.changed[flag.label].count, what)
+                counts[name] = (self.changed[flag.label].number, what)
                 ids[name] = flag.label
             ids["truncated"] = "truncated"
             counts |= {
@@ -164,7 +164,7 @@ class Summary:
         counts["split"] = (self.stages.num_halved, "packs, after running out of memory")
         lines = {name: f"{count:,} {what}" for name, (count, what) in counts.items() if count or verbose}
         for name, change in ids.items():
-            if name in lines and (changed := self.changed.get(change)) and changed.count:
+            if name in lines and (changed := self.changed.get(change)) and changed.number:
                 lines[name] += f": {changed}"
         return lines
 
