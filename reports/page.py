@@ -128,7 +128,7 @@ def check_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise ReportError("figures need matplotlib: pip install 'esm-packed[report]'") from None
+        raise ReportError("figures need matplotlib: pip install 'matplotlib>=3.8'") from None
 
 
 @contextmanager

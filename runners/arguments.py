@@ -63,7 +63,7 @@ examples:
 
 A mode passes when the mean embedding of every protein, on every path, is as close to the FP64 reference as
 its threshold asks, in relative L2 and cosine: fp32 1e-5; tf32 and fp16 5e-3, 0.99999; bf16 3e-2, 0.9995.
-Figures need matplotlib: pip install 'esm-packed[report]'
+Figures need matplotlib: pip install 'matplotlib>=3.8'
 
 exit codes: 0 every mode that ran passes, 1 one fails, 2 wrong input or option, 4 interrupted"""
 
@@ -396,7 +396,8 @@ def _add_validate(commands: argparse._SubParsersAction[_Parser]) -> None:
         action="append",
         default=[],
         metavar="DTYPE=L2[,COSINE]",
-        help="what every protein of a precision must keep to, such as fp16=1e-3,0.99999; may be repeated",
+        help=f"what every protein of a precision ({','.join(DTYPES)}) must keep to, such as "
+        "fp16=1e-3,0.99999; may be repeated",
     )
     parser.add_argument(
         "--reference",

@@ -188,13 +188,13 @@ class RayEngine:
             import ray
         except ModuleNotFoundError as error:
             raise UsageError(
-                "several workers need Ray: pip install 'esm-packed[ray]', or start a process for each device "
+                "several workers need Ray: pip install 'ray>=2.59', or start a process for each device "
                 "with --shard INDEX/COUNT"
             ) from error
         if request.ray_address is None and _release(ray.__version__) < AUTHENTICATED_RELEASE:
             raise UsageError(
                 f"Ray {ray.__version__} lets everyone on this machine into the cluster that it starts; "
-                "pip install 'esm-packed[ray]' brings one that does not"
+                "pip install 'ray>=2.59' brings one that does not"
             )
         self._ray: Any = ray
         self._request = request

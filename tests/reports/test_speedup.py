@@ -283,7 +283,7 @@ def test_without_matplotlib_it_says_what_to_install(
         return genuine(name, *arguments, **options)
 
     monkeypatch.setattr(builtins, "__import__", missing)
-    with pytest.raises(ReportError, match=re.escape("pip install 'esm-packed[report]'")):
+    with pytest.raises(ReportError, match=re.escape("pip install 'matplotlib>=3.8'")):
         write_report(gpu_like, [], tmp_path / "report")
     assert not (tmp_path / "report").exists()
 

@@ -358,11 +358,11 @@ def nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "prepare, changes, named",
     [
-        (without_ray, {"engine": "ray"}, r"esm-packed\[ray\]"),
+        (without_ray, {"engine": "ray"}, r"pip install 'ray>=2\.59'"),
         (
             with_old_ray,
             {"engine": "ray"},
-            r"Ray 2.58.1 lets everyone on this machine into .*esm-packed\[ray\]",
+            r"Ray 2.58.1 lets everyone on this machine into .*pip install 'ray>=2\.59'",
         ),
         (nothing, {"engine": "in-process", "workers": 2}, "--engine ray"),
         (nothing, {"devices": (), "device": "auto"}, "finds no CUDA device"),

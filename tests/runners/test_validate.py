@@ -130,7 +130,7 @@ def test_a_folder_that_cannot_be_written_is_known_before_the_work(
 
 def test_without_matplotlib(request_for: ValidateRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ReportError, match=r"pip install 'esm-packed\[report\]'"):
+    with pytest.raises(ReportError, match=r"pip install 'matplotlib>=3\.8'"):
         validate_file(request_for, QUIET)
 
 
