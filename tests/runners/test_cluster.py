@@ -1,7 +1,7 @@
 """A cluster tried: Ray nodes and slices on two hosts, of which one is cut off or killed in mid-run.
 
 They share the folder of the output. The hosts are namespaces of one machine (see `hosts`), and what they send
-to each other stays there. All take 13 minutes on two busy cores, mostly until Ray notices that a node is gone.
+to each other stays there. 13 minutes on two busy cores, most of it until Ray notices that a node is gone.
 """
 
 from __future__ import annotations
