@@ -37,7 +37,7 @@ from esm_packed.runners.embed import run_identity
 from esm_packed.runners.index import build_index
 from esm_packed.runners.merging import merge_run
 from esm_packed.runners.pipeline import STAGES
-from esm_packed.runners.plan import FLOPS_PER_SHARD, Plan, cut_shards, sequence_flops
+from esm_packed.runners.plan import Plan, ShardSize, cut_shards, sequence_flops
 from esm_packed.runners.progress import Console
 from esm_packed.runners.request import EmbedRequest
 from esm_packed.runners.rundir import RunDirectory
@@ -74,7 +74,7 @@ from esm_packed.alphabet import encode
 from esm_packed.model import ESM2
 from esm_packed.packing import SPECIAL_TOKENS, pack, plan_packs
 torch.set_num_threads(1)
-model = ESM2.from_pretrained(sys.argv[1])
+model = ESM2.from_pretrained(sys.argv[1], device="cpu")
 proteins = [encode(line) for line in open(sys.argv[2]).read().split("\\n")[1::2]]
 packs = plan_packs([len(each) + SPECIAL_TOKENS for each in proteins], int(sys.argv[3]))
 batches = [pack([proteins[member] for member in members]) for members in packs]
@@ -128,7 +128,7 @@ def index_and_plan(
     request: EmbedRequest,
     checkpoint: Checkpoint,
     config: ESM2Config,
-    flops_per_shard: float,
+    device_type: str,
     parts: dict[str, float],
 ) -> Run:
     """A run as `embed_files` makes it.
@@ -137,7 +137,7 @@ def index_and_plan(
         request: what to embed.
         checkpoint: of the model, for its hash.
         config: shape of the embeddings, and what they cost.
-        flops_per_shard: how finely to cut.
+        device_type: that shards are cut for.
         parts: seconds of `indexing` and `planning` are put here.
     """
     directory = RunDirectory(request.output)
@@ -150,12 +150,11 @@ def index_and_plan(
     identity = run_identity(request, index, checkpoint, CPU, layers, TOKEN_BUDGET)
     uncut = Plan(identity, request.inputs, (0, index.num_records), checkpoint.model_name, config.hidden_size)
     run = Run(directory, uncut, index)
+    lengths = run.embedded_lengths(0, index.num_records)
+    is_computed = run.is_computed(0, index.num_records)
+    size = ShardSize.of_run(lengths, is_computed, config, device_type, TOKEN_BUDGET)
     starts = cut_shards(
-        run.embedded_lengths(0, index.num_records),
-        run.is_computed(0, index.num_records),
-        config,
-        config.hidden_size * np.dtype(np.float32).itemsize,
-        flops_per_shard,
+        lengths, is_computed, config, config.hidden_size * np.dtype(np.float32).itemsize, size
     )
     plan = replace(uncut, starts=starts)
     plan.write(directory.plan_path, directory.scratch_path)
@@ -204,7 +203,7 @@ def test_overhead(
     parts: dict[str, float] = {}
 
     def plan() -> Run:
-        return index_and_plan(request, checkpoint, checkpoint.config, FLOPS_PER_SHARD["cpu"], parts)
+        return index_and_plan(request, checkpoint, checkpoint.config, "cpu", parts)
 
     results, forward_seconds, forward_processor_seconds = timed_forward(worker, plan())
     recalled = cycle(results)  # packs come in the same order again
@@ -256,7 +255,6 @@ def test_overhead(
         forward_processor_seconds=forward_processor_seconds,
         processor_ratio=processor_seconds / forward_processor_seconds,
         target=TARGET_OVERHEAD,
-        load_average=os.getloadavg()[0],
     )
 
 
@@ -273,7 +271,7 @@ def finished(full: bool, tmp_path_factory: pytest.TempPathFactory) -> Run:
     fasta = folder / "proteins.fasta"
     write_fasta(fasta, short_proteins(MERGED_ROWS[full], SHORT_RESIDUES))
     request = request_for(fasta, folder / "out.h5", "demo")
-    run = index_and_plan(request, load_checkpoint("demo"), MERGED_CONFIG, FLOPS_PER_SHARD["cuda"], {})
+    run = index_and_plan(request, load_checkpoint("demo"), MERGED_CONFIG, "cuda", {})
     made_by = dict.fromkeys(("device", "attention_backend", "versions", "disabled"), "")
     for number in range(run.plan.num_shards):
         rows = merged_rows(run, number)
@@ -333,7 +331,6 @@ def test_merge(block: int, provider: str, finished: Run, tmp_path: Path, benchma
         processor_seconds=processor_seconds[-1],
         shards=len(paths),
         target=TARGET_MERGE if provider == "merge" else None,
-        load_average=os.getloadavg()[0],
     )
 
 
@@ -415,7 +412,6 @@ def test_scaling(
         workers=workers,
         ratio=rates[workers] / rates[1] if 1 in rates else None,
         target=TARGET_SCALING if engine == "ray" and workers == 2 else None,
-        load_average=os.getloadavg()[0],
     )
 
 
@@ -439,7 +435,7 @@ def scale_ray(workers: int, sequences: Sequence[str], fasta: Path, stack: ExitSt
     benchmark.pedantic(engine.compute, (run, shards, watch), rounds=1)
 
     assert run.finished(shards) == list(shards)
-    model = ESM2.from_pretrained(SMALL)
+    model = ESM2.from_pretrained(SMALL, device="cpu")
     errors = []
     for number in (shards[0], shards[-1]):
         shard = run.read(number)

@@ -316,6 +316,11 @@ def _add_merge(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser.add_argument("output", type=_path, metavar="OUT.h5", help="the output, or its folder OUT.h5.run")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT.h5 if it is there")
     parser.add_argument("--keep-run", action="store_true", help="keep OUT.h5.run when OUT.h5 is made")
+    parser.add_argument(
+        "--partial",
+        action="store_true",
+        help="make OUT.h5 of the shards that are finished; the other rows are NaN, their status is 3",
+    )
 
 
 def _add_tune(commands: argparse._SubParsersAction[_Parser]) -> None:

@@ -52,7 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def explain_interruption(name: str) -> None:
         complain(f"interrupted ({name})" + "; repeat the command to continue" * can_continue)
 
-    with _signals_interrupt(explain_interruption) as has_started, warnings.catch_warnings():
+    received: list[str] = []
+    with _signals_interrupt(explain_interruption, received) as has_started, warnings.catch_warnings():
         warnings.showwarning = _show_warning
         show_traceback = False
         try:
@@ -74,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except SystemExit as error:
             return error.code if isinstance(error.code, int) else EXIT_USAGE
         except KeyboardInterrupt as error:
-            explain_interruption(str(error))
+            explain_interruption(str(error) or "".join(received[-1:]))  # Ray drops what an error says
             return EXIT_INTERRUPTED
         except Exception as error:
             return _report(error, can_continue, show_traceback)
@@ -166,7 +167,9 @@ def _show_warning(
 
 
 @contextmanager
-def _signals_interrupt(explain_interruption: Callable[[str], None]) -> Iterator[Callable[[], None]]:
+def _signals_interrupt(
+    explain_interruption: Callable[[str], None], received: list[str]
+) -> Iterator[Callable[[], None]]:
     """Let Ctrl-C, SIGTERM and a lost terminal raise `Interrupted`, so that temporary files are removed.
 
     While the program starts they end the process at once: there is nothing to clean up, and libraries that
@@ -174,6 +177,7 @@ def _signals_interrupt(explain_interruption: Callable[[str], None]) -> Iterator[
 
     Args:
         explain_interruption: told the name of the signal that ends the process.
+        received: gets the names of signals that raise.
 
     Yields:
         To be called when all is imported.
@@ -197,7 +201,8 @@ def _signals_interrupt(explain_interruption: Callable[[str], None]) -> Iterator[
         # a second signal at once, as some schedulers send, must not interrupt the cleaning up
         if time.monotonic() - last >= _REPEATED_SIGNAL_SECONDS:
             last = time.monotonic()
-            raise Interrupted(signal.Signals(number).name)
+            received.append(signal.Signals(number).name)
+            raise Interrupted(received[-1])
 
     previous = {}
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):

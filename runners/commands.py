@@ -123,7 +123,23 @@ def merge(options: argparse.Namespace) -> int:
     from esm_packed.runners.progress import Console
 
     output = _output_of(options.output)
-    missing = merge_files(output, Console(), overwrite=options.overwrite, keep_run=options.keep_run)
+    merged = merge_files(
+        output,
+        Console(),
+        overwrite=options.overwrite,
+        keep_run=options.keep_run,
+        partial=options.partial,
+    )
+    if merged.already_complete:
+        say([f"already complete: {output}"])
+        return EXIT_COMPLETE
+    missing = merged.missing_shards
+    if merged.is_made and missing:
+        complain(
+            f"merged what there is: {missing:,} of the shards of {output} are missing, and their rows are "
+            "NaN (status 3); the command that began the run continues it"
+        )
+        return EXIT_INTERRUPTED
     if missing:
         complain(
             f"{missing:,} of the shards of {output} missing or damaged; the command that began the run "

@@ -7,7 +7,7 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import astuple, replace
+from dataclasses import astuple, dataclass, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from esm_packed.runners.index import STDIN, FastaIndex, build_index, open_index,
 from esm_packed.runners.memory import RowBuffers
 from esm_packed.runners.merging import DamagedShardError, merge_run
 from esm_packed.runners.paths import check_apart, files_of, resolved
-from esm_packed.runners.plan import FLOPS_PER_SHARD, Plan, PlanError, cut_shards, differences
+from esm_packed.runners.plan import Plan, PlanError, ShardSize, cut_shards, differences
 from esm_packed.runners.progress import Console, byte_size
 from esm_packed.runners.request import STORE_DTYPES, EmbedRequest, UsageError
 from esm_packed.runners.rundir import WHOLE_RUN, RunDirectory
@@ -102,32 +102,67 @@ def embed_files(request: EmbedRequest, console: Console) -> Summary:
     return session.summary
 
 
-def merge_files(output: Path, console: Console, *, overwrite: bool = False, keep_run: bool = False) -> int:
-    """Put the finished shards of the run of `output` together.
+@dataclass(frozen=True)
+class Merged:
+    """What became of merging.
 
-    Returns:
-        How many shards are missing, 1 at the first that is damaged; the output is made if it is 0.
+    Args:
+        missing_shards: how many are missing; 1 at the first that is damaged.
+        is_made: there is a new output.
+        already_complete: the whole output was there before.
+    """
+
+    missing_shards: int = 0
+    is_made: bool = False
+    already_complete: bool = False
+
+
+def merge_files(
+    output: Path,
+    console: Console,
+    *,
+    overwrite: bool = False,
+    keep_run: bool = False,
+    partial: bool = False,
+) -> Merged:
+    """Put the finished shards of the run of `output` together, if all are there.
+
+    Args:
+        output: the file to make.
+        console: shows how far it is.
+        overwrite: replace an output that is there; a partial one of the same run always is.
+        keep_run: leave the run directory.
+        partial: make an output of what is there, with a row of NaN for each other record. The run directory
+            is kept, and the command that began the run continues it.
 
     Raises:
         UsageError: there is no such run, or other processes are at work on it.
     """
     output = resolved(output)
-    check_output(output, overwrite)
+    existing = check_output(output, overwrite)
     directory = RunDirectory(output)
-    if not directory.exists() or not directory.plan_path.exists():
+    has_run = directory.exists() and directory.plan_path.exists()
+    if not has_run and existing is not None and existing.is_complete:
+        return Merged(already_complete=True)
+    if not has_run:
         raise UsageError(f"{directory.path}: there is no run to merge; esm-packed embed begins one")
     with _undisturbed(directory), _claimed(directory, "merging", console):
         run = Run.open(directory)
+        existing = check_output(output, overwrite)
+        if existing is not None and existing.plan_hash == run.plan.hash:
+            if existing.is_complete:
+                return Merged(already_complete=True)
+            overwrite = True
         missing = run.plan.num_shards - len(run.finished(range(run.plan.num_shards)))
-        if missing:
-            return missing
+        if missing and not partial:
+            return Merged(missing)
         try:
-            merge_run(run, console, overwrite=overwrite)
+            missing = merge_run(run, console, overwrite=overwrite, partial=partial)
         except DamagedShardError:
-            return 1
-        if not keep_run:
+            return Merged(1)
+        if not keep_run and not missing:
             directory.remove()
-    return 0
+    return Merged(missing, is_made=True)
 
 
 def _embed_slice(session: _Session, part: Slice) -> None:
@@ -201,14 +236,14 @@ class _Session:
         Call it with the claim held.
         """
         request = self.request
-        existing_plan = check_output(self.directory.output, request.overwrite)
+        existing = check_output(self.directory.output, request.overwrite)
         shutil.rmtree(self.directory.new_index_path, ignore_errors=True)  # of a killed process
         try:
-            return self._prepare(request, existing_plan)
+            return self._prepare(request, existing)
         finally:  # an index that was refused, or not needed
             shutil.rmtree(self.directory.new_index_path, ignore_errors=True)
 
-    def _prepare(self, request: EmbedRequest, existing_plan: str | None) -> bool:
+    def _prepare(self, request: EmbedRequest, existing: ExistingOutput | None) -> bool:
         index = self._index()
         with self.console.byte_steps() as report:
             self.checkpoint = load_checkpoint(request.model, progress=report)
@@ -220,7 +255,7 @@ class _Session:
             token_budget = request.token_budget
         elif plan is not None:
             token_budget = plan.token_budget
-        elif existing_plan is not None:
+        elif existing is not None:
             with EmbeddingReader(self.directory.output) as reader:
                 token_budget = int(reader.plan["identity"].get("token_budget", 0))
         elif request.layout == "fixed":  # what is measured may differ from run to run
@@ -243,16 +278,17 @@ class _Session:
             num_identical=index.num_identical,
             num_to_compare=request.fp32_compare,
         )
-        if existing_plan is not None:
-            if existing_plan != plan_hash(identity):
+        if existing is not None:
+            if existing.plan_hash != plan_hash(identity):
                 with EmbeddingReader(self.directory.output) as reader:
                     differing = differences(reader.plan["identity"], identity)
                 raise UsageError(
                     f"{request.output}: exists already, made from other input or options ({differing}); "
                     "--overwrite replaces it"
                 )
-            self._is_complete()
-            return False
+            if existing.is_complete:
+                self._is_complete()
+                return False
         if plan is not None:
             try:
                 plan.check_same(identity, self.directory.path)
@@ -308,9 +344,28 @@ class _Session:
         ) as watch:
             try:
                 engine.compute(run, shards, watch)
+            except KeyboardInterrupt:
+                self._say_what_is_saved(shards, watch.done)
+                raise
             finally:
                 self.summary.stages = engine.times
         self.summary.embedding_seconds += time.monotonic() - begin
+
+    def _say_what_is_saved(self, shards: Sequence[int], done: int) -> None:
+        """Tell an interrupted user what the run has.
+
+        Args:
+            shards: that were to be computed.
+            done: residues computed of them.
+        """
+        run = self.run
+        saved = run.finished(range(run.plan.num_shards))
+        lost = max(0, done - sum(run.residues(shard) for shard in set(saved) & set(shards)))
+        share = lost / max(1, run.index.total_residues)
+        self.console.note(
+            f"{len(saved):,} of {run.plan.num_shards:,} shards are saved in {self.directory.path}; about "
+            f"{lost:,} residues ({share:.1%} of the input) will be computed again"
+        )
 
     def finish(self, claim: Claim) -> None:
         """Merge; what turns out to be damaged is computed again.
@@ -325,7 +380,9 @@ class _Session:
         while True:
             _check_held(claim)
             try:
-                merge_run(self.run, self.console, overwrite=self.request.overwrite)
+                existing = check_output(self.directory.output, self.request.overwrite)
+                is_partial = existing is not None and existing == ExistingOutput(self.run.plan.hash, False)
+                merge_run(self.run, self.console, overwrite=self.request.overwrite or is_partial)
                 break
             except DamagedShardError as damaged:
                 self.console.note(f"{damaged}; it is computed again")
@@ -345,13 +402,14 @@ class _Session:
         Raises:
             UsageError: another run has taken this one's place.
         """
-        plan_hash_there = check_output(self.directory.output, overwrite=False)
+        existing = check_output(self.directory.output, overwrite=False)
+        is_there = existing is not None and existing.is_complete
         with suppress(FileNotFoundError, PlanError):
-            if plan_hash_there is None and Plan.read(self.directory.plan_path).hash == self.run.plan.hash:
+            if not is_there and Plan.read(self.directory.plan_path).hash == self.run.plan.hash:
                 return False
         if not self.directory.plan_path.exists():
             self.directory.remove()  # holding the claim has made it anew
-        if plan_hash_there != self.run.plan.hash:
+        if existing is None or not is_there or existing.plan_hash != self.run.plan.hash:
             raise UsageError(
                 f"{self.directory.path}: removed, or replaced by another run, while this one computed"
             )
@@ -401,12 +459,14 @@ class _Session:
             self.request.command,
         )
         run = Run(self.directory, uncut, index)
+        lengths = run.embedded_lengths(0, index.num_records)
+        is_computed = run.is_computed(0, index.num_records)
         starts = cut_shards(
-            run.embedded_lengths(0, index.num_records),
-            run.is_computed(0, index.num_records),
+            lengths,
+            is_computed,
             config,
             config.hidden_size * len(layers) * np.dtype(STORE_DTYPES[self.request.store_dtype]).itemsize,
-            FLOPS_PER_SHARD[self.device.type],
+            ShardSize.of_run(lengths, is_computed, config, self.device.type, uncut.token_budget),
         )
         plan = replace(uncut, starts=starts)
         self.directory.forget_shards()
@@ -503,11 +563,19 @@ def _take(claim: Claim, directory: RunDirectory, console: Console) -> None:
             time.sleep(WAIT_SECONDS)
 
 
-def check_output(output: Path, overwrite: bool) -> str | None:
+@dataclass(frozen=True)
+class ExistingOutput:
+    """An esm-packed output: of which plan, and whether `merge --partial` has left rows out."""
+
+    plan_hash: str
+    is_complete: bool
+
+
+def check_output(output: Path, overwrite: bool) -> ExistingOutput | None:
     """See that `output` can be made.
 
     Returns:
-        The plan hash of the esm-packed output that is already there and may not be replaced, else None.
+        The esm-packed output that is already there and may not simply be replaced, else None.
 
     Raises:
         UsageError: it cannot be made, or what is there is something else.
@@ -518,7 +586,7 @@ def check_output(output: Path, overwrite: bool) -> str | None:
         raise UsageError(f"{output}: {error.strerror}") from error
 
 
-def _check_output(output: Path, overwrite: bool) -> str | None:
+def _check_output(output: Path, overwrite: bool) -> ExistingOutput | None:
     if output.is_dir():
         raise UsageError(f"{output}: this is a directory; name the file to make, such as embeddings.h5")
     if not output.parent.is_dir():
@@ -532,7 +600,8 @@ def _check_output(output: Path, overwrite: bool) -> str | None:
         return None
     try:
         with EmbeddingReader(output) as reader:
-            return str(reader.attributes["plan_hash"])
+            attributes = reader.attributes
+            return ExistingOutput(str(attributes["plan_hash"]), attributes.get("complete") == 1)
     except (StoreError, OSError):
         raise UsageError(
             f"{output}: exists already and is not a whole esm-packed output; --overwrite replaces it"

@@ -23,7 +23,7 @@ from esm_packed.runners.progress import Console, byte_size
 from esm_packed.runners.request import UsageError
 from esm_packed.runners.rundir import RunDirectory
 from esm_packed.runners.status import run_state
-from esm_packed.runners.store import STATUS_FAILED, STATUS_RECOMPUTED, EmbeddingReader
+from esm_packed.runners.store import STATUS_FAILED, STATUS_NOT_COMPUTED, STATUS_RECOMPUTED, EmbeddingReader
 from esm_packed.weights import load_checkpoint, tensor_shapes
 
 _MODEL_SUFFIXES = (".pt", ".bin", ".safetensors", ".index.json")
@@ -113,6 +113,7 @@ def _describe_output(path: Path, as_json: bool) -> list[str]:
             status = reader.column("status", *rows)
             counts["recomputed"] += int(np.count_nonzero(status == STATUS_RECOMPUTED))
             counts["failed"] += int(np.count_nonzero(status == STATUS_FAILED))
+            counts["not computed"] += int(np.count_nonzero(status == STATUS_NOT_COMPUTED))
         counts["problems"] = reader.num_problems
         problems = reader.problems(0, _PROBLEMS_SHOWN)
         attributes = reader.attributes

@@ -19,6 +19,7 @@ from esm_packed.runners.request import STORE_DTYPES
 from esm_packed.runners.shards import Run
 from esm_packed.runners.store import (
     STATUS_COMPUTED,
+    STATUS_NOT_COMPUTED,
     EmbeddingWriter,
     Shard,
     StoredComparison,
@@ -42,8 +43,17 @@ class DamagedShardError(RuntimeError):
         self.shard = shard
 
 
-def merge_run(run: Run, console: Console, *, overwrite: bool) -> None:
+def merge_run(run: Run, console: Console, *, overwrite: bool, partial: bool = False) -> int:
     """Make the output of a run, all of whose shards are finished.
+
+    Args:
+        run: whose output it is.
+        console: shows how far it is.
+        overwrite: replace an output that is there.
+        partial: give records of shards that are missing or damaged a row of NaN, with the status for it.
+
+    Returns:
+        How many shards are missing or damaged; 0 unless `partial`.
 
     Raises:
         DamagedShardError: one of them turns out not to be; there is no output then.
@@ -51,16 +61,17 @@ def merge_run(run: Run, console: Console, *, overwrite: bool) -> None:
         OSError: the disk is full or fails.
     """
     try:
-        _merge_run(run, console, overwrite)
+        return _merge_run(run, console, overwrite, partial)
     except FileExistsError as error:
         raise StoreError(f"{error.filename}: {error.strerror}") from error
 
 
-def _merge_run(run: Run, console: Console, overwrite: bool) -> None:
+def _merge_run(run: Run, console: Console, overwrite: bool, partial: bool) -> int:
     plan, index, output = run.plan, run.index, run.directory.output
     store_dtype = STORE_DTYPES[plan.identity["store_dtype"]]
     total = index.num_records * plan.hidden_size * len(plan.layers) * np.dtype(store_dtype).itemsize
     made_by: list[Mapping[str, str]] = []
+    missing: list[int] = []
     with (
         whole_or_nothing(output, run.directory.scratch_path, overwrite=overwrite) as temporary,
         EmbeddingWriter(
@@ -75,17 +86,22 @@ def _merge_run(run: Run, console: Console, overwrite: bool) -> None:
         writer.write_problems(
             [StoredProblem(left.sequence_id, left.file, left.line, left.reason) for left in index.problems]
         )
-        merge(run, _read_ahead(run, made_by), writer, advance)
+        merge(run, _read_ahead(run, made_by, missing if partial else None), writer, advance)
         writer.write_plan(plan.identity, plan.input_names)
-        writer.write_attributes(_attributes(plan, made_by))
+        writer.write_attributes({**_attributes(plan, made_by), "complete": int(not missing)})
+    return len(missing)
 
 
-def _read_ahead(run: Run, made_by: list[Mapping[str, str]]) -> Iterator[Shard]:
+def _read_ahead(
+    run: Run, made_by: list[Mapping[str, str]], missing: list[int] | None = None
+) -> Iterator[Shard]:
     """All shards in their order, each read and verified while the one before it is written.
 
     Args:
         run: whose shards they are.
         made_by: collects what made them.
+        missing: collects those that are not there or not whole, in whose place rows of NaN come; None if that
+            is an error.
 
     Raises:
         DamagedShardError: one is not there or not whole.
@@ -96,13 +112,28 @@ def _read_ahead(run: Run, made_by: list[Mapping[str, str]]) -> Iterator[Shard]:
         ahead = reader.submit(run.read, 0, buffers[0])
         for number in range(last + 1):
             shard = ahead.result()
-            if shard is None:
+            if shard is None and missing is None:
                 raise DamagedShardError(number)
             if number < last:
                 ahead = reader.submit(run.read, number + 1, buffers[(number + 1) % 2])
-            if shard.made_by not in made_by:
+            if shard is None:
+                assert missing is not None
+                missing.append(number)
+                shard = _not_computed(run, number)
+            elif shard.made_by not in made_by:
                 made_by.append(shard.made_by)
             yield shard
+
+
+def _not_computed(run: Run, number: int) -> Shard:
+    """What stands for a shard that is not there."""
+    num_rows = len(run.computed(number))
+    shape, dtype = (num_rows, run.plan.hidden_size), STORE_DTYPES[run.plan.identity["store_dtype"]]
+    return Shard(
+        np.full(num_rows, STATUS_NOT_COMPUTED, np.uint8),
+        {layer: np.full(shape, np.nan, dtype) for layer in run.plan.layers},
+        dict.fromkeys(range(num_rows), "not computed yet"),
+    )
 
 
 def merge(run: Run, shards: Iterable[Shard], writer: EmbeddingWriter, advance: Advance) -> None:

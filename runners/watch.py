@@ -89,6 +89,11 @@ class Watch:
         self._begin = self._last_shown = time.monotonic()
         self._last_logged = float("-inf")
 
+    @property
+    def done(self) -> int:
+        """Residues computed since it began."""
+        return self._done
+
     def update(self, done: int, states: Callable[[], Sequence[WorkerState]]) -> None:
         """Tell of the run at this moment.
 

@@ -21,6 +21,7 @@ from esm_packed.model import ESM2
 from esm_packed.numerics import PRECISIONS
 from esm_packed.runners import arguments as arguments_module
 from esm_packed.runners import cli, embed, terminal
+from esm_packed.runners.plan import FLOPS_PER_SHARD
 from esm_packed.runners.progress import Console
 from esm_packed.runners.store import EmbeddingReader
 from esm_packed.version import __version__
@@ -533,7 +534,7 @@ def test_status_counts_the_records_of_finished_shards(fasta, capsys, monkeypatch
     lengths = np.random.default_rng(0).integers(5, 60, size=40).tolist()
     # no sequence is another's copy, which would have no row in its shard
     fasta.write_text("".join(f">{n}\nM{'K' * n}{'L' * length}\n" for n, length in enumerate(lengths)))
-    monkeypatch.setitem(embed.FLOPS_PER_SHARD, "cpu", 3e9)
+    monkeypatch.setitem(FLOPS_PER_SHARD, "cpu", 3e9)
     output = fasta.parent / "out.h5"
     assert cli.main(embed_arguments(fasta, fasta.parent, "--keep-run")) == 0
     output.unlink()

@@ -18,6 +18,7 @@ from esm_packed.packing import pack
 from esm_packed.runners import embed
 from esm_packed.runners.embed import EmbedRequest, UsageError, embed_files
 from esm_packed.runners.fasta import InputError, ReadOptions
+from esm_packed.runners.plan import FLOPS_PER_SHARD
 from esm_packed.runners.progress import Console
 from esm_packed.runners.store import STATUS_FAILED, EmbeddingReader, StoredProblem, plan_hash
 
@@ -27,7 +28,7 @@ LENGTHS = [5, 80, 1, 41, 90, 41, 7, 60, 3, 41, 70, 25]
 
 @pytest.fixture(scope="session")
 def model() -> ESM2:
-    return ESM2.from_pretrained(MODEL)
+    return ESM2.from_pretrained(MODEL, device="cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -109,7 +110,7 @@ def test_rows_come_in_input_order_and_equal_each_sequence_alone(fasta, sequences
 
 @pytest.mark.parametrize("flops_per_shard", [1.0, 2e9, 5e9], ids=["a record each", "few", "two"])
 def test_shards_change_nothing(fasta, sequences, model, monkeypatch, flops_per_shard):
-    monkeypatch.setitem(embed.FLOPS_PER_SHARD, "cpu", flops_per_shard)
+    monkeypatch.setitem(FLOPS_PER_SHARD, "cpu", flops_per_shard)
     _, reader = run(fasta)
     assert reader.sequence_ids() == list(sequences)
     expected = one_by_one(model, sequences, 6)
@@ -319,7 +320,7 @@ def test_output_through_a_link_replaces_its_target(fasta, tmp_path, without_comp
 def test_a_failed_run_is_continued(fasta, sequences, model, monkeypatch):
     """What was finished before the failure is not computed again, and the file is the same."""
     _, uninterrupted = run(fasta, output=fasta.parent / "reference.h5")
-    monkeypatch.setitem(embed.FLOPS_PER_SHARD, "cpu", 1.0)
+    monkeypatch.setitem(FLOPS_PER_SHARD, "cpu", 1.0)
     original, calls = ESM2.embed_packed, []
 
     def fail_at_the_sixth(self, batch, layers):
@@ -358,7 +359,7 @@ def test_an_unfinished_run_of_other_options_is_kept(fasta, model, monkeypatch):
 
 @pytest.mark.parametrize("damage", ["cut short", "altered", "another shard", "gone"])
 def test_a_damaged_shard_is_computed_again(fasta, model, monkeypatch, damage):
-    monkeypatch.setitem(embed.FLOPS_PER_SHARD, "cpu", 1.0)
+    monkeypatch.setitem(FLOPS_PER_SHARD, "cpu", 1.0)
     _, undamaged = run(fasta, output=fasta.parent / "reference.h5")
     with monkeypatch.context() as stopped:
         stopped.setattr(embed, "merge_run", lambda *call, **options: pytest.fail("stopped"))
@@ -399,7 +400,7 @@ def test_a_second_process_is_refused(fasta, model):
 
 
 def test_identical_sequences_are_computed_once(fasta, sequences, model, monkeypatch):
-    monkeypatch.setitem(embed.FLOPS_PER_SHARD, "cpu", 1e9)
+    monkeypatch.setitem(FLOPS_PER_SHARD, "cpu", 1e9)
     copies = {
         f"copy{number}": sequence for number, sequence in enumerate(sequences.values()) if number % 3 == 0
     }
@@ -420,7 +421,7 @@ def test_a_copy_of_a_failed_row_fails_too_in_whatever_shard_it_is(fasta, sequenc
         rows[6][batch.cu_seqlens.diff() == 92] = torch.nan
         return rows
 
-    monkeypatch.setitem(embed.FLOPS_PER_SHARD, "cpu", 1.0)  # each record is a shard
+    monkeypatch.setitem(FLOPS_PER_SHARD, "cpu", 1.0)  # each record is a shard
     monkeypatch.setattr(ESM2, "embed_packed", spoil_length_90)
     failed = LENGTHS.index(90)
     copied = sequences[f"protein{failed}"]
@@ -436,7 +437,7 @@ def test_a_copy_of_a_failed_row_fails_too_in_whatever_shard_it_is(fasta, sequenc
 
 def test_the_sequences_compared_with_fp32_are_the_same_every_time(fasta, monkeypatch):
     """Also in a run that was stopped: a shard that is computed again compares the same ones."""
-    monkeypatch.setitem(embed.FLOPS_PER_SHARD, "cpu", 2e8)
+    monkeypatch.setitem(FLOPS_PER_SHARD, "cpu", 2e8)
     samples = []
     for name in ("one.h5", "two.h5"):
         _, reader = run(fasta, output=fasta.parent / name, dtype="bf16", fp32_compare=5)

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import h5py
+import numpy as np
 import pytest
 from nursery import (
     SLOW,
@@ -27,7 +28,8 @@ from nursery import (
     wait_until,
 )
 
-from esm_packed.runners.store import EmbeddingReader
+from esm_packed.runners import cli
+from esm_packed.runners.store import STATUS_COMPUTED, STATUS_NOT_COMPUTED, EmbeddingReader
 
 # Dies at the n-th operation that changes the file system; of a write, half has been done by then.
 DIE_AT_STEP = """
@@ -337,6 +339,51 @@ def test_an_input_replaced_by_one_of_the_same_size_and_time_is_another(
     assert Result.of(output) == work.expected
 
 
+def test_a_partial_output_is_continued_and_replaced(
+    nursery: Nursery, few_shards: Work, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out.h5"
+    stopped_in_the_middle(nursery, few_shards, output, 2)
+    saved = shards_of(output)
+    assert cli.main(["merge", str(output), "--partial"]) == 4
+    said = capsys.readouterr().err
+    assert "merged what there is" in said
+    assert shards_of(output) == saved, "the run directory is kept"
+    with EmbeddingReader(output) as reader:
+        assert reader.attributes["complete"] == 0
+        missing = reader.column("status") == STATUS_NOT_COMPUTED
+        assert 0 < missing.sum() < len(missing)
+        assert set(reader.column("status").tolist()) == {STATUS_COMPUTED, STATUS_NOT_COMPUTED}
+        assert np.isnan(reader.embeddings()[missing]).all()
+        assert np.isfinite(reader.embeddings()[~missing]).all()
+        ids = np.array(reader.sequence_ids())
+        assert ids.tolist() == few_shards.expected.ids
+        assert [problem.sequence_id for problem in reader.problems()] == ids[missing].tolist()
+        assert {problem.reason for problem in reader.problems()} == {"not computed yet"}
+        found = reader.embeddings()
+    assert cli.main(["info", str(output)]) == 0
+    assert f"{missing.sum()} not computed" in capsys.readouterr().out
+    assert cli.main(["merge", str(output)]) == 4, "there are shards missing still"
+    assert cli.main(["merge", str(output), "--partial"]) == 4, "a partial output may be made again"
+    capsys.readouterr()
+    child = nursery.start(
+        few_shards.fasta, output, "--layers", "1", flops_per_shard=few_shards.flops_per_shard
+    )
+    assert child.wait() == 2, "other options do not replace it"
+    child = nursery.start(few_shards.fasta, output, "--keep-run", flops_per_shard=few_shards.flops_per_shard)
+    assert child.wait() == 0, child.output()
+    assert Result.of(output) == few_shards.expected
+    assert saved.items() <= shards_of(output).items()
+    with EmbeddingReader(output) as reader:
+        assert reader.attributes["complete"] == 1
+        assert reader.embeddings()[~missing].tobytes() == found[~missing].tobytes()
+    for command in ("merge", "status"):
+        assert cli.main([command, str(output)]) == 0
+        assert "complete" in capsys.readouterr().out
+    assert cli.main(["merge", str(output), "--partial"]) == 0
+    assert Result.of(output) == few_shards.expected
+
+
 FOREIGN = {"host": "elsewhere.example", "pid": 1, "process_started": "1", "since": "then", "token": "0"}
 
 
@@ -397,6 +444,9 @@ def test_interrupted(
     assert number.name in last
     assert "repeat the command to continue" in last
     assert "Traceback" not in child.output()
+    saved = f"{len(shards_of(output))} of {many_shards.num_shards} shards are saved"
+    assert saved in child.output()
+    assert "will be computed again" in child.output()
     assert not (tmp_path / "out.h5.run" / "claim").exists()
     assert list((tmp_path / "out.h5.run" / "shards").glob(".*")) == []
     before = shards_of(output)

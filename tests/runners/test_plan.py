@@ -18,13 +18,14 @@ from esm_packed.attention import select_backend
 from esm_packed.config import ESM2_MODELS, ESM2Config
 from esm_packed.model import ESM2
 from esm_packed.numerics import PRECISIONS
-from esm_packed.packing import SPECIAL_TOKENS, pack
+from esm_packed.packing import SPECIAL_TOKENS, pack, plan_packs
 from esm_packed.runners import plan as plan_module
 from esm_packed.runners.plan import (
     MAX_SHARD_BYTES,
     MAX_SHARD_RECORDS,
     Plan,
     PlanError,
+    ShardSize,
     cut_shards,
     sequence_flops,
 )
@@ -48,7 +49,7 @@ def test_shards_cover_the_input_and_cost_alike(
 ) -> None:
     lengths = np.array([length for length, _ in records], np.int32)
     is_computed = np.array([computed for _, computed in records])
-    starts = cut_shards(lengths, is_computed, CONFIG, row_bytes, flops_per_shard)
+    starts = cut_shards(lengths, is_computed, CONFIG, row_bytes, ShardSize(flops_per_shard))
     assert starts[0] == 0
     assert starts[-1] == len(records)
     assert all(start < stop for start, stop in pairwise(starts))
@@ -67,14 +68,14 @@ def test_shards_cover_the_input_and_cost_alike(
 def test_equal_records_are_cut_evenly() -> None:
     lengths = np.full(1000, 300, np.int32)
     flops = costs(lengths, np.ones(1000, np.bool_))
-    starts = cut_shards(lengths, np.ones(1000, np.bool_), CONFIG, 1280, flops[0] * 10.5)
+    starts = cut_shards(lengths, np.ones(1000, np.bool_), CONFIG, 1280, ShardSize(flops[0] * 10.5))
     assert set(np.diff(starts)) == {10}
 
 
 def test_a_shard_has_a_bounded_number_of_records() -> None:
     number = 2 * MAX_SHARD_RECORDS + 5
     lengths = np.ones(number, np.int32)
-    starts = cut_shards(lengths, np.ones(number, np.bool_), CONFIG, 4, 1e30)
+    starts = cut_shards(lengths, np.ones(number, np.bool_), CONFIG, 4, ShardSize(1e30))
     assert starts == (0, MAX_SHARD_RECORDS, 2 * MAX_SHARD_RECORDS, number)
 
 
@@ -82,7 +83,113 @@ def test_copies_cost_nothing_but_count_as_records(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(plan_module, "MAX_SHARD_RECORDS", 10)
     is_computed = np.zeros(25, np.bool_)
     is_computed[0] = True
-    assert cut_shards(np.full(25, 50, np.int32), is_computed, CONFIG, 4, 1e30) == (0, 10, 20, 25)
+    lengths = np.full(25, 50, np.int32)
+    assert cut_shards(lengths, is_computed, CONFIG, 4, ShardSize(1e30)) == (0, 10, 20, 25)
+
+
+def uniref_like(number: int) -> npt.NDArray[np.int32]:
+    """Lengths with the quartiles of UniRef50 (log-normal), cut at 1,022."""
+    drawn = np.random.default_rng(number).lognormal(5.5, 0.75, number)
+    return np.clip(drawn, 20, 1022).astype(np.int32)
+
+
+def cut_for(
+    number: int, device_type: str, token_budget: int, model: str = "esm2_t33_650M_UR50D"
+) -> tuple[npt.NDArray[np.int64], tuple[int, ...]]:
+    """(num_records,) tokens of proteins, and how they are cut into shards."""
+    lengths, is_computed, config = uniref_like(number), np.ones(number, np.bool_), ESM2_MODELS[model]
+    size = ShardSize.of_run(lengths, is_computed, config, device_type, token_budget)
+    starts = cut_shards(lengths, is_computed, config, config.hidden_size * 4, size)
+    assert starts[0] == 0
+    assert starts[-1] == number
+    assert all(start < stop for start, stop in pairwise(starts))
+    return lengths + np.int64(SPECIAL_TOKENS), starts
+
+
+def packs_of(
+    tokens: npt.NDArray[np.int64], starts: tuple[int, ...], token_budget: int
+) -> tuple[list[int], float]:
+    """Packs of each shard, and the packing efficiency of all together."""
+    packs = [len(plan_packs(tokens[start:stop], token_budget)) for start, stop in pairwise(starts)]
+    return packs, float(tokens.sum()) / (sum(packs) * token_budget)
+
+
+@pytest.mark.parametrize("model", ["esm2_t6_8M_UR50D", "esm2_t33_650M_UR50D", "esm2_t48_15B_UR50D"])
+@pytest.mark.parametrize("token_budget", [8192, 32768, 131_072])
+def test_a_proteome_is_shared_by_many_gpus(token_budget: int, model: str) -> None:
+    """As large as the human one: 64 shards where each holds 3 full packs, and packs as full as before."""
+    tokens, starts = cut_for(20_600, "cuda", token_budget, model)
+    packs, efficiency = packs_of(tokens, starts, token_budget)
+    whole, unsharded = packs_of(tokens, (0, 20_600), token_budget)
+    if whole[0] >= 64 * 3 + 1:
+        assert len(packs) >= 64
+    assert len(packs) >= min(64, whole[0] // 3) * 0.95
+    assert efficiency >= unsharded - 0.01
+    assert min(tokens[start:stop].sum() for start, stop in pairwise(starts)) >= 0.95 * token_budget
+
+
+def test_a_few_proteins_are_one_shard_on_a_gpu_and_few_on_a_cpu() -> None:
+    tokens, starts = cut_for(100, "cuda", 32768)
+    assert starts == (0, 100)
+    tokens, starts = cut_for(100, "cpu", 1024, "esm2_t6_8M_UR50D")
+    assert len(starts) - 1 <= 2, "about a second for each million operations"
+    for model in ("esm2_t6_8M_UR50D", "esm2_t33_650M_UR50D"):
+        tokens, starts = cut_for(100, "cpu", 1024, model)
+        assert min(tokens[start:stop].sum() for start, stop in pairwise(starts)) >= 1024, "never below a pack"
+
+
+def test_shards_on_a_cpu_take_about_ten_seconds() -> None:
+    number = 10_000
+    tokens, starts = cut_for(number, "cpu", 1024, "esm2_t6_8M_UR50D")
+    flops = sequence_flops(uniref_like(number).astype(np.int64), ESM2_MODELS["esm2_t6_8M_UR50D"])
+    seconds = [flops[start:stop].sum() / 5e10 for start, stop in pairwise(starts)]
+    assert max(seconds) <= 10.001
+    assert np.median(seconds) > 9
+    packs, _ = packs_of(tokens, starts, 1024)
+    whole, _ = packs_of(tokens, (0, number), 1024)
+    assert sum(packs) <= whole[0] + len(packs), "at most one more pack, partly filled, for each shard"
+
+
+def test_a_million_proteins() -> None:
+    tokens, starts = cut_for(1_000_000, "cuda", 65_536)
+    packs, efficiency = packs_of(tokens, starts, 65_536)
+    assert 64 <= len(packs) <= 1000
+    flops = sequence_flops(uniref_like(1_000_000).astype(np.int64), ESM2_MODELS["esm2_t33_650M_UR50D"])
+    seconds = [flops[start:stop].sum() / 2.5e14 for start, stop in pairwise(starts)]
+    assert 7 < np.median(seconds) <= 10.001
+    assert efficiency >= packs_of(tokens, (0, 1_000_000), 65_536)[1] - 0.01
+
+
+@pytest.mark.slow  # 4 minutes
+@pytest.mark.parametrize("model", ["esm2_t6_8M_UR50D", "esm2_t48_15B_UR50D"])
+def test_fifty_million_proteins_are_at_most_20_000_shards(model: str) -> None:
+    _, starts = cut_for(50_000_000, "cuda", 131_072, model)
+    assert 64 <= len(starts) - 1 <= 20_000
+
+
+def test_copies_and_giants_among_whole_packs() -> None:
+    """Copies cost no tokens; a protein longer than a pack is one of its own."""
+    lengths = uniref_like(30_000)
+    lengths[::1000] = 40_000
+    is_computed = np.arange(30_000) % 3 > 0
+    is_computed[::1000] = True
+    size = ShardSize.of_run(lengths, is_computed, CONFIG, "cuda", 16_384)
+    starts = cut_shards(lengths, is_computed, CONFIG, 1280, size)
+    assert (starts[0], starts[-1]) == (0, 30_000)
+    assert all(start < stop for start, stop in pairwise(starts))
+    assert len(starts) - 1 >= 64
+    packs = 0
+    for start, stop in pairwise(starts):
+        computed = lengths[start:stop][is_computed[start:stop]]
+        packs += len(plan_packs(computed + np.int64(SPECIAL_TOKENS), 16_384))
+    unsharded = len(plan_packs(lengths[is_computed] + np.int64(SPECIAL_TOKENS), 16_384))
+    assert packs <= unsharded * 1.015
+
+
+def test_a_cost_that_a_test_asks_for_overrides_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(plan_module.FLOPS_PER_SHARD, "cuda", 1.0)
+    _, starts = cut_for(50, "cuda", 32768)
+    assert starts == tuple(range(51))
 
 
 def test_sums_stay_exact_enough_for_hundreds_of_millions_of_records() -> None:

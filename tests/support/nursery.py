@@ -30,14 +30,14 @@ from dataclasses import replace
 from esm_packed.model import ESM2
 from esm_packed.runners import cli, embed, merging, pipeline, plan, rundir, shards, store, worker
 torch.set_num_threads(1)
-ESM2.from_pretrained("demo")
+ESM2.from_pretrained("demo", device="cpu")
 
 def live(job):
     streams = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0), os.dup2(streams, 1), os.dup2(streams, 2)
     faulthandler.register(signal.SIGUSR1, all_threads=True)
-    embed.FLOPS_PER_SHARD["cpu"] = job["flops_per_shard"]
+    plan.FLOPS_PER_SHARD["cpu"] = job["flops_per_shard"]
     original = embed.embed_files
     changes = {name: tuple(value) if isinstance(value, list) else value
                for name, value in job["changes"].items()}
