@@ -206,7 +206,8 @@ class ShardSize:
             tokens += int((computed + SPECIAL_TOKENS).sum())
         number = flops / (SHARD_SECONDS * REFERENCE_FLOPS[device_type])
         if device_type == "cuda":
-            number = max(number, min(LEAST_GPU_SHARDS, tokens // (LEAST_GPU_PACKS * token_budget)))
+            # a tenth more, as a few long sequences may cost as much as several shards
+            number = max(number, min(1.1 * LEAST_GPU_SHARDS, tokens // (LEAST_GPU_PACKS * token_budget)))
         # rounding down to whole packs makes up to twice as many
         number = min(number, 0.475 * MAX_SHARDS)
         return cls(flops / max(number, 1.0), token_budget, device_type == "cuda")
