@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -198,19 +199,33 @@ class ShardSize:
         """
         if device_type in FLOPS_PER_SHARD:
             return cls(FLOPS_PER_SHARD[device_type])
-        flops, tokens = 0.0, 0
-        for first in range(0, len(lengths), _BLOCK_RECORDS):
-            block = slice(first, first + _BLOCK_RECORDS)
-            computed = lengths[block][is_computed[block]].astype(np.int64)
-            flops += float(sequence_flops(computed, config).sum())
-            tokens += int((computed + SPECIAL_TOKENS).sum())
+        flops, tokens, _ = _work(lengths, is_computed, config, math.inf)
         number = flops / (SHARD_SECONDS * REFERENCE_FLOPS[device_type])
         if device_type == "cuda":
-            # a tenth more, as a few long sequences may cost as much as several shards
-            number = max(number, min(1.1 * LEAST_GPU_SHARDS, tokens // (LEAST_GPU_PACKS * token_budget)))
+            number = max(number, min(LEAST_GPU_SHARDS, tokens // (LEAST_GPU_PACKS * token_budget)))
         # rounding down to whole packs makes up to twice as many
-        number = min(number, 0.475 * MAX_SHARDS)
-        return cls(flops / max(number, 1.0), token_budget, device_type == "cuda")
+        number = max(1.0, min(number, 0.475 * MAX_SHARDS))
+        # what costs more than a shard is one, and the others share the rest
+        most, _, num_larger = _work(lengths, is_computed, config, flops / number)
+        if num_larger:
+            flops, number = most, max(1.0, number - num_larger)
+        return cls(flops / number, token_budget, device_type == "cuda")
+
+
+def _work(
+    lengths: npt.NDArray[np.int32], is_computed: npt.NDArray[np.bool_], config: ESM2Config, most_flops: float
+) -> tuple[float, int, int]:
+    """Operations and tokens of all sequences that cost `most_flops` or less, and how many cost more."""
+    flops, tokens, num_larger = 0.0, 0, 0
+    for first in range(0, len(lengths), _BLOCK_RECORDS):
+        block = slice(first, first + _BLOCK_RECORDS)
+        computed = lengths[block][is_computed[block]].astype(np.int64)
+        costs = sequence_flops(computed, config)
+        within = costs <= most_flops
+        flops += float(costs[within].sum())
+        tokens += int((computed[within] + SPECIAL_TOKENS).sum())
+        num_larger += int(np.count_nonzero(~within))
+    return flops, tokens, num_larger
 
 
 def cut_shards(
