@@ -92,6 +92,10 @@ class Claim:
         """Whether the file still names this claim: a process that was stopped for long may have lost it."""
         return holder_of(self.path).get("token") == self._token
 
+    def is_anothers(self) -> bool:
+        """Whether the file names another claim."""
+        return bool(holder_of(self.path).get("token", self._token) != self._token)
+
     def release(self) -> None:
         """Give the claim back; one that was never taken, or has been taken over, is left as it is."""
         self._stopped.set()

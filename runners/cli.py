@@ -5,6 +5,7 @@ Little is imported here: until `main` handles signals, Ctrl-C ends in a tracebac
 
 from __future__ import annotations
 
+import errno
 import os
 import shlex
 import signal
@@ -68,6 +69,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 parser.print_help(sys.stderr)
                 return EXIT_USAGE
             options.command_line = shlex.join(["esm-packed", *arguments])
+            try:
+                os.getcwd()  # noqa: PTH109
+            except FileNotFoundError:
+                complain("the working directory is gone; change to one that exists")
+                return EXIT_USAGE
             import_module(options.module)
             has_started()
             command: Callable[[argparse.Namespace], int] = options.run
@@ -103,6 +109,9 @@ def _report(error: Exception, can_continue: bool, show_traceback: bool) -> int:
     if _is_of(error, _USER_ERRORS):
         complain(getattr(error, "message", str(error)), getattr(error, "details", ()))
         return EXIT_USAGE
+    if isinstance(error, OSError) and error.errno in _PATH_ERRORS and error.filename is not None:
+        complain(f"{os.fsdecode(error.filename)}: {error.strerror}")
+        return EXIT_USAGE
     if show_traceback:
         traceback.print_exception(error)
     else:
@@ -110,6 +119,18 @@ def _report(error: Exception, can_continue: bool, show_traceback: bool) -> int:
         complain(f"internal error: {summary} (set ESM_PACKED_DEBUG=1 for the traceback)")
     return EXIT_INTERNAL_ERROR
 
+
+_PATH_ERRORS = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.EISDIR,
+    errno.ENOTDIR,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+    errno.EINVAL,  # no regular file
+)
+"""What is wrong with a path or with the rights on it, which its name and the system's words explain."""
 
 _OUT_OF_MEMORY = (
     "annot allocate memory",

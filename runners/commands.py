@@ -156,7 +156,7 @@ def _output_of(path: Path) -> Path:
 
     if not path.resolve().name:
         raise UsageError(f"{path}: this is no output; name its file, such as embeddings.h5")
-    return path.with_suffix("") if path.suffix == ".run" else path
+    return path.with_suffix("") if path.suffix == ".run" and not path.is_file() else path
 
 
 def status(options: argparse.Namespace) -> int:

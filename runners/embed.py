@@ -93,6 +93,7 @@ def embed_files(request: EmbedRequest, console: Console) -> Summary:
         session = _Session(request, directory, device, console, stack)
         if request.part is None:
             with _claimed(directory, WHOLE_RUN, console) as claim:
+                session.claim = claim
                 if session.prepare():
                     session.compute(range(session.run.plan.num_shards))
                     session.finish(claim)
@@ -149,7 +150,9 @@ def merge_files(
     with _undisturbed(directory), _claimed(directory, "merging", console):
         run = Run.open(directory)
         existing = check_output(output, overwrite)
-        if existing is not None and existing.plan_hash == run.plan.hash:
+        if existing is not None:
+            if existing.plan_hash != run.plan.hash:
+                raise UsageError(f"{output}: exists already, made by another run; --overwrite replaces it")
             if existing.is_complete:
                 return Merged(already_complete=True)
             overwrite = True
@@ -161,6 +164,7 @@ def merge_files(
         except DamagedShardError:
             return Merged(1)
         if not keep_run and not missing:
+            run.index.close()
             directory.remove()
     return Merged(missing, is_made=True)
 
@@ -171,6 +175,7 @@ def _embed_slice(session: _Session, part: Slice) -> None:
     with ExitStack() as member:
         with _claimed(directory, f"joining with slice {part}", console) as claim:
             _check_others(directory, part)
+            session.claim = claim
             if not session.prepare():
                 return
             shards = range(session.run.plan.num_shards)
@@ -214,6 +219,7 @@ class _Session:
 
     run: Run
     summary: Summary
+    claim: Claim
 
     def __init__(
         self,
@@ -229,6 +235,7 @@ class _Session:
         self.console = console
         self._stack = stack  # closes the engine
         self._engine: Engine | None = None
+        self._opened_index: FastaIndex | None = None
 
     def prepare(self) -> bool:
         """Read the input and plan, or find a plan; False if the output is complete already.
@@ -244,7 +251,7 @@ class _Session:
             shutil.rmtree(self.directory.new_index_path, ignore_errors=True)
 
     def _prepare(self, request: EmbedRequest, existing: ExistingOutput | None) -> bool:
-        index = self._index()
+        index = self._opened_index = self._index()
         with self.console.byte_steps() as report:
             self.checkpoint = load_checkpoint(request.model, progress=report)
         _check_paths(request, files_of(self.checkpoint))
@@ -287,7 +294,7 @@ class _Session:
                     "--overwrite replaces it"
                 )
             if existing.is_complete:
-                self._is_complete()
+                self._is_complete(existing.plan_hash)
                 return False
         if plan is not None:
             try:
@@ -296,9 +303,11 @@ class _Session:
                 if not request.overwrite:
                     raise UsageError(str(error)) from error
                 plan = None
+        _check_held(self.claim)
         if self.directory.new_index_path.exists():
+            index.close()
             self.directory.adopt_index()
-            index = reopen_index(self.directory.index_path)
+            index = self._opened_index = reopen_index(self.directory.index_path)
         self.run = Run(self.directory, plan or self._new_plan(identity, index, layers), index)
         return True
 
@@ -394,7 +403,7 @@ class _Session:
             log_changes(self.console, self.request.log_json, self.directory.output)
         _check_held(claim)
         if not self.request.keep_run:
-            self.directory.remove()
+            self._remove_directory()
 
     def is_merged_by_another(self) -> bool:
         """Whether the run's output is there, and with that all is done. Call it with the claim held.
@@ -408,19 +417,28 @@ class _Session:
             if not is_there and Plan.read(self.directory.plan_path).hash == self.run.plan.hash:
                 return False
         if not self.directory.plan_path.exists():
-            self.directory.remove()  # holding the claim has made it anew
+            self._remove_directory()  # holding the claim has made it anew
         if existing is None or not is_there or existing.plan_hash != self.run.plan.hash:
             raise UsageError(
                 f"{self.directory.path}: removed, or replaced by another run, while this one computed"
             )
-        self._is_complete()
+        self._is_complete(self.run.plan.hash)
         return True
 
-    def _is_complete(self) -> None:
+    def _is_complete(self, plan_hash: str) -> None:
         self.summary.read_output()
         self.summary.already_complete = True
+        with suppress(OSError, PlanError):
+            if Plan.read(self.directory.plan_path).hash != plan_hash:
+                self.console.note(f"{self.directory.path}: holds another, unfinished run; it is left alone")
+                return
         if not self.request.keep_run:
-            self.directory.remove()
+            self._remove_directory()
+
+    def _remove_directory(self) -> None:
+        if self._opened_index is not None:
+            self._opened_index.close()
+        self.directory.remove()
 
     def _index(self) -> FastaIndex:
         request, path = self.request, self.directory.index_path
@@ -436,7 +454,12 @@ class _Session:
         if self.directory.plan_path.exists():  # whose index must stay until this input is known to be its own
             path = self.directory.new_index_path
         with self.console.progress("reading", "B", _input_bytes(request.inputs)) as advance:
-            return build_index(request.inputs, path, request.read, progress=advance)
+
+            def advance_if_held(amount: int) -> None:
+                _check_held(self.claim)  # or two processes would write one index
+                advance(amount)
+
+            return build_index(request.inputs, path, request.read, progress=advance_if_held)
 
     def _existing_plan(self) -> Plan | None:
         try:
@@ -469,6 +492,7 @@ class _Session:
             ShardSize.of_run(lengths, is_computed, config, self.device.type, uncut.token_budget),
         )
         plan = replace(uncut, starts=starts)
+        _check_held(self.claim)
         self.directory.forget_shards()
         plan.write(self.directory.plan_path, self.directory.scratch_path)
         return plan
@@ -518,10 +542,12 @@ def _claimed(directory: RunDirectory, purpose: str, console: Console) -> Iterato
                 raise
             raise UsageError(f"{directory.output.parent}: cannot be written to: {error.strerror}") from error
         yield claim
-    except BaseException:
+    except BaseException as error:
         if claim.is_held() and not directory.plan_path.exists():
             with suppress(OSError, UsageError):
                 directory.remove()
+        if isinstance(error, Exception) and not isinstance(error, UsageError) and claim.is_anothers():
+            _check_held(claim)  # whatever it is, it comes of two processes that work in one directory
         raise
     finally:
         claim.release()
@@ -592,6 +618,8 @@ def _check_output(output: Path, overwrite: bool) -> ExistingOutput | None:
     if not output.parent.is_dir():
         raise UsageError(f"{output.parent}: there is no such folder to write {output.name} to")
     RunDirectory(output).check_name()
+    if RunDirectory.holds(output):
+        raise UsageError(f"{output.parent}: is a run directory, and removed with all that is in it")
     if not output.exists():
         return None
     if not output.is_file():

@@ -277,6 +277,12 @@ class FastaIndex:
         fault = _dna_fault(self._reader, self.num_records)
         return None if fault is None else _problems(self._reader.sources, [fault])[0]
 
+    def close(self) -> None:
+        """Close the files of the index; network file systems keep those that are open."""
+        for rows in (self._records, self.lengths, self.first_same):
+            if isinstance(rows, RowFile):
+                rows.close()
+
     def _check_range(self, start: int, stop: int) -> None:
         if not 0 <= start <= stop <= self.num_records:
             raise ValueError(

@@ -65,6 +65,10 @@ class RowFile:
         self._num_rows = os.fstat(self._file.fileno()).st_size // dtype.itemsize
         self.dtype: np.dtype[Any] = dtype if field is None else dtype[field]
 
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
     def __len__(self) -> int:
         return self._num_rows
 

@@ -75,6 +75,11 @@ class RunDirectory:
                 f"stands; use at most {longest} bytes"
             )
 
+    @staticmethod
+    def holds(path: Path) -> bool:
+        """Whether a path lies in some run directory."""
+        return _is_made_by_us(path.parent)
+
     def exists(self) -> bool:
         """Whether there is such a directory.
 
@@ -190,7 +195,10 @@ class RunDirectory:
             if entry.is_dir(follow_symlinks=False):
                 shutil.rmtree(entry, ignore_errors=True)
         _discard(self._being_removed)
-        self.path.rename(self._being_removed)
+        try:
+            self.path.rename(self._being_removed)
+        except OSError:  # what is left under that name cannot be deleted now; this one goes with the next run
+            return
         _discard(self._being_removed)
 
     def _put_draft_aside(self) -> None:
@@ -244,6 +252,8 @@ class RunDirectory:
                 for inner in os.scandir(entry):
                     # a draft of the directory itself may have been put aside here
                     _check_kind(inner, entry.name == self.scratch_path.name and inner.is_dir())
+                    if entry.name == self.logs_path.name and inner.stat(follow_symlinks=False).st_nlink > 1:
+                        raise UsageError(f"{inner.path}: has another name elsewhere; move it away")
 
 
 def _check_kind(entry: os.DirEntry[str], is_folder: bool) -> None:
@@ -270,15 +280,19 @@ def _is_foreign(path: Path) -> bool:
 
 
 def _discard(path: Path) -> None:
-    """Delete a folder, if it is ours, its marker last, so that it stays ours until it is gone."""
-    if _is_made_by_us(path):
-        for entry in os.scandir(path):
-            if entry.is_dir(follow_symlinks=False):
-                shutil.rmtree(entry, ignore_errors=True)
-            elif entry.name != MARKER:
-                Path(entry).unlink(missing_ok=True)
-        (path / MARKER).unlink(missing_ok=True)
+    """Delete a folder, if it is ours, its marker last, so that it stays ours until it is gone.
+
+    Network file systems keep files that a process has open; then the folder stays, and is deleted later.
+    """
     with suppress(OSError):
+        if _is_made_by_us(path):
+            for entry in os.scandir(path):
+                if entry.is_dir(follow_symlinks=False):
+                    shutil.rmtree(entry, ignore_errors=True)
+                elif entry.name != MARKER:
+                    Path(entry).unlink(missing_ok=True)
+            if all(entry.name == MARKER for entry in os.scandir(path)):
+                (path / MARKER).unlink(missing_ok=True)
         path.rmdir()
 
 

@@ -116,6 +116,9 @@ class Worker:
         except BaseException as error:
             self._log.error("stopped: %s: %s", type(error).__name__, error)
             raise
+        finally:
+            for handler in self._log.handlers:  # opens its file again when there is more to say
+                handler.close()
 
     @property
     def made_by(self) -> dict[str, str]:
@@ -153,7 +156,9 @@ class Worker:
         for handler in self._log.handlers[:]:
             handler.close()
             self._log.removeHandler(handler)
-        handler = logging.FileHandler(folder / f"{part}worker-{self.rank}.log", delay=True)
+        handler = logging.FileHandler(
+            folder / f"{part}worker-{self.rank}.log", delay=True, encoding="utf-8", errors="backslashreplace"
+        )
         handler.setFormatter(logging.Formatter(f"%(asctime)s rank {self.rank} %(message)s"))
         self._log.addHandler(handler)
         self._log.setLevel(logging.INFO)

@@ -384,6 +384,31 @@ def test_a_partial_output_is_continued_and_replaced(
     assert Result.of(output) == few_shards.expected
 
 
+def test_an_unfinished_run_of_other_input_is_kept_when_an_older_command_is_repeated(
+    nursery: Nursery, few_shards: Work, tmp_path: Path
+) -> None:
+    output = tmp_path / "out.h5"
+    flops = few_shards.flops_per_shard
+    assert nursery.start(few_shards.fasta, output, flops_per_shard=flops).wait() == 0
+    other = tmp_path / "other.fasta"
+    other.write_text(few_shards.fasta.read_text().replace(">protein", ">other"))
+    newer = nursery.start(
+        other, output, "--overwrite", flops_per_shard=flops, patch=SLOW.format(seconds=0.05)
+    )
+    wait_until(lambda: len(shards_of(output)) >= 2)
+    newer.kill()
+    saved = shards_of(output)
+    older = nursery.start(few_shards.fasta, output, flops_per_shard=flops)
+    assert older.wait() == 0
+    assert "already complete" in older.output()
+    assert "holds another, unfinished run" in older.output()
+    assert shards_of(output) == saved
+    newer = nursery.start(other, output, "--overwrite", flops_per_shard=flops, keep_run=True)
+    assert newer.wait() == 0, newer.output()
+    assert saved.items() <= shards_of(output).items()
+    assert Result.of(output).ids == [name.replace("protein", "other") for name in few_shards.expected.ids]
+
+
 FOREIGN = {"host": "elsewhere.example", "pid": 1, "process_started": "1", "since": "then", "token": "0"}
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import pytest
 from esm_packed.runners import cli
 from esm_packed.runners.paths import check_apart
 from esm_packed.runners.request import UsageError
+from esm_packed.runners.rundir import RunDirectory
 
 PROTEINS = ">a\nMKTAYIAKQR\n>b\nGSHMSLFDFFK\n"
 DEMO = Path(__import__("esm_packed").__file__).parent / "demo"
@@ -87,6 +90,71 @@ def test_a_log_is_no_pipe(folder: Path, capsys: pytest.CaptureFixture[str]) -> N
     os.mkfifo(folder / "pipe")
     arguments = ["embed", "in.fa", "-o", "x.h5", "--model", "demo", "--log-json", "pipe"]
     assert "is a pipe" in refused(folder, capsys, *arguments)
+
+
+def test_an_output_in_a_run_directory_would_be_deleted(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = RunDirectory(folder / "x.h5")
+    directory.make()
+    said = refused(folder, capsys, "embed", "in.fa", "-o", "x.h5.run/y.h5", "--model", "demo")
+    assert "is a run directory" in said
+
+
+def test_an_output_may_be_named_as_run_directories_are(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["embed", "in.fa", "-o", "foo.run", "--model", "demo", "--device", "cpu"]) == 0
+    capsys.readouterr()
+    assert cli.main(["status", "foo.run"]) == 0
+    assert "complete" in capsys.readouterr().out
+
+
+def test_names_that_are_not_utf8(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    name = os.fsdecode(b"\xff\xfe.h5")
+    assert cli.main(["embed", "in.fa", "-o", name, "--model", "demo", "--device", "cpu"]) == 0
+    assert Path(name).exists()
+    assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["embed", "closed/in.fa", "-o", "x.h5"],
+        ["embed", "in.fa", "-o", "x.h5", "--log-json", "closed/l.json"],
+        ["checkpoint", "demo", "-o", "closed/esm2_x.pt"],
+        ["info", "closed/in.fa"],
+    ],
+    ids=lambda arguments: " ".join(arguments[:4]),
+)
+@pytest.mark.skipif(shutil.which("setpriv") is None or os.geteuid() != 0, reason="needs root and setpriv")
+def test_a_folder_that_one_may_not_enter(folder: Path, arguments: list[str]) -> None:
+    folder.chmod(0o777)
+    (folder / "closed").mkdir(mode=0o700)
+    os.chown(folder / "closed", 12345, 12345)
+    drop = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]
+    run = subprocess.run(
+        [*drop, sys.executable, "-m", "esm_packed", *arguments], capture_output=True, text=True, timeout=120
+    )
+    assert run.returncode == 2, run.stderr
+    assert run.stderr.strip().splitlines()[-1].startswith("esm-packed: error: ")
+    assert "closed" in run.stderr
+    assert "internal error" not in run.stderr
+
+
+def test_a_working_directory_that_is_gone(folder: Path) -> None:
+    script = (
+        "import os, sys; os.rmdir(os.getcwd()); from esm_packed.runners.cli import main; sys.exit(main())"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", script, "status", "x.h5"],
+        cwd=folder / "sub",
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.returncode == 2, run.stderr
+    assert "the working directory is gone" in run.stderr
 
 
 @pytest.mark.parametrize("path", ["x.h5", "x.h5.run/metrics.json"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from esm_packed.runners.claims import STALE_SECONDS, Claim, ClaimedError
 from esm_packed.runners.fasta import ReadOptions
 from esm_packed.runners.index import build_index
 from esm_packed.runners.plan import Plan
+from esm_packed.runners.request import UsageError
 from esm_packed.runners.rundir import MARKER, RunDirectory
 from esm_packed.runners.shards import Run
 from esm_packed.runners.store import Shard, StoreError, read_shard, write_shard
@@ -390,6 +392,39 @@ def test_removing_leaves_nothing(directory: RunDirectory) -> None:
     directory.remove()
     directory.remove()
     assert names_in(directory.output.parent) == []
+
+
+def test_what_cannot_be_deleted_stays_ours_until_it_can(
+    directory: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on network file systems, which keep files that a process has open."""
+    (directory.logs_path / "worker-0.log").touch()
+    rmtree = shutil.rmtree
+
+    def keep_logs(path: Path, **options: object) -> None:
+        if Path(path).name != "logs":
+            rmtree(path, ignore_errors=True)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", keep_logs)
+        directory.remove()
+        assert names_in(directory.output.parent) == [".out.h5.run.old"]
+        assert names_in(directory.output.parent / ".out.h5.run.old") == [MARKER, "logs"]
+        directory.make()
+        directory.sweep()
+        directory.remove()  # a second one cannot be put there
+        assert names_in(directory.output.parent) == [".out.h5.run.old", "out.h5.run"]
+    directory.make()
+    directory.remove()
+    assert names_in(directory.output.parent) == []
+
+
+def test_a_log_that_has_another_name_elsewhere_is_refused(directory: RunDirectory) -> None:
+    mine = directory.output.with_name("thesis.txt")
+    mine.write_text("mine")
+    (directory.logs_path / "worker-0.log").hardlink_to(mine)
+    with pytest.raises(UsageError, match="another name elsewhere"):
+        directory.exists()
 
 
 def a_shard() -> Shard:
