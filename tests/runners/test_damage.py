@@ -15,9 +15,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from nursery import SLOW, Nursery, Result, Work, names_in, undisturbed, wait_until
+from nursery import SLOW, Child, Nursery, Result, Work, names_in, undisturbed, wait_until
 
 from esm_packed.runners import cli
+
+# Stops itself, as a debugger or a suspended laptop would stop it, before a pack is computed.
+STOP_ITSELF = """
+original_embed, calls = ESM2.embed_packed, []
+def stopping_embed(self, batch, layers):
+    calls.append(batch)
+    if len(calls) == {call}:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return original_embed(self, batch, layers)
+ESM2.embed_packed = stopping_embed
+"""
 
 SECRET = "a file of the user's\n"
 
@@ -49,6 +60,16 @@ def stopped(nursery: Nursery, work: Work, tmp_path_factory: pytest.TempPathFacto
     assert child.kill() == -signal.SIGKILL
     assert not output.exists()
     return folder
+
+
+def start_and_stop(nursery: Nursery, work: Work, output: Path, call: int) -> Child:
+    """A process that has stopped itself before the pack of this number, counted from 1."""
+    child = nursery.start(
+        work.fasta, output, flops_per_shard=work.flops_per_shard, patch=STOP_ITSELF.format(call=call)
+    )
+    state = Path(f"/proc/{child.pid}/stat")
+    wait_until(lambda: state.read_text().rpartition(")")[2].split()[0] == "T")
+    return child
 
 
 def files_in(folder: Path, kind: str = "") -> list[Path]:
@@ -356,15 +377,8 @@ def test_harm_to_a_run_while_it_is_worked_in(
     while number <= count:
         place = tmp_path / str(number)
         place.mkdir()
-        child = nursery.start(
-            work.fasta,
-            place / "out.h5",
-            flops_per_shard=work.flops_per_shard,
-            patch=SLOW.format(seconds=0.15),
-        )
+        child = start_and_stop(nursery, work, place / "out.h5", call=3)
         directory = place / "out.h5.run"
-        wait_until(lambda directory=directory: len(files_in(directory, "shards")) >= 2)
-        os.kill(child.pid, signal.SIGSTOP)
         paths = sorted(directory.rglob("*"))
         count = len(paths) - 1
         path = paths[min(number, count)]
@@ -400,13 +414,8 @@ def test_a_process_that_stood_still_while_another_took_over(
 ) -> None:
     """Its claim is old by then; it ends with a message and harms nothing."""
     output = tmp_path / "out.h5"
-    for seconds in (0.0, 0.1, 0.3):
-        child = nursery.start(
-            work.fasta, output, flops_per_shard=work.flops_per_shard, patch=SLOW.format(seconds=0.15)
-        )
-        wait_until(lambda: len(files_in(tmp_path / "out.h5.run", "shards")) >= 2)
-        time.sleep(seconds)
-        os.kill(child.pid, signal.SIGSTOP)
+    for call in (1, 2, 3):
+        child = start_and_stop(nursery, work, output, call)
         old = time.time() - 601
         for path in (tmp_path / "out.h5.run").rglob("*"):
             if path.is_file():
