@@ -360,6 +360,14 @@ class _Session:
                 self.summary.stages = engine.times
         self.summary.embedding_seconds += time.monotonic() - begin
 
+    def _is_partial_output(self) -> bool:
+        """Whether the output is there, made of a part of this run."""
+        try:
+            existing = check_output(self.directory.output, overwrite=False)
+        except UsageError:  # something else, which merging does not replace
+            return False
+        return existing == ExistingOutput(self.run.plan.hash, is_complete=False)
+
     def _say_what_is_saved(self, shards: Sequence[int], done: int) -> None:
         """Tell an interrupted user what the run has.
 
@@ -389,9 +397,8 @@ class _Session:
         while True:
             _check_held(claim)
             try:
-                existing = check_output(self.directory.output, self.request.overwrite)
-                is_partial = existing is not None and existing == ExistingOutput(self.run.plan.hash, False)
-                merge_run(self.run, self.console, overwrite=self.request.overwrite or is_partial)
+                overwrite = self.request.overwrite or self._is_partial_output()
+                merge_run(self.run, self.console, overwrite=overwrite)
                 break
             except DamagedShardError as damaged:
                 self.console.note(f"{damaged}; it is computed again")
