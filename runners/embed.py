@@ -92,11 +92,10 @@ def embed_files(request: EmbedRequest, console: Console) -> Summary:
     with _undisturbed(directory), ExitStack() as stack:
         session = _Session(request, directory, device, console, stack)
         if request.part is None:
-            with _claimed(directory, WHOLE_RUN, console) as claim:
-                session.claim = claim
+            with _claimed(directory, WHOLE_RUN, console) as session.claim:
                 if session.prepare():
                     session.compute(range(session.run.plan.num_shards))
-                    session.finish(claim)
+                    session.finish()
         else:
             _embed_slice(session, request.part)
     session.summary.seconds = time.monotonic() - begin
@@ -173,24 +172,23 @@ def _embed_slice(session: _Session, part: Slice) -> None:
     """Join the run, compute one slice of it, and merge if that was the last one."""
     directory, console = session.directory, session.console
     with ExitStack() as member:
-        with _claimed(directory, f"joining with slice {part}", console) as claim:
+        with _claimed(directory, f"joining with slice {part}", console) as session.claim:
             _check_others(directory, part)
-            session.claim = claim
             if not session.prepare():
                 return
             shards = range(session.run.plan.num_shards)
             if len(session.run.finished(shards)) == len(shards):
-                session.finish(claim)
+                session.finish()
                 return
             member.enter_context(directory.slice_claim(part))
         session.compute(part.shards(len(shards)), verify=False)
-    with _claimed(directory, f"leaving with slice {part}", console) as claim:
+    with _claimed(directory, f"leaving with slice {part}", console) as session.claim:
         # another process may have found all shards there, and merged them
         if not session.is_merged_by_another():
             session.summary.part = str(part)
             session.summary.missing_shards = len(shards) - len(session.run.finished(shards))
             if not session.summary.missing_shards:
-                session.finish(claim)
+                session.finish()
 
 
 def _check_others(directory: RunDirectory, part: Slice | None) -> None:
@@ -384,18 +382,15 @@ class _Session:
             f"{lost:,} residues ({share:.1%} of the input) will be computed again"
         )
 
-    def finish(self, claim: Claim) -> None:
-        """Merge; what turns out to be damaged is computed again.
-
-        Args:
-            claim: on the run, which is held.
+    def finish(self) -> None:
+        """Merge; what turns out to be damaged is computed again. Call it with the claim held.
 
         Raises:
             UsageError: it is not held any more.
         """
         begin = time.monotonic()
         while True:
-            _check_held(claim)
+            _check_held(self.claim)
             try:
                 overwrite = self.request.overwrite or self._is_partial_output()
                 merge_run(self.run, self.console, overwrite=overwrite)
@@ -408,7 +403,7 @@ class _Session:
         self.summary.read_output()
         if self.request.log_json is not None:
             log_changes(self.console, self.request.log_json, self.directory.output)
-        _check_held(claim)
+        _check_held(self.claim)
         if not self.request.keep_run:
             self._remove_directory()
 
@@ -591,7 +586,7 @@ def _take(claim: Claim, directory: RunDirectory, console: Console) -> None:
                     f"{claim.path} if that process is gone"
                 ) from holder
             if not is_waiting:
-                console.note(f"waiting for {holder}, which is {holder.purpose or 'at work on the run'}")
+                console.note(f"waiting for {holder}, which is {holder.purpose}")
             is_waiting = True
             time.sleep(WAIT_SECONDS)
 
