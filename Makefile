@@ -25,7 +25,7 @@ embed: $(VENV)/embed.stamp
 test: $(VENV)/test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	rm -rf build/typed
+	rm -rf build/typed build/lib
 	$(INSTALL) --no-deps --target build/typed .
 	cd build/typed && $(abspath $(BIN))/mypy --config-file $(abspath pyproject.toml) -p esm_packed
 	$(BIN)/pytest $(PYTEST_ARGS)

@@ -20,8 +20,8 @@ from measuring import DEVICE, ON_GPU, flops_of, peak_memory, record
 from workloads import proteins, write_fasta
 
 from esm_packed.packing import SPECIAL_TOKENS
-from esm_packed.runners.embed import EmbedRequest, Summary, embed_files
-from esm_packed.runners.progress import Console
+from esm_packed.runners.session import EmbedRequest, Summary, embed_files
+from esm_packed.runners.watch.console import Console
 from esm_packed.weights import load_checkpoint, save_fair_esm
 
 TOTAL_TOKENS = 4_000_000 if ON_GPU else 4096

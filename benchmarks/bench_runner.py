@@ -33,18 +33,18 @@ from esm_packed.config import DEFAULT_TOKEN_BUDGETS, ESM2_MODELS, ESM2Config
 from esm_packed.layouts import LAYOUTS, Layout
 from esm_packed.model import ESM2
 from esm_packed.packing import SPECIAL_TOKENS
-from esm_packed.runners.embed import run_identity
-from esm_packed.runners.index import build_index
-from esm_packed.runners.merging import merge_run
-from esm_packed.runners.pipeline import STAGES
-from esm_packed.runners.plan import Plan, ShardSize, cut_shards, sequence_flops
-from esm_packed.runners.progress import Console
-from esm_packed.runners.request import EmbedRequest
-from esm_packed.runners.rundir import RunDirectory
-from esm_packed.runners.shards import Run
-from esm_packed.runners.store import Shard
-from esm_packed.runners.watch import watching
-from esm_packed.runners.worker import Worker
+from esm_packed.runners.compute.worker import Worker
+from esm_packed.runners.input.index import build_index
+from esm_packed.runners.output.merge import merge_run
+from esm_packed.runners.session import run_identity
+from esm_packed.runners.state.directory import RunDirectory
+from esm_packed.runners.state.plan import Plan, ShardSize, cut_shards, sequence_flops
+from esm_packed.runners.state.request import EmbedRequest
+from esm_packed.runners.state.run import Run
+from esm_packed.runners.state.shard import Shard
+from esm_packed.runners.watch.console import Console
+from esm_packed.runners.watch.metrics import STAGES
+from esm_packed.runners.watch.watch import watching
 from esm_packed.weights import Checkpoint, load_checkpoint
 
 SMALL = "random:esm2_t6_8M_UR50D"
@@ -418,7 +418,7 @@ def test_scaling(
 def scale_ray(workers: int, sequences: Sequence[str], fasta: Path, stack: ExitStack, benchmark: Any) -> float:
     """Time the shards of a run on Ray workers; the worst error of a few rows."""
     pytest.importorskip("ray", reason="Ray is not installed")
-    from esm_packed.runners.ray_engine import RayEngine
+    from esm_packed.runners.compute.ray_engine import RayEngine
 
     request = replace(request_for(fasta, fasta.with_name("out.h5"), SMALL), engine="ray", workers=workers)
     checkpoint = load_checkpoint(SMALL)

@@ -28,7 +28,7 @@ from esm_packed.graphs import GraphedESM2
 from esm_packed.kernels.launch import dtype_name
 from esm_packed.numerics import PRECISIONS, Precision
 from esm_packed.packing import SPECIAL_TOKENS, PackedBatch, pack
-from esm_packed.runners.plan import sequence_flops
+from esm_packed.runners.state.plan import sequence_flops
 from esm_packed.stress import stress_checkpoint
 from esm_packed.weights import Checkpoint, save_fair_esm, tensor_shapes
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from esm_packed.runners.cli import main
+from esm_packed.runners.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -6,10 +6,11 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 
-from esm_packed.runners.claims import describe_holder, holder_of, is_live
-from esm_packed.runners.plan import Plan, PlanError
-from esm_packed.runners.rundir import RunDirectory
-from esm_packed.runners.store import EmbeddingReader, StoreError
+from esm_packed.runners.output.reader import EmbeddingReader
+from esm_packed.runners.state.claims import describe_holder, holder_of, is_live
+from esm_packed.runners.state.directory import RunDirectory
+from esm_packed.runners.state.plan import Plan, PlanError
+from esm_packed.runners.state.shard import StoreError
 
 
 @dataclass(frozen=True)

@@ -8,15 +8,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from esm_packed.runners.fasta import Modified, shorten
-from esm_packed.runners.pipeline import STAGES, StageTimes
-from esm_packed.runners.progress import byte_size, duration
-from esm_packed.runners.store import (
-    STATUS_FAILED,
-    STATUS_RECOMPUTED,
-    Comparison,
-    EmbeddingReader,
-)
+from esm_packed.runners.input.fasta import Modified, shorten
+from esm_packed.runners.output.reader import EmbeddingReader
+from esm_packed.runners.state.shard import STATUS_FAILED, STATUS_RECOMPUTED, Comparison
+from esm_packed.runners.watch.console import byte_size, duration
+from esm_packed.runners.watch.metrics import STAGES, StageTimes
 
 JUDGED_PACKS = 20
 """Of fewer packs the last ones, which are not full, decide the efficiency."""

@@ -24,12 +24,12 @@ import torch
 from tqdm import tqdm
 
 from esm_packed.config import ESM2_MODELS
+from esm_packed.errors import UsageError
 from esm_packed.kernels import launch
 from esm_packed.kernels.launch import Settings
 from esm_packed.numerics import PRECISIONS, matmul_precision, resolve_device
-from esm_packed.runners.progress import Console, duration
-from esm_packed.runners.request import UsageError
 from esm_packed.runners.tuning_problems import Problem, problems
+from esm_packed.runners.watch.console import Console, duration
 from esm_packed.version import __version__
 
 LEAST_GAIN = 0.02

@@ -11,24 +11,24 @@ import numpy as np
 import numpy.typing as npt
 
 from esm_packed.config import DEFAULT_TOKEN_BUDGETS
+from esm_packed.errors import UsageError
 from esm_packed.numerics import PRECISIONS, is_out_of_memory, resolve_device
 from esm_packed.reports.page import check_matplotlib
-from esm_packed.reports.reference import REFERENCES
-from esm_packed.reports.validation import (
+from esm_packed.reports.validation.page import report_files, summary_lines, write_report
+from esm_packed.reports.validation.reference import REFERENCES
+from esm_packed.reports.validation.run import (
     MODES,
     Settings,
     estimate_seconds,
     num_passes,
     validate,
 )
-from esm_packed.reports.validation_page import report_files, summary_lines, write_report
-from esm_packed.reports.verdict import Threshold
-from esm_packed.runners.fasta import ReadOptions
-from esm_packed.runners.index import STDIN, FastaIndex, build_index
-from esm_packed.runners.paths import check_apart, files_of
-from esm_packed.runners.progress import Console, duration
-from esm_packed.runners.request import UsageError
-from esm_packed.runners.worker import set_threads
+from esm_packed.reports.validation.verdict import Threshold
+from esm_packed.runners.compute.worker import set_threads
+from esm_packed.runners.input.fasta import ReadOptions
+from esm_packed.runners.input.index import STDIN, FastaIndex, build_index
+from esm_packed.runners.system.paths import check_apart, files_of
+from esm_packed.runners.watch.console import Console, duration
 from esm_packed.weights import Checkpoint, load_checkpoint
 
 TokenIds = npt.NDArray[np.uint8]

@@ -14,6 +14,9 @@ ROOT = Path(__file__).parents[1]
 FLOORS = ["kernels", "esm_packed", "reports", "runners", "benchmarks"]
 """From the ground up; a folder imports only from itself and from those before it."""
 
+RUNNER_ROOMS = ["system", "input", "state", "watch", "compute", "output", "session", "cli"]
+"""Folders of `runners/` from the ground up; `session` stands for the files beside them."""
+
 ENTRY_POINT = ROOT / "esm_packed" / "__main__.py"
 """`python -m esm_packed` hands over to the command line, the one import that points upwards."""
 
@@ -47,6 +50,22 @@ def test_imports_point_downwards(floor: str) -> None:
         for module in imports_of(path):
             folder = folder_of(module)
             assert folder is None or folder in allowed, f"{path.relative_to(ROOT)} imports {module}"
+
+
+def room_of(path: Path) -> str:
+    """The folder in `runners/` that holds `path`."""
+    inside = path.relative_to(ROOT / "runners").parts
+    return inside[0] if len(inside) > 1 else "session"
+
+
+def test_rooms_of_the_runners_import_downwards() -> None:
+    for path in (ROOT / "runners").rglob("*.py"):
+        allowed = RUNNER_ROOMS[: RUNNER_ROOMS.index(room_of(path)) + 1]
+        for module in imports_of(path):
+            parts = module.split(".")
+            if parts[:2] == ["esm_packed", "runners"] and len(parts) > 2:
+                room = parts[2] if parts[2] in RUNNER_ROOMS else "session"
+                assert room in allowed, f"{path.relative_to(ROOT)} imports {module}"
 
 
 def test_model_file_does_no_input_or_output() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from esm_packed.runners.arguments import build_parser
+from esm_packed.runners.cli.options import build_parser
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())

@@ -11,7 +11,7 @@ import torch
 from gpu_summary import summary_lines
 
 from esm_packed.config import ESM2_MODELS
-from esm_packed.runners.plan import sequence_flops
+from esm_packed.runners.state.plan import sequence_flops
 
 RATES = {"fp16": 4e12, "tf32": 2e12, "fp32": 1e12}
 

@@ -17,7 +17,7 @@ from esm_packed import model as model_module
 from esm_packed.alphabet import encode
 from esm_packed.config import ESM2Config
 from esm_packed.packing import pack
-from esm_packed.runners.request import EmbedRequest
+from esm_packed.runners.state.request import EmbedRequest
 from esm_packed.weights import CheckpointError, load_checkpoint, save_fair_esm
 
 

@@ -16,8 +16,9 @@ from esm_packed.alphabet import encode
 from esm_packed.config import ESM2_MODELS, ESM2Config
 from esm_packed.graphs import GraphedESM2
 from esm_packed.layouts import LAYOUTS
-from esm_packed.runners.pipeline import Pipeline, ShardInput
-from esm_packed.runners.store import Shard
+from esm_packed.runners.compute.pipeline import Pipeline
+from esm_packed.runners.state.run import ShardInput
+from esm_packed.runners.state.shard import Shard
 
 pytestmark = pytest.mark.gpu
 

@@ -14,11 +14,13 @@ from esm_packed import ESM2
 from esm_packed.alphabet import encode
 from esm_packed.layouts import LAYOUTS
 from esm_packed.packing import PackedBatch
-from esm_packed.runners.budget import measured_token_budget
-from esm_packed.runners.embed import EmbedRequest, embed_files
-from esm_packed.runners.pipeline import Pipeline, ShardInput
-from esm_packed.runners.progress import Console
-from esm_packed.runners.store import STATUS_FAILED, STATUS_RECOMPUTED, EmbeddingReader, Shard
+from esm_packed.runners.compute.budget import measured_token_budget
+from esm_packed.runners.compute.pipeline import Pipeline
+from esm_packed.runners.output.reader import EmbeddingReader
+from esm_packed.runners.session import EmbedRequest, embed_files
+from esm_packed.runners.state.run import ShardInput
+from esm_packed.runners.state.shard import STATUS_FAILED, STATUS_RECOMPUTED, Shard
+from esm_packed.runners.watch.console import Console
 
 pytestmark = pytest.mark.gpu
 
@@ -79,7 +81,7 @@ def test_packs_in_flight_do_not_mix(
     model = ESM2.from_pretrained(MODEL, device=cuda_device, dtype="fp16")
     rows = []
     for in_flight in (1, 2, 6):
-        monkeypatch.setattr("esm_packed.runners.pipeline.PACKS_IN_FLIGHT", in_flight)
+        monkeypatch.setattr("esm_packed.runners.compute.pipeline.PACKS_IN_FLIGHT", in_flight)
         _, shards = run_pipeline(model, sequences)
         rows.append(b"".join(shard.embeddings[LAST].tobytes() for shard in shards))
     assert rows[0] == rows[1] == rows[2]

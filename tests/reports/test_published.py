@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from esm_packed.reports import results
-from esm_packed.reports.speedup import times_text
+from esm_packed.reports.speedup import results
+from esm_packed.reports.speedup.tables import times_text
 
 ROOT = Path(__file__).parents[2]
 PUBLISHED = ROOT / "reports" / "published"

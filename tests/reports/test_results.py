@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
-from esm_packed.reports import page, results, speedup
-from esm_packed.reports.results import Measurement, Results, Spread
+from esm_packed.reports import page
+from esm_packed.reports.speedup import results
+from esm_packed.reports.speedup import tables as speedup
+from esm_packed.reports.speedup.results import Measurement, Results, Spread
 
 
 def measurement(blocks: Mapping[int, Sequence[float]], name: str = "test_x", **info: Any) -> Measurement:

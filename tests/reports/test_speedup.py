@@ -20,10 +20,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from esm_packed.reports import page, results, speedup
+from esm_packed.reports import page
 from esm_packed.reports.page import ReportError
-from esm_packed.reports.speedup_page import write_report
-from esm_packed.runners import cli
+from esm_packed.reports.speedup import results
+from esm_packed.reports.speedup import tables as speedup
+from esm_packed.reports.speedup.page import write_report
+from esm_packed.runners.cli import main as cli
 
 CPU_RESULTS = Path(__file__).parent / "data" / "cpu_results.json"
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"

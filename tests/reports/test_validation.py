@@ -24,12 +24,13 @@ from esm_packed.kernels import dispatch
 from esm_packed.layouts import LAYOUTS, Layout
 from esm_packed.numerics import PRECISIONS
 from esm_packed.packing import PackedBatch, pack
-from esm_packed.reports import errors
-from esm_packed.reports.activations import Activations
-from esm_packed.reports.errors import Errors, PathResult, measure, rank_agreement
 from esm_packed.reports.page import ReportError
-from esm_packed.reports.reference import Reference, compute_reference, spread
-from esm_packed.reports.validation import (
+from esm_packed.reports.validation import errors
+from esm_packed.reports.validation.activations import Activations
+from esm_packed.reports.validation.errors import Errors, PathResult, measure, rank_agreement
+from esm_packed.reports.validation.page import as_json, summary_lines, write_report
+from esm_packed.reports.validation.reference import Reference, compute_reference, spread
+from esm_packed.reports.validation.run import (
     Settings,
     Validation,
     by_length_class,
@@ -39,8 +40,7 @@ from esm_packed.reports.validation import (
     verdict_line,
     weights_note,
 )
-from esm_packed.reports.validation_page import as_json, summary_lines, write_report
-from esm_packed.reports.verdict import THRESHOLDS, Threshold, judge, passes_classical_pair
+from esm_packed.reports.validation.verdict import THRESHOLDS, Threshold, judge, passes_classical_pair
 from esm_packed.stress import stress_checkpoint
 from esm_packed.weights import Checkpoint, load_checkpoint, save_fair_esm
 
@@ -483,7 +483,7 @@ def test_the_estimate_follows_from_the_time_of_one_layer(
     """By a clock on which a first call takes 10 s and a second one 1 s."""
     ticks = accumulate(cycle([0, 10, 0, 1]))
     monkeypatch.setattr(
-        "esm_packed.reports.validation.time", SimpleNamespace(perf_counter=lambda: next(ticks))
+        "esm_packed.reports.validation.run.time", SimpleNamespace(perf_counter=lambda: next(ticks))
     )
     tokens = sum(LENGTHS) + 2 * len(LENGTHS)
     # FP64: the median protein alone. Other paths: the first 4 proteins, which fit into the budget.

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from esm_packed.runners.cli import main
+from esm_packed.runners.cli.main import main
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples" / "proteins.fasta"

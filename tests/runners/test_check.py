@@ -15,9 +15,9 @@ from safetensors.numpy import load_file
 from esm_packed.config import ESM2_MODELS
 from esm_packed.download import OFFICIAL_FILES
 from esm_packed.numerics import PRECISIONS
-from esm_packed.reports.verdict import THRESHOLDS
+from esm_packed.reports.validation.verdict import THRESHOLDS
 from esm_packed.runners import check
-from esm_packed.runners.cli import main
+from esm_packed.runners.cli.main import main
 from esm_packed.weights import DEMO_FILE, load_checkpoint, save_fair_esm
 
 GOLDENS = Path(__file__).parents[3] / "shared" / "goldens"

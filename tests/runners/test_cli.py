@@ -19,11 +19,13 @@ from esm_packed.attention import BACKENDS
 from esm_packed.config import ESM2_MODELS
 from esm_packed.model import ESM2
 from esm_packed.numerics import PRECISIONS
-from esm_packed.runners import arguments as arguments_module
-from esm_packed.runners import cli, embed, terminal
-from esm_packed.runners.plan import FLOPS_PER_SHARD
-from esm_packed.runners.progress import Console
-from esm_packed.runners.store import EmbeddingReader
+from esm_packed.runners import session
+from esm_packed.runners.cli import main as cli
+from esm_packed.runners.cli import options as arguments_module
+from esm_packed.runners.output.reader import EmbeddingReader
+from esm_packed.runners.state.plan import FLOPS_PER_SHARD
+from esm_packed.runners.system import terminal
+from esm_packed.runners.watch.console import Console
 from esm_packed.version import __version__
 
 MODEL = "random:esm2_t6_8M_UR50D"
@@ -104,7 +106,7 @@ def test_choices_are_those_of_the_modules_that_need_torch():
 )
 def test_help_and_wrong_options_answer_without_importing_torch(arguments, code, stdout):
     script = (
-        "import sys; from esm_packed.runners.cli import main; code = main(); "
+        "import sys; from esm_packed.runners.cli.main import main; code = main(); "
         "assert not {'torch', 'h5py', 'numpy'} & set(sys.modules); sys.exit(code)"
     )
     run = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True)
@@ -310,8 +312,8 @@ def test_internal_errors_hide_the_traceback_unless_asked(fasta, capsys, monkeypa
 
 def test_too_little_space_is_found_before_computing(fasta, capsys, monkeypatch):
     monkeypatch.setattr(ESM2, "embed_packed", lambda *call: pytest.fail("computed"))
-    usage = embed.shutil.disk_usage(fasta.parent)._replace(free=1000)
-    monkeypatch.setattr(embed.shutil, "disk_usage", lambda folder: usage)
+    usage = session.shutil.disk_usage(fasta.parent)._replace(free=1000)
+    monkeypatch.setattr(session.shutil, "disk_usage", lambda folder: usage)
     assert cli.main(embed_arguments(fasta, fasta.parent)) == 5
     assert_one_line_error(capsys.readouterr().err, "out of space", "1.0 kB are free")
     assert names_in(fasta.parent) == ["in.fasta", "out.h5.run"]
@@ -340,7 +342,7 @@ def test_full_file_system(fasta, tmp_path, capsys, monkeypatch, without_computin
         fasta.write_text("".join(f">{number}\nMKTLL\n" for number in range(500)))
         assert cli.main(embed_arguments(fasta, disk)) == 5
         assert "are free in" in capsys.readouterr().err
-        monkeypatch.setattr(embed, "check_space", lambda *call: None)
+        monkeypatch.setattr(session, "check_space", lambda *call: None)
         assert cli.main(embed_arguments(fasta, disk)) == 5
         assert_one_line_error(capsys.readouterr().err, "out of space")
         assert names_in(disk) == ["out.h5.run"]
@@ -356,7 +358,7 @@ def test_full_file_system(fasta, tmp_path, capsys, monkeypatch, without_computin
 SLOW_EMBED = """
 import sys, time
 from esm_packed.model import ESM2
-from esm_packed.runners.cli import main
+from esm_packed.runners.cli.main import main
 
 def never_ready(self, batch, layers):
     print("computing", file=sys.stderr, flush=True)
@@ -389,7 +391,7 @@ def test_a_signal_ends_the_run_cleanly(fasta, number):
 
 
 def test_a_log_gets_timed_lines(fasta, capsys, monkeypatch, without_computing):
-    monkeypatch.setattr("esm_packed.runners.progress.LOG_INTERVAL_SECONDS", 0.0)
+    monkeypatch.setattr("esm_packed.runners.watch.console.LOG_INTERVAL_SECONDS", 0.0)
     assert cli.main(embed_arguments(fasta, fasta.parent)) == 0
     line = next(line for line in capsys.readouterr().err.splitlines() if " embedding: " in line)
     time.strptime(line[:19], "%Y-%m-%d %H:%M:%S")
@@ -406,7 +408,7 @@ def test_a_terminal_gets_a_bar(fasta, capsys, monkeypatch, without_computing):
 
 
 def test_steps_told_in_totals_become_one_display_each(capsys, monkeypatch):
-    monkeypatch.setattr("esm_packed.runners.progress.LOG_INTERVAL_SECONDS", 0.0)
+    monkeypatch.setattr("esm_packed.runners.watch.console.LOG_INTERVAL_SECONDS", 0.0)
     with Console().byte_steps() as report:
         report("downloading a", 10, 40)
         report("downloading a", 40, 40)
@@ -799,7 +801,7 @@ def test_answers_in_a_terminal_without_unicode(tmp_path):
 def test_a_limit_on_the_size_of_files_is_out_of_space(fasta, limit):
     script = (
         f"import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); "
-        "from esm_packed.runners.cli import main; sys.exit(main())"
+        "from esm_packed.runners.cli.main import main; sys.exit(main())"
     )
     run = subprocess.run(
         [sys.executable, "-c", script, *embed_arguments(fasta, fasta.parent)], capture_output=True, text=True
@@ -810,7 +812,7 @@ def test_a_limit_on_the_size_of_files_is_out_of_space(fasta, limit):
 
 @pytest.mark.parametrize(
     "module",
-    ["argparse", "esm_packed.runners.arguments", "torch", "numpy", "h5py", "esm_packed.runners.embed"],
+    ["argparse", "esm_packed.runners.cli.options", "torch", "numpy", "h5py", "esm_packed.runners.session"],
 )
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_at_the_start_ends_the_program_with_one_line(fasta, module, number):
@@ -823,7 +825,7 @@ class Interrupting:
         if name == {module!r}:
             os.kill(os.getpid(), {int(number)})
 sys.meta_path.insert(0, Interrupting())
-from esm_packed.runners.cli import main
+from esm_packed.runners.cli.main import main
 sys.exit(main())
 """
     run = subprocess.run(
@@ -857,15 +859,15 @@ def test_too_little_memory_is_said_in_a_line(fasta, capsys, monkeypatch, error):
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr("esm_packed.runners.embed.embed_files", fail)
+    monkeypatch.setattr("esm_packed.runners.session.embed_files", fail)
     assert cli.main(embed_arguments(fasta, fasta.parent)) == terminal.EXIT_INTERNAL_ERROR
     assert_one_line_error(capsys.readouterr().err, "error: out of memory", "repeat the command to continue")
 
 
 def test_a_mistake_that_mentions_memory_stays_one(fasta, capsys, monkeypatch):
     def fail(*_, **__):
-        raise embed.UsageError("the model does not fit: out of memory")
+        raise session.UsageError("the model does not fit: out of memory")
 
-    monkeypatch.setattr("esm_packed.runners.embed.embed_files", fail)
+    monkeypatch.setattr("esm_packed.runners.session.embed_files", fail)
     assert cli.main(embed_arguments(fasta, fasta.parent)) == terminal.EXIT_USAGE
     assert_one_line_error(capsys.readouterr().err, "the model does not fit")

@@ -18,7 +18,7 @@ import pytest
 from hosts import Host, two_hosts, why_none
 from nursery import Result, names_in, shards_of, wait_until, write_fasta
 
-from esm_packed.runners.claims import STALE_SECONDS
+from esm_packed.runners.state.claims import STALE_SECONDS
 
 pytestmark = [
     pytest.mark.slow,
@@ -34,7 +34,9 @@ COMMAND = """
 import os, socket, sys, time
 from pathlib import Path
 from esm_packed.model import ESM2
-from esm_packed.runners import cli, plan, ray_engine
+from esm_packed.runners.cli import main as cli
+from esm_packed.runners.state import plan
+from esm_packed.runners.compute import ray_engine
 
 plan.FLOPS_PER_SHARD["cpu"] = 3.5e8
 logs = Path(sys.argv[1])

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from nursery import SLOW, Child, Nursery, Result, Work, names_in, undisturbed, wait_until
 
-from esm_packed.runners import cli
+from esm_packed.runners.cli import main as cli
 
 # Stops itself, as a debugger or a suspended laptop would stop it, before a pack is computed.
 STOP_ITSELF = """

@@ -13,14 +13,17 @@ import pytest
 import torch
 
 from esm_packed.alphabet import encode
+from esm_packed.errors import UsageError
 from esm_packed.model import ESM2
 from esm_packed.packing import pack
-from esm_packed.runners import embed
-from esm_packed.runners.embed import EmbedRequest, UsageError, embed_files
-from esm_packed.runners.fasta import InputError, ReadOptions
-from esm_packed.runners.plan import FLOPS_PER_SHARD
-from esm_packed.runners.progress import Console
-from esm_packed.runners.store import STATUS_FAILED, EmbeddingReader, StoredProblem, plan_hash
+from esm_packed.runners import session
+from esm_packed.runners.input.fasta import InputError, ReadOptions
+from esm_packed.runners.output.layout import StoredProblem
+from esm_packed.runners.output.reader import EmbeddingReader
+from esm_packed.runners.session import EmbedRequest, embed_files
+from esm_packed.runners.state.plan import FLOPS_PER_SHARD, plan_hash
+from esm_packed.runners.state.shard import STATUS_FAILED
+from esm_packed.runners.watch.console import Console
 
 MODEL = "random:esm2_t6_8M_UR50D"
 LENGTHS = [5, 80, 1, 41, 90, 41, 7, 60, 3, 41, 70, 25]
@@ -80,7 +83,7 @@ def request_for(*inputs: Path | str, **changes) -> EmbedRequest:
     return replace(request, **changes)
 
 
-def run(*inputs: Path | str, **changes) -> tuple[embed.Summary, EmbeddingReader]:
+def run(*inputs: Path | str, **changes) -> tuple[session.Summary, EmbeddingReader]:
     request = request_for(*inputs, **changes)
     summary = embed_files(request, Console(quiet=True))
     return summary, EmbeddingReader(request.output)
@@ -362,7 +365,7 @@ def test_a_damaged_shard_is_computed_again(fasta, model, monkeypatch, damage):
     monkeypatch.setitem(FLOPS_PER_SHARD, "cpu", 1.0)
     _, undamaged = run(fasta, output=fasta.parent / "reference.h5")
     with monkeypatch.context() as stopped:
-        stopped.setattr(embed, "merge_run", lambda *call, **options: pytest.fail("stopped"))
+        stopped.setattr(session, "merge_run", lambda *call, **options: pytest.fail("stopped"))
         with pytest.raises(pytest.fail.Exception):
             run(fasta)
     shard = fasta.parent / "out.h5.run" / "shards" / "00004.h5"
@@ -390,7 +393,7 @@ def test_a_damaged_shard_is_computed_again(fasta, model, monkeypatch, damage):
 
 
 def test_a_second_process_is_refused(fasta, model):
-    directory = embed.RunDirectory((fasta.parent / "out.h5").resolve())
+    directory = session.RunDirectory((fasta.parent / "out.h5").resolve())
     directory.make()
     with directory.claim(), pytest.raises(UsageError, match="is being worked on by process"):
         run(fasta)
@@ -487,7 +490,7 @@ def test_what_overflows_in_half_precision_is_recomputed(fasta, sequences, model,
 
 
 def test_input_is_checked_before_the_model_is_loaded(tmp_path, monkeypatch):
-    monkeypatch.setattr(embed, "load_checkpoint", lambda *call, **options: pytest.fail("model loaded"))
+    monkeypatch.setattr(session, "load_checkpoint", lambda *call, **options: pytest.fail("model loaded"))
     (tmp_path / "in.fasta").write_text(">a\nMK1\n")
     with pytest.raises(InputError):
         run(tmp_path / "in.fasta")
@@ -511,8 +514,10 @@ import sys
 from pathlib import Path
 import torch
 from esm_packed.config import ESM2Config
-from esm_packed.runners import embed, plan, worker
-from esm_packed.runners.progress import Console
+from esm_packed.runners import session
+from esm_packed.runners.state import plan
+from esm_packed.runners.compute import worker
+from esm_packed.runners.watch.console import Console
 
 class Model:
     config = ESM2Config(5, 96, 6)
@@ -526,7 +531,7 @@ class Model:
 
 # small shards, so that even the shorter input is many of them
 plan.MAX_SHARD_RECORDS = 4096
-embed.build_index = functools.partial(embed.build_index, chunk_size=1 << 18)
+session.build_index = functools.partial(session.build_index, chunk_size=1 << 18)
 for number in (100_000, 600_000):
     model = Model()
     worker.Worker._load = lambda *call: model
@@ -535,8 +540,8 @@ for number in (100_000, 600_000):
         for record in range(number):
             file.write(f">protein{record}\\nMKTLLAGVSE\\n")
     output = Path(sys.argv[1], "out.h5")
-    request = embed.EmbedRequest((str(fasta),), output, model="demo", device="cpu", overwrite=True)
-    embed.embed_files(request, Console(quiet=True))
+    request = session.EmbedRequest((str(fasta),), output, model="demo", device="cpu", overwrite=True)
+    session.embed_files(request, Console(quiet=True))
     print(model.peak)
 """
 

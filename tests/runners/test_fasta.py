@@ -26,11 +26,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from esm_packed.alphabet import RESIDUE_TO_ID, decode
-from esm_packed.runners import cli
-from esm_packed.runners import hashes as hashes_module
-from esm_packed.runners import index as index_module
-from esm_packed.runners.fasta import InputError, Modified, ReadOptions
-from esm_packed.runners.index import FastaIndex, Problem, build_index, open_index
+from esm_packed.runners.cli import main as cli
+from esm_packed.runners.input import duplicates as hashes_module
+from esm_packed.runners.input import index as index_module
+from esm_packed.runners.input.fasta import InputError, Modified, ReadOptions
+from esm_packed.runners.input.index import FastaIndex, Problem, build_index, open_index
 
 DATA = Path(__file__).parents[2].parent / "shared" / "data"
 DATA_COUNTS = {

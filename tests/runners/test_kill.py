@@ -28,8 +28,9 @@ from nursery import (
     wait_until,
 )
 
-from esm_packed.runners import cli
-from esm_packed.runners.store import STATUS_COMPUTED, STATUS_NOT_COMPUTED, EmbeddingReader
+from esm_packed.runners.cli import main as cli
+from esm_packed.runners.output.reader import EmbeddingReader
+from esm_packed.runners.state.shard import STATUS_COMPUTED, STATUS_NOT_COMPUTED
 
 # Dies at the n-th operation that changes the file system; of a write, half has been done by then.
 DIE_AT_STEP = """
@@ -485,12 +486,12 @@ def test_interrupted(
 
 
 SLOW_MERGE = """
-write_rows = store.EmbeddingWriter.write_rows
+write_rows = writer.EmbeddingWriter.write_rows
 def slow_write_rows(self, start, **rows):
     os.write(2, b"row by row\\n")
     time.sleep(0.2)
     write_rows(self, start, **rows)
-store.EmbeddingWriter.write_rows = slow_write_rows
+writer.EmbeddingWriter.write_rows = slow_write_rows
 """
 
 

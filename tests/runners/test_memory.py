@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from esm_packed.runners.memory import RowBuffers, page_rows
+from esm_packed.runners.system.memory import RowBuffers, page_rows
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (3, 0), (1, 1), (1000, 96)])

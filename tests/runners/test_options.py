@@ -14,14 +14,19 @@ from esm_packed import ESM2, kernels
 from esm_packed.alphabet import encode
 from esm_packed.layouts import LAYOUTS
 from esm_packed.packing import SPECIAL_TOKENS, pack
-from esm_packed.runners import budget, cli, embed, worker
-from esm_packed.runners.budget import PROBE_LENGTH, PROBE_SEQUENCES, measured_token_budget
-from esm_packed.runners.embed import EmbedRequest, embed_files
-from esm_packed.runners.pipeline import Pipeline, ShardInput, StageTimes
-from esm_packed.runners.plan import FLOPS_PER_SHARD
-from esm_packed.runners.progress import Console
-from esm_packed.runners.store import STATUS_COMPUTED, STATUS_FAILED, EmbeddingReader, Shard
+from esm_packed.runners import session
+from esm_packed.runners.cli import main as cli
+from esm_packed.runners.compute import budget, worker
+from esm_packed.runners.compute.budget import PROBE_LENGTH, PROBE_SEQUENCES, measured_token_budget
+from esm_packed.runners.compute.pipeline import Pipeline
+from esm_packed.runners.output.reader import EmbeddingReader
+from esm_packed.runners.session import EmbedRequest, embed_files
+from esm_packed.runners.state.plan import FLOPS_PER_SHARD
+from esm_packed.runners.state.run import ShardInput
+from esm_packed.runners.state.shard import STATUS_COMPUTED, STATUS_FAILED, Shard
 from esm_packed.runners.summary import Summary
+from esm_packed.runners.watch.console import Console
+from esm_packed.runners.watch.metrics import StageTimes
 
 LENGTHS = [5, 60, 3, 44, 90, 17, 1, 33, 72, 21, 38, 64]
 SEQUENCES = fair_esm_reference.random_sequences(LENGTHS, seed=3, letters="LAGVSERTIDPKQNFYMHWC")
@@ -212,7 +217,7 @@ def test_an_environment_switch_that_is_neither_on_nor_off(
 
 
 def test_metrics(fasta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("esm_packed.runners.watch.LOG_SECONDS", 0.0)
+    monkeypatch.setattr("esm_packed.runners.watch.watch.LOG_SECONDS", 0.0)
     log = tmp_path / "metrics.jsonl"
     assert run(fasta, "--log-json", str(log)) == 0
     lines = [json.loads(line) for line in log.read_text().splitlines()]
@@ -240,14 +245,14 @@ def test_a_metrics_file_that_fails_later_does_not_end_the_run(
     fasta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     log = tmp_path / "m.jsonl"
-    original = embed.watching
+    original = session.watching
 
     def watching(*arguments):  # type: ignore[no-untyped-def]
         log.unlink()
         log.mkdir()
         return original(*arguments)
 
-    monkeypatch.setattr(embed, "watching", watching)
+    monkeypatch.setattr(session, "watching", watching)
     assert run(fasta, "--log-json", str(log)) == 0
     assert capsys.readouterr().err.count("no more metrics are written") == 1
 

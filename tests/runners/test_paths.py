@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from esm_packed.runners import cli
-from esm_packed.runners.paths import check_apart
-from esm_packed.runners.request import UsageError
-from esm_packed.runners.rundir import RunDirectory
+from esm_packed.errors import UsageError
+from esm_packed.runners.cli import main as cli
+from esm_packed.runners.state.directory import RunDirectory
+from esm_packed.runners.system.paths import check_apart
 
 PROTEINS = ">a\nMKTAYIAKQR\n>b\nGSHMSLFDFFK\n"
 DEMO = Path(__import__("esm_packed").__file__).parent / "demo"
@@ -144,7 +144,8 @@ def test_a_folder_that_one_may_not_enter(folder: Path, arguments: list[str]) -> 
 
 def test_a_working_directory_that_is_gone(folder: Path) -> None:
     script = (
-        "import os, sys; os.rmdir(os.getcwd()); from esm_packed.runners.cli import main; sys.exit(main())"
+        "import os, sys; os.rmdir(os.getcwd()); "
+        "from esm_packed.runners.cli.main import main; sys.exit(main())"
     )
     run = subprocess.run(
         [sys.executable, "-c", script, "status", "x.h5"],

@@ -16,9 +16,11 @@ from hypothesis import strategies as st
 
 from esm_packed.config import ESM2Config
 from esm_packed.packing import SPECIAL_TOKENS, PackedBatch, packing_efficiency, plan_packs
-from esm_packed.runners import pipeline as pipeline_module
-from esm_packed.runners.pipeline import PACKS_AHEAD, PACKS_IN_FLIGHT, SHARDS_AHEAD, Pipeline, ShardInput
-from esm_packed.runners.store import STATUS_COMPUTED, STATUS_FAILED, STATUS_RECOMPUTED, Shard
+from esm_packed.runners.compute import pipeline as pipeline_module
+from esm_packed.runners.compute.pipeline import PACKS_AHEAD, PACKS_IN_FLIGHT, Pipeline
+from esm_packed.runners.state.run import ShardInput
+from esm_packed.runners.state.shard import STATUS_COMPUTED, STATUS_FAILED, STATUS_RECOMPUTED, Shard
+from esm_packed.runners.watch.metrics import SHARDS_AHEAD
 
 HIDDEN_SIZE = 4
 TIMEOUT_SECONDS = 20.0

@@ -19,17 +19,17 @@ from esm_packed.config import ESM2_MODELS, ESM2Config
 from esm_packed.model import ESM2
 from esm_packed.numerics import PRECISIONS
 from esm_packed.packing import SPECIAL_TOKENS, pack, plan_packs
-from esm_packed.runners import plan as plan_module
-from esm_packed.runners.plan import (
+from esm_packed.runners.state import plan as plan_module
+from esm_packed.runners.state.plan import (
     MAX_SHARD_BYTES,
     MAX_SHARD_RECORDS,
     Plan,
     PlanError,
     ShardSize,
     cut_shards,
+    plan_hash,
     sequence_flops,
 )
-from esm_packed.runners.store import plan_hash
 from esm_packed.weights import Checkpoint, RandomTensors
 
 CONFIG = ESM2_MODELS["esm2_t6_8M_UR50D"]

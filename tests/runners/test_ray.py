@@ -20,12 +20,15 @@ import numpy as np
 import pytest
 from nursery import Result, names_in, shards_of, wait_until, write_fasta
 
-from esm_packed.runners import cli, embed, ray_engine
-from esm_packed.runners.embed import EmbedRequest, UsageError, embed_files
-from esm_packed.runners.plan import FLOPS_PER_SHARD
-from esm_packed.runners.progress import Console
-from esm_packed.runners.ray_engine import EngineError, RayEngine, RayWorker
-from esm_packed.runners.store import EmbeddingReader
+from esm_packed.errors import UsageError
+from esm_packed.runners import session
+from esm_packed.runners.cli import main as cli
+from esm_packed.runners.compute import ray_engine
+from esm_packed.runners.compute.ray_engine import EngineError, RayEngine, RayWorker
+from esm_packed.runners.output.reader import EmbeddingReader
+from esm_packed.runners.session import EmbedRequest, embed_files
+from esm_packed.runners.state.plan import FLOPS_PER_SHARD
+from esm_packed.runners.watch.console import Console
 
 os.environ.setdefault("RAY_AUTH_TOKEN", "of these tests")  # or Ray leaves one in the home folder
 ray = pytest.importorskip("ray", reason="Ray is not installed")
@@ -46,7 +49,7 @@ def request_for(fasta: Path, output: Path, **changes: Any) -> EmbedRequest:
     return replace(request, **changes)
 
 
-def run(fasta: Path, output: Path, **changes: Any) -> embed.Summary:
+def run(fasta: Path, output: Path, **changes: Any) -> session.Summary:
     return embed_files(request_for(fasta, output, **changes), Console(quiet=True))
 
 
@@ -307,9 +310,9 @@ def test_nobody_without_the_token_may_use_a_cluster_that_is_started_here(tmp_pat
         "import os, subprocess, sys\n"
         "from pathlib import Path\n"
         "import torch\n"
-        "from esm_packed.runners.embed import EmbedRequest\n"
-        "from esm_packed.runners.progress import Console\n"
-        "from esm_packed.runners.ray_engine import RayEngine\n"
+        "from esm_packed.runners.session import EmbedRequest\n"
+        "from esm_packed.runners.watch.console import Console\n"
+        "from esm_packed.runners.compute.ray_engine import RayEngine\n"
         "from esm_packed.weights import load_checkpoint\n"
         "request = EmbedRequest(('in.fasta',), Path('out.h5'), model='demo', device='cpu', threads=1)\n"
         "checkpoint = load_checkpoint('demo')\n"
@@ -395,7 +398,9 @@ def test_no_worker_outlives_its_driver(
     code = (
         "import sys, time\n"
         "from esm_packed.model import ESM2\n"
-        "from esm_packed.runners import cli, plan, ray_engine\n"
+        "from esm_packed.runners.cli import main as cli\n"
+        "from esm_packed.runners.compute import ray_engine\n"
+        "from esm_packed.runners.state import plan\n"
         "import ray\n"
         "plan.FLOPS_PER_SHARD['cpu'] = 3.5e8\n"
         "class SlowWorker(ray_engine.RayWorker):\n"

@@ -17,15 +17,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from esm_packed.runners import claims
-from esm_packed.runners.claims import STALE_SECONDS, Claim, ClaimedError
-from esm_packed.runners.fasta import ReadOptions
-from esm_packed.runners.index import build_index
-from esm_packed.runners.plan import Plan
-from esm_packed.runners.request import UsageError
-from esm_packed.runners.rundir import MARKER, RunDirectory
-from esm_packed.runners.shards import Run
-from esm_packed.runners.store import Shard, StoreError, read_shard, write_shard
+from esm_packed.errors import UsageError
+from esm_packed.runners.input.fasta import ReadOptions
+from esm_packed.runners.input.index import build_index
+from esm_packed.runners.state import claims
+from esm_packed.runners.state.claims import STALE_SECONDS, Claim, ClaimedError
+from esm_packed.runners.state.directory import MARKER, RunDirectory
+from esm_packed.runners.state.plan import Plan
+from esm_packed.runners.state.run import Run
+from esm_packed.runners.state.shard import Shard, StoreError, read_shard, write_shard
 
 
 @pytest.fixture

@@ -24,9 +24,9 @@ from nursery import (
     wait_until,
 )
 
-from esm_packed.runners import cli
-from esm_packed.runners.rundir import RunDirectory
-from esm_packed.runners.slices import Slice, SliceError, local_device_number, parse_slice
+from esm_packed.runners.cli import main as cli
+from esm_packed.runners.state.directory import RunDirectory
+from esm_packed.runners.state.slices import Slice, SliceError, local_device_number, parse_slice
 
 ARRAY = {f"SLURM_ARRAY_TASK_{name}": value for name, value in zip(
     ("ID", "MIN", "MAX", "STEP", "COUNT"), ("3", "0", "7", "1", "8"), strict=True

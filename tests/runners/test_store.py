@@ -8,8 +8,12 @@ import h5py
 import numpy as np
 import pytest
 
-from esm_packed.runners import store
-from esm_packed.runners.store import EmbeddingReader, EmbeddingWriter, StoredProblem, StoreError
+from esm_packed.runners.output.layout import StoredProblem
+from esm_packed.runners.output.reader import EmbeddingReader
+from esm_packed.runners.output.writer import EmbeddingWriter
+from esm_packed.runners.state.plan import plan_hash
+from esm_packed.runners.state.shard import StoreError
+from esm_packed.runners.system.signals import signals_deferred
 
 IDENTITY = {"inputs": [{"size": 3, "sha256": "ab"}], "dtype": "fp32"}
 
@@ -73,7 +77,7 @@ def test_what_is_written_is_read_back(tmp_path, store_dtype):
             StoredProblem("b", "?.fasta", 2**40, "why not"),
         ]
         assert reader.plan == {"identity": IDENTITY, "input_names": ["in.fasta"]}
-        assert reader.attributes["plan_hash"] == store.plan_hash(IDENTITY)
+        assert reader.attributes["plan_hash"] == plan_hash(IDENTITY)
 
 
 def test_layout_is_the_documented_one(tmp_path):
@@ -107,8 +111,8 @@ def test_the_same_rows_give_the_same_bytes(tmp_path):
 
 
 def test_plan_hash_ignores_the_order_of_keys_and_nothing_else():
-    assert store.plan_hash({"a": 1, "b": [1, 2]}) == store.plan_hash({"b": [1, 2], "a": 1})
-    assert store.plan_hash({"a": 1, "b": [1, 2]}) != store.plan_hash({"a": 1, "b": [2, 1]})
+    assert plan_hash({"a": 1, "b": [1, 2]}) == plan_hash({"b": [1, 2], "a": 1})
+    assert plan_hash({"a": 1, "b": [1, 2]}) != plan_hash({"a": 1, "b": [2, 1]})
 
 
 def test_other_files_are_refused(tmp_path):
@@ -146,7 +150,7 @@ FILL_THE_DISK = """
 import errno, os, sys
 from pathlib import Path
 import numpy as np
-from esm_packed.runners import store
+from esm_packed.runners.output.writer import EmbeddingWriter
 
 limit, write = int(sys.argv[2]), os.pwrite
 def limited(descriptor, data, position):
@@ -157,7 +161,7 @@ os.pwrite = limited
 rows = np.ones((500, 64), np.float32)
 numbers = np.ones(500, np.int32)
 try:
-    with store.EmbeddingWriter(
+    with EmbeddingWriter(
         Path(sys.argv[1]), num_sequences=2000, hidden_size=64, layers=[6], store_dtype="float32"
     ) as writer:
         for start in range(0, 2000, 500):
@@ -189,7 +193,7 @@ def test_short_writes_are_completed(tmp_path, monkeypatch):
 def test_signals_wait_until_the_block_ends():
     steps = []
     with pytest.raises(KeyboardInterrupt):
-        with store.signals_deferred():
+        with signals_deferred():
             signal.raise_signal(signal.SIGINT)
             steps.append("in the block")
         steps.append("behind it")

@@ -15,10 +15,12 @@ import pytest
 import torch
 
 from esm_packed.model import ESM2
-from esm_packed.runners import cli, watch
-from esm_packed.runners.pipeline import PACKS_AHEAD, SHARDS_AHEAD, Snapshot, StageTimes
-from esm_packed.runners.progress import Console
-from esm_packed.runners.watch import WorkerState
+from esm_packed.runners.cli import main as cli
+from esm_packed.runners.compute.pipeline import PACKS_AHEAD
+from esm_packed.runners.watch import watch
+from esm_packed.runners.watch.console import Console
+from esm_packed.runners.watch.metrics import SHARDS_AHEAD, Snapshot, StageTimes
+from esm_packed.runners.watch.watch import WorkerState
 
 FASTA = ">a first\nMKTLLAGVSE\n>b second\nMKVLA\n>c\nMMMRPQ\n"
 

@@ -16,14 +16,15 @@ import torch
 
 from esm_packed import kernels
 from esm_packed.config import ESM2Config
+from esm_packed.errors import UsageError
 from esm_packed.kernels import launch
 from esm_packed.kernels.launch import Settings
 from esm_packed.numerics import PRECISIONS
-from esm_packed.runners import cli, tune
-from esm_packed.runners.embed import UsageError
-from esm_packed.runners.progress import Console
+from esm_packed.runners import tune
+from esm_packed.runners.cli import main as cli
 from esm_packed.runners.tune import Outcome, Trial
 from esm_packed.runners.tuning_problems import Problem, problems, sample_lengths
+from esm_packed.runners.watch.console import Console
 
 CONFIG = ESM2Config(num_layers=1, hidden_size=64, num_heads=2)
 GPU = "NVIDIA H200 (test)"
@@ -440,7 +441,7 @@ def test_wrong_options(options: list[str], message: str, capsys: pytest.CaptureF
 
 def test_help_has_examples_and_does_not_wait_for_torch() -> None:
     script = (
-        "import sys; from esm_packed.runners.cli import main; code = main(['tune', '--help']); "
+        "import sys; from esm_packed.runners.cli.main import main; code = main(['tune', '--help']); "
         "assert not {'torch', 'triton', 'tqdm'} & set(sys.modules); sys.exit(code)"
     )
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

@@ -14,15 +14,17 @@ import torch
 from esm_packed import ESM2
 from esm_packed.alphabet import decode
 from esm_packed.config import ESM2Config
+from esm_packed.errors import UsageError
 from esm_packed.reports.page import ReportError
-from esm_packed.reports.verdict import Threshold
-from esm_packed.runners import cli, commands
-from esm_packed.runners.fasta import InputError, ReadOptions
-from esm_packed.runners.index import build_index
-from esm_packed.runners.progress import Console
-from esm_packed.runners.request import UsageError
-from esm_packed.runners.store import STATUS_COMPUTED, STATUS_RECOMPUTED, EmbeddingReader
+from esm_packed.reports.validation.verdict import Threshold
+from esm_packed.runners.cli import commands
+from esm_packed.runners.cli import main as cli
+from esm_packed.runners.input.fasta import InputError, ReadOptions
+from esm_packed.runners.input.index import build_index
+from esm_packed.runners.output.reader import EmbeddingReader
+from esm_packed.runners.state.shard import STATUS_COMPUTED, STATUS_RECOMPUTED
 from esm_packed.runners.validate import ValidateRequest, choose, validate_file
+from esm_packed.runners.watch.console import Console
 from esm_packed.stress import stress_checkpoint
 from esm_packed.weights import save_fair_esm
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from esm_packed import ESM2
-from esm_packed.runners import cli
-from esm_packed.runners.request import UsageError
-from esm_packed.runners.worker import set_threads
+from esm_packed.errors import UsageError
+from esm_packed.runners.cli import main as cli
+from esm_packed.runners.compute.worker import set_threads
 
 FASTA = Path(__file__).parents[2] / "examples" / "proteins.fasta"
 

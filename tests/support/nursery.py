@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from esm_packed.runners.store import EmbeddingReader
+from esm_packed.runners.output.reader import EmbeddingReader
 
 MODEL = "demo"
 WAIT_SECONDS = 120.0
@@ -28,7 +28,16 @@ import faulthandler, json, os, signal, sys, time, traceback
 import torch
 from dataclasses import replace
 from esm_packed.model import ESM2
-from esm_packed.runners import cli, embed, merging, pipeline, plan, rundir, shards, store, worker
+from esm_packed.runners.cli import main as cli
+from esm_packed.runners import session
+from esm_packed.runners.output import merge as merging
+from esm_packed.runners.compute import pipeline
+from esm_packed.runners.state import plan
+from esm_packed.runners.state import directory as rundir
+from esm_packed.runners.state import run as shards
+from esm_packed.runners.output import writer
+from esm_packed.runners.state import shard
+from esm_packed.runners.compute import worker
 torch.set_num_threads(1)
 ESM2.from_pretrained("demo", device="cpu")
 
@@ -38,10 +47,10 @@ def live(job):
     os.dup2(nothing, 0), os.dup2(streams, 1), os.dup2(streams, 2)
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     plan.FLOPS_PER_SHARD["cpu"] = job["flops_per_shard"]
-    original = embed.embed_files
+    original = session.embed_files
     changes = {name: tuple(value) if isinstance(value, list) else value
                for name, value in job["changes"].items()}
-    embed.embed_files = lambda request, console: original(replace(request, **changes), console)
+    session.embed_files = lambda request, console: original(replace(request, **changes), console)
     exec(job["patch"], globals())
     return cli.main(job["arguments"])
 

@@ -1,0 +1,1 @@
+"""Precision validation: what half precision and packing change, judged."""

@@ -1,0 +1,373 @@
+"""The precision-validation report: a self-contained HTML page, its figures as PNG, all numbers as JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from esm_packed.reports.page import Table, figure_files, figure_style, page_html, save_figure, warning
+from esm_packed.reports.validation.activations import FP16_MAX, OPERATIONS, RESIDUAL
+from esm_packed.reports.validation.errors import PathResult, finite_max, finite_median, finite_min
+from esm_packed.reports.validation.figures import FIGURES
+from esm_packed.reports.validation.run import Validation, by_length_class
+from esm_packed.reports.validation.verdict import CLASSICAL_NOTE, Verdict
+
+FORMAT_VERSION = 1
+WORST_SHOWN = 10
+
+_NONFINITE_NOTE = (
+    "Embeddings with NaN or Inf fail here. `esm-packed embed` finds each of them, computes it again in FP32 "
+    "and says so in the row's `status`."
+)
+
+
+def write_report(validation: Validation, conditions: Mapping[str, str], folder: Path) -> list[Path]:
+    """Write `validation.html`, `validation.json`, and each figure as PNG and SVG into `folder`, which exists.
+
+    Args:
+        validation: what was computed.
+        conditions: what the page says about input and command, name to value.
+        folder: files of these names in it are replaced.
+
+    Returns:
+        The page and the JSON file.
+
+    Raises:
+        ImportError: matplotlib is not installed (`page.check_matplotlib` says so in a sentence).
+    """
+    page, numbers, *_ = report_files(folder)
+    numbers.write_text(json.dumps(as_json(validation, conditions), allow_nan=False), encoding="ascii")
+    images = {}
+    with figure_style():
+        for name, (draw, caption) in FIGURES.items():
+            source = save_figure(draw(validation), folder, name)
+            images[name] = f'<img alt="{escape(caption)}" src="{source}">'
+    body = _page_body(validation, conditions, images)
+    page.write_text(page_html(_title(validation), body), encoding="utf-8")
+    return [page, numbers]
+
+
+def report_files(folder: Path) -> list[Path]:
+    """What `write_report` may write to `folder`; the page and the JSON file come first."""
+    return [folder / "validation.html", folder / "validation.json", *figure_files(folder)]
+
+
+def as_json(validation: Validation, conditions: Mapping[str, str]) -> dict[str, Any]:
+    """All numbers, NaN and infinity as None; proteins are in one order everywhere."""
+    checkpoint, settings = validation.checkpoint, validation.settings
+    activations = validation.activations
+    last, layers = validation.reference.num_residues
+    return {
+        "verdict": validation.verdict,
+        "format": "esm-packed validation",
+        "format_version": FORMAT_VERSION,
+        "passed": validation.passed,
+        "model": {
+            "name": checkpoint.model_name,
+            "sha256": checkpoint.sha256,
+            "source": checkpoint.source,
+            "note": validation.weights_note,
+            **asdict(checkpoint.config),
+        },
+        "conditions": dict(conditions),
+        "environment": validation.environment,
+        "token_budget": settings.token_budget,
+        "reference": {
+            "name": validation.reference.name,
+            "residues_compared": last,
+            "residues_compared_in_each_layer": layers,
+        },
+        "verdicts": [
+            asdict(verdict) | {"worst_protein": validation.sequence_ids[verdict.worst_protein]}
+            for verdict in validation.verdicts
+        ],
+        "not_run": [{"what": what, "reason": reason} for what, reason in validation.not_run],
+        "proteins": {"sequence_ids": list(validation.sequence_ids), "lengths": list(validation.lengths)},
+        "activations": {
+            operation: [
+                {
+                    "layer": layer,
+                    "max_abs": activations.max_abs(operation, layer),
+                    "subnormal_share": activations.subnormal_share(operation, layer),
+                }
+                for layer in activations.layers_of(operation)
+            ]
+            for operation in (RESIDUAL, *OPERATIONS)
+        },
+        "paths": [
+            {
+                "mode": path.mode,
+                "layout": path.layout,
+                "backend": path.backend,
+                "means": {name: _numbers(values) for name, values in vars(path.means).items()},
+                "residues": {name: _numbers(values) for name, values in vars(path.residues).items()},
+                "mean_relative_l2_by_layer": [_numbers(row) for row in path.mean_by_layer],
+                "residues_relative_l2_by_layer": [_numbers(row) for row in path.residues_by_layer],
+                "first_nonfinite_layer": [
+                    int(column.int().argmax()) if column.any() else None for column in path.nonfinite.T
+                ],
+                "top1": path.top1,
+                "top10": path.top10,
+                "neighbours": path.neighbours,
+            }
+            for path in validation.paths
+        ],
+    }
+
+
+def _numbers(values: torch.Tensor) -> list[float | None]:
+    return [float(f"{value:.12g}") if math.isfinite(value) else None for value in values.tolist()]
+
+
+def summary_lines(validation: Validation) -> list[str]:
+    """The verdict on each mode, for a terminal."""
+    lines = [
+        f"{'mode':<6}{'verdict':<9}{'worst rel L2':>13}{'at most':>10}{'worst cosine':>14}"
+        f"{'at least':>12}  where"
+    ]
+    for verdict in validation.verdicts:
+        where = f"{validation.sequence_ids[verdict.worst_protein]} ({verdict.worst_path})"
+        if verdict.num_nonfinite:
+            where = f"NaN or Inf in {verdict.num_nonfinite:,} proteins, such as {where}"
+        lines.append(
+            f"{verdict.mode:<6}{'passed' if verdict.passed else 'FAILED':<9}"
+            f"{_error(verdict.worst_relative_l2):>13}{verdict.threshold.relative_l2:>10g}"
+            f"{_cosine(verdict.worst_cosine):>14}{_asked(verdict.threshold.cosine):>12}  {where}"
+        )
+    lines += [f"{mode:<6}{'not run':<9}{reason}" for mode, reason in validation.not_run if "," not in mode]
+    if validation.weights_note:
+        lines.append(f"note: {validation.weights_note}")
+    return lines
+
+
+def _error(value: float | None) -> str:
+    return "" if value is None or not math.isfinite(value) else f"{value:.2e}"
+
+
+def _cosine(value: float | None) -> str:
+    return "" if value is None or not math.isfinite(value) else f"{math.floor(value * 1e8) / 1e8:.8f}"
+
+
+def _asked(cosine: float | None) -> str:
+    return "" if cosine is None else repr(cosine)
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.1%}"
+
+
+# The page
+
+
+def _title(validation: Validation) -> str:
+    return f"Precision validation of {validation.checkpoint.model_name}"
+
+
+def _page_body(validation: Validation, conditions: Mapping[str, str], images: Mapping[str, str]) -> str:
+    checkpoint = validation.checkpoint
+    last, in_each_layer = validation.reference.num_residues
+    total = sum(validation.lengths)
+    compared = "all" if last == total else f"{last:,} of {total:,}"
+    neighbours = validation.paths[0].neighbours
+    conditions_table = Table(
+        ("", ""),
+        [
+            ("model", checkpoint.model_name),
+            ("sha256", checkpoint.sha256),
+            ("weights from", checkpoint.source),
+            *conditions.items(),
+            *validation.environment.items(),
+            ("tokens in a pack", f"{validation.settings.token_budget:,}"),
+        ],
+    )
+    parts = [
+        f'<p class="{_passed(validation.passed)}">{escape(validation.verdict)}</p>',
+        _paragraph(
+            f"{len(validation.lengths):,} proteins, {total:,} residues, compared with "
+            f"{_reference_text(validation)}."
+        ),
+        warning(validation.weights_note) if validation.weights_note else "",
+        "<h2>Verdict</h2>",
+        _verdict_table(validation).html(),
+        _paragraph(
+            "A mode passes when the mean embedding of every protein, on every path, keeps to the thresholds. "
+            + CLASSICAL_NOTE
+        ),
+        _paragraph(_NONFINITE_NOTE) if any(verdict.num_nonfinite for verdict in validation.verdicts) else "",
+        images["errors"],
+        "<h2>Every path</h2>",
+        _paths_table(validation).html(),
+        _paragraph(
+            "Relative L2 error and cosine of a protein's mean embedding, largest absolute error of a "
+            f"component, and the same over its residues ({compared} residues compared); proteins with NaN or "
+            "Inf in any layer; share of proteins whose nearest neighbour by cosine among these proteins is "
+            f"the reference's, and share of the {neighbours} nearest in common."
+        ),
+        "<h2>By layer</h2>",
+        images["layers"],
+        _paragraph(
+            "Median (line) and maximum (upper edge) over the proteins. Layer 0 is the embedding, the last "
+            f"layer is after the final LayerNorm. Residues: {in_each_layer:,} in each layer, evenly spaced "
+            "in their proteins. What is not finite is left out."
+        ),
+        "<h2>By length</h2>",
+        images["lengths"],
+        _length_table(validation).html(),
+        "<h2>Range of the activations</h2>",
+        images["activations"],
+        _activations_table(validation).html(),
+        _paragraph(
+            "Of the FP64 path, over all tokens. FP16 ends at 65,504; headroom is that over the largest "
+            "magnitude, and below 1 FP16 overflows. The residual stream is never FP16; the rest is what the "
+            "mode fp16 stores in FP16. Below 6.1e-05 FP16 is subnormal and loses bits; below 3e-08 it is 0."
+        ),
+        "<h2>Largest errors</h2>",
+        _worst_table(validation).html(),
+        "<h2>Conditions</h2>",
+        conditions_table.html(),
+    ]
+    if validation.not_run:
+        parts += ["<h2>Not run</h2>", Table(("what", "reason"), _grouped(validation.not_run)).html()]
+    return "\n".join(part for part in parts if part)
+
+
+def _paragraph(text: str) -> str:
+    return f"<p>{escape(text)}</p>"
+
+
+def _reference_text(validation: Validation) -> str:
+    if validation.reference.name == "fair-esm":
+        return "fair-esm 2.0.0 in FP64 (its softmax, too), each protein alone"
+    return "our own path in FP64, using freshly loaded weights, one protein at a time"
+
+
+def _passed(passed: bool) -> str:
+    return "passed" if passed else "FAILED"
+
+
+def _verdict_table(validation: Validation) -> Table:
+    def row(verdict: Verdict) -> list[str]:
+        return [
+            verdict.mode,
+            _passed(verdict.passed),
+            _error(verdict.worst_relative_l2),
+            f"{verdict.threshold.relative_l2:g}",
+            _cosine(verdict.worst_cosine),
+            _asked(verdict.threshold.cosine),
+            f"{verdict.num_failed:,}",
+            f"{verdict.num_nonfinite:,}",
+            f"{validation.sequence_ids[verdict.worst_protein][:40]} ({verdict.worst_path})",
+            "passes" if verdict.classical else "fails",
+        ]
+
+    header = ["mode", "verdict", "worst rel. L2", "at most", "worst cosine", "at least", "proteins failed"]
+    header += ["NaN or Inf", "worst protein", "classical pair"]
+    return Table(header, [*map(row, validation.verdicts)])
+
+
+def _paths_table(validation: Validation) -> Table:
+    def row(path: PathResult) -> list[str]:
+        return [
+            path.mode,
+            path.path,
+            _error(finite_median(path.means.relative_l2)),
+            _error(finite_max(path.means.relative_l2)),
+            _cosine(finite_min(path.means.cosine)),
+            _error(finite_max(path.means.max_error)),
+            _error(finite_max(path.residues.relative_l2)),
+            _cosine(finite_min(path.residues.cosine)),
+            _error(finite_max(path.residues.max_error)),
+            f"{int(path.nonfinite.any(0).sum()):,}",
+            _share(path.top1),
+            _share(path.top10),
+        ]
+
+    header = ["mode", "path", "median rel. L2", "max", "min cosine", "max error", "residues: max rel. L2"]
+    header += [
+        "min cosine",
+        "max error",
+        "NaN or Inf",
+        "nearest",
+        f"{validation.paths[0].neighbours} nearest",
+    ]
+    return Table(header, [*map(row, validation.paths)])
+
+
+def _length_table(validation: Validation) -> Table:
+    first = validation.first_paths
+    rows = []
+    for name, members in by_length_class(validation.lengths):
+        row = [name, f"{len(members):,}"]
+        for path in first:
+            errors = path.means.relative_l2[members]
+            row += [
+                _error(finite_median(errors)),
+                _error(finite_max(errors)),
+                _error(finite_max(path.residues.relative_l2[members])),
+            ]
+        rows.append(row)
+    header = ["residues", "proteins"]
+    for path in first:
+        header += [f"{path.mode} median", "max", "residues max"]
+    return Table(header, rows)
+
+
+def _activations_table(validation: Validation) -> Table:
+    activations = validation.activations
+    rows = []
+    for operation in OPERATIONS:
+        layers = list(activations.layers_of(operation))
+        largest = {layer: activations.max_abs(operation, layer) or 0.0 for layer in layers}
+        shares = {layer: activations.subnormal_share(operation, layer) or 0.0 for layer in layers}
+        high = max(layers, key=lambda layer: largest[layer])
+        low = max(layers, key=lambda layer: shares[layer])
+        headroom = FP16_MAX / largest[high] if largest[high] else math.inf
+        rows.append(
+            [
+                operation,
+                f"{largest[high]:,.4g}",
+                f"{high}",
+                f"{headroom:,.3g}" + (" (overflows)" if headroom < 1 else ""),
+                f"{100 * shares[low]:.2g}%",
+                f"{low}",
+            ]
+        )
+    header = ["operation", "largest magnitude", "in layer", "headroom", "largest subnormal share", "in layer"]
+    return Table(header, rows)
+
+
+def _worst_table(validation: Validation) -> Table:
+    rows = []
+    for path in validation.first_paths:
+        errors = path.means.relative_l2
+        order = torch.where(errors.isfinite(), errors, math.inf).argsort(descending=True, stable=True)
+        for rank, protein in enumerate(order[:WORST_SHOWN].tolist()):
+            rows.append(
+                [
+                    f"{path.mode}, {path.path}" if rank == 0 else "",
+                    validation.sequence_ids[protein][:60],
+                    f"{validation.lengths[protein]:,}",
+                    _error(float(errors[protein])) if errors[protein].isfinite() else "NaN or Inf",
+                    _cosine(float(path.means.cosine[protein])),
+                ]
+            )
+    return Table(["mode and path", "protein", "residues", "rel. L2", "cosine"], rows)
+
+
+def _grouped(not_run: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """One row for a path that several modes lack for the same reason."""
+    modes: dict[tuple[str, str], list[str]] = {}
+    for what, reason in not_run:
+        mode, _, path = what.partition(", ")
+        modes.setdefault((path, reason), []).append(mode)
+    return [
+        (f"{path} ({', '.join(names)})" if path else ", ".join(names), reason)
+        for (path, reason), names in modes.items()
+    ]

@@ -1,0 +1,247 @@
+"""What `esm-packed info` says about an output, a FASTA file or a model."""
+
+from __future__ import annotations
+
+import json
+import math
+import stat
+import tempfile
+from collections import Counter, defaultdict
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from esm_packed.config import ESM2_MODELS, ESM2Config
+from esm_packed.download import OFFICIAL_FILES, checkpoint_directory, hugging_face_snapshot
+from esm_packed.errors import UsageError
+from esm_packed.runners.input.fasta import InputError, ReadOptions, shorten
+from esm_packed.runners.input.index import MOST_LISTED, STDIN, build_index
+from esm_packed.runners.output.reader import EmbeddingReader
+from esm_packed.runners.state.directory import RunDirectory
+from esm_packed.runners.state.shard import STATUS_FAILED, STATUS_NOT_COMPUTED, STATUS_RECOMPUTED
+from esm_packed.runners.status import run_state
+from esm_packed.runners.watch.console import Console, byte_size
+from esm_packed.weights import load_checkpoint, tensor_shapes
+
+_MODEL_SUFFIXES = (".pt", ".bin", ".safetensors", ".index.json")
+_LENGTH_QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
+_TRUNCATION = 1022
+_PROBLEMS_SHOWN = 5
+_MOST_SHOWN = 1000
+"""Characters of a value: in a file of unknown origin it may be of any length."""
+_ROWS_AT_ONCE = 1 << 20
+
+
+def describe(subject: str, *, list_all: bool = False, as_json: bool = False) -> list[str]:
+    """Lines about `subject`: an HDF5 output, a run, a FASTA file (`-`: standard input), or a model.
+
+    Args:
+        subject: a file or folder, or the name of a model.
+        list_all: list all faults of a FASTA file, not only the first ten.
+        as_json: the lines of a JSON object; for an output or a run.
+
+    Raises:
+        CheckpointError, InputError, PlanError, StoreError: it is nothing of the kind, or damaged.
+        UsageError: it cannot be shown as JSON, or is a run directory that is not ours.
+    """
+    path = Path(subject)
+    if subject != STDIN:
+        _check_kind(path)
+        if path.is_file() and h5py.is_hdf5(path):
+            return _describe_output(path, as_json)
+        if (directory := _run_directory(path)) is not None:
+            state = run_state(directory)
+            return _json({"kind": "run", **asdict(state)}) if as_json else state.lines()
+    if as_json:
+        raise UsageError(f"info --json: {shorten(subject)}: neither an output nor a run")
+    official = subject.removeprefix("facebook/")
+    if official in ESM2_MODELS or subject == "demo" or subject.startswith("random:"):
+        return _describe_model(subject)
+    if subject != STDIN and (not path.is_file() or subject.endswith(_MODEL_SUFFIXES)):
+        return _describe_model(subject)
+    return _describe_fasta(subject, None if list_all else MOST_LISTED)
+
+
+def _check_kind(path: Path) -> None:
+    """See that `path`, if it is there, is a file or folder: a pipe or a device may never end.
+
+    Raises:
+        InputError: it is something else, or cannot be looked up.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return  # the name of a model, perhaps
+    except (OSError, ValueError) as error:
+        raise InputError(f"{shorten(str(path))}: {getattr(error, 'strerror', error)}") from error
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise InputError(f"{path}: neither a file nor a folder; esm-packed info - reads FASTA from a pipe")
+
+
+def _run_directory(path: Path) -> RunDirectory | None:
+    """The run directory that `path` names, or that of an output that is not there; None if there is none."""
+    output = path.with_suffix("") if path.suffix == ".run" else path
+    if path.is_file() or not output.name:
+        return None
+    directory = RunDirectory(output)
+    return directory if directory.path.is_dir() else None
+
+
+def _json(content: dict[str, Any]) -> list[str]:
+    return json.dumps(content, indent=1, default=str).splitlines()
+
+
+def _table(values: dict[str, str]) -> list[str]:
+    return [f"{name:<20}{_cut(value)}" for name, value in values.items()]
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
+
+
+def _describe_output(path: Path, as_json: bool) -> list[str]:
+    with EmbeddingReader(path) as reader:
+        residues = 0
+        counts: Counter[str] = Counter()
+        for start in range(0, reader.num_sequences, _ROWS_AT_ONCE):
+            rows = (start, start + _ROWS_AT_ONCE)
+            residues += int(reader.column("lengths", *rows).sum(dtype=np.int64))
+            counts.update({change: len(changed) for change, changed in reader.changed(*rows).items()})
+            status = reader.column("status", *rows)
+            counts["recomputed"] += int(np.count_nonzero(status == STATUS_RECOMPUTED))
+            counts["failed"] += int(np.count_nonzero(status == STATUS_FAILED))
+            counts["not computed"] += int(np.count_nonzero(status == STATUS_NOT_COMPUTED))
+        counts["problems"] = reader.num_problems
+        problems = reader.problems(0, _PROBLEMS_SHOWN)
+        attributes = reader.attributes
+        size = path.stat().st_size
+        if as_json:
+            return _json(
+                {
+                    "kind": "output",
+                    "file": str(path),
+                    "bytes": size,
+                    "sequences": reader.num_sequences,
+                    "residues": residues,
+                    "hidden_size": reader.hidden_size,
+                    **counts,
+                    "first_problems": [problem._asdict() for problem in problems],
+                    "inputs": reader.plan["input_names"],
+                    "identity": reader.plan["identity"],
+                    "attributes": attributes,
+                }
+            )
+        shown = defaultdict(str, {name: str(value) for name, value in attributes.items()})
+        shape = f"{reader.num_sequences:,} x {reader.hidden_size:,}, {shown['store_dtype']}"
+        *others, last = reader.layers
+        values = {
+            "output": f"{path} ({byte_size(size)})",
+            "date": _date(shown["date"]),
+            "command": shown["command"],
+            "inputs": ", ".join(reader.plan["input_names"]),
+            "model": f"{shown['model_name']} in {shown['dtype']} (sha256 {shown['model_sha256'][:16]})",
+            "device": f"{shown['device']}, attention {shown['attention_backend']}",
+            "disabled": shown["disabled"],
+            "sequences": f"{reader.num_sequences:,} ({residues:,} residues)",
+            "embeddings": f"mean of layer {last}: {shape}",
+            **{f"mean/{layer}": f"mean of layer {layer}: {shape}" for layer in others},
+            "exceptions": ", ".join(f"{count:,} {name}" for name, count in counts.items() if count) or "none",
+        }
+    lines = _table({name: value for name, value in values.items() if value})
+    for problem in problems:
+        place = f" ({problem.file}, line {problem.line})" if problem.file else ""
+        lines.append(_cut(f"  {problem.sequence_id}{place}: {problem.reason}"))
+    if counts["problems"] > len(problems):
+        lines.append(f"  and {counts['problems'] - len(problems):,} more in `problems`")
+    return lines
+
+
+def _date(text: str) -> str:
+    """A date of ISO 8601 as people write it; any other text as it is."""
+    try:
+        return f"{datetime.fromisoformat(text):%Y-%m-%d %H:%M:%S %Z}"
+    except ValueError:
+        return text
+
+
+def _describe_fasta(path: str, most_listed: int | None) -> list[str]:
+    # rules under which nothing stops the pass that can be counted instead
+    options = ReadOptions(invalid="skip", duplicates="first", force=True)
+    size = Path(path).stat().st_size if path != STDIN else None
+    with tempfile.TemporaryDirectory(prefix="esm-packed-") as work_dir:
+        with Console().progress("reading", "B", size) as advance:
+            index = build_index(
+                [path],
+                Path(work_dir),
+                options,
+                progress=advance,
+                most_listed=most_listed,
+                list_left_out=True,
+            )
+        quantiles = np.quantile(index.lengths[:], _LENGTH_QUANTILES).round().astype(int).tolist()
+        values = {
+            "file": f"{path} ({byte_size(index.inputs[0].size)})",
+            "sha256": index.inputs[0].sha256,
+            "records": f"{index.num_records + len(index.problems):,}",
+            "faulty": f"{len(index.problems):,}",
+            "residues": f"{index.total_residues:,}",
+            "lengths": "min {:,}, 5% {:,}, 25% {:,}, median {:,}, 75% {:,}, 95% {:,}, max {:,}".format(
+                *quantiles
+            ),
+            "mean length": f"{index.total_residues / index.num_records:,.1f}",
+            f"longer than {_TRUNCATION}": f"{int(np.count_nonzero(index.lengths[:] > _TRUNCATION)):,}",
+        }
+        problems = index.problems
+        if (dna := index.dna_problem()) is not None:
+            problems = sorted([*problems, dna], key=lambda problem: problem.line)
+    lines = _table(values)
+    for problem in problems[:most_listed]:
+        lines.append(_cut(f"  line {problem.line}, {problem.sequence_id}: {problem.reason}"))
+    if most_listed is not None and len(problems) > most_listed:
+        lines.append(f"  and {len(problems) - most_listed:,} more; --all lists them")
+    return lines
+
+
+def _describe_model(name: str) -> list[str]:
+    official = name.removeprefix("facebook/")
+    if official in ESM2_MODELS:
+        file = checkpoint_directory() / f"{official}.pt"
+        if not file.is_file() and hugging_face_snapshot(official) is None:
+            sha256, size = OFFICIAL_FILES.get(official, ("unknown", 0))
+            shown = byte_size(size) if size else "unknown size"
+            config = ESM2_MODELS[official]
+            return _table(
+                {"model": official}
+                | _config_values(config, set(tensor_shapes(config)))
+                | {"sha256": sha256, "source": f"not on this machine; first use downloads {shown} to {file}"}
+            )
+    with Console().byte_steps() as report:
+        checkpoint = load_checkpoint(name, progress=report)
+    dtype = str(checkpoint.tensors["embed_tokens.weight"].dtype).removeprefix("torch.")
+    return _table(
+        {"model": checkpoint.model_name}
+        | _config_values(checkpoint.config, set(checkpoint.tensors))
+        | {"dtype": dtype, "sha256": checkpoint.sha256, "source": checkpoint.source}
+    )
+
+
+def _config_values(config: ESM2Config, tensor_names: set[str]) -> dict[str, str]:
+    parameters = sum(
+        math.prod(shape)
+        for name, shape in tensor_shapes(config).items()
+        if name in tensor_names and not name.endswith("inv_freq")
+    )
+    heads = {
+        "language-model head": "lm_head.bias" in tensor_names,
+        "contact head": "contact_head.regression.weight" in tensor_names,
+    }
+    return {
+        "layers": f"{config.num_layers}",
+        "hidden size": f"{config.hidden_size:,}",
+        "attention heads": f"{config.num_heads} of {config.head_dim}",
+        "parameters": f"{parameters:,}",
+    } | {head: "yes" if there else "no" for head, there in heads.items()}

@@ -1,0 +1,237 @@
+"""The command `esm-packed`: how it ends, and what it says when something is wrong.
+
+Little is imported here: until `main` handles signals, Ctrl-C ends in a traceback.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shlex
+import signal
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import TYPE_CHECKING, TextIO
+
+from esm_packed.runners.system.environment import is_on
+from esm_packed.runners.system.terminal import (
+    EXIT_INTERNAL_ERROR,
+    EXIT_INTERRUPTED,
+    EXIT_OUT_OF_SPACE,
+    EXIT_USAGE,
+    complain,
+    warn,
+)
+
+if TYPE_CHECKING:
+    import argparse
+
+_REPEATED_SIGNAL_SECONDS = 5.0
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal asked the program to stop; `str(error)` is the signal's name."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: without the program's name; `sys.argv` when None.
+
+    Returns:
+        The exit code.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    can_continue = list(arguments[:1]) in (["embed"], ["merge"])
+
+    def explain_interruption(name: str) -> None:
+        complain(f"interrupted ({name})" + "; repeat the command to continue" * can_continue)
+
+    received: list[str] = []
+    with _signals_interrupt(explain_interruption, received) as has_started, warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        show_traceback = False
+        try:
+            show_traceback = is_on("ESM_PACKED_DEBUG")
+            from importlib import import_module
+
+            from esm_packed.runners.cli.options import build_parser, join_negative_layers
+
+            parser = build_parser()
+            options = parser.parse_args(join_negative_layers(arguments))
+            if options.command is None:
+                parser.print_help(sys.stderr)
+                return EXIT_USAGE
+            options.command_line = shlex.join(["esm-packed", *arguments])
+            try:
+                os.getcwd()  # noqa: PTH109
+            except FileNotFoundError:
+                complain("the working directory is gone; change to one that exists")
+                return EXIT_USAGE
+            import_module(options.module)
+            has_started()
+            command: Callable[[argparse.Namespace], int] = options.run
+            return command(options)
+        except SystemExit as error:
+            return error.code if isinstance(error.code, int) else EXIT_USAGE
+        except KeyboardInterrupt as error:
+            explain_interruption(str(error) or "".join(received[-1:]))  # Ray drops what an error says
+            return EXIT_INTERRUPTED
+        except Exception as error:
+            return _report(error, can_continue, show_traceback)
+
+
+def _report(error: Exception, can_continue: bool, show_traceback: bool) -> int:
+    """Explain `error` in one line and return the exit code it calls for."""
+    if not _is_of(error, _USER_ERRORS) and _is_out_of_memory(error):  # before anything else is imported
+        complain(
+            "out of memory: close other programs, or choose fewer --threads, a smaller --token-budget or a "
+            "smaller model" + "; repeat the command to continue" * can_continue
+        )
+        return EXIT_INTERNAL_ERROR
+    import traceback
+
+    from esm_packed.runners.system.files import is_out_of_space
+
+    if is_out_of_space(error):
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        complain(f"out of space: {reason}; free some and repeat the command" + " to continue" * can_continue)
+        return EXIT_OUT_OF_SPACE
+    if _is_of(error, {"esm_packed.runners.compute.ray_engine": "EngineError"}):
+        complain(f"{error}; what is finished is kept, repeat the command to continue")
+        return EXIT_INTERRUPTED
+    if _is_of(error, _USER_ERRORS):
+        complain(getattr(error, "message", str(error)), getattr(error, "details", ()))
+        return EXIT_USAGE
+    if isinstance(error, OSError) and error.errno in _PATH_ERRORS and error.filename is not None:
+        complain(f"{os.fsdecode(error.filename)}: {error.strerror}")
+        return EXIT_USAGE
+    if show_traceback:
+        traceback.print_exception(error)
+    else:
+        summary = "".join(traceback.format_exception_only(error)).strip().splitlines()[-1]
+        complain(f"internal error: {summary} (set ESM_PACKED_DEBUG=1 for the traceback)")
+    return EXIT_INTERNAL_ERROR
+
+
+_PATH_ERRORS = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.EISDIR,
+    errno.ENOTDIR,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+    errno.EINVAL,  # no regular file
+)
+"""What is wrong with a path or with the rights on it, which its name and the system's words explain."""
+
+_OUT_OF_MEMORY = (
+    "annot allocate memory",
+    "an't allocate memory",
+    "out of memory",
+    "can't start new thread",
+    "could not create a primitive",
+    "failed to map segment",
+    "std::bad_alloc",
+)
+"""How the system, torch, oneDNN, the loader and the standard library say it."""
+
+
+def _is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether a shortage of memory, or a limit on it, is behind `error`."""
+    while error is not None:
+        if isinstance(error, MemoryError) or any(text in str(error) for text in _OUT_OF_MEMORY):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+_USER_ERRORS = {
+    "esm_packed.attention": "BackendError",
+    "esm_packed.download": "CheckpointError",
+    "esm_packed.reports.page": "ReportError",
+    "esm_packed.runners.system.environment": "EnvironmentSwitchError",
+    "esm_packed.runners.input.fasta": "InputError",
+    "esm_packed.runners.state.plan": "PlanError",
+    "esm_packed.errors": "UsageError",
+    "esm_packed.runners.state.slices": "SliceError",
+    "esm_packed.runners.state.shard": "StoreError",
+}
+"""What a command raises for its user's mistakes, by module."""
+
+
+def _is_of(error: Exception, classes: Mapping[str, str]) -> bool:
+    """Whether `error` is one of `classes`; a module that is not loaded cannot have raised it."""
+    return any(
+        isinstance(error, getattr(sys.modules[module], name))
+        for module, name in classes.items()
+        if module in sys.modules
+    )
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    warn(f"warning: {message}")
+
+
+@contextmanager
+def _signals_interrupt(
+    explain_interruption: Callable[[str], None], received: list[str]
+) -> Iterator[Callable[[], None]]:
+    """Let Ctrl-C, SIGTERM and a lost terminal raise `Interrupted`, so that temporary files are removed.
+
+    While the program starts they end the process at once: there is nothing to clean up, and libraries that
+    are being imported hide exceptions or print tracebacks of their own.
+
+    Args:
+        explain_interruption: told the name of the signal that ends the process.
+        received: gets the names of signals that raise.
+
+    Yields:
+        To be called when all is imported.
+    """
+    is_starting = True
+
+    def has_started() -> None:
+        nonlocal is_starting
+        is_starting = False
+
+    if threading.current_thread() is not threading.main_thread():
+        yield has_started
+        return
+    last = -_REPEATED_SIGNAL_SECONDS
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        nonlocal last
+        if is_starting:
+            explain_interruption(signal.Signals(number).name)
+            os._exit(EXIT_INTERRUPTED)
+        # a second signal at once, as some schedulers send, must not interrupt the cleaning up
+        if time.monotonic() - last >= _REPEATED_SIGNAL_SECONDS:
+            last = time.monotonic()
+            received.append(signal.Signals(number).name)
+            raise Interrupted(received[-1])
+
+    previous = {}
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup has asked for this
+            previous[number] = signal.signal(number, interrupt)
+    try:
+        yield has_started
+    finally:
+        # once interrupted the process is about to end, and a repeated signal must not change its exit code
+        for number, handler in previous.items():
+            signal.signal(number, handler if last < 0 else signal.SIG_IGN)

@@ -1,0 +1,1 @@
+"""Shards computed: the pipeline around the model, in this process or on Ray."""

@@ -1,0 +1,1 @@
+"""FASTA files to tokens."""

@@ -1,0 +1,774 @@
+"""FASTA files to one HDF5 file of embeddings: index, plan, compute what is left, merge."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import astuple, dataclass, replace
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from esm_packed.attention import WAITING_BACKENDS, select_backend
+from esm_packed.config import DEFAULT_TOKEN_BUDGETS
+from esm_packed.errors import UsageError
+from esm_packed.numerics import resolve_device
+from esm_packed.runners.compute.engine import Engine, InProcessEngine
+from esm_packed.runners.compute.worker import check_threads
+from esm_packed.runners.input.index import STDIN, FastaIndex, build_index, open_index, reopen_index
+from esm_packed.runners.output.changes import log_changes
+from esm_packed.runners.output.layout import FORMAT_VERSION, output_bytes
+from esm_packed.runners.output.merge import DamagedShardError, merge_run
+from esm_packed.runners.output.reader import EmbeddingReader
+from esm_packed.runners.state.claims import Claim, ClaimedError, describe_holder, holder_of
+from esm_packed.runners.state.directory import WHOLE_RUN, RunDirectory
+from esm_packed.runners.state.plan import Plan, PlanError, ShardSize, cut_shards, differences, plan_hash
+from esm_packed.runners.state.request import STORE_DTYPES, EmbedRequest
+from esm_packed.runners.state.run import IDENTIFYING_RULES, Run
+from esm_packed.runners.state.shard import StoreError, shards_bytes
+from esm_packed.runners.state.slices import Slice
+from esm_packed.runners.summary import Summary
+from esm_packed.runners.system.files import is_out_of_space
+from esm_packed.runners.system.memory import RowBuffers
+from esm_packed.runners.system.paths import check_apart, files_of, resolved
+from esm_packed.runners.watch.console import Console, byte_size
+from esm_packed.runners.watch.watch import watching
+from esm_packed.weights import Checkpoint, load_checkpoint
+
+__all__ = ["EmbedRequest", "Summary", "UsageError", "embed_files", "merge_files"]
+
+WAIT_SECONDS = 0.5
+
+OTHER_SUFFIXES = """
+    .csv .tsv .tab .txt .json .jsonl .ndjson .yaml .yml .xml .html .md .xls .xlsx
+    .npy .npz .mat .pkl .pickle .joblib .pt .pth .ckpt .bin .safetensors .onnx
+    .parquet .feather .arrow .avro .orc .zarr .nc .db .sqlite .rds .rdata .h5ad .loom
+    .fasta .fa .faa .fas .fna .ffn .mpfa .fastq .fq .aln .a2m .a3m .sto .pdb .cif .gff .gb .gbk
+    .gz .bgz .bz2 .xz .zst .zip .tar .tgz
+"""
+"""Of formats for which an output, which is HDF5, must not pass."""
+
+MOST_REMOVALS = 1000
+"""How often a run directory may vanish while it is entered; more often, it cannot be made there at all."""
+
+
+def embed_files(request: EmbedRequest, console: Console) -> Summary:
+    """Embed every record of `request.inputs` into `request.output`, which appears only when it is whole.
+
+    The work is done in the run directory `OUTPUT.run`. If one is there, the run it holds is continued. With
+    `request.part` only that slice of the shards is computed, and the output is made by the process that finds
+    all of them there.
+
+    Raises:
+        UsageError: an option does not fit the model or the device, the output cannot be where it should, or
+            the run directory belongs to another run or process.
+        InputError: a fault in a FASTA file.
+        CheckpointError: the model is missing or damaged.
+        BackendError: the attention backend cannot be used.
+        OSError: with `errno.ENOSPC` when the disk is, or will be, full.
+    """
+    begin = time.monotonic()
+    output = resolved(request.output)
+    check_output(output, request.overwrite)
+    _check_request(request)
+    device = _device(request)
+    if request.cuda_graphs and (request.layout != "fixed" or device.type != "cuda"):
+        missing = "a GPU" if request.layout == "fixed" else "--reproducible, which makes packs of one size"
+        raise UsageError(f"--cuda-graphs needs {missing}")
+    if request.ray_address is None:  # fails before the input is read
+        backend, _ = select_backend(request.attention, device, request.precision(device), head_dim=64)
+        if request.cuda_graphs and backend in WAITING_BACKENDS:
+            raise UsageError(f"--cuda-graphs: attention {backend!r} waits for the device; choose another one")
+    directory = RunDirectory(output)
+    with _undisturbed(directory), ExitStack() as stack:
+        session = _Session(request, directory, device, console, stack)
+        if request.part is None:
+            with _claimed(directory, WHOLE_RUN, console) as session.claim:
+                if session.prepare():
+                    session.compute(range(session.run.plan.num_shards))
+                    session.finish()
+        else:
+            _embed_slice(session, request.part)
+    session.summary.seconds = time.monotonic() - begin
+    return session.summary
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What became of merging.
+
+    Args:
+        missing_shards: how many are missing; 1 at the first that is damaged.
+        is_made: there is a new output.
+        already_complete: the whole output was there before.
+    """
+
+    missing_shards: int = 0
+    is_made: bool = False
+    already_complete: bool = False
+
+
+def merge_files(
+    output: Path,
+    console: Console,
+    *,
+    overwrite: bool = False,
+    keep_run: bool = False,
+    partial: bool = False,
+) -> Merged:
+    """Put the finished shards of the run of `output` together, if all are there.
+
+    Args:
+        output: the file to make.
+        console: shows how far it is.
+        overwrite: replace an output that is there; a partial one of the same run always is.
+        keep_run: leave the run directory.
+        partial: make an output of what is there, with a row of NaN for each other record. The run directory
+            is kept, and the command that began the run continues it.
+
+    Raises:
+        UsageError: there is no such run, or other processes are at work on it.
+    """
+    output = resolved(output)
+    existing = check_output(output, overwrite)
+    directory = RunDirectory(output)
+    has_run = directory.exists() and directory.plan_path.exists()
+    if not has_run and existing is not None and existing.is_complete:
+        return Merged(already_complete=True)
+    if not has_run:
+        raise UsageError(f"{directory.path}: there is no run to merge; esm-packed embed begins one")
+    with _undisturbed(directory), _claimed(directory, "merging", console):
+        run = Run.open(directory)
+        existing = check_output(output, overwrite)
+        if existing is not None:
+            if existing.plan_hash != run.plan.hash:
+                raise UsageError(f"{output}: exists already, made by another run; --overwrite replaces it")
+            if existing.is_complete:
+                return Merged(already_complete=True)
+            overwrite = True
+        missing = run.plan.num_shards - len(run.finished(range(run.plan.num_shards)))
+        if missing and not partial:
+            return Merged(missing)
+        try:
+            missing = merge_run(run, console, overwrite=overwrite, partial=partial)
+        except DamagedShardError:
+            return Merged(1)
+        if not keep_run and not missing:
+            run.index.close()
+            directory.remove()
+    return Merged(missing, is_made=True)
+
+
+def _embed_slice(session: _Session, part: Slice) -> None:
+    """Join the run, compute one slice of it, and merge if that was the last one."""
+    directory, console = session.directory, session.console
+    with ExitStack() as member:
+        with _claimed(directory, f"joining with slice {part}", console) as session.claim:
+            _check_others(directory, part)
+            if not session.prepare():
+                return
+            shards = range(session.run.plan.num_shards)
+            if len(session.run.finished(shards)) == len(shards):
+                session.finish()
+                return
+            member.enter_context(directory.slice_claim(part))
+        session.compute(part.shards(len(shards)), verify=False)
+    with _claimed(directory, f"leaving with slice {part}", console) as session.claim:
+        # another process may have found all shards there, and merged them
+        if not session.is_merged_by_another():
+            session.summary.part = str(part)
+            session.summary.missing_shards = len(shards) - len(session.run.finished(shards))
+            if not session.summary.missing_shards:
+                session.finish()
+
+
+def _check_others(directory: RunDirectory, part: Slice | None) -> None:
+    """See that `part` (None: the whole run) does not overlap with what others compute.
+
+    Raises:
+        UsageError: it does; says with whom.
+    """
+    for other, path in directory.live_slices().items():
+        who = describe_holder(holder_of(path))
+        if part == other:
+            raise UsageError(
+                f"slice {part} of {directory.path} is being worked on by {who}; wait for it, or delete "
+                f"{path} if that process is gone"
+            )
+        if part is None or part.count != other.count:
+            wanted = "the whole run" if part is None else f"slice {part}"
+            raise UsageError(
+                f"{directory.path} is being worked on in {other.count} slices, {other} by {who}; {wanted} "
+                "overlaps with them"
+            )
+
+
+class _Session:
+    """One process's part in a run."""
+
+    run: Run
+    summary: Summary
+    claim: Claim
+
+    def __init__(
+        self,
+        request: EmbedRequest,
+        directory: RunDirectory,
+        device: torch.device,
+        console: Console,
+        stack: ExitStack,
+    ) -> None:
+        self.request = request
+        self.directory = directory
+        self.device = device
+        self.console = console
+        self._stack = stack  # closes the engine
+        self._engine: Engine | None = None
+        self._opened_index: FastaIndex | None = None
+
+    def prepare(self) -> bool:
+        """Read the input and plan, or find a plan; False if the output is complete already.
+
+        Call it with the claim held.
+        """
+        request = self.request
+        existing = check_output(self.directory.output, request.overwrite)
+        shutil.rmtree(self.directory.new_index_path, ignore_errors=True)  # of a killed process
+        try:
+            return self._prepare(request, existing)
+        finally:  # an index that was refused, or not needed
+            shutil.rmtree(self.directory.new_index_path, ignore_errors=True)
+
+    def _prepare(self, request: EmbedRequest, existing: ExistingOutput | None) -> bool:
+        index = self._opened_index = self._index()
+        with self.console.byte_steps() as report:
+            self.checkpoint = load_checkpoint(request.model, progress=report)
+        _check_paths(request, files_of(self.checkpoint))
+        config = self.checkpoint.config
+        layers = request.resolved_layers(config)
+        plan = self._existing_plan()
+        if request.token_budget is not None:
+            token_budget = request.token_budget
+        elif plan is not None:
+            token_budget = plan.token_budget
+        elif existing is not None:
+            with EmbeddingReader(self.directory.output) as reader:
+                token_budget = int(reader.plan["identity"].get("token_budget", 0))
+        elif request.layout == "fixed":  # what is measured may differ from run to run
+            token_budget = DEFAULT_TOKEN_BUDGETS[self.device.type]
+        else:
+            token_budget = self.engine().token_budget()
+        identity = run_identity(request, index, self.checkpoint, self.device, layers, token_budget)
+        self.summary = Summary(
+            output=request.output,
+            model_name=self.checkpoint.model_name,
+            model_sha256=self.checkpoint.sha256,
+            dtype=identity["dtype"],
+            device="",
+            token_budget=token_budget,
+            num_sequences=index.num_records,
+            num_residues=index.total_residues,
+            num_replaced=index.num_replaced,
+            num_duplicates=index.num_duplicates,
+            num_left_out=len(index.problems),
+            num_identical=index.num_identical,
+            num_to_compare=request.fp32_compare,
+        )
+        if existing is not None:
+            if existing.plan_hash != plan_hash(identity):
+                with EmbeddingReader(self.directory.output) as reader:
+                    differing = differences(reader.plan["identity"], identity)
+                raise UsageError(
+                    f"{request.output}: exists already, made from other input or options ({differing}); "
+                    "--overwrite replaces it"
+                )
+            if existing.is_complete:
+                self._is_complete(existing.plan_hash)
+                return False
+        if plan is not None:
+            try:
+                plan.check_same(identity, self.directory.path)
+            except PlanError as error:
+                if not request.overwrite:
+                    raise UsageError(str(error)) from error
+                plan = None
+        _check_held(self.claim)
+        if self.directory.new_index_path.exists():
+            index.close()
+            self.directory.adopt_index()
+            index = self._opened_index = reopen_index(self.directory.index_path)
+        self.run = Run(self.directory, plan or self._new_plan(identity, index, layers), index)
+        return True
+
+    def engine(self) -> Engine:
+        """What computes, started when it is first needed."""
+        if self._engine is None:
+            self._engine = self._stack.enter_context(self._new_engine())
+        return self._engine
+
+    def compute(self, shards: Sequence[int], *, verify: bool = True) -> None:
+        """Compute those of `shards` that are not finished.
+
+        Args:
+            shards: their numbers.
+            verify: read the finished ones, and compute again what is damaged; else merging does that.
+        """
+        run, request = self.run, self.request
+        if verify:
+            buffers = RowBuffers()
+            left = [shard for shard in shards if run.read(shard, buffers) is None]
+        else:
+            finished = set(run.finished(shards))
+            left = [shard for shard in shards if shard not in finished]
+        check_space(run, request.fp32_compare, self.console)
+        if len(left) < len(shards):
+            self.console.note(
+                f"continuing: {len(shards) - len(left):,} of {len(shards):,} shards are finished"
+            )
+        if left:
+            self._compute(left)
+
+    def _compute(self, shards: Sequence[int]) -> None:
+        begin = time.monotonic()
+        engine, run = self.engine(), self.run
+        self.summary.device = engine.describe()
+        self.console.note(
+            f"embedding {run.index.num_records:,} sequences, {run.index.total_residues:,} residues, with "
+            f"{run.plan.model_name} ({run.plan.identity['dtype']}) on {self.summary.device}"
+        )
+        total = sum(run.residues(shard) for shard in shards)
+        with watching(
+            self.console, engine.num_workers, self.request.log_json, total, run.plan.token_budget
+        ) as watch:
+            try:
+                engine.compute(run, shards, watch)
+            except KeyboardInterrupt:
+                self._say_what_is_saved(shards, watch.done)
+                raise
+            finally:
+                self.summary.stages = engine.times
+        self.summary.embedding_seconds += time.monotonic() - begin
+
+    def _is_partial_output(self) -> bool:
+        """Whether the output is there, made of a part of this run."""
+        try:
+            existing = check_output(self.directory.output, overwrite=False)
+        except UsageError:  # something else, which merging does not replace
+            return False
+        return existing == ExistingOutput(self.run.plan.hash, is_complete=False)
+
+    def _say_what_is_saved(self, shards: Sequence[int], done: int) -> None:
+        """Tell an interrupted user what the run has.
+
+        Args:
+            shards: that were to be computed.
+            done: residues computed of them.
+        """
+        run = self.run
+        saved = run.finished(range(run.plan.num_shards))
+        lost = max(0, done - sum(run.residues(shard) for shard in set(saved) & set(shards)))
+        share = lost / max(1, run.index.total_residues)
+        self.console.note(
+            f"{len(saved):,} of {run.plan.num_shards:,} shards are saved in {self.directory.path}; about "
+            f"{lost:,} residues ({share:.1%} of the input) will be computed again"
+        )
+
+    def finish(self) -> None:
+        """Merge; what turns out to be damaged is computed again. Call it with the claim held.
+
+        Raises:
+            UsageError: it is not held any more.
+        """
+        begin = time.monotonic()
+        while True:
+            _check_held(self.claim)
+            try:
+                overwrite = self.request.overwrite or self._is_partial_output()
+                merge_run(self.run, self.console, overwrite=overwrite)
+                break
+            except DamagedShardError as damaged:
+                self.console.note(f"{damaged}; it is computed again")
+                self._compute([damaged.shard])
+        self.summary.merging_seconds = time.monotonic() - begin
+        self.summary.device = self.summary.device or "none, all was computed before"
+        self.summary.read_output()
+        if self.request.log_json is not None:
+            log_changes(self.console, self.request.log_json, self.directory.output)
+        _check_held(self.claim)
+        if not self.request.keep_run:
+            self._remove_directory()
+
+    def is_merged_by_another(self) -> bool:
+        """Whether the run's output is there, and with that all is done. Call it with the claim held.
+
+        Raises:
+            UsageError: another run has taken this one's place.
+        """
+        existing = check_output(self.directory.output, overwrite=False)
+        is_there = existing is not None and existing.is_complete
+        with suppress(FileNotFoundError, PlanError):
+            if not is_there and Plan.read(self.directory.plan_path).hash == self.run.plan.hash:
+                return False
+        if not self.directory.plan_path.exists():
+            self._remove_directory()  # holding the claim has made it anew
+        if existing is None or not is_there or existing.plan_hash != self.run.plan.hash:
+            raise UsageError(
+                f"{self.directory.path}: removed, or replaced by another run, while this one computed"
+            )
+        self._is_complete(self.run.plan.hash)
+        return True
+
+    def _is_complete(self, plan_hash: str) -> None:
+        self.summary.read_output()
+        self.summary.already_complete = True
+        with suppress(OSError, PlanError):
+            if Plan.read(self.directory.plan_path).hash != plan_hash:
+                self.console.note(f"{self.directory.path}: holds another, unfinished run; it is left alone")
+                return
+        if not self.request.keep_run:
+            self._remove_directory()
+
+    def _remove_directory(self) -> None:
+        if self._opened_index is not None:
+            self._opened_index.close()
+        self.directory.remove()
+
+    def _index(self) -> FastaIndex:
+        request, path = self.request, self.directory.index_path
+        if STDIN not in request.inputs:
+            index = open_index(request.inputs, path, request.read)
+            if index is not None:
+                return index
+        if self.directory.live_slices():
+            raise UsageError(
+                f"{self.directory.path}: others are at work on this run, and {', '.join(request.inputs)} is "
+                "not what they read: name the same files in the same way, with the same input rules"
+            )
+        if self.directory.plan_path.exists():  # whose index must stay until this input is known to be its own
+            path = self.directory.new_index_path
+        with self.console.progress("reading", "B", _input_bytes(request.inputs)) as advance:
+
+            def advance_if_held(amount: int) -> None:
+                _check_held(self.claim)  # or two processes would write one index
+                advance(amount)
+
+            return build_index(request.inputs, path, request.read, progress=advance_if_held)
+
+    def _existing_plan(self) -> Plan | None:
+        try:
+            return Plan.read(self.directory.plan_path)
+        except FileNotFoundError:
+            return None
+        except PlanError as error:
+            if not self.request.overwrite:
+                raise UsageError(str(error)) from error
+            return None
+
+    def _new_plan(self, identity: dict[str, Any], index: FastaIndex, layers: Sequence[int]) -> Plan:
+        config = self.checkpoint.config
+        uncut = Plan(
+            identity,
+            self.request.inputs,
+            (0, index.num_records),
+            self.checkpoint.model_name,
+            config.hidden_size,
+            self.request.command,
+        )
+        run = Run(self.directory, uncut, index)
+        lengths = run.embedded_lengths(0, index.num_records)
+        is_computed = run.is_computed(0, index.num_records)
+        starts = cut_shards(
+            lengths,
+            is_computed,
+            config,
+            config.hidden_size * len(layers) * np.dtype(STORE_DTYPES[self.request.store_dtype]).itemsize,
+            ShardSize.of_run(lengths, is_computed, config, self.device.type, uncut.token_budget),
+        )
+        plan = replace(uncut, starts=starts)
+        _check_held(self.claim)
+        self.directory.forget_shards()
+        plan.write(self.directory.plan_path, self.directory.scratch_path)
+        return plan
+
+    def _new_engine(self) -> Engine:
+        request = self.request
+        several = request.ray_address is not None or (request.workers or 1) > 1
+        several |= len(_gpu_numbers(request)) > 1
+        if request.engine == "ray" or (request.engine == "auto" and several):
+            from esm_packed.runners.compute.ray_engine import RayEngine
+
+            return RayEngine(request, self.device, _gpu_numbers(request), self.checkpoint, self.console)
+        if several:
+            raise UsageError("--engine in-process computes on one device; --engine ray on several")
+        return InProcessEngine(request, self.checkpoint, self.device)
+
+
+@contextmanager
+def _undisturbed(directory: RunDirectory) -> Iterator[None]:
+    """Explain it if something is removed from the directory while it is worked in."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        if error.filename is not None and directory.path not in Path(error.filename).parents:
+            raise
+        raise UsageError(
+            f"{directory.path}: removed while it was worked in, or something in it; the same command "
+            "continues with what is left"
+        ) from error
+
+
+@contextmanager
+def _claimed(directory: RunDirectory, purpose: str, console: Console) -> Iterator[Claim]:
+    """Hold the run; a directory that has no plan when the block fails is removed.
+
+    A process that computes a slice waits for others that join, leave or merge.
+    """
+    claim = directory.claim(purpose)
+    try:
+        try:
+            _take(claim, directory, console)
+            if purpose == WHOLE_RUN:
+                _check_others(directory, None)
+            directory.sweep()
+        except OSError as error:
+            if is_out_of_space(error):
+                raise
+            raise UsageError(f"{directory.output.parent}: cannot be written to: {error.strerror}") from error
+        yield claim
+    except BaseException as error:
+        if claim.is_held() and not directory.plan_path.exists():
+            with suppress(OSError, UsageError):
+                directory.remove()
+        if isinstance(error, Exception) and not isinstance(error, UsageError) and claim.is_anothers():
+            _check_held(claim)  # whatever it is, it comes of two processes that work in one directory
+        raise
+    finally:
+        claim.release()
+
+
+def _check_held(claim: Claim) -> None:
+    """See that no other process took the run for abandoned, as when this one was stopped for long.
+
+    Raises:
+        UsageError: one did.
+    """
+    if not claim.is_held():
+        raise UsageError(
+            f"{claim.path.parent}: another process has taken this run over, as this one gave no sign of "
+            "life; it is completed there, or by the same command"
+        )
+
+
+def _take(claim: Claim, directory: RunDirectory, console: Console) -> None:
+    """Take `claim` on a run, whose directory is made if need be; wait for others if both are slices."""
+    is_waiting = False
+    for attempt in count():
+        try:
+            directory.make()
+            claim.acquire()
+            return
+        except FileNotFoundError:  # the process that worked in the directory has removed it
+            if attempt == MOST_REMOVALS:
+                raise
+        except ClaimedError as holder:
+            if WHOLE_RUN in (claim.purpose, holder.purpose) or not holder.purpose:
+                raise UsageError(
+                    f"{directory.path} is being worked on by {holder}; wait for it, or delete "
+                    f"{claim.path} if that process is gone"
+                ) from holder
+            if not is_waiting:
+                console.note(f"waiting for {holder}, which is {holder.purpose}")
+            is_waiting = True
+            time.sleep(WAIT_SECONDS)
+
+
+@dataclass(frozen=True)
+class ExistingOutput:
+    """An esm-packed output: of which plan, and whether `merge --partial` has left rows out."""
+
+    plan_hash: str
+    is_complete: bool
+
+
+def check_output(output: Path, overwrite: bool) -> ExistingOutput | None:
+    """See that `output` can be made.
+
+    Returns:
+        The esm-packed output that is already there and may not simply be replaced, else None.
+
+    Raises:
+        UsageError: it cannot be made, or what is there is something else.
+    """
+    try:
+        return _check_output(output, overwrite)
+    except OSError as error:  # no right to look there, a name too long
+        raise UsageError(f"{output}: {error.strerror}") from error
+
+
+def _check_output(output: Path, overwrite: bool) -> ExistingOutput | None:
+    if output.is_dir():
+        raise UsageError(f"{output}: this is a directory; name the file to make, such as embeddings.h5")
+    if not output.parent.is_dir():
+        raise UsageError(f"{output.parent}: there is no such folder to write {output.name} to")
+    RunDirectory(output).check_name()
+    if RunDirectory.holds(output):
+        raise UsageError(f"{output.parent}: is a run directory, and removed with all that is in it")
+    if not output.exists():
+        return None
+    if not output.is_file():
+        raise UsageError(f"{output}: exists and is no regular file")
+    if overwrite:
+        return None
+    try:
+        with EmbeddingReader(output) as reader:
+            attributes = reader.attributes
+            return ExistingOutput(str(attributes["plan_hash"]), attributes.get("complete") == 1)
+    except (StoreError, OSError):
+        raise UsageError(
+            f"{output}: exists already and is not a whole esm-packed output; --overwrite replaces it"
+        ) from None
+
+
+def _check_paths(request: EmbedRequest, read: Iterable[str | Path]) -> None:
+    """See that nothing that is written is among the files `read`."""
+    output = resolved(request.output)
+    written = {"the run directory": RunDirectory(output).path, "--output": output}
+    if request.log_json is not None:
+        written["--log-json"] = request.log_json
+    check_apart(written, read)
+
+
+def _check_suffix(output: Path) -> None:
+    """See that the name of the output is not that of a file of another format."""
+    name = output
+    while name.suffix.lower() in OTHER_SUFFIXES.split():
+        name = name.with_suffix("")
+    if name != output:
+        raise UsageError(
+            f"{output}: the output is HDF5, and this would be the name of a {output.suffix} file; use "
+            f"-o {name.with_suffix('.h5')}"
+        )
+
+
+def _check_request(request: EmbedRequest) -> None:
+    """See that the options fit each other."""
+    if request.part is not None and STDIN in request.inputs:
+        raise UsageError("--shard: standard input cannot be read by every process; name files")
+    if request.part is not None and request.overwrite:
+        raise UsageError(
+            "--shard with --overwrite: the processes would replace each other's work; delete "
+            f"{request.output} and {request.output}.run first"
+        )
+    if request.devices is not None and not request.device.startswith(("auto", "cuda")):
+        raise UsageError(f"--devices names GPUs and --device is {request.device}; leave one of them out")
+    if request.ray_address is not None and request.engine == "in-process":
+        raise UsageError("--ray-address needs --engine ray")
+    if request.ray_address is not None and request.device == "auto":
+        raise UsageError(
+            "--ray-address: say --device cuda or --device cpu; this machine may differ from the others"
+        )
+    if request.ray_address is None:
+        check_threads(request.threads)
+    _check_paths(request, [path for path in request.inputs if path != STDIN])
+    _check_suffix(request.output)
+    if request.log_json is not None:
+        if request.log_json.is_fifo():  # opening one waits for its reader
+            raise UsageError(f"--log-json {request.log_json}: is a pipe; name a file")
+        try:
+            request.log_json.open("a").close()
+        except OSError as error:
+            raise UsageError(f"--log-json {request.log_json}: {error.strerror}") from error
+
+
+def _device(request: EmbedRequest) -> torch.device:
+    """The device of this process's first or only worker."""
+    if request.ray_address is not None:
+        return torch.device(request.device.partition(":")[0])
+    numbers = _gpu_numbers(request)
+    try:
+        return resolve_device(f"cuda:{numbers[0]}" if numbers else request.device)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def _gpu_numbers(request: EmbedRequest) -> tuple[int, ...]:
+    """The GPUs that `--devices` asks for; empty without it."""
+    if request.devices is None or request.ray_address is not None:
+        return ()
+    count = torch.cuda.device_count()
+    if not count:
+        raise UsageError(
+            "--devices: torch finds no CUDA device here; --device cpu --workers N uses CPU cores"
+        )
+    if missing := [number for number in request.devices if number >= count]:
+        raise UsageError(f"--devices: there is no GPU {missing[0]}, only 0 to {count - 1}")
+    return request.devices or tuple(range(count))
+
+
+def _input_bytes(inputs: Sequence[str]) -> int | None:
+    paths = [Path(path) for path in inputs]
+    return sum(path.stat().st_size for path in paths) if all(path.is_file() for path in paths) else None
+
+
+def run_identity(
+    request: EmbedRequest,
+    index: FastaIndex,
+    checkpoint: Checkpoint,
+    device: torch.device,
+    layers: Sequence[int],
+    token_budget: int,
+) -> dict[str, Any]:
+    """What makes two runs the same one; device, attention backend and versions may differ."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "inputs": [{"size": file.size, "sha256": file.sha256} for file in index.inputs],
+        "model_sha256": checkpoint.sha256,
+        "dtype": request.precision(device).name,
+        "layout": request.layout,
+        "layers": list(layers),
+        "kinds": ["mean"],
+        "max_length": request.max_length,
+        "token_budget": token_budget,
+        **{name: getattr(request.read, name) for name in IDENTIFYING_RULES},
+        "store_dtype": request.store_dtype,
+    }
+
+
+def check_space(run: Run, num_compared: int, console: Console) -> None:
+    """Say what the output takes, what the run still takes with its shards before they go, and what is free.
+
+    Args:
+        run: whose finished shards are there already.
+        num_compared: sequences that are compared with FP32.
+        console: where it is said.
+
+    Raises:
+        OSError: ENOSPC, when that is too little.
+    """
+    index, plan = run.index, run.plan
+    row = plan.hidden_size, len(plan.layers), STORE_DTYPES[plan.identity["store_dtype"]]
+    num_computed = index.num_records - index.num_identical
+    output = output_bytes(
+        index.num_records,
+        index.mean_id_bytes,
+        *row,
+        problems=[astuple(problem) for problem in index.problems],
+        num_compared=min(num_compared, num_computed),
+    )
+    num_left = plan.num_shards - len(run.finished(range(plan.num_shards)))
+    needed = output + shards_bytes(num_left, num_computed * num_left // plan.num_shards, *row)
+    folder = run.directory.output.parent
+    free = shutil.disk_usage(folder).free
+    sizes = (
+        f"the output takes about {byte_size(output)}, the run up to {byte_size(needed)} until it is merged; "
+        f"{byte_size(free)} are free in {folder}"
+    )
+    if needed > free:
+        raise OSError(errno.ENOSPC, sizes)
+    console.note(sizes)

@@ -1,0 +1,273 @@
+"""A claim: a file that says which process works on something, so that no second one does."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import secrets
+import socket
+import stat
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from esm_packed.runners.system.files import read_regular
+
+HEARTBEAT_SECONDS = 30.0
+STALE_SECONDS = 600.0
+
+
+class ClaimedError(RuntimeError):
+    """Another live process holds the claim.
+
+    Args:
+        holder: which one, for the terminal.
+        purpose: what it claims it for; empty where that is not known.
+    """
+
+    def __init__(self, holder: str, purpose: str = "") -> None:
+        super().__init__(holder)
+        self.purpose = purpose
+
+
+class Claim:
+    """A file that says who works on something. It is refreshed while the process lives, until released.
+
+    Args:
+        path: the file.
+        purpose: what it is claimed for, for others to read.
+        scratch: folder on the same file system for temporary files; the one of `path` if None.
+    """
+
+    def __init__(self, path: Path, purpose: str = "", scratch: Path | None = None) -> None:
+        self.path = path
+        self.purpose = purpose
+        self._scratch = path.parent if scratch is None else scratch
+        self._token = secrets.token_hex(8)
+        self._stopped = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def acquire(self) -> None:
+        """Take the claim, over from a holder that is gone if need be.
+
+        Raises:
+            ClaimedError: a live process holds it.
+            OSError: the folder cannot be written to.
+            RuntimeError: no thread can be started to refresh the claim.
+        """
+        holder = {
+            **_process_table(),
+            "pid": os.getpid(),
+            "process_started": _process_start(os.getpid()),
+            "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+            "purpose": self.purpose,
+            "token": self._token,
+            **_slurm_incarnation(),
+        }
+        # Linking a complete file is atomic also on NFS, where O_EXCL alone may leave an empty one behind.
+        draft = self._scratch / f"{self._token}.claim"
+        try:
+            draft.write_text(json.dumps(holder))
+            try:
+                while not _link(draft, self.path) and not self._take_over(draft):
+                    pass
+            except FileNotFoundError:
+                if not self.path.parent.is_dir():
+                    raise
+                raise ClaimedError(
+                    "another process, which has just swept this one's draft away", "cleaning up"
+                ) from None
+            self._start_refreshing()
+        except BaseException:
+            self.release()
+            raise
+        finally:
+            draft.unlink(missing_ok=True)
+
+    def is_held(self) -> bool:
+        """Whether the file still names this claim: a process that was stopped for long may have lost it."""
+        return holder_of(self.path).get("token") == self._token
+
+    def is_anothers(self) -> bool:
+        """Whether the file names another claim."""
+        return bool(holder_of(self.path).get("token", self._token) != self._token)
+
+    def release(self) -> None:
+        """Give the claim back; one that was never taken, or has been taken over, is left as it is."""
+        self._stopped.set()
+        if self._thread is not None:
+            self._thread.join()
+        if self.is_held():
+            self.path.unlink(missing_ok=True)
+
+    def _start_refreshing(self) -> None:
+        self._stopped.clear()
+        thread = threading.Thread(target=self._refresh, name=f"claim {self.path.name}", daemon=True)
+        thread.start()
+        self._thread = thread  # only now: one that did not start cannot be joined
+
+    def _refresh(self) -> None:
+        while not self._stopped.wait(HEARTBEAT_SECONDS):
+            with suppress(OSError):
+                os.utime(self.path)
+
+    def _take_over(self, draft: Path) -> bool:
+        """Replace the claim of a holder that is gone; False if the claim has changed meanwhile."""
+        now = draft.stat().st_mtime  # the clock of the file system
+        holder = holder_of(self.path)
+        successions: list[Path] = []
+        try:
+            if not stat.S_ISREG(self.path.lstat().st_mode):
+                raise OSError(errno.EINVAL, "is no regular file; delete it", str(self.path))
+            if _may_live(self.path, holder, now):
+                raise ClaimedError(describe_holder(holder), str(holder.get("purpose", "")))
+            # Whoever links this name is the successor of that one holder, and has a successor in turn if
+            # killed before the claim is replaced. A process that saw the old claim long ago may link one of
+            # the names, too, but finds another holder then.
+            predecessor = holder
+            while True:
+                successions.append(self._succession_of(predecessor))
+                if _link(draft, successions[-1]):
+                    break
+                predecessor = holder_of(successions[-1])
+                if _may_live(successions[-1], predecessor, now):
+                    raise ClaimedError("another process, which takes it over", "taking it over")
+        except FileNotFoundError:
+            return False
+        try:
+            if holder_of(self.path).get("token") != holder.get("token"):
+                return False
+            copy = draft.with_suffix(".copy")
+            _link(draft, copy)
+            copy.replace(self.path)
+            for succession in successions[:-1]:
+                succession.unlink(missing_ok=True)
+        finally:
+            successions[-1].unlink(missing_ok=True)
+        return True
+
+    def _succession_of(self, holder: dict[str, Any]) -> Path:
+        """The file that says who succeeds `holder`."""
+        generation = hashlib.sha256(repr(holder.get("token")).encode()).hexdigest()[:16]
+        return self._scratch / f"{self.path.name}.after-{generation}"
+
+    def __enter__(self) -> Claim:
+        self.acquire()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+def holder_of(path: Path) -> dict[str, Any]:
+    """What a claim says of who holds it; empty when there is none, or it says nothing."""
+    try:
+        holder = json.loads(read_regular(path))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return holder if isinstance(holder, dict) else {}
+
+
+def is_live(path: Path, now: float) -> bool:
+    """Whether there is a claim, and its holder shows signs of life.
+
+    Args:
+        path: of the claim.
+        now: seconds since the epoch by the clock of the file system.
+    """
+    try:
+        return _may_live(path, holder_of(path), now)
+    except FileNotFoundError:
+        return False
+
+
+def _may_live(path: Path, holder: dict[str, Any], now: float) -> bool:
+    """Whether `holder`, whose claim is `path`, shows signs of life, or none of death."""
+    return not _is_stale(path, now) and not _is_gone(holder)
+
+
+def _is_stale(path: Path, now: float) -> bool:
+    """Whether a claim was not refreshed for long; a time far ahead says nothing, and counts as long ago."""
+    return abs(now - path.lstat().st_mtime) >= STALE_SECONDS
+
+
+def describe_holder(holder: dict[str, Any]) -> str:
+    """As `process 17 on node3, since 2026-01-31 12:00:00`."""
+    return f"process {holder.get('pid', '?')} on {holder.get('host', '?')}, since {holder.get('since', '?')}"
+
+
+def _is_gone(holder: dict[str, Any]) -> bool:
+    """Whether the holder was a process of this host that does not live any more, or of this requeued job."""
+    mine = _slurm_incarnation()
+    if mine and mine["job"] == holder.get("job") and holder.get("restarts", 0) < mine["restarts"]:
+        return True
+    pid, started = holder.get("pid"), holder.get("process_started")
+    return (
+        all(holder.get(name) == value for name, value in _process_table().items())
+        and isinstance(pid, int)
+        and isinstance(started, str)
+        and 0 < pid < 1 << 31
+        and _process_start(pid) != started
+    )
+
+
+def _process_table() -> dict[str, str]:
+    """What names the table that a process number is looked up in: containers share a host, or its name."""
+    return {
+        "host": socket.gethostname(),
+        "boot": _text_of("/proc/sys/kernel/random/boot_id"),
+        "pid_namespace": _text_of("/proc/self/ns/pid"),
+    }
+
+
+def _text_of(path: str) -> str:
+    """A line of /proc, or where a link there points; empty on systems without."""
+    with suppress(OSError):
+        return str(Path(path).readlink()) if Path(path).is_symlink() else Path(path).read_text().strip()
+    return ""
+
+
+def _slurm_incarnation() -> dict[str, Any]:
+    """The Slurm job of this process, and how often it was requeued: its earlier processes are gone."""
+    job, restarts = os.environ.get("SLURM_JOB_ID", ""), os.environ.get("SLURM_RESTART_COUNT", "0")
+    return (
+        {"job": job, "restarts": int(restarts)} if job and restarts.isascii() and restarts.isdecimal() else {}
+    )
+
+
+def _link(source: Path, target: Path) -> bool:
+    """Make `target` a second name of `source`, or a copy where there are no links; False if it exists."""
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        return False
+    except FileNotFoundError:
+        raise
+    except OSError:
+        content = source.read_text()  # first: nothing may fail once the target is there
+        try:
+            with target.open("x") as file:
+                file.write(content)
+        except FileExistsError:
+            return False
+    return True
+
+
+def _process_start(pid: int) -> str:
+    """When a process of this host began, in clock ticks since boot; empty when it is gone."""
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return ""
+        except OSError:
+            pass
+        return "running"  # no /proc: a process of this number lives
+    fields = status.rpartition(")")[2].split()
+    return "" if fields[0] == "Z" else fields[19]

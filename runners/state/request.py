@@ -1,0 +1,102 @@
+"""What `esm-packed embed` is asked to do, and how that is read before any work begins."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from esm_packed.config import DEFAULT_MODEL, ESM2Config
+from esm_packed.errors import UsageError
+from esm_packed.numerics import PRECISIONS, Precision, resolve_precision
+from esm_packed.runners.input.fasta import ReadOptions
+from esm_packed.runners.state.slices import Slice
+
+STORE_DTYPES = {"fp32": "float32", "fp16": "float16"}
+
+
+@dataclass(frozen=True)
+class EmbedRequest:
+    """What `esm-packed embed` is asked to do.
+
+    Args:
+        inputs: FASTA files, `-` for standard input.
+        output: the HDF5 file to make.
+        model: as `ESM2.from_pretrained` takes it.
+        device: auto, cpu, cuda or cuda:INDEX.
+        devices: numbers of the GPUs to use, an empty tuple for all; None for `device` alone.
+        engine: auto, in-process or ray.
+        ray_address: of a Ray cluster, None for one of this machine alone.
+        workers: how many Ray actors; None for one on each GPU, or one on a machine without.
+        part: the slice of the shards to compute; None for all.
+        dtype: precision mode, or None for the device's default.
+        disable_fp16: compute in FP32 where a half type would be used.
+        attention: attention backend, or auto.
+        layout: one of `layouts.LAYOUTS`.
+        cuda_graphs: replay forward passes as CUDA graphs; for the layout `fixed` on a GPU.
+        layers: layers to keep, negative ones counted from the last; the last one listed is `embeddings`.
+        max_length: residues kept of each sequence; 0 keeps all.
+        token_budget: tokens in a pack, BOS and EOS included; None to measure or take the device's default.
+        read: the rules for the input.
+        threads: CPU threads of a worker, or None for torch's choice.
+        store_dtype: fp32 or fp16, of the stored embeddings.
+        fp32_compare: sequences that are computed in FP32, too, to report how far off the others are.
+        log_json: file that gets a line of metrics every few seconds.
+        overwrite: replace an output, or a run directory, of another run.
+        keep_run: leave the run directory when the output is made.
+        command: the command line, to be kept in the output; empty for none.
+    """
+
+    inputs: tuple[str, ...]
+    output: Path
+    model: str = DEFAULT_MODEL
+    device: str = "auto"
+    devices: tuple[int, ...] | None = None
+    engine: str = "auto"
+    ray_address: str | None = None
+    workers: int | None = None
+    part: Slice | None = None
+    dtype: str | None = None
+    disable_fp16: bool = False
+    attention: str = "auto"
+    layout: str = "packed"
+    cuda_graphs: bool = False
+    layers: tuple[int, ...] = (-1,)
+    max_length: int = 1022
+    token_budget: int | None = None
+    read: ReadOptions = field(default_factory=ReadOptions)
+    threads: int | None = None
+    store_dtype: str = "fp32"
+    fp32_compare: int = 0
+    log_json: Path | None = None
+    overwrite: bool = False
+    keep_run: bool = False
+    command: str = ""
+
+    def precision(self, device: torch.device) -> Precision:
+        """The precision mode on `device`.
+
+        Raises:
+            UsageError: there is no such mode on that device.
+        """
+        try:
+            precision = resolve_precision(self.dtype, device)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+        if self.disable_fp16 and precision.dtype in (torch.float16, torch.bfloat16):
+            return PRECISIONS["fp32"]
+        return precision
+
+    def resolved_layers(self, config: ESM2Config) -> list[int]:
+        """The layers counted from 0, each once; the last one is `embeddings`.
+
+        Raises:
+            UsageError: the model has no such layer.
+        """
+        try:
+            layers = [config.resolve_layer(layer) for layer in self.layers]
+        except ValueError as error:
+            raise UsageError(f"--layers: {error}") from error
+        # of a layer listed twice the last mention counts: it says which one `embeddings` is
+        return list(dict.fromkeys(reversed(layers)))[::-1]

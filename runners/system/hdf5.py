@@ -1,0 +1,100 @@
+"""HDF5 files written so that a full disk is an error, not a crash."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import h5py
+
+from esm_packed.runners.system.signals import signals_deferred
+
+
+class FailureKeepingFile(io.RawIOBase):
+    """A file for HDF5 to write to that never tells it about a failed write.
+
+    HDF5 2.0 crashes the process after a write fails (a full disk, a quota, an I/O error). The first failure
+    is kept for the writer to raise, and everything after it is dropped.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.failure: OSError | None = None
+        self._position = 0
+        self._end = 0
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+
+    def close(self) -> None:
+        if not self.closed:
+            os.close(self._descriptor)
+        super().close()
+
+    def readable(self) -> bool:
+        return True
+
+    def writable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._end}[whence]
+        self._position = start + offset
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        try:
+            count = os.preadv(self._descriptor, [buffer], self._position)
+        except OSError as error:
+            self.failure = self.failure or error
+            return 0
+        self._position += count
+        return count
+
+    def write(self, data: Any) -> int:
+        remaining = memoryview(data).cast("B")
+        size = len(remaining)
+        start, self._position = self._position, self._position + size
+        self._end = max(self._end, self._position)
+        while remaining and self.failure is None:
+            try:
+                written = os.pwrite(self._descriptor, remaining, start)
+            except OSError as error:
+                self.failure = error
+            else:
+                remaining = remaining[written:]
+                start += written
+        return size
+
+    def truncate(self, size: int | None = None) -> int:
+        self._end = self._position if size is None else size
+        if self.failure is None:
+            try:
+                os.ftruncate(self._descriptor, self._end)
+            except OSError as error:
+                self.failure = error
+        return self._end
+
+
+@contextmanager
+def hdf5_output(path: Path) -> Iterator[Any]:
+    """A new HDF5 file; a failed write is raised as what it was when the block ends, or before."""
+    output = FailureKeepingFile(path)
+    try:
+        with signals_deferred():
+            try:
+                with h5py.File(output, "w") as file:
+                    yield file
+            finally:
+                output.close()
+    finally:
+        if output.failure is not None:
+            raise output.failure

@@ -1,0 +1,73 @@
+"""What a pipeline measures of itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+SHARDS_AHEAD = 2
+"""Computed shards that wait to be written before computing waits for them."""
+
+STAGES = ("reading", "copying", "computing", "writing")
+
+
+@dataclass
+class StageTimes:
+    """Seconds each stage was at work, and what went through."""
+
+    reading: float = 0.0
+    copying: float = 0.0
+    computing: float = 0.0
+    writing: float = 0.0
+    wall: float = 0.0
+    tokens: int = 0
+    residues: int = 0
+    sequences: int = 0
+    packs: int = 0
+    overlong_packs: int = 0
+    """Packs of one sequence that is longer than the budget."""
+    tokens_in_budget: int = 0
+    """Tokens of sequences in the other packs, padding not counted."""
+    packs_queued: int = 0
+    """Packs that were ready when one was taken, summed over packs: near zero, the device waited for packs."""
+    num_halved: int = 0
+
+    def add(self, other: StageTimes) -> None:
+        """Count what `other` measured, too."""
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
+
+    def packing_efficiency(self, token_budget: int) -> float:
+        """Tokens over (packs x budget) without overlong packs; 1 if there is no other."""
+        packs = self.packs - self.overlong_packs
+        return self.tokens_in_budget / (packs * token_budget) if packs else 1.0
+
+    @property
+    def busy(self) -> float:
+        """Share of the wall time in which the device computed."""
+        return self.computing / self.wall if self.wall else 0.0
+
+    @property
+    def bottleneck(self) -> str:
+        """The stage that was at work for the longest."""
+        return max(STAGES, key=lambda stage: float(getattr(self, stage)))
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A pipeline at one moment.
+
+    Args:
+        times: so far.
+        shard: being computed; None between shards.
+        packs_waiting: laid out and ready.
+        shards_waiting: computed and not yet written.
+        memory_bytes: allocated on the device, None where it does not say.
+        utilization: of the device in percent, None where it does not say.
+    """
+
+    times: StageTimes
+    shard: int | None
+    packs_waiting: int
+    shards_waiting: int
+    memory_bytes: int | None
+    utilization: int | None
