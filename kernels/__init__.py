@@ -25,61 +25,54 @@ __all__ = [
     "segment_mean",
 ]
 
+
 embed_tokens = operation(
     reference.embed_tokens,
     "embedding",
-    lambda input_ids, cu_seqlens, weight, mask_id, out_dtype: (
-        weight.new_empty(input_ids.shape[0], weight.shape[1], dtype=out_dtype),
-        weight.new_empty(input_ids.shape[0], dtype=torch.int32),
+    lambda a: (
+        a.weight.new_empty(a.input_ids.shape[0], a.weight.shape[1], dtype=a.out_dtype),
+        a.weight.new_empty(a.input_ids.shape[0], dtype=torch.int32),
     ),
     decides="weight",
 )
-rotary_qk_ = operation(
-    reference.rotary_qk_, "rotary", lambda qkv, cos, sin, position_ids: None, mutates=["qkv"]
-)
-rotary_qk_packed_ = operation(
-    reference.rotary_qk_packed_, "rotary", lambda qkv, cos, sin, cu_seqlens: None, mutates=["qkv"]
-)
+rotary_qk_ = operation(reference.rotary_qk_, "rotary", mutates=["qkv"])
+rotary_qk_packed_ = operation(reference.rotary_qk_packed_, "rotary", mutates=["qkv"])
 packed_attention = operation(
-    reference.packed_attention,
-    "attention",
-    lambda query, key, value, cu_seqlens, max_seqlen, softmax_scale, input_precision="ieee": query.new_empty(
-        query.shape
-    ),
+    reference.packed_attention, "attention", lambda a: a.query.new_empty(a.query.shape)
 )
 layer_norm = operation(
     reference.layer_norm,
     "layernorm",
-    lambda hidden_states, weight, bias, eps: hidden_states.new_empty(hidden_states.shape, dtype=weight.dtype),
+    lambda a: a.hidden_states.new_empty(a.hidden_states.shape, dtype=a.weight.dtype),
 )
 add_layer_norm_ = operation(
     reference.add_layer_norm_,
     "layernorm",
-    lambda delta, residual, weight, bias, eps: delta.new_empty(delta.shape, dtype=weight.dtype),
+    lambda a: a.delta.new_empty(a.delta.shape, dtype=a.weight.dtype),
     mutates=["residual"],
 )
 linear_gelu = operation(
     matmul.linear_gelu,
     "gemm",
-    lambda hidden_states, weight, bias: hidden_states.new_empty(hidden_states.shape[0], weight.shape[0]),
+    lambda a: a.hidden_states.new_empty(a.hidden_states.shape[0], a.weight.shape[0]),
 )
-bias_gelu_ = operation(
-    reference.bias_gelu_, "gelu", lambda hidden_states, bias: None, mutates=["hidden_states"]
-)
+bias_gelu_ = operation(reference.bias_gelu_, "gelu", mutates=["hidden_states"])
 segment_mean = operation(
     reference.segment_mean,
     "pooling",
-    lambda hidden_states, cu_seqlens: hidden_states.new_empty(
-        cu_seqlens.shape[0] - 1, hidden_states.shape[1], dtype=reference.statistics_dtype(hidden_states.dtype)
+    lambda a: a.hidden_states.new_empty(
+        a.cu_seqlens.shape[0] - 1,
+        a.hidden_states.shape[1],
+        dtype=reference.statistics_dtype(a.hidden_states.dtype),
     ),
 )
 check_numerics = operation(
     reference.check_numerics,
     "numerics_check",
-    lambda hidden_states, cu_seqlens: (
-        hidden_states.new_empty(
-            cu_seqlens.shape[0] - 1, dtype=reference.statistics_dtype(hidden_states.dtype)
+    lambda a: (
+        a.hidden_states.new_empty(
+            a.cu_seqlens.shape[0] - 1, dtype=reference.statistics_dtype(a.hidden_states.dtype)
         ),
-        hidden_states.new_empty(cu_seqlens.shape[0] - 1, dtype=torch.bool),
+        a.hidden_states.new_empty(a.cu_seqlens.shape[0] - 1, dtype=torch.bool),
     ),
 )

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from esm_packed.kernels import launch
-from esm_packed.kernels.launch import Settings, check_contiguous, launch_settings, next_power_of_2
+from esm_packed.kernels.launch import Settings, check_contiguous, grid, launch_settings, next_power_of_2
 
 
 @triton.jit
@@ -171,7 +171,7 @@ def packed_attention(
         raise ValueError(f"input_precision {input_precision!r} is none of 'ieee', 'tf32', 'tf32x3'")
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     kernel = "packed_attention"
-    if query.dtype == torch.float32:
+    if query.dtype == torch.float32 and input_precision != "ieee":
         kernel += f"_{input_precision}"
     heuristic = _heuristic(head_dim, query.dtype, input_precision, launch.capability(query.device))
     settings = launch_settings(kernel, head_dim, query, heuristic)
@@ -211,3 +211,35 @@ def _heuristic(head_dim: int, dtype: torch.dtype, input_precision: str, capabili
     elif input_precision == "tf32x3" and head_dim > 64:
         block_n = 16
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": num_warps, "num_stages": 2}
+
+
+_CANDIDATES = {
+    "half": grid(
+        "BLOCK_M BLOCK_N num_warps",
+        [
+            (32, 64, 4), (64, 32, 4), (64, 64, 4), (64, 64, 8), (64, 128, 4), (64, 128, 8),
+            (128, 32, 4), (128, 32, 8), (128, 64, 4), (128, 64, 8), (128, 128, 4), (128, 128, 8),
+        ],
+        num_stages=(2, 3, 4),
+    ),
+    "tf32": grid(
+        "BLOCK_M BLOCK_N num_warps",
+        [
+            (32, 32, 4), (64, 32, 4), (64, 32, 8), (64, 64, 4), (64, 64, 8), (128, 32, 4), (128, 32, 8),
+            (128, 64, 8),
+        ],
+        num_stages=(1, 2, 3),
+    ),
+    "fp32": grid(
+        "BLOCK_M BLOCK_N num_warps",
+        [(16, 16, 4), (32, 16, 4), (32, 16, 8), (32, 32, 4), (32, 32, 8), (64, 16, 8), (64, 32, 8)],
+        num_stages=(1, 2),
+    ),
+}  # fmt: skip
+
+
+def candidates(dtype: torch.dtype, input_precision: str) -> list[Settings]:
+    """Settings to try on a GPU."""
+    if dtype != torch.float32:
+        return _CANDIDATES["half"]
+    return _CANDIDATES["tf32" if input_precision == "tf32" else "fp32"]

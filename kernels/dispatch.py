@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 from collections.abc import Callable, Iterable
 from functools import cache, wraps
+from types import SimpleNamespace
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -25,7 +27,7 @@ def uses_triton(tensor: torch.Tensor) -> bool:
 def operation(
     eager: Callable[P, R],
     module: str,
-    like: Callable[P, R],
+    like: Callable[[Any], R] | None = None,
     *,
     mutates: Iterable[str] = (),
     decides: str | None = None,
@@ -38,7 +40,8 @@ def operation(
     Args:
         eager: plain PyTorch; its name, signature and docstring are the operation's.
         module: submodule of `esm_packed.kernels` whose function of the same name launches Triton kernels.
-        like: makes empty results of the right shape, for tracing.
+        like: of a namespace of the arguments makes empty results of the right shape, for tracing; None where
+            nothing is returned.
         mutates: arguments modified in place.
         decides: the argument whose device and dtype choose the implementation; the first by default.
     """
@@ -64,7 +67,12 @@ def operation(
     mutates = tuple(mutates)
     schema = torch.library.infer_schema(eager, mutates_args=mutates)
     registered: Any = torch.library.custom_op(f"esm_packed::{name}", run, mutates_args=mutates, schema=schema)
-    registered.register_fake(like)
+    signature = inspect.signature(eager)
+
+    def fake(*args: P.args, **kwargs: P.kwargs) -> R | None:
+        return like(SimpleNamespace(**signature.bind(*args, **kwargs).arguments)) if like else None
+
+    registered.register_fake(fake)
 
     @wraps(eager)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from esm_packed.kernels.launch import check_contiguous, launch_settings
+from esm_packed.kernels.launch import Settings, check_contiguous, grid, launch_settings
 from esm_packed.kernels.reference import TRAINED_KEEP_RATIO
 from esm_packed.kernels.segments import segment_bounds
 
@@ -76,12 +76,7 @@ def embed_tokens(
     total_tokens, hidden_size = input_ids.numel(), weight.shape[1]
     embeddings = torch.empty(total_tokens, hidden_size, dtype=out_dtype, device=weight.device)
     position_ids = torch.empty(total_tokens, dtype=torch.int32, device=weight.device)
-    settings = launch_settings(
-        "embed_tokens",
-        hidden_size,
-        weight,
-        {"BLOCK_T": 8, "BLOCK_N": 256, "BLOCK_S": 128, "BLOCK_C": 128, "num_warps": 4},
-    )
+    settings = launch_settings("embed_tokens", hidden_size, weight, _HEURISTIC)
     _embed_tokens_kernel[(triton.cdiv(total_tokens, settings["BLOCK_T"]),)](
         input_ids,
         cu_seqlens,
@@ -96,3 +91,9 @@ def embed_tokens(
         **settings,
     )
     return embeddings, position_ids
+
+
+_HEURISTIC: Settings = {"BLOCK_T": 8, "BLOCK_N": 256, "BLOCK_S": 128, "BLOCK_C": 128, "num_warps": 4}
+CANDIDATES = grid(
+    "BLOCK_S BLOCK_C", [(128, 128)], BLOCK_T=(4, 8, 16), BLOCK_N=(128, 256, 512), num_warps=(4, 8)
+)

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from esm_packed.kernels.launch import check_contiguous, launch_settings
+from esm_packed.kernels.launch import Settings, check_contiguous, grid, launch_settings, tiles
 
 
 @triton.jit
@@ -57,10 +57,14 @@ def bias_gelu_(hidden_states: torch.Tensor, bias: torch.Tensor) -> None:
     check_contiguous(hidden_states=hidden_states, bias=bias)
     if bias.shape != (width,):
         raise ValueError(f"bias must be ({width},), got {tuple(bias.shape)}")
-    settings = launch_settings(
-        "bias_gelu_", width, hidden_states, {"BLOCK_T": 8, "BLOCK_N": 256, "num_warps": 4}
-    )
+    settings = launch_settings("bias_gelu_", width, hidden_states, _HEURISTIC)
     num_row_blocks = triton.cdiv(total_tokens, settings["BLOCK_T"])
     _bias_gelu_kernel[(num_row_blocks * triton.cdiv(width, settings["BLOCK_N"]),)](
         hidden_states, bias, total_tokens, WIDTH=width, **settings
     )
+
+
+_HEURISTIC: Settings = {"BLOCK_T": 8, "BLOCK_N": 256, "num_warps": 4}
+CANDIDATES = grid(
+    "BLOCK_T BLOCK_N num_warps", tiles((2, 4, 8, 16), (128, 256, 512, 1024), (4, 8), least=8, most=32)
+)

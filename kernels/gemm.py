@@ -10,7 +10,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from esm_packed.kernels import launch
 from esm_packed.kernels.gelu import bias_gelu_, exact_gelu
-from esm_packed.kernels.launch import Settings, check_contiguous, launch_settings, num_multiprocessors
+from esm_packed.kernels.launch import Settings, check_contiguous, grid, launch_settings, num_multiprocessors
 
 
 @triton.jit(do_not_specialize=["total_tokens"])
@@ -117,3 +117,14 @@ _HEURISTIC: Settings = {
     "num_warps": 8,
     "num_stages": 3,
 }
+CANDIDATES = grid(
+    "BLOCK_M BLOCK_N BLOCK_K num_warps num_stages",
+    [
+        (64, 128, 64, 4, 3), (64, 128, 64, 4, 4), (64, 256, 64, 4, 3), (64, 256, 64, 8, 4),
+        (128, 64, 64, 4, 3), (128, 64, 64, 4, 4), (128, 128, 32, 4, 4), (128, 128, 64, 4, 3),
+        (128, 128, 64, 4, 4), (128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 128, 128, 8, 2),
+        (128, 256, 32, 8, 4), (128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (256, 128, 64, 8, 3),
+        (256, 128, 64, 8, 4),
+    ],
+    GROUP_M=(8, 16),
+)  # fmt: skip

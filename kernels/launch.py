@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import json
+import math
 import re
 import warnings
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -68,6 +71,22 @@ def launch_settings(kernel: str, size: int, tensor: torch.Tensor, heuristic: Set
     tuned = {name: value for name, value in tuned.items() if name in heuristic or name == "num_stages"}
     # Triton announces that from 3.10 on fused multiply-adds are off unless asked for.
     return {"enable_fp_fusion": True, **heuristic, **tuned}
+
+
+def grid(names: str, rows: Iterable[Sequence[int]], **more: Sequence[int]) -> list[Settings]:
+    """Candidates for tuning: every row, its values called `names`, with every choice from `more`."""
+    keys = [*names.split(), *more]
+    choices = list(itertools.product(*more.values()))
+    return [dict(zip(keys, (*row, *choice), strict=True)) for row in rows for choice in choices]
+
+
+def tiles(*axes: Sequence[int], least: int, most: int, width: int = 1) -> list[tuple[int, ...]]:
+    """Tiles, number of warps last, of items `width` wide that give a thread `least` to `most` elements."""
+    return [
+        tile
+        for tile in itertools.product(*axes)
+        if least <= math.prod(tile[:-1]) * width / (32 * tile[-1]) <= most
+    ]
 
 
 @cache

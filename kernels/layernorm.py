@@ -6,7 +6,14 @@ import torch
 import triton
 import triton.language as tl
 
-from esm_packed.kernels.launch import Settings, check_contiguous, launch_settings, next_power_of_2
+from esm_packed.kernels.launch import (
+    Settings,
+    check_contiguous,
+    grid,
+    launch_settings,
+    next_power_of_2,
+    tiles,
+)
 
 
 @triton.jit(do_not_specialize=["total_tokens"])
@@ -96,3 +103,10 @@ def _heuristic(hidden_size: int) -> Settings:
     block = next_power_of_2(hidden_size)
     rows = max(1, 2048 // block)
     return {"BLOCK_T": rows, "num_warps": min(16, max(4, rows * block // 512))}
+
+
+def candidates(hidden_size: int) -> list[Settings]:
+    """Settings to try on a GPU."""
+    width = next_power_of_2(hidden_size)
+    rows = tiles((1, 2, 4, 8, 16), (1, 2, 4, 8, 16, 32), width=width, least=4, most=32)
+    return grid("BLOCK_T num_warps", rows)

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from esm_packed.kernels.launch import check_contiguous, launch_settings
+from esm_packed.kernels.launch import Settings, check_contiguous, grid, launch_settings, tiles
 
 
 @triton.jit
@@ -38,10 +38,14 @@ def segment_mean(hidden_states: torch.Tensor, cu_seqlens: torch.Tensor) -> torch
     num_sequences = cu_seqlens.numel() - 1
     check_contiguous(hidden_states=hidden_states, cu_seqlens=cu_seqlens)
     means = torch.empty(num_sequences, hidden_size, dtype=torch.float32, device=hidden_states.device)
-    settings = launch_settings(
-        "segment_mean", hidden_size, hidden_states, {"BLOCK_T": 64, "BLOCK_N": 64, "num_warps": 4}
-    )
+    settings = launch_settings("segment_mean", hidden_size, hidden_states, _HEURISTIC)
     _segment_mean_kernel[(num_sequences, triton.cdiv(hidden_size, settings["BLOCK_N"]))](
         hidden_states, cu_seqlens, means, HIDDEN_SIZE=hidden_size, **settings
     )
     return means
+
+
+_HEURISTIC: Settings = {"BLOCK_T": 64, "BLOCK_N": 64, "num_warps": 4}
+CANDIDATES = grid(
+    "BLOCK_T BLOCK_N num_warps", tiles((16, 32, 64, 128), (64, 128, 256), (4, 8), least=8, most=64)
+)

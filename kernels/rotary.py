@@ -6,7 +6,14 @@ import torch
 import triton
 import triton.language as tl
 
-from esm_packed.kernels.launch import check_contiguous, launch_settings, next_power_of_2
+from esm_packed.kernels.launch import (
+    Settings,
+    check_contiguous,
+    grid,
+    launch_settings,
+    next_power_of_2,
+    tiles,
+)
 from esm_packed.kernels.segments import segment_bounds
 
 
@@ -91,9 +98,7 @@ def _launch(
                 f"{name} must be contiguous float32 (max_positions, {head_dim // 2}), "
                 f"got {table.dtype} {tuple(table.shape)}"
             )
-    block_d = next_power_of_2(head_dim // 2)
-    heuristic = {"BLOCK_T": 4, "BLOCK_H": max(1, 256 // block_d), "num_warps": 4}  # 8 elements a thread
-    settings = launch_settings("rotary_qk_", head_dim, qkv, heuristic)
+    settings = launch_settings("rotary_qk_", head_dim, qkv, _heuristic(head_dim))
     _rotary_qk_kernel[(triton.cdiv(total_tokens, settings["BLOCK_T"]),)](
         qkv,
         cos,
@@ -105,7 +110,19 @@ def _launch(
         0 if cu_seqlens is None else cu_seqlens.numel() - 1,
         NUM_HEADS=2 * num_heads,
         HEAD_DIM=head_dim,
-        BLOCK_D=block_d,
+        BLOCK_D=next_power_of_2(head_dim // 2),
         BLOCK_S=128,
         **settings,
     )
+
+
+def _heuristic(head_dim: int) -> Settings:
+    # 8 elements a thread
+    return {"BLOCK_T": 4, "BLOCK_H": max(1, 256 // next_power_of_2(head_dim // 2)), "num_warps": 4}
+
+
+def candidates(head_dim: int) -> list[Settings]:
+    """Settings to try on a GPU."""
+    width = next_power_of_2(head_dim // 2)
+    rows = tiles((1, 2, 4, 8), (4, 8, 16, 32), (2, 4, 8), width=width, least=4, most=16)
+    return grid("BLOCK_T BLOCK_H num_warps", rows)

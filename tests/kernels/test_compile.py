@@ -15,6 +15,8 @@ pytest.importorskip("triton")
 
 from stub_driver import SHARED_MEMORY
 
+from esm_packed.kernels.cases import CASES
+
 # A minute of compilation, which on a busy machine takes many.
 pytestmark = pytest.mark.timeout(1800)
 
@@ -43,8 +45,8 @@ def compile_offline(cache: Path, *arguments: str) -> dict[str, Any]:
 
 def gpus_that_run(kernel: str) -> set[str]:
     """Before sm_80 attention is SDPA's, and the fused matrix product is not chosen."""
-    oldest = 80 if kernel.split("/")[0] in ("packed_attention", "gemm_bias_gelu") else 75
-    return {str(capability) for capability in SHARED_MEMORY if capability >= oldest}
+    since = CASES[kernel.split("/")[0]].since
+    return {str(capability) for capability in SHARED_MEMORY if capability >= since}
 
 
 def complaints(compiled: dict[str, Any]) -> list[str]:
@@ -94,10 +96,14 @@ def test_kernels_compile_well(compiled: dict[str, Any]) -> None:
 def test_matrix_units_are_used(compiled: dict[str, Any]) -> None:
     """Half types and TF32 run on tensor cores; genuine FP32 must not."""
     kernels = compiled["kernels"]
-    for name in ("packed_attention/64/float16", "packed_attention/64/tf32", "gemm_bias_gelu/1280/float16"):
+    for name in (
+        "packed_attention/64/float16",
+        "packed_attention_tf32/64/float32",
+        "gemm_bias_gelu/1280/float16",
+    ):
         assert kernels[name]["90"]["matrix_units"] == ["HGMMA"], name
-    assert kernels["packed_attention/64/tf32x3"]["90"]["matrix_units"] == ["HMMA"]
-    assert kernels["packed_attention/64/ieee"]["90"]["matrix_units"] == []
+    assert kernels["packed_attention_tf32x3/64/float32"]["90"]["matrix_units"] == ["HMMA"]
+    assert kernels["packed_attention/64/float32"]["90"]["matrix_units"] == []
 
 
 OFFSETS = """

@@ -13,46 +13,46 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from small_cases import CPU, SMALL, Widths, example
 from tolerances import assert_as_close_as_pytorch
 
 from esm_packed import kernels
-from esm_packed.kernels import launch, matmul, reference
-from esm_packed.packing import PackedBatch
+from esm_packed.config import ESM2_MODELS
+from esm_packed.kernels import launch
+from esm_packed.kernels.cases import CASES, HALF_DTYPES, MASK_ID, Arguments, Workload
 
 # Where tests are about infinities, numpy would report each that the interpreter meets.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 
-Arguments = dict[str, Any]
-
 NAN, INF = float("nan"), float("inf")
-MASK_ID = 32
-VOCAB_SIZE = 33
-EPS = 1e-5
-HALF_TYPES = [torch.float16, torch.bfloat16]
-DTYPES = [torch.float32, *HALF_TYPES]
+DTYPES = [torch.float32, *HALF_DTYPES]
 HEAD_DIMS = [16, 24, 32, 64, 128]
-HEADS = [(20, 16), (20, 24), (20, 32), (20, 64), (40, 64), (40, 128)]
-"""(num_heads, head_dim) of ESM-2's six sizes."""
-HIDDEN_SIZES = [320, 480, 640, 1280, 2560, 5120]
+MODELS = [
+    Widths(config.hidden_size, config.num_heads, config.head_dim, config.ffn_size)
+    for config in ESM2_MODELS.values()
+]
 
 BOUNDARIES = [3, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129]
 """Lengths around the blocks of every kernel."""
 ONE = [50]
-MANY = [3] * 300
+MANY = [3] * 150
+"""More boundaries than a kernel looks at in one step."""
 LONG_AMONG_SHORT = [3, 5, 200, 4, 3]
 WITH_EMPTY = [5, 0, 0, 20, 3, 0, 17, 0, 0, 0]
 """Empty sequences inside, and behind the last as a cu_seqlens of fixed size is filled up."""
 PACKS = {
     "boundaries": BOUNDARIES,
     "one": ONE,
-    "300 short": MANY,
+    "150 short": MANY,
     "long among short": LONG_AMONG_SHORT,
     "with empty": WITH_EMPTY,
     "empty first": [0, 0, 7, 18],
 }
 all_packs = pytest.mark.parametrize("lengths", PACKS.values(), ids=PACKS.keys())
 all_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-half_types = pytest.mark.parametrize("dtype", HALF_TYPES, ids=str)
+half_types = pytest.mark.parametrize("dtype", HALF_DTYPES, ids=str)
+OPERATIONS = [case.name for case in CASES.values() if torch.float16 in case.dtypes]
+all_operations = pytest.mark.parametrize("name", OPERATIONS)
 
 GUARD = 1 << 16
 """Poisoned elements on each side of arguments and results, more than a block holds."""
@@ -121,153 +121,17 @@ def launches(triton_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> li
 
 
 def cu_seqlens_of(lengths: list[int]) -> torch.Tensor:
-    return F.pad(torch.tensor(lengths, dtype=torch.int64).cumsum(0), (1, 0)).int()
-
-
-def position_ids_of(lengths: list[int]) -> torch.Tensor:
-    ids = torch.zeros(sum(lengths), dtype=torch.int32)
-    return PackedBatch(ids, cu_seqlens_of(lengths), max(lengths, default=0)).position_ids
-
-
-def random_ids(lengths: list[int], masked_share: float = 0.3) -> torch.Tensor:
-    input_ids = torch.randint(4, 24, (sum(lengths),), dtype=torch.int32)
-    input_ids[torch.rand(len(input_ids)) < masked_share] = MASK_ID
-    cu_seqlens = cu_seqlens_of(lengths)
-    input_ids[cu_seqlens[:-1][cu_seqlens.diff() > 0].long()] = 0
-    return input_ids
-
-
-def embedding_arguments(lengths: list[int], dtype: torch.dtype, hidden_size: int = 48) -> Arguments:
-    return {
-        "input_ids": random_ids(lengths),
-        "cu_seqlens": cu_seqlens_of(lengths),
-        "weight": torch.randn(VOCAB_SIZE, hidden_size).to(dtype),
-        "mask_id": MASK_ID,
-        "out_dtype": torch.float32,
-    }
-
-
-def rotary_arguments(
-    lengths: list[int], dtype: torch.dtype, num_heads: int = 5, head_dim: int = 24, packed: bool = False
-) -> Arguments:
-    inv_freq = 1 / 10000 ** (torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-    angles = torch.outer(torch.arange(max(lengths, default=0), dtype=torch.float64), inv_freq)
-    where = {"cu_seqlens": cu_seqlens_of(lengths)} if packed else {"position_ids": position_ids_of(lengths)}
-    return {
-        "qkv": torch.randn(sum(lengths), 3, num_heads, head_dim).to(dtype),
-        "cos": angles.cos().float(),
-        "sin": angles.sin().float(),
-        **where,
-    }
-
-
-def attention_arguments(
-    lengths: list[int], dtype: torch.dtype, num_heads: int = 2, head_dim: int = 24
-) -> Arguments:
-    """Scores far from uniform, so that a key too many or too few is seen."""
-    query, key, value = torch.randn(3, sum(lengths), num_heads, head_dim).to(dtype)
-    return {
-        "query": query * 2,
-        "key": key,
-        "value": value,
-        "cu_seqlens": cu_seqlens_of(lengths),
-        "max_seqlen": max(lengths, default=0),
-        "softmax_scale": head_dim**-0.5,
-    }
-
-
-def norm_arguments(num_tokens: int, dtype: torch.dtype, hidden_size: int = 48) -> Arguments:
-    return {
-        "hidden_states": (torch.randn(num_tokens, hidden_size) * 5 + 1).to(dtype),
-        "weight": torch.randn(hidden_size).to(dtype),
-        "bias": torch.randn(hidden_size).to(dtype),
-        "eps": EPS,
-    }
-
-
-def add_norm_arguments(
-    num_tokens: int, dtype: torch.dtype, residual_dtype: torch.dtype, hidden_size: int = 48
-) -> Arguments:
-    arguments = norm_arguments(num_tokens, dtype, hidden_size)
-    residual = (torch.randn(num_tokens, hidden_size) * 20).to(residual_dtype)
-    return {"delta": arguments.pop("hidden_states"), "residual": residual, **arguments}
-
-
-def gelu_arguments(num_tokens: int, dtype: torch.dtype, width: int = 48) -> Arguments:
-    return {
-        "hidden_states": (torch.randn(num_tokens, width) * 3).to(dtype),
-        "bias": torch.randn(width).to(dtype),
-    }
-
-
-def linear_arguments(
-    num_tokens: int, dtype: torch.dtype, in_features: int = 48, out_features: int = 80
-) -> Arguments:
-    return {
-        "hidden_states": torch.randn(num_tokens, in_features).to(dtype),
-        "weight": (torch.randn(out_features, in_features) / in_features**0.5).to(dtype),
-        "bias": torch.randn(out_features).to(dtype),
-    }
-
-
-def pooling_arguments(lengths: list[int], dtype: torch.dtype, hidden_size: int = 48) -> Arguments:
-    return {
-        "hidden_states": (torch.randn(sum(lengths), hidden_size) * 3 + 1).to(dtype),
-        "cu_seqlens": cu_seqlens_of(lengths),
-    }
-
-
-EXAMPLES: dict[str, Callable[[list[int], torch.dtype], Arguments]] = {
-    "embed_tokens": embedding_arguments,
-    "rotary_qk_": rotary_arguments,
-    "rotary_qk_packed_": lambda lengths, dtype: rotary_arguments(lengths, dtype, packed=True),
-    "packed_attention": attention_arguments,
-    "layer_norm": lambda lengths, dtype: norm_arguments(sum(lengths), dtype),
-    "add_layer_norm_": lambda lengths, dtype: add_norm_arguments(sum(lengths), dtype, torch.float32),
-    "linear_gelu": lambda lengths, dtype: linear_arguments(sum(lengths), dtype),
-    "gemm_bias_gelu": lambda lengths, dtype: linear_arguments(sum(lengths), dtype),
-    "bias_gelu_": lambda lengths, dtype: gelu_arguments(sum(lengths), dtype),
-    "segment_mean": pooling_arguments,
-    "check_numerics": pooling_arguments,
-}
-all_operations = pytest.mark.parametrize("name", EXAMPLES)
-
-MODIFIED = {
-    "rotary_qk_": "qkv",
-    "rotary_qk_packed_": "qkv",
-    "add_layer_norm_": "residual",
-    "bias_gelu_": "hidden_states",
-}
-
-
-def kernel(name: str) -> Callable[..., Any]:
-    if name == "gemm_bias_gelu":
-        from esm_packed.kernels import gemm
-
-        return gemm.gemm_bias_gelu
-    function: Callable[..., Any] = getattr(kernels, name)
-    return function
-
-
-def in_pytorch(name: str) -> Callable[..., Any]:
-    if name in ("linear_gelu", "gemm_bias_gelu"):
-        return matmul.linear_gelu
-    function: Callable[..., Any] = getattr(reference, name)
-    return function
+    return Workload(SMALL, lengths, CPU).cu_seqlens
 
 
 def call(name: str, function: Callable[..., Any], arguments: Arguments) -> list[torch.Tensor]:
     """What `function` returns, and then what it leaves in the argument it modifies."""
-    returned = function(**arguments)
-    results = [] if returned is None else list(returned) if isinstance(returned, tuple) else [returned]
-    if name in MODIFIED:
-        results.append(arguments[MODIFIED[name]])
-    return [result.cpu() for result in results]
+    return [result.cpu() for result in CASES[name].results(function, arguments).values()]
 
 
 def run(name: str, arguments: Arguments, device: torch.device) -> list[torch.Tensor]:
     """The results of the Triton kernel on copies of `arguments`."""
-    return call(name, kernel(name), moved(arguments, device))
+    return call(name, CASES[name].function, moved(arguments, device))
 
 
 def moved(arguments: Arguments, device: torch.device) -> Arguments:
@@ -280,13 +144,7 @@ def moved(arguments: Arguments, device: torch.device) -> Arguments:
 
 def expect(name: str, arguments: Arguments, dtype: torch.dtype | None = None) -> list[torch.Tensor]:
     """The results of the reference on copies of `arguments`, with all that is floating point in `dtype`."""
-
-    def copied(value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            return value.to(dtype if value.is_floating_point() else None, copy=True)
-        return dtype if dtype and isinstance(value, torch.dtype) else value
-
-    return call(name, in_pytorch(name), {key: copied(value) for key, value in arguments.items()})
+    return list(CASES[name].truth(arguments, dtype).values())
 
 
 def check(name: str, arguments: Arguments, device: torch.device) -> list[torch.Tensor]:
@@ -308,35 +166,54 @@ def assert_identical(actual: list[torch.Tensor], expected: list[torch.Tensor]) -
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
 
 
+def sizes() -> Iterator[Any]:
+    """Each kernel that memory limits, in each dtype it serves, at the widths of each model."""
+    for case in CASES.values():
+        for dtype in case.dtypes if case.num_flops is None else ():
+            residual_dtypes = {dtype: "", torch.float32: "+float32"} if case.streams else {dtype: ""}
+            for residual_dtype, suffix in residual_dtypes.items():
+                for widths in MODELS:
+                    name = f"{case}-{launch.dtype_name(dtype)}{suffix}-{widths.hidden_size}"
+                    yield pytest.param(case.name, dtype, residual_dtype, widths, id=name)
+
+
+@pytest.mark.parametrize("name, dtype, residual_dtype, widths", list(sizes()))
+def test_every_size(
+    name: str,
+    dtype: torch.dtype,
+    residual_dtype: torch.dtype,
+    widths: Widths,
+    triton_device: torch.device,
+) -> None:
+    arguments = example(name, [3, 6], dtype, widths, residual_dtype)
+    actual = check(name, arguments, triton_device)
+    if name == "add_layer_norm_":
+        assert torch.equal(actual[1], expect(name, arguments)[1])
+    if name == "check_numerics":
+        assert_identical(actual, expect(name, arguments))
+    if name.startswith("rotary"):
+        assert torch.equal(actual[0][:, 2], arguments["qkv"][:, 2])
+        assert not torch.equal(actual[0][:, :2], arguments["qkv"][:, :2])
+
+
 @all_packs
 @pytest.mark.parametrize("mask_id", [MASK_ID, None], ids=["dropout", "plain"])
 def test_embed_tokens_in_every_pack(
     lengths: list[int], mask_id: int | None, triton_device: torch.device
 ) -> None:
-    arguments = embedding_arguments(lengths, torch.float32) | {"mask_id": mask_id}
+    arguments = example("embed_tokens", lengths, torch.float32) | {"mask_id": mask_id}
+    if mask_id is None:
+        arguments["input_ids"] = arguments["input_ids"].long()
     embeddings, position_ids = check("embed_tokens", arguments, triton_device)
     assert position_ids.dtype == torch.int32
-    assert torch.equal(position_ids, position_ids_of(lengths))
+    assert torch.equal(position_ids, Workload(SMALL, lengths, CPU).position_ids)
     if mask_id is None:
-        assert torch.equal(embeddings, arguments["weight"][arguments["input_ids"].long()])
-
-
-@pytest.mark.parametrize("hidden_size", HIDDEN_SIZES)
-@all_dtypes
-@pytest.mark.parametrize("half_stream", [False, True], ids=["fp32 stream", "stream of the weights"])
-def test_embed_tokens_in_every_size(
-    hidden_size: int, dtype: torch.dtype, half_stream: bool, triton_device: torch.device
-) -> None:
-    arguments = embedding_arguments([3, 6], dtype, hidden_size)
-    if half_stream:
-        arguments["out_dtype"] = dtype
-    arguments["input_ids"] = arguments["input_ids"].long()
-    check("embed_tokens", arguments, triton_device)
+        assert torch.equal(embeddings, arguments["weight"][arguments["input_ids"]])
 
 
 def test_embed_tokens_of_masks_alone(triton_device: torch.device) -> None:
     """With nothing kept the scale is infinite, and the rows are still zero; the neighbours keep theirs."""
-    arguments = embedding_arguments([5, 4, 6], torch.float32)
+    arguments = example("embed_tokens", [5, 4, 6], torch.float32)
     arguments["input_ids"][5:9] = MASK_ID
     embeddings, _ = check("embed_tokens", arguments, triton_device)
     assert not embeddings[5:9].any()
@@ -346,7 +223,7 @@ def test_embed_tokens_of_masks_alone(triton_device: torch.device) -> None:
 def test_tokens_behind_the_last_sequence_disturb_nothing(triton_device: torch.device) -> None:
     """A graph captured with more tokens than are now in use runs over what the buffer held before."""
     lengths = [5, 9, 0, 0]
-    arguments = embedding_arguments([*lengths, 30], torch.float32)
+    arguments = example("embed_tokens", [*lengths, 30], torch.float32)
     arguments["cu_seqlens"] = cu_seqlens_of(lengths)
     expected = expect("embed_tokens", arguments | {"input_ids": arguments["input_ids"][:14]})
     embeddings, position_ids = run("embed_tokens", arguments, triton_device)
@@ -366,9 +243,9 @@ def test_packs_whose_boundaries_just_fill_a_block(
         if sequence < num_sequences:
             lengths[sequence] = 3 + sequence % 3
     if name == "packed_attention":  # one head: every sequence takes a program of each
-        arguments = attention_arguments(lengths, torch.float16, 1, 16)
+        arguments = example(name, lengths, torch.float16, Widths(num_heads=1, head_dim=16))
     else:
-        arguments = EXAMPLES[name](lengths, torch.float16)
+        arguments = example(name, lengths, torch.float16)
     check(name, arguments, triton_device)
 
 
@@ -379,7 +256,7 @@ def test_tokens_behind_the_last_sequence_are_left_alone(
     name: str, lengths: list[int], dtype: torch.dtype, triton_device: torch.device
 ) -> None:
     in_use = sum(lengths)
-    arguments = EXAMPLES[name]([*lengths, 300], dtype) | {"cu_seqlens": cu_seqlens_of(lengths)}
+    arguments = example(name, [*lengths, 300], dtype) | {"cu_seqlens": cu_seqlens_of(lengths)}
     used = {
         key: value[:in_use] if isinstance(value, torch.Tensor) and len(value) == in_use + 300 else value
         for key, value in arguments.items()
@@ -389,21 +266,10 @@ def test_tokens_behind_the_last_sequence_are_left_alone(
     assert_identical([actual[:in_use]], [expected])
 
 
-@pytest.mark.parametrize("num_heads, head_dim", HEADS)
-@all_dtypes
-def test_rotary_in_every_size(
-    num_heads: int, head_dim: int, dtype: torch.dtype, triton_device: torch.device
-) -> None:
-    arguments = rotary_arguments([3, 7], dtype, num_heads, head_dim)
-    (rotated,) = check("rotary_qk_", arguments, triton_device)
-    assert torch.equal(rotated[:, 2], arguments["qkv"][:, 2])
-    assert not torch.equal(rotated[:, :2], arguments["qkv"][:, :2])
-
-
 @all_packs
 def test_rotary_in_every_pack(lengths: list[int], triton_device: torch.device) -> None:
     """Both forms give the same bits."""
-    arguments = rotary_arguments(lengths, torch.float16, 2)
+    arguments = example("rotary_qk_", lengths, torch.float16)
     (rotated,) = check("rotary_qk_", arguments, triton_device)
     assert torch.equal(rotated[:, 2], arguments["qkv"][:, 2])
     del arguments["position_ids"]
@@ -414,51 +280,25 @@ def test_rotary_in_every_pack(lengths: list[int], triton_device: torch.device) -
 @pytest.mark.parametrize("packed", [False, True], ids=["position_ids", "cu_seqlens"])
 def test_rotary_of_strided_tokens(packed: bool, triton_device: torch.device) -> None:
     name = "rotary_qk_packed_" if packed else "rotary_qk_"
-    arguments = rotary_arguments([3, 15, 6], torch.float16, packed=packed)
-    buffer = torch.full((24, 5, 5, 24), NAN, dtype=torch.float16, device=triton_device)
+    arguments = example(name, [3, 15, 6], torch.float16)
+    buffer = torch.full((24, 5, 2, 24), NAN, dtype=torch.float16, device=triton_device)
     view = buffer[:, 1:4]
     view.copy_(arguments["qkv"])
     strided = moved(arguments, triton_device) | {"qkv": view}
-    assert_identical(call(name, kernel(name), strided), run(name, arguments, triton_device))
+    assert_identical(call(name, CASES[name].function, strided), run(name, arguments, triton_device))
     assert buffer[:, ::4].isnan().all()
-
-
-@pytest.mark.parametrize("hidden_size", HIDDEN_SIZES)
-@all_dtypes
-@pytest.mark.parametrize("weight_dtype", [None, torch.float16], ids=["same", "fp16 weights"])
-def test_layer_norm_in_every_size(
-    hidden_size: int, dtype: torch.dtype, weight_dtype: torch.dtype | None, triton_device: torch.device
-) -> None:
-    arguments = norm_arguments(5, dtype, hidden_size)
-    for name in ("weight", "bias"):
-        arguments[name] = arguments[name].to(weight_dtype or dtype)
-    check("layer_norm", arguments, triton_device)
 
 
 def test_layer_norm_of_a_small_spread_about_a_large_mean(triton_device: torch.device) -> None:
     """A variance taken as the mean of squares less the square of the mean would be lost."""
-    arguments = norm_arguments(9, torch.float32, 320)
+    arguments = example("layer_norm", [9], torch.float32, Widths(320))
     arguments["hidden_states"] = torch.randn(9, 320) * 0.1 + 1000
     check("layer_norm", arguments, triton_device)
 
 
 @pytest.mark.parametrize("num_tokens", [1, 3, 4, 5, 8, 9])
 def test_layer_norm_of_every_remainder_of_rows(num_tokens: int, triton_device: torch.device) -> None:
-    check("layer_norm", norm_arguments(num_tokens, torch.float16, 480), triton_device)
-
-
-@pytest.mark.parametrize("hidden_size", HIDDEN_SIZES)
-@pytest.mark.parametrize(
-    "dtype, residual_dtype",
-    [(dtype, dtype) for dtype in DTYPES] + [(dtype, torch.float32) for dtype in HALF_TYPES],
-    ids=str,
-)
-def test_add_layer_norm(
-    hidden_size: int, dtype: torch.dtype, residual_dtype: torch.dtype, triton_device: torch.device
-) -> None:
-    arguments = add_norm_arguments(5, dtype, residual_dtype, hidden_size)
-    _, residual = check("add_layer_norm_", arguments, triton_device)
-    assert torch.equal(residual, expect("add_layer_norm_", arguments)[1])
+    check("layer_norm", example("layer_norm", [num_tokens], torch.float16, Widths(480)), triton_device)
 
 
 @half_types
@@ -466,18 +306,13 @@ def test_add_layer_norm_normalises_the_sum_before_it_is_rounded(
     dtype: torch.dtype, triton_device: torch.device
 ) -> None:
     """Additions too small for the residual stream still reach the norm."""
-    arguments = add_norm_arguments(4, dtype, dtype, 320)
+    arguments = example("add_layer_norm_", [4], dtype, Widths(320), dtype)
     arguments["residual"] = torch.ones(4, 320, dtype=dtype)
     arguments["delta"] = (torch.randn(4, 320) * 1e-4).to(dtype)
     normalised, residual = check("add_layer_norm_", arguments, triton_device)
-    of_rounded = expect("layer_norm", {**norm_arguments(4, dtype, 320), "hidden_states": residual})[0]
+    rounded = example("layer_norm", [4], dtype, Widths(320)) | {"hidden_states": residual}
+    (of_rounded,) = expect("layer_norm", rounded)
     assert not torch.allclose(normalised, of_rounded, rtol=0.1)
-
-
-@pytest.mark.parametrize("width", [1280, 1920, 2560, 5120, 10240, 20480])
-@all_dtypes
-def test_bias_gelu_in_every_size(width: int, dtype: torch.dtype, triton_device: torch.device) -> None:
-    check("bias_gelu_", gelu_arguments(9, dtype, width), triton_device)
 
 
 def test_gelu_is_the_erf_form(triton_device: torch.device) -> None:
@@ -492,7 +327,8 @@ def test_gelu_is_the_erf_form(triton_device: torch.device) -> None:
 def test_linear_gelu(
     in_features: int, out_features: int, dtype: torch.dtype, triton_device: torch.device
 ) -> None:
-    check("linear_gelu", linear_arguments(9, dtype, in_features, out_features), triton_device)
+    arguments = example("linear_gelu", [9], dtype, Widths(in_features, ffn_size=out_features))
+    check("linear_gelu", arguments, triton_device)
 
 
 @pytest.fixture(params=["pointers", "tma"])
@@ -522,7 +358,7 @@ def gemm_device(
 def test_gemm_bias_gelu_around_its_tiles(
     num_tokens: int, in_features: int, out_features: int, dtype: torch.dtype, gemm_device: torch.device
 ) -> None:
-    arguments = linear_arguments(num_tokens, dtype, in_features, out_features)
+    arguments = example("gemm_bias_gelu", [num_tokens], dtype, Widths(in_features, ffn_size=out_features))
     check("gemm_bias_gelu", arguments, gemm_device)
 
 
@@ -532,7 +368,8 @@ def test_gemm_bias_gelu_computes_every_tile(
 ) -> None:
     """Nine rows of tiles, of which eight form a group, and two columns, shared among the programs."""
     monkeypatch.setattr("esm_packed.kernels.gemm.num_multiprocessors", lambda device: num_programs)
-    check("gemm_bias_gelu", linear_arguments(8 * 128 + 1, torch.float16, 32, 136), gemm_device)
+    arguments = example("gemm_bias_gelu", [8 * 128 + 1], torch.float16, Widths(32, ffn_size=136))
+    check("gemm_bias_gelu", arguments, gemm_device)
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
@@ -544,7 +381,8 @@ def test_gemm_bias_gelu_computes_every_tile(
 def test_packed_attention_in_every_size(
     head_dim: int, dtype: torch.dtype, input_precision: str, triton_device: torch.device
 ) -> None:
-    arguments = attention_arguments(BOUNDARIES, dtype, 1, head_dim)
+    lengths = BOUNDARIES if head_dim < 64 else [17, 64, 129]
+    arguments = example("packed_attention", lengths, dtype, Widths(num_heads=1, head_dim=head_dim))
     arguments["input_precision"] = input_precision
     (actual,) = run("packed_attention", arguments, triton_device)
     (truth,) = expect("packed_attention", arguments, torch.float64)
@@ -558,14 +396,14 @@ def test_packed_attention_in_every_size(
 
 @all_packs
 def test_packed_attention_in_every_pack(lengths: list[int], triton_device: torch.device) -> None:
-    num_heads = 1 if lengths == MANY else 2
-    check("packed_attention", attention_arguments(lengths, torch.float16, num_heads), triton_device)
+    widths = Widths(num_heads=1 if lengths == MANY else 2)
+    check("packed_attention", example("packed_attention", lengths, torch.float16, widths), triton_device)
 
 
 @pytest.mark.parametrize("lengths", [WITH_EMPTY, LONG_AMONG_SHORT], ids=["with empty", "long among short"])
 def test_packed_attention_in_fp32_in_every_pack(lengths: list[int], triton_device: torch.device) -> None:
     """Its one loop, in place of one over full blocks and one over the last, is code of its own."""
-    check("packed_attention", attention_arguments(lengths, torch.float32), triton_device)
+    check("packed_attention", example("packed_attention", lengths, torch.float32), triton_device)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -573,7 +411,7 @@ def test_packed_attention_of_each_sequence_is_that_of_the_sequence_alone(
     dtype: torch.dtype, triton_device: torch.device
 ) -> None:
     lengths = [33, 3, 65, 64, 130, 1]
-    arguments = attention_arguments(lengths, dtype)
+    arguments = example("packed_attention", lengths, dtype)
     (packed,) = run("packed_attention", arguments, triton_device)
     splits = [arguments[name].split(lengths) for name in ("query", "key", "value")]
     for length, rows, query, key, value in zip(lengths, packed.split(lengths), *splits, strict=True):
@@ -585,7 +423,7 @@ def test_packed_attention_of_each_sequence_is_that_of_the_sequence_alone(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_packed_attention_of_strided_tokens(dtype: torch.dtype, triton_device: torch.device) -> None:
     """Views of the projection, and three tensors whose tokens lie at different distances."""
-    arguments = attention_arguments([3, 40, 66], dtype)
+    arguments = example("packed_attention", [3, 40, 66], dtype)
     expected = run("packed_attention", arguments, triton_device)
     names = ("query", "key", "value")
     qkv = torch.stack([arguments[name] for name in names], 1).to(triton_device)
@@ -612,25 +450,17 @@ def test_packed_attention_with_tuned_settings(
     launches: list[tuple[str, Arguments]],
 ) -> None:
     tuned = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": 4, "num_stages": 1}
-    name = "packed_attention" if dtype == torch.float16 else "packed_attention_ieee"
-    key = launch.settings_key(name, 24, dtype)
+    key = launch.settings_key("packed_attention", 24, dtype)
     monkeypatch.setitem(launch.tuned_settings(triton_device), key, tuned)
-    check("packed_attention", attention_arguments([3, 0, 17, 64, 33, 0], dtype, 1), triton_device)
+    arguments = example("packed_attention", [3, 0, 17, 64, 33, 0], dtype, Widths(num_heads=1))
+    check("packed_attention", arguments, triton_device)
     ((_, settings),) = launches
     assert tuned.items() <= settings.items()
 
 
-@pytest.mark.parametrize("hidden_size", HIDDEN_SIZES)
-@all_dtypes
-def test_segment_mean_in_every_size(
-    hidden_size: int, dtype: torch.dtype, triton_device: torch.device
-) -> None:
-    check("segment_mean", pooling_arguments([3, 35, 5], dtype, hidden_size), triton_device)
-
-
 @pytest.mark.parametrize("lengths", [BOUNDARIES, ONE, MANY, LONG_AMONG_SHORT], ids=len)
 def test_segment_mean_leaves_out_bos_and_eos(lengths: list[int], triton_device: torch.device) -> None:
-    arguments = pooling_arguments(lengths, torch.float16, 120)
+    arguments = example("segment_mean", lengths, torch.float16, Widths(120))
     ends = arguments["cu_seqlens"].long()
     arguments["hidden_states"][ends[:-1]] = NAN
     arguments["hidden_states"][ends[1:] - 1] = INF
@@ -639,7 +469,7 @@ def test_segment_mean_leaves_out_bos_and_eos(lengths: list[int], triton_device: 
 
 def test_segment_mean_without_residues_is_nan_and_touches_no_neighbour(triton_device: torch.device) -> None:
     lengths = [0, 5, 0, 0, 20, 2, 3, 0, 0]
-    arguments = pooling_arguments(lengths, torch.float32)
+    arguments = example("segment_mean", lengths, torch.float32)
     (means,) = run("segment_mean", arguments, triton_device)
     filled = torch.tensor(lengths) > 2
     assert means[~filled].isnan().all()
@@ -648,22 +478,16 @@ def test_segment_mean_without_residues_is_nan_and_touches_no_neighbour(triton_de
     assert torch.equal(run("segment_mean", arguments, triton_device)[0], means[filled])
 
 
-@pytest.mark.parametrize("hidden_size", [320, 480, 5120])
-@all_dtypes
-def test_check_numerics_in_every_size(
-    hidden_size: int, dtype: torch.dtype, triton_device: torch.device
-) -> None:
-    arguments = pooling_arguments([3, 13, 14, 1], dtype, hidden_size)
-    assert_identical(run("check_numerics", arguments, triton_device), expect("check_numerics", arguments))
-
-
-@all_packs
-@pytest.mark.parametrize("bad", [NAN, INF, -INF], ids=str)
+@pytest.mark.parametrize(
+    "lengths, bad",
+    [*((lengths, NAN) for lengths in PACKS.values()), (BOUNDARIES, INF), (BOUNDARIES, -INF)],
+    ids=lambda value: str(value) if isinstance(value, float) else f"{len(value)} sequences",
+)
 def test_check_numerics_blames_the_right_sequence(
     lengths: list[int], bad: float, triton_device: torch.device
 ) -> None:
     """The first and the last number of one sequence are bad, and no neighbour is blamed."""
-    arguments = pooling_arguments(lengths, torch.float16, 40)
+    arguments = example("check_numerics", lengths, torch.float16, Widths(40))
     guilty = max(range(len(lengths)), key=lengths.__getitem__)
     start, end = arguments["cu_seqlens"][guilty : guilty + 2].tolist()
     arguments["hidden_states"][start, 0] = bad
@@ -675,13 +499,13 @@ def test_check_numerics_blames_the_right_sequence(
 
 def test_norms_of_values_near_the_fp16_limit(triton_device: torch.device) -> None:
     """Squares and sums beyond FP16 stay finite, as does the norm of a sum that FP16 cannot hold."""
-    arguments = norm_arguments(5, torch.float16, 5120)
+    arguments = example("layer_norm", [5], torch.float16, Widths(5120))
     states = torch.rand(5, 5120).mul(5504).add(60000).mul(torch.randn(5, 5120).sign()).half()
     states[0] = 65504
     states[1, ::2], states[1, 1::2] = 65504, -65504
     check("layer_norm", arguments | {"hidden_states": states}, triton_device)
 
-    arguments = add_norm_arguments(5, torch.float16, torch.float16, 5120)
+    arguments = example("add_layer_norm_", [5], torch.float16, Widths(5120), torch.float16)
     arguments |= {"delta": states, "residual": states.clone()}
     actual = run("add_layer_norm_", arguments, triton_device)
     assert actual[1].isinf().all()
@@ -693,7 +517,7 @@ def test_norms_of_values_near_the_fp16_limit(triton_device: torch.device) -> Non
 
 
 def test_gelu_of_values_near_the_fp16_limit(triton_device: torch.device) -> None:
-    arguments = gelu_arguments(3, torch.float16, 320)
+    arguments = example("bias_gelu_", [3], torch.float16, Widths(ffn_size=320))
     states = torch.empty(3, 320).fill_(65504)
     states[:, ::2] = -65504
     arguments = {"hidden_states": states.half(), "bias": torch.zeros(320).half()}
@@ -707,7 +531,7 @@ def test_gelu_of_values_near_the_fp16_limit(triton_device: torch.device) -> None
 
 def test_attention_of_values_near_the_fp16_limit(triton_device: torch.device) -> None:
     """Scores beyond FP16, weights that underflow, and sums of values beyond FP16."""
-    arguments = attention_arguments([3, 17, 66], torch.float16, 2, 64)
+    arguments = example("packed_attention", [3, 17, 66], torch.float16, Widths(head_dim=64))
     arguments["query"] *= 100
     arguments["key"] *= 100
     arguments["value"] = torch.rand(86, 2, 64).mul(5000).add(60000).half()
@@ -730,15 +554,15 @@ def test_pooling_of_values_near_the_fp16_limit(triton_device: torch.device) -> N
 def test_one_launch_for_each_call(
     name: str, triton_device: torch.device, launches: list[tuple[str, Arguments]]
 ) -> None:
-    run(name, EXAMPLES[name]([3, 5], torch.float16), triton_device)
+    run(name, example(name, [3, 5], torch.float16), triton_device)
     assert len(launches) == 1
 
 
-@pytest.mark.parametrize("name", [name for name in EXAMPLES if name != "gemm_bias_gelu"])
+@pytest.mark.parametrize("name", [name for name in OPERATIONS if name != "gemm_bias_gelu"])
 def test_double_precision_is_never_given_to_triton(
     name: str, triton_device: torch.device, launches: list[tuple[str, Arguments]]
 ) -> None:
-    arguments = EXAMPLES[name]([3, 5], torch.float64)
+    arguments = example(name, [3, 5], torch.float64)
     arguments |= {key: arguments[key].double() for key in ("cos", "sin", "residual") if key in arguments}
     assert_identical(run(name, arguments, triton_device), expect(name, arguments))
     assert not launches
@@ -746,7 +570,7 @@ def test_double_precision_is_never_given_to_triton(
 
 @all_operations
 def test_a_repeated_call_gives_the_same_bits(name: str, triton_device: torch.device) -> None:
-    arguments = EXAMPLES[name]([17, 3, 33], torch.float16)
+    arguments = example(name, [17, 3, 33], torch.float16)
     first = run(name, arguments, triton_device)
     assert_identical(run(name, arguments, triton_device), first)
 
@@ -757,7 +581,7 @@ def test_a_repeated_call_gives_the_same_bits(name: str, triton_device: torch.dev
 def test_an_empty_batch_gives_an_empty_result(
     name: str, lengths: list[int], dtype: torch.dtype, triton_device: torch.device
 ) -> None:
-    arguments = EXAMPLES[name](lengths, dtype)
+    arguments = example(name, lengths, dtype)
     actual = run(name, arguments, triton_device)
     if name == "segment_mean":  # the mean of no residues is none
         assert actual[0].shape == (len(lengths), 48)
@@ -772,7 +596,7 @@ def test_what_lies_around_the_arguments_is_neither_read_nor_written(
     name: str, dtype: torch.dtype, triton_device: torch.device
 ) -> None:
     """Around floats lies NaN, around token ids `<mask>`, around cu_seqlens plausible boundaries."""
-    arguments = EXAMPLES[name]([17, 3, 33], dtype)
+    arguments = example(name, [17, 3, 33], dtype)
     buffers = {}
     guarded: Arguments = {}
     for key, value in arguments.items():
@@ -783,19 +607,19 @@ def test_what_lies_around_the_arguments_is_neither_read_nor_written(
             buffers[key] = buffer = buffer.to(triton_device)
             guarded[key] = buffer[GUARD_ROWS:-GUARD_ROWS]
             guarded[key].copy_(value)
-    assert_identical(call(name, kernel(name), guarded), run(name, arguments, triton_device))
+    assert_identical(call(name, CASES[name].function, guarded), run(name, arguments, triton_device))
     for key, buffer in buffers.items():
         for rows in (buffer[:GUARD_ROWS], buffer[-GUARD_ROWS:]):
             assert (rows.isnan() if rows.is_floating_point() else rows == MASK_ID).all(), key
-        if key != MODIFIED.get(name):
+        if key not in CASES[name].mutates:
             assert torch.equal(guarded[key].cpu(), arguments[key]), key
 
 
-@pytest.mark.parametrize("name", [name for name in EXAMPLES if name != "embed_tokens"])
+@pytest.mark.parametrize("name", [name for name in OPERATIONS if name != "embed_tokens"])
 @pytest.mark.parametrize("bad", [NAN, INF], ids=str)
 def test_a_bad_sequence_spoils_no_other(name: str, bad: float, triton_device: torch.device) -> None:
     lengths = [17, 3, 33, 5, 66, 4]
-    arguments = EXAMPLES[name](lengths, torch.float16)
+    arguments = example(name, lengths, torch.float16)
     clean = run(name, arguments, triton_device)
     bad_tokens = torch.zeros(sum(lengths), dtype=torch.bool)
     for start, end in ((17, 20), (53, 58)):
@@ -862,13 +686,13 @@ def test_what_the_kernels_cannot_read_is_refused(
     message: str,
     triton_device: torch.device,
 ) -> None:
-    arguments = moved(EXAMPLES[name]([3, 5], torch.float16), triton_device)
+    arguments = moved(example(name, [3, 5], torch.float16), triton_device)
     arguments[argument] = change(arguments[argument])
     with pytest.raises(ValueError, match=message):
-        call(name, kernel(name), arguments)
+        call(name, CASES[name].function, arguments)
 
 
 def test_an_unknown_input_precision_is_refused(triton_device: torch.device) -> None:
-    arguments = attention_arguments([3, 5], torch.float32) | {"input_precision": "fp32"}
+    arguments = example("packed_attention", [3, 5], torch.float32) | {"input_precision": "fp32"}
     with pytest.raises(ValueError, match="input_precision 'fp32' is none of 'ieee', 'tf32', 'tf32x3'"):
         run("packed_attention", arguments, triton_device)

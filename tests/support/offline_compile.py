@@ -9,7 +9,8 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,97 +21,40 @@ import triton
 from stub_driver import StubDriver
 from triton.runtime.driver import driver
 
-from esm_packed.config import ESM2_MODELS
-from esm_packed.kernels import (
-    attention,
-    embedding,
-    gelu,
-    gemm,
-    launch,
-    layernorm,
-    numerics_check,
-    pooling,
-    rotary,
-)
+from esm_packed.config import ESM2_MODELS, ESM2Config
+from esm_packed.kernels import dispatch, launch
+from esm_packed.kernels.cases import ALL_DTYPES, CASES, FLOAT16, FLOAT32, Arguments, Case, Shape, Workload
 
 CAPABILITIES = (75, 80, 86, 89, 90, 100)
-SINCE = {"packed_attention": 80, "gemm_bias_gelu": 80}
-"""Kernels that older GPUs do not run: attention is SDPA's there, and fc1 is never fused."""
-HALF_TYPES = (torch.float16, torch.bfloat16)
-TOTAL_TOKENS = 233
-CU_SEQLENS = torch.tensor([0, 100, TOTAL_TOKENS], dtype=torch.int32)
-
-Case = tuple[str, Callable[[], object]]
+LENGTHS = [100, 133]
 
 
-def cases(hidden_size: int, num_heads: int, dtypes: tuple[torch.dtype, ...]) -> Iterator[Case]:
-    """Every launch of a forward pass, in the combinations of dtypes the model may use."""
-    head_dim, ffn_size = hidden_size // num_heads, 4 * hidden_size
-    token_ids = torch.zeros(TOTAL_TOKENS, dtype=torch.int32)
-    cos = torch.zeros(TOTAL_TOKENS, head_dim // 2)
-    for dtype in dtypes:
-        name = launch.dtype_name(dtype)
-        hidden_states = torch.zeros(TOTAL_TOKENS, hidden_size, dtype=dtype)
-        weight = torch.zeros(hidden_size, dtype=dtype)
-        qkv = torch.zeros(TOTAL_TOKENS, 3, num_heads, head_dim, dtype=dtype)
+@dataclass(frozen=True)
+class HeadShape:
+    """The language-model head, whose GELU is as wide as the residual stream."""
 
-        def size(kernel: str, width: int, types: str = name) -> str:
-            return f"{kernel}/{width}/{types}"
+    config: ESM2Config
+    hidden_size = num_heads = head_dim = 0
 
-        for residual_dtype in {dtype, torch.float32}:
-            residual = hidden_states.to(residual_dtype)
-            types = f"{name}+{launch.dtype_name(residual_dtype)}"
-            yield (
-                size("embed_tokens", hidden_size, types),
-                lambda d=residual_dtype, w=hidden_states: embedding.embed_tokens(
-                    token_ids, CU_SEQLENS, w, 32, d
-                ),
-            )
-            yield (
-                size("layer_norm", hidden_size, types),
-                lambda r=residual, w=weight: layernorm.layer_norm(r, w, w, 1e-5),
-            )
-            yield (
-                size("add_layer_norm_", hidden_size, types),
-                lambda h=hidden_states, r=residual, w=weight: layernorm.add_layer_norm_(h, r, w, w, 1e-5),
-            )
-        yield (
-            size("rotary_qk_", head_dim),
-            lambda q=qkv: rotary.rotary_qk_(q, cos, cos, token_ids),
-        )
-        yield (
-            size("rotary_qk_packed_", head_dim),
-            lambda q=qkv: rotary.rotary_qk_packed_(q, cos, cos, CU_SEQLENS),
-        )
-        for width in (hidden_size, ffn_size):
-            yield (
-                size("bias_gelu_", width),
-                lambda n=width, d=dtype: gelu.bias_gelu_(
-                    torch.zeros(TOTAL_TOKENS, n, dtype=d), torch.zeros(n, dtype=d)
-                ),
-            )
-        for precision in ("ieee", "tf32", "tf32x3") if dtype == torch.float32 else ("ieee",):
-            yield (
-                size("packed_attention", head_dim, name if dtype in HALF_TYPES else precision),
-                lambda q=qkv, p=precision: attention.packed_attention(
-                    *q.unbind(1), CU_SEQLENS, 133, 0.125, p
-                ),
-            )
-        if dtype in HALF_TYPES:
-            yield (
-                size("gemm_bias_gelu", hidden_size),
-                lambda h=hidden_states, d=dtype: gemm.gemm_bias_gelu(
-                    h, torch.zeros(ffn_size, hidden_size, dtype=d), torch.zeros(ffn_size, dtype=d)
-                ),
-            )
-        yield (
-            size("segment_mean", hidden_size),
-            lambda h=hidden_states: pooling.segment_mean(h, CU_SEQLENS),
-        )
-        yield (
-            size("check_numerics", hidden_size),
-            lambda h=hidden_states: numerics_check.check_numerics(h, CU_SEQLENS),
-        )
+    @property
+    def ffn_size(self) -> int:
+        return self.config.hidden_size
+
+
+def calls(config: ESM2Config, dtypes: tuple[torch.dtype, ...]) -> Iterator[tuple[str, Case, Arguments]]:
+    """Every launch of a forward pass, in the combinations of dtypes the model may use, and its name."""
+    launches: list[tuple[Case, Shape]] = [(case, config) for case in CASES.values() if not case.chooses]
+    launches.append((CASES["bias_gelu_"], HeadShape(config)))
+    for case, shape in launches:
+        workload = Workload(shape, LENGTHS, torch.device("cpu"))
+        for dtype in case.dtypes:
+            if dtype not in dtypes:
+                continue
+            for residual_dtype in {dtype, FLOAT32} if case.streams else (dtype,):
+                name = launch.settings_key(case.name, getattr(shape, case.size), dtype)
+                if case.streams:
+                    name += f"+{launch.dtype_name(residual_dtype)}"
+                yield name, case, case.arguments(workload, dtype, residual_dtype)
 
 
 def compile_all(
@@ -123,24 +67,24 @@ def compile_all(
         full: all models and dtypes, else 650M in FP16 and FP32.
         only: kernels to compile, all when empty.
     """
-    models = ESM2_MODELS if full else {"": ESM2_MODELS["esm2_t33_650M_UR50D"]}
-    dtypes = (torch.float16, torch.bfloat16, torch.float32) if full else (torch.float16, torch.float32)
+    models = list(ESM2_MODELS.values()) if full else [ESM2_MODELS["esm2_t33_650M_UR50D"]]
+    dtypes = ALL_DTYPES if full else (FLOAT16, FLOAT32)
+    dispatch.TRITON_DEVICES = {"cpu"}
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for capability in capabilities:
         stub = StubDriver(capability)
         driver.set_active(stub)
         launch.capability = lambda device, capability=capability: capability
         launch.num_multiprocessors = lambda device: 132
-        for config in models.values():
-            for name, run in cases(config.hidden_size, config.num_heads, dtypes):
-                kernel = name.split("/")[0]
-                if (only and kernel not in only) or capability < SINCE.get(kernel, 0):
+        for config in models:
+            for name, case, arguments in calls(config, dtypes):
+                if (only and case.name not in only) or capability < case.since:
                     continue
                 entry = found.setdefault(name, {})
                 if str(capability) in entry:
                     continue
                 before = len(stub.compiled)
-                run()
+                case.function(**arguments)
                 for needs in stub.compiled[before:]:
                     entry[str(capability)] = needs
         print(f"sm_{capability}: {len(stub.compiled)} kernels", file=sys.stderr, flush=True)
