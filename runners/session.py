@@ -659,10 +659,10 @@ def _check_suffix(output: Path) -> None:
 def _check_request(request: EmbedRequest) -> None:
     """See that the options fit each other."""
     if request.part is not None and STDIN in request.inputs:
-        raise UsageError("--shard: standard input cannot be read by every process; name files")
+        raise UsageError("--slice: standard input cannot be read by every process; name files")
     if request.part is not None and request.overwrite:
         raise UsageError(
-            "--shard with --overwrite: the processes would replace each other's work; delete "
+            "--slice with --overwrite: the processes would replace each other's work; delete "
             f"{request.output} and {request.output}.run first"
         )
     if request.devices is not None and not request.device.startswith(("auto", "cuda")):

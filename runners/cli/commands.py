@@ -40,7 +40,7 @@ def embed(options: argparse.Namespace) -> int:
     options.disable_packing |= is_on("ESM_PACKED_DISABLE_PACKING")
     options.disable_fp16 |= is_on("ESM_PACKED_DISABLE_FP16")
     device = options.device
-    if options.shard == "auto" and device in ("auto", "cuda") and (num_devices := torch.cuda.device_count()):
+    if options.slice == "auto" and device in ("auto", "cuda") and (num_devices := torch.cuda.device_count()):
         device = f"cuda:{local_device_number(os.environ, num_devices)}"
     request = EmbedRequest(
         inputs=tuple(options.fasta),
@@ -51,7 +51,7 @@ def embed(options: argparse.Namespace) -> int:
         engine=options.engine,
         ray_address=options.ray_address,
         workers=options.workers,
-        part=parse_slice(options.shard, os.environ) if options.shard is not None else None,
+        part=parse_slice(options.slice, os.environ) if options.slice is not None else None,
         dtype=options.dtype,
         disable_fp16=options.disable_fp16,
         attention=options.attention,

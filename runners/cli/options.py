@@ -36,7 +36,7 @@ examples:
   esm-packed embed a.fasta b.fasta.gz -o all.h5 --model esm2_t12_35M_UR50D --layers 6,12
   zcat reads.faa.gz | esm-packed embed - -o reads.h5 --device cuda:1 --token-budget 65536
   esm-packed embed proteome.fasta -o proteome.h5 --devices all --fp32-compare 100
-  esm-packed embed proteome.fasta -o proteome.h5 --shard $SLURM_ARRAY_TASK_ID/8
+  esm-packed embed proteome.fasta -o proteome.h5 --slice $SLURM_ARRAY_TASK_ID/8
 
 The work is done in OUT.h5.run. Interrupted or killed, the same command continues it.
 
@@ -232,9 +232,9 @@ def _add_embed(commands: argparse._SubParsersAction[_Parser]) -> None:
     )
     many.add_argument("--ray-address", metavar="ADDRESS", help="a Ray cluster, such as auto or HEAD:6379")
     many.add_argument(
-        "--shard",
-        metavar="INDEX/COUNT",
-        help="compute this part of the run alone, without Ray; auto takes both from torchrun or Slurm. The "
+        "--slice",
+        metavar="INDEX/COUNT|auto",
+        help="compute this slice of the run alone, without Ray; auto takes both from torchrun or Slurm. The "
         "process that finishes last makes OUT.h5",
     )
 

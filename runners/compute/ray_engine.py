@@ -190,7 +190,7 @@ class RayEngine:
         except ModuleNotFoundError as error:
             raise UsageError(
                 "several workers need Ray: pip install 'ray>=2.59', or start a process for each device "
-                "with --shard INDEX/COUNT"
+                "with --slice INDEX/COUNT"
             ) from error
         if request.ray_address is None and _release(ray.__version__) < AUTHENTICATED_RELEASE:
             raise UsageError(

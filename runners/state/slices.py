@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 
 class SliceError(ValueError):
-    """`--shard` cannot be understood; the message says why and shows what can."""
+    """`--slice` cannot be understood; the message says why and shows what can."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def parse_slice(text: str, environment: Mapping[str, str]) -> Slice:
         found = re.fullmatch("([0-9]{1,6})/([0-9]{1,6})", text)
         if not found or int(found[1]) >= int(found[2]):
             raise SliceError(
-                f"--shard {text!r} is neither auto nor INDEX/COUNT with INDEX from 0 to COUNT - 1"
+                f"--slice {text!r} is neither auto nor INDEX/COUNT with INDEX from 0 to COUNT - 1"
             )
         return Slice(int(found[1]), int(found[2]))
     for index, count in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
@@ -47,8 +47,8 @@ def parse_slice(text: str, environment: Mapping[str, str]) -> Slice:
             part = Slice(_number(environment, index), _number(environment, count))
             if part.index >= part.count:
                 raise SliceError(
-                    f"--shard auto: {index} is {part.index} and {count} is {part.count}, but {index} goes "
-                    f"from 0 to {count} - 1; say --shard INDEX/COUNT"
+                    f"--slice auto: {index} is {part.index} and {count} is {part.count}, but {index} goes "
+                    f"from 0 to {count} - 1; say --slice INDEX/COUNT"
                 )
             # a single task is no slice: in a Slurm array every job step is one
             if part.count > 1 or index == "RANK":
@@ -56,8 +56,8 @@ def parse_slice(text: str, environment: Mapping[str, str]) -> Slice:
     if "SLURM_ARRAY_TASK_ID" in environment:
         return _array_slice(environment)
     raise SliceError(
-        "--shard auto: neither torchrun nor Slurm started this process with several tasks; say --shard "
-        "INDEX/COUNT, such as --shard 0/8"
+        "--slice auto: neither torchrun nor Slurm started this process with several tasks; say --slice "
+        "INDEX/COUNT, such as --slice 0/8"
     )
 
 
@@ -67,13 +67,13 @@ def _array_slice(environment: Mapping[str, str]) -> Slice:
     )
     if least != 0 or step != 1 or most != count - 1:
         raise SliceError(
-            f"--shard auto: this Slurm array goes from {least} to {most} by {step} in {count} tasks; submit "
-            "it as --array=0-7, or say --shard INDEX/COUNT, such as --shard $SLURM_ARRAY_TASK_ID/8"
+            f"--slice auto: this Slurm array goes from {least} to {most} by {step} in {count} tasks; submit "
+            "it as --array=0-7, or say --slice INDEX/COUNT, such as --slice $SLURM_ARRAY_TASK_ID/8"
         )
     if task >= count:
         raise SliceError(
-            f"--shard auto: SLURM_ARRAY_TASK_ID is {task} and SLURM_ARRAY_TASK_COUNT is {count}, but the "
-            "array begins at 0; say --shard INDEX/COUNT"
+            f"--slice auto: SLURM_ARRAY_TASK_ID is {task} and SLURM_ARRAY_TASK_COUNT is {count}, but the "
+            "array begins at 0; say --slice INDEX/COUNT"
         )
     return Slice(task, count)
 
@@ -95,6 +95,6 @@ def _number(environment: Mapping[str, str], name: str) -> int:
     text = environment.get(name, "")
     if not re.fullmatch("[0-9]{1,9}", text):
         raise SliceError(
-            f"--shard auto: {name} is {text!r}, not a whole number from 0; say --shard INDEX/COUNT"
+            f"--slice auto: {name} is {text!r}, not a whole number from 0; say --slice INDEX/COUNT"
         )
     return int(text)

@@ -147,7 +147,8 @@ def test_python_m_runs_the_same_command(tmp_path):
         (["--layers", "-\u0661"], "--layers"),
         (["--device", "cuda:\u0660"], "is none of auto, cpu, cuda"),
         (["--devices", "\u0660,1"], "neither all nor a list of GPU numbers"),
-        (["--shard", "\u0660/2"], "neither auto nor INDEX/COUNT"),
+        (["--slice", "\u0660/2"], "neither auto nor INDEX/COUNT"),
+        (["--shard", "0/2"], "unrecognized arguments: --shard"),
         (["--log-json", ""], "is empty"),
     ],
 )

@@ -241,9 +241,9 @@ def test_the_head_is_lost_in_mid_run(trial: Trial) -> None:
 
 
 def test_a_host_with_a_slice_is_killed(trial: Trial) -> None:
-    lost, _ = trial.start(trial.beta, "--shard", "1/2", patch=HELD_SLICE)
+    lost, _ = trial.start(trial.beta, "--slice", "1/2", patch=HELD_SLICE)
     wait_until(lambda: len(shards_of(trial.output)) >= 3)
-    other, other_log = trial.start(trial.alpha, "--shard", "0/2", patch=HELD_SLICE)
+    other, other_log = trial.start(trial.alpha, "--slice", "0/2", patch=HELD_SLICE)
     wait_until(lambda: len(shards_of(trial.output)) >= 6)
     for host in (trial.alpha, trial.beta):
         said = trial.status(host)
@@ -259,7 +259,7 @@ def test_a_host_with_a_slice_is_killed(trial: Trial) -> None:
     then = time.time() - STALE_SECONDS - 1
     os.utime(claim, (then, then))
     assert "nobody is at work on it" in trial.status(trial.alpha)
-    code, said = trial.finish(trial.alpha, "--shard", "1/2")
+    code, said = trial.finish(trial.alpha, "--slice", "1/2")
     assert code == 0, said
     trial.check_end()
 
@@ -267,7 +267,7 @@ def test_a_host_with_a_slice_is_killed(trial: Trial) -> None:
 def check_refused(trial: Trial) -> None:
     """See that alpha leaves the slice of beta alone."""
     before = shards_of(trial.output)
-    code, said = trial.finish(trial.alpha, "--shard", "1/2")
+    code, said = trial.finish(trial.alpha, "--slice", "1/2")
     assert code == 2, said
     assert re.search("slice 1/2.* process [0-9]+ on beta", said.splitlines()[-1]), said
     assert shards_of(trial.output) == before

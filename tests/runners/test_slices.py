@@ -66,8 +66,8 @@ def test_what_auto_takes(text: str, environment: dict[str, str], expected: Slice
         ("1", {}, "neither auto nor INDEX/COUNT"),
         ("1/0", {}, "'1/0'"),
         ("", {}, "neither auto nor INDEX/COUNT"),
-        ("auto", {}, "--shard 0/8"),
-        ("auto", {"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, "--shard 0/8"),
+        ("auto", {}, "--slice 0/8"),
+        ("auto", {"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, "--slice 0/8"),
         ("auto", ARRAY | {"SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_MAX": "8"}, "from 1 to 8 by 1"),
         ("auto", ARRAY | {"SLURM_ARRAY_TASK_STEP": "2"}, "by 2"),
         ("auto", ARRAY | {"SLURM_ARRAY_TASK_COUNT": "3"}, "in 3 tasks"),
@@ -167,7 +167,7 @@ def test_in_any_order_one_after_another(
 ) -> None:
     output = tmp_path / "out.h5"
     for number, index in enumerate(order):
-        child = start(nursery, work, output, "--shard", f"{index}/3")
+        child = start(nursery, work, output, "--slice", f"{index}/3")
         assert child.wait() == 0, child.output()
         assert output.exists() == (number == 2)
         if number < 2:
@@ -175,7 +175,7 @@ def test_in_any_order_one_after_another(
             assert len(shards_of(output)) == shards
             assert f"{work.num_shards - shards} shards of other slices are missing" in child.output()
     check_end(work, output)
-    again = start(nursery, work, output, "--shard", "1/3")
+    again = start(nursery, work, output, "--slice", "1/3")
     assert again.wait() == 0, again.output()
     assert "already complete" in again.output()
     check_end(work, output)
@@ -188,7 +188,7 @@ def test_all_at_once(nursery: Nursery, work: Work, tmp_path: Path, count: int) -
     random.Random(count).shuffle(indices)
     children = []
     for index in indices:
-        children.append(start(nursery, work, output, "--shard", f"{index}/{count}"))
+        children.append(start(nursery, work, output, "--slice", f"{index}/{count}"))
         if len(children) >= 5:
             assert children.pop(0).wait() == 0
     for child in children:
@@ -198,16 +198,16 @@ def test_all_at_once(nursery: Nursery, work: Work, tmp_path: Path, count: int) -
 
 def test_a_slice_in_work_is_refused_and_others_are_not(nursery: Nursery, work: Work, tmp_path: Path) -> None:
     output = tmp_path / "out.h5"
-    first = start(nursery, work, output, "--shard", "1/3", held=True)
+    first = start(nursery, work, output, "--slice", "1/3", held=True)
     wait_until(lambda: shards_of(output))
-    for options in (["--shard", "1/3"], ["--shard", "0/2"], [], ["--overwrite"]):
+    for options in (["--slice", "1/3"], ["--slice", "0/2"], [], ["--overwrite"]):
         second = start(nursery, work, output, *options)
         assert second.wait() == 2, second.output()
         last = second.output().splitlines()[-1]
         assert f"process {first.pid} on {socket.gethostname()}" in last
         assert "1/3" in last
     for index in (0, 2):
-        child = start(nursery, work, output, "--shard", f"{index}/3")
+        child = start(nursery, work, output, "--slice", f"{index}/3")
         assert child.wait() == 0, child.output()
     release(output)
     assert first.wait() == 0, first.output()
@@ -218,7 +218,7 @@ def test_no_slice_joins_a_whole_run(nursery: Nursery, work: Work, tmp_path: Path
     output = tmp_path / "out.h5"
     first = start(nursery, work, output, held=True)
     wait_until(lambda: shards_of(output))
-    second = start(nursery, work, output, "--shard", "1/3")
+    second = start(nursery, work, output, "--slice", "1/3")
     assert second.wait() == 2, second.output()
     assert f"process {first.pid}" in second.output().splitlines()[-1]
     release(output)
@@ -231,7 +231,7 @@ def test_a_mistake_does_not_disturb_live_slices(
     nursery: Nursery, work: Work, tmp_path: Path, how: str
 ) -> None:
     output = tmp_path / "out.h5"
-    first = start(nursery, work, output, "--shard", "0/2", held=True)
+    first = start(nursery, work, output, "--slice", "0/2", held=True)
     wait_until(lambda: len(shards_of(output)) > 2)
     before = shards_of(output)
     fasta = work.fasta
@@ -239,13 +239,13 @@ def test_a_mistake_does_not_disturb_live_slices(
         fasta = tmp_path / "other.fasta"
         fasta.write_text(">a\nMK\n")
     options = {"other options": ["--max-length", "20"], "other rules": ["--invalid", "x"]}.get(how, [])
-    second = nursery.start(fasta, output, "--shard", "1/2", *options)
+    second = nursery.start(fasta, output, "--slice", "1/2", *options)
     assert second.wait() == 2, second.output()
     assert "others are at work" in second.output() or "unfinished run" in second.output()
     assert before.items() <= shards_of(output).items()
     release(output)
     assert first.wait() == 0, first.output()
-    child = start(nursery, work, output, "--shard", "1/2")
+    child = start(nursery, work, output, "--slice", "1/2")
     assert child.wait() == 0, child.output()
     assert Result.of(output) == work.expected
 
@@ -257,7 +257,7 @@ def kill_slices(nursery: Nursery, work: Work, folder: Path, kills: int, seed: in
     output = folder / "out.h5"
     killed = 0
     while killed < kills:
-        running = {index: start(nursery, work, output, "--shard", f"{index}/3") for index in range(3)}
+        running = {index: start(nursery, work, output, "--slice", f"{index}/3") for index in range(3)}
         while running:
             time.sleep(rng.uniform(0.0, 0.4))
             index = rng.choice(list(running))
@@ -266,13 +266,13 @@ def kill_slices(nursery: Nursery, work: Work, folder: Path, kills: int, seed: in
                 code = child.kill()
                 if code == -signal.SIGKILL:
                     killed += 1
-                    running[index] = start(nursery, work, output, "--shard", f"{index}/3")
+                    running[index] = start(nursery, work, output, "--slice", f"{index}/3")
                     continue
             else:
                 code = child.wait()
             assert code == 0, child.output()
         # who was to merge may have been killed
-        last = start(nursery, work, output, "--shard", "0/3")
+        last = start(nursery, work, output, "--slice", "0/3")
         assert last.wait() == 0, last.output()
         check_end(work, output)
         shutil.rmtree(folder)
@@ -290,7 +290,7 @@ def test_slices_killed_at_25_random_moments(nursery: Nursery, work: Work, tmp_pa
 
 def test_what_slices_left_is_finished_without_them(nursery: Nursery, work: Work, tmp_path: Path) -> None:
     output = tmp_path / "out.h5"
-    child = start(nursery, work, output, "--shard", "1/4")
+    child = start(nursery, work, output, "--slice", "1/4")
     assert child.wait() == 0, child.output()
     before = shards_of(output)
     rest = start(nursery, work, output, "--keep-run")
@@ -303,10 +303,10 @@ def test_a_damaged_shard_of_another_slice_is_computed_by_who_merges(
     nursery: Nursery, work: Work, tmp_path: Path
 ) -> None:
     output = tmp_path / "out.h5"
-    assert start(nursery, work, output, "--shard", "1/2").wait() == 0
+    assert start(nursery, work, output, "--slice", "1/2").wait() == 0
     shard = tmp_path / "out.h5.run" / "shards" / "00005.h5"
     os.truncate(shard, shard.stat().st_size - 5)
-    child = start(nursery, work, output, "--shard", "0/2")
+    child = start(nursery, work, output, "--slice", "0/2")
     assert child.wait() == 0, child.output()
     assert "shard 5 is missing or damaged; it is computed again" in child.output()
     check_end(work, output)
@@ -316,7 +316,7 @@ def test_a_damaged_shard_of_another_slice_is_computed_by_who_merges(
 def test_options_that_do_not_go_with_slices(
     work: Work, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], named: str
 ) -> None:
-    arguments = ["embed", *options, str(work.fasta), "-o", str(tmp_path / "out.h5"), "--shard", "0/2"]
+    arguments = ["embed", *options, str(work.fasta), "-o", str(tmp_path / "out.h5"), "--slice", "0/2"]
     assert cli.main(arguments) == 2
     assert named in capsys.readouterr().err
     assert names_in(tmp_path) == []
@@ -384,7 +384,7 @@ def test_status_says_who_is_at_work(
     nursery: Nursery, work: Work, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "out.h5"
-    child = start(nursery, work, output, "--shard", "1/2", held=True)
+    child = start(nursery, work, output, "--slice", "1/2", held=True)
     wait_until(lambda: len(shards_of(output)) > 1)
     assert cli.main(["status", str(output)]) == 0
     assert f"slice 1/2: process {child.pid} on" in capsys.readouterr().out
