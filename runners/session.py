@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import astuple, dataclass, replace
-from itertools import count
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,44 +16,35 @@ import torch
 from esm_packed.attention import WAITING_BACKENDS, select_backend
 from esm_packed.config import DEFAULT_TOKEN_BUDGETS
 from esm_packed.errors import UsageError
-from esm_packed.numerics import resolve_device
+from esm_packed.runners.checks import (
+    ExistingOutput,
+    check_output,
+    check_paths,
+    check_request,
+    check_space,
+    first_device,
+    gpu_numbers,
+)
 from esm_packed.runners.compute.engine import Engine, InProcessEngine
-from esm_packed.runners.compute.worker import check_threads
+from esm_packed.runners.holding import check_held, check_others, claimed, undisturbed
 from esm_packed.runners.input.index import STDIN, FastaIndex, build_index, open_index, reopen_index
 from esm_packed.runners.output.changes import log_changes
-from esm_packed.runners.output.layout import FORMAT_VERSION, output_bytes
+from esm_packed.runners.output.layout import FORMAT_VERSION
 from esm_packed.runners.output.merge import DamagedShardError, merge_run
 from esm_packed.runners.output.reader import EmbeddingReader
-from esm_packed.runners.state.claims import Claim, ClaimedError, describe_holder, holder_of
+from esm_packed.runners.state.claims import Claim
+from esm_packed.runners.state.cut import ShardSize, cut_shards
 from esm_packed.runners.state.directory import WHOLE_RUN, RunDirectory
-from esm_packed.runners.state.plan import Plan, PlanError, ShardSize, cut_shards, differences, plan_hash
+from esm_packed.runners.state.plan import Plan, PlanError, differences, plan_hash
 from esm_packed.runners.state.request import STORE_DTYPES, EmbedRequest
 from esm_packed.runners.state.run import IDENTIFYING_RULES, Run
-from esm_packed.runners.state.shard import StoreError, shards_bytes
 from esm_packed.runners.state.slices import Slice
 from esm_packed.runners.summary import Summary
-from esm_packed.runners.system.files import is_out_of_space
 from esm_packed.runners.system.memory import RowBuffers
-from esm_packed.runners.system.paths import check_apart, files_of, resolved
-from esm_packed.runners.watch.console import Console, byte_size
+from esm_packed.runners.system.paths import files_of, resolved
+from esm_packed.runners.watch.console import Console
 from esm_packed.runners.watch.watch import watching
 from esm_packed.weights import Checkpoint, load_checkpoint
-
-__all__ = ["EmbedRequest", "Summary", "UsageError", "embed_files", "merge_files"]
-
-WAIT_SECONDS = 0.5
-
-OTHER_SUFFIXES = """
-    .csv .tsv .tab .txt .json .jsonl .ndjson .yaml .yml .xml .html .md .xls .xlsx
-    .npy .npz .mat .pkl .pickle .joblib .pt .pth .ckpt .bin .safetensors .onnx
-    .parquet .feather .arrow .avro .orc .zarr .nc .db .sqlite .rds .rdata .h5ad .loom
-    .fasta .fa .faa .fas .fna .ffn .mpfa .fastq .fq .aln .a2m .a3m .sto .pdb .cif .gff .gb .gbk
-    .gz .bgz .bz2 .xz .zst .zip .tar .tgz
-"""
-"""Of formats for which an output, which is HDF5, must not pass."""
-
-MOST_REMOVALS = 1000
-"""How often a run directory may vanish while it is entered; more often, it cannot be made there at all."""
 
 
 def embed_files(request: EmbedRequest, console: Console) -> Summary:
@@ -76,8 +65,8 @@ def embed_files(request: EmbedRequest, console: Console) -> Summary:
     begin = time.monotonic()
     output = resolved(request.output)
     check_output(output, request.overwrite)
-    _check_request(request)
-    device = _device(request)
+    check_request(request)
+    device = first_device(request)
     if request.cuda_graphs and (request.layout != "fixed" or device.type != "cuda"):
         missing = "a GPU" if request.layout == "fixed" else "--reproducible, which makes packs of one size"
         raise UsageError(f"--cuda-graphs needs {missing}")
@@ -86,10 +75,10 @@ def embed_files(request: EmbedRequest, console: Console) -> Summary:
         if request.cuda_graphs and backend in WAITING_BACKENDS:
             raise UsageError(f"--cuda-graphs: attention {backend!r} waits for the device; choose another one")
     directory = RunDirectory(output)
-    with _undisturbed(directory), ExitStack() as stack:
+    with undisturbed(directory), ExitStack() as stack:
         session = _Session(request, directory, device, console, stack)
         if request.part is None:
-            with _claimed(directory, WHOLE_RUN, console) as session.claim:
+            with claimed(directory, WHOLE_RUN, console) as session.claim:
                 if session.prepare():
                     session.compute(range(session.run.plan.num_shards))
                     session.finish()
@@ -99,78 +88,12 @@ def embed_files(request: EmbedRequest, console: Console) -> Summary:
     return session.summary
 
 
-@dataclass(frozen=True)
-class Merged:
-    """What became of merging.
-
-    Args:
-        missing_shards: how many are missing; 1 at the first that is damaged.
-        is_made: there is a new output.
-        already_complete: the whole output was there before.
-    """
-
-    missing_shards: int = 0
-    is_made: bool = False
-    already_complete: bool = False
-
-
-def merge_files(
-    output: Path,
-    console: Console,
-    *,
-    overwrite: bool = False,
-    keep_run: bool = False,
-    partial: bool = False,
-) -> Merged:
-    """Put the finished shards of the run of `output` together, if all are there.
-
-    Args:
-        output: the file to make.
-        console: shows how far it is.
-        overwrite: replace an output that is there; a partial one of the same run always is.
-        keep_run: leave the run directory.
-        partial: make an output of what is there, with a row of NaN for each other record. The run directory
-            is kept, and the command that began the run continues it.
-
-    Raises:
-        UsageError: there is no such run, or other processes are at work on it.
-    """
-    output = resolved(output)
-    existing = check_output(output, overwrite)
-    directory = RunDirectory(output)
-    has_run = directory.exists() and directory.plan_path.exists()
-    if not has_run and existing is not None and existing.is_complete:
-        return Merged(already_complete=True)
-    if not has_run:
-        raise UsageError(f"{directory.path}: there is no run to merge; esm-packed embed begins one")
-    with _undisturbed(directory), _claimed(directory, "merging", console):
-        run = Run.open(directory)
-        existing = check_output(output, overwrite)
-        if existing is not None:
-            if existing.plan_hash != run.plan.hash:
-                raise UsageError(f"{output}: exists already, made by another run; --overwrite replaces it")
-            if existing.is_complete:
-                return Merged(already_complete=True)
-            overwrite = True
-        missing = run.plan.num_shards - len(run.finished(range(run.plan.num_shards)))
-        if missing and not partial:
-            return Merged(missing)
-        try:
-            missing = merge_run(run, console, overwrite=overwrite, partial=partial)
-        except DamagedShardError:
-            return Merged(1)
-        if not keep_run and not missing:
-            run.index.close()
-            directory.remove()
-    return Merged(missing, is_made=True)
-
-
 def _embed_slice(session: _Session, part: Slice) -> None:
     """Join the run, compute one slice of it, and merge if that was the last one."""
     directory, console = session.directory, session.console
     with ExitStack() as member:
-        with _claimed(directory, f"joining with slice {part}", console) as session.claim:
-            _check_others(directory, part)
+        with claimed(directory, f"joining with slice {part}", console) as session.claim:
+            check_others(directory, part)
             if not session.prepare():
                 return
             shards = range(session.run.plan.num_shards)
@@ -179,34 +102,13 @@ def _embed_slice(session: _Session, part: Slice) -> None:
                 return
             member.enter_context(directory.slice_claim(part))
         session.compute(part.shards(len(shards)), verify=False)
-    with _claimed(directory, f"leaving with slice {part}", console) as session.claim:
+    with claimed(directory, f"leaving with slice {part}", console) as session.claim:
         # another process may have found all shards there, and merged them
         if not session.is_merged_by_another():
             session.summary.part = str(part)
             session.summary.missing_shards = len(shards) - len(session.run.finished(shards))
             if not session.summary.missing_shards:
                 session.finish()
-
-
-def _check_others(directory: RunDirectory, part: Slice | None) -> None:
-    """See that `part` (None: the whole run) does not overlap with what others compute.
-
-    Raises:
-        UsageError: it does; says with whom.
-    """
-    for other, path in directory.live_slices().items():
-        who = describe_holder(holder_of(path))
-        if part == other:
-            raise UsageError(
-                f"slice {part} of {directory.path} is being worked on by {who}; wait for it, or delete "
-                f"{path} if that process is gone"
-            )
-        if part is None or part.count != other.count:
-            wanted = "the whole run" if part is None else f"slice {part}"
-            raise UsageError(
-                f"{directory.path} is being worked on in {other.count} slices, {other} by {who}; {wanted} "
-                "overlaps with them"
-            )
 
 
 class _Session:
@@ -249,7 +151,7 @@ class _Session:
         index = self._opened_index = self._index()
         with self.console.byte_steps() as report:
             self.checkpoint = load_checkpoint(request.model, progress=report)
-        _check_paths(request, files_of(self.checkpoint))
+        check_paths(request, files_of(self.checkpoint))
         config = self.checkpoint.config
         layers = request.resolved_layers(config)
         plan = self._existing_plan()
@@ -298,7 +200,7 @@ class _Session:
                 if not request.overwrite:
                     raise UsageError(str(error)) from error
                 plan = None
-        _check_held(self.claim)
+        check_held(self.claim)
         if self.directory.new_index_path.exists():
             index.close()
             self.directory.adopt_index()
@@ -387,7 +289,7 @@ class _Session:
         """
         begin = time.monotonic()
         while True:
-            _check_held(self.claim)
+            check_held(self.claim)
             try:
                 overwrite = self.request.overwrite or self._is_partial_output()
                 merge_run(self.run, self.console, overwrite=overwrite)
@@ -400,7 +302,7 @@ class _Session:
         self.summary.read_output()
         if self.request.log_json is not None:
             log_changes(self.console, self.request.log_json, self.directory.output)
-        _check_held(self.claim)
+        check_held(self.claim)
         if not self.request.keep_run:
             self._remove_directory()
 
@@ -455,7 +357,7 @@ class _Session:
         with self.console.progress("reading", "B", _input_bytes(request.inputs)) as advance:
 
             def advance_if_held(amount: int) -> None:
-                _check_held(self.claim)  # or two processes would write one index
+                check_held(self.claim)  # or two processes would write one index
                 advance(amount)
 
             return build_index(request.inputs, path, request.read, progress=advance_if_held)
@@ -491,7 +393,7 @@ class _Session:
             ShardSize.of_run(lengths, is_computed, config, self.device.type, uncut.token_budget),
         )
         plan = replace(uncut, starts=starts)
-        _check_held(self.claim)
+        check_held(self.claim)
         self.directory.forget_shards()
         plan.write(self.directory.plan_path, self.directory.scratch_path)
         return plan
@@ -499,216 +401,14 @@ class _Session:
     def _new_engine(self) -> Engine:
         request = self.request
         several = request.ray_address is not None or (request.workers or 1) > 1
-        several |= len(_gpu_numbers(request)) > 1
+        several |= len(gpu_numbers(request)) > 1
         if request.engine == "ray" or (request.engine == "auto" and several):
             from esm_packed.runners.compute.ray_engine import RayEngine
 
-            return RayEngine(request, self.device, _gpu_numbers(request), self.checkpoint, self.console)
+            return RayEngine(request, self.device, gpu_numbers(request), self.checkpoint, self.console)
         if several:
             raise UsageError("--engine in-process computes on one device; --engine ray on several")
         return InProcessEngine(request, self.checkpoint, self.device)
-
-
-@contextmanager
-def _undisturbed(directory: RunDirectory) -> Iterator[None]:
-    """Explain it if something is removed from the directory while it is worked in."""
-    try:
-        yield
-    except FileNotFoundError as error:
-        if error.filename is not None and directory.path not in Path(error.filename).parents:
-            raise
-        raise UsageError(
-            f"{directory.path}: removed while it was worked in, or something in it; the same command "
-            "continues with what is left"
-        ) from error
-
-
-@contextmanager
-def _claimed(directory: RunDirectory, purpose: str, console: Console) -> Iterator[Claim]:
-    """Hold the run; a directory that has no plan when the block fails is removed.
-
-    A process that computes a slice waits for others that join, leave or merge.
-    """
-    claim = directory.claim(purpose)
-    try:
-        try:
-            _take(claim, directory, console)
-            if purpose == WHOLE_RUN:
-                _check_others(directory, None)
-            directory.sweep()
-        except OSError as error:
-            if is_out_of_space(error):
-                raise
-            raise UsageError(f"{directory.output.parent}: cannot be written to: {error.strerror}") from error
-        yield claim
-    except BaseException as error:
-        if claim.is_held() and not directory.plan_path.exists():
-            with suppress(OSError, UsageError):
-                directory.remove()
-        if isinstance(error, Exception) and not isinstance(error, UsageError) and claim.is_anothers():
-            _check_held(claim)  # whatever it is, it comes of two processes that work in one directory
-        raise
-    finally:
-        claim.release()
-
-
-def _check_held(claim: Claim) -> None:
-    """See that no other process took the run for abandoned, as when this one was stopped for long.
-
-    Raises:
-        UsageError: one did.
-    """
-    if not claim.is_held():
-        raise UsageError(
-            f"{claim.path.parent}: another process has taken this run over, as this one gave no sign of "
-            "life; it is completed there, or by the same command"
-        )
-
-
-def _take(claim: Claim, directory: RunDirectory, console: Console) -> None:
-    """Take `claim` on a run, whose directory is made if need be; wait for others if both are slices."""
-    is_waiting = False
-    for attempt in count():
-        try:
-            directory.make()
-            claim.acquire()
-            return
-        except FileNotFoundError:  # the process that worked in the directory has removed it
-            if attempt == MOST_REMOVALS:
-                raise
-        except ClaimedError as holder:
-            if WHOLE_RUN in (claim.purpose, holder.purpose) or not holder.purpose:
-                raise UsageError(
-                    f"{directory.path} is being worked on by {holder}; wait for it, or delete "
-                    f"{claim.path} if that process is gone"
-                ) from holder
-            if not is_waiting:
-                console.note(f"waiting for {holder}, which is {holder.purpose}")
-            is_waiting = True
-            time.sleep(WAIT_SECONDS)
-
-
-@dataclass(frozen=True)
-class ExistingOutput:
-    """An esm-packed output: of which plan, and whether `merge --partial` has left rows out."""
-
-    plan_hash: str
-    is_complete: bool
-
-
-def check_output(output: Path, overwrite: bool) -> ExistingOutput | None:
-    """See that `output` can be made.
-
-    Returns:
-        The esm-packed output that is already there and may not simply be replaced, else None.
-
-    Raises:
-        UsageError: it cannot be made, or what is there is something else.
-    """
-    try:
-        return _check_output(output, overwrite)
-    except OSError as error:  # no right to look there, a name too long
-        raise UsageError(f"{output}: {error.strerror}") from error
-
-
-def _check_output(output: Path, overwrite: bool) -> ExistingOutput | None:
-    if output.is_dir():
-        raise UsageError(f"{output}: this is a directory; name the file to make, such as embeddings.h5")
-    if not output.parent.is_dir():
-        raise UsageError(f"{output.parent}: there is no such folder to write {output.name} to")
-    RunDirectory(output).check_name()
-    if RunDirectory.holds(output):
-        raise UsageError(f"{output.parent}: is a run directory, and removed with all that is in it")
-    if not output.exists():
-        return None
-    if not output.is_file():
-        raise UsageError(f"{output}: exists and is no regular file")
-    if overwrite:
-        return None
-    try:
-        with EmbeddingReader(output) as reader:
-            attributes = reader.attributes
-            return ExistingOutput(str(attributes["plan_hash"]), attributes.get("complete") == 1)
-    except (StoreError, OSError):
-        raise UsageError(
-            f"{output}: exists already and is not a whole esm-packed output; --overwrite replaces it"
-        ) from None
-
-
-def _check_paths(request: EmbedRequest, read: Iterable[str | Path]) -> None:
-    """See that nothing that is written is among the files `read`."""
-    output = resolved(request.output)
-    written = {"the run directory": RunDirectory(output).path, "--output": output}
-    if request.log_json is not None:
-        written["--log-json"] = request.log_json
-    check_apart(written, read)
-
-
-def _check_suffix(output: Path) -> None:
-    """See that the name of the output is not that of a file of another format."""
-    name = output
-    while name.suffix.lower() in OTHER_SUFFIXES.split():
-        name = name.with_suffix("")
-    if name != output:
-        raise UsageError(
-            f"{output}: the output is HDF5, and this would be the name of a {output.suffix} file; use "
-            f"-o {name.with_suffix('.h5')}"
-        )
-
-
-def _check_request(request: EmbedRequest) -> None:
-    """See that the options fit each other."""
-    if request.part is not None and STDIN in request.inputs:
-        raise UsageError("--slice: standard input cannot be read by every process; name files")
-    if request.part is not None and request.overwrite:
-        raise UsageError(
-            "--slice with --overwrite: the processes would replace each other's work; delete "
-            f"{request.output} and {request.output}.run first"
-        )
-    if request.devices is not None and not request.device.startswith(("auto", "cuda")):
-        raise UsageError(f"--devices names GPUs and --device is {request.device}; leave one of them out")
-    if request.ray_address is not None and request.engine == "in-process":
-        raise UsageError("--ray-address needs --engine ray")
-    if request.ray_address is not None and request.device == "auto":
-        raise UsageError(
-            "--ray-address: say --device cuda or --device cpu; this machine may differ from the others"
-        )
-    if request.ray_address is None:
-        check_threads(request.threads)
-    _check_paths(request, [path for path in request.inputs if path != STDIN])
-    _check_suffix(request.output)
-    if request.log_json is not None:
-        if request.log_json.is_fifo():  # opening one waits for its reader
-            raise UsageError(f"--log-json {request.log_json}: is a pipe; name a file")
-        try:
-            request.log_json.open("a").close()
-        except OSError as error:
-            raise UsageError(f"--log-json {request.log_json}: {error.strerror}") from error
-
-
-def _device(request: EmbedRequest) -> torch.device:
-    """The device of this process's first or only worker."""
-    if request.ray_address is not None:
-        return torch.device(request.device.partition(":")[0])
-    numbers = _gpu_numbers(request)
-    try:
-        return resolve_device(f"cuda:{numbers[0]}" if numbers else request.device)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-
-
-def _gpu_numbers(request: EmbedRequest) -> tuple[int, ...]:
-    """The GPUs that `--devices` asks for; empty without it."""
-    if request.devices is None or request.ray_address is not None:
-        return ()
-    count = torch.cuda.device_count()
-    if not count:
-        raise UsageError(
-            "--devices: torch finds no CUDA device here; --device cpu --workers N uses CPU cores"
-        )
-    if missing := [number for number in request.devices if number >= count]:
-        raise UsageError(f"--devices: there is no GPU {missing[0]}, only 0 to {count - 1}")
-    return request.devices or tuple(range(count))
 
 
 def _input_bytes(inputs: Sequence[str]) -> int | None:
@@ -738,37 +438,3 @@ def run_identity(
         **{name: getattr(request.read, name) for name in IDENTIFYING_RULES},
         "store_dtype": request.store_dtype,
     }
-
-
-def check_space(run: Run, num_compared: int, console: Console) -> None:
-    """Say what the output takes, what the run still takes with its shards before they go, and what is free.
-
-    Args:
-        run: whose finished shards are there already.
-        num_compared: sequences that are compared with FP32.
-        console: where it is said.
-
-    Raises:
-        OSError: ENOSPC, when that is too little.
-    """
-    index, plan = run.index, run.plan
-    row = plan.hidden_size, len(plan.layers), STORE_DTYPES[plan.identity["store_dtype"]]
-    num_computed = index.num_records - index.num_identical
-    output = output_bytes(
-        index.num_records,
-        index.mean_id_bytes,
-        *row,
-        problems=[astuple(problem) for problem in index.problems],
-        num_compared=min(num_compared, num_computed),
-    )
-    num_left = plan.num_shards - len(run.finished(range(plan.num_shards)))
-    needed = output + shards_bytes(num_left, num_computed * num_left // plan.num_shards, *row)
-    folder = run.directory.output.parent
-    free = shutil.disk_usage(folder).free
-    sizes = (
-        f"the output takes about {byte_size(output)}, the run up to {byte_size(needed)} until it is merged; "
-        f"{byte_size(free)} are free in {folder}"
-    )
-    if needed > free:
-        raise OSError(errno.ENOSPC, sizes)
-    console.note(sizes)

@@ -312,7 +312,7 @@ def _add_merge(commands: argparse._SubParsersAction[_Parser]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    _runs(parser, run.merge, "esm_packed.runners.session")
+    _runs(parser, run.merge, "esm_packed.runners.merging")
     parser.add_argument("output", type=_path, metavar="OUT.h5", help="the output, or its folder OUT.h5.run")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT.h5 if it is there")
     parser.add_argument("--keep-run", action="store_true", help="keep OUT.h5.run when OUT.h5 is made")

@@ -20,10 +20,10 @@ from esm_packed.config import ESM2_MODELS
 from esm_packed.model import ESM2
 from esm_packed.numerics import PRECISIONS
 from esm_packed.runners import session
-from esm_packed.runners.cli import main as cli
 from esm_packed.runners.cli import options as arguments_module
+from esm_packed.runners.cli import main as cli
 from esm_packed.runners.output.reader import EmbeddingReader
-from esm_packed.runners.state.plan import FLOPS_PER_SHARD
+from esm_packed.runners.state.cut import FLOPS_PER_SHARD
 from esm_packed.runners.system import terminal
 from esm_packed.runners.watch.console import Console
 from esm_packed.version import __version__

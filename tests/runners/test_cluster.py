@@ -35,10 +35,10 @@ import os, socket, sys, time
 from pathlib import Path
 from esm_packed.model import ESM2
 from esm_packed.runners.cli import main as cli
-from esm_packed.runners.state import plan
+from esm_packed.runners.state import cut
 from esm_packed.runners.compute import ray_engine
 
-plan.FLOPS_PER_SHARD["cpu"] = 3.5e8
+cut.FLOPS_PER_SHARD["cpu"] = 3.5e8
 logs = Path(sys.argv[1])
 
 def wait_for(name):

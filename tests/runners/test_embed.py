@@ -21,7 +21,8 @@ from esm_packed.runners.input.fasta import InputError, ReadOptions
 from esm_packed.runners.output.layout import StoredProblem
 from esm_packed.runners.output.reader import EmbeddingReader
 from esm_packed.runners.session import EmbedRequest, embed_files
-from esm_packed.runners.state.plan import FLOPS_PER_SHARD, plan_hash
+from esm_packed.runners.state.cut import FLOPS_PER_SHARD
+from esm_packed.runners.state.plan import plan_hash
 from esm_packed.runners.state.shard import STATUS_FAILED
 from esm_packed.runners.watch.console import Console
 
@@ -515,7 +516,7 @@ from pathlib import Path
 import torch
 from esm_packed.config import ESM2Config
 from esm_packed.runners import session
-from esm_packed.runners.state import plan
+from esm_packed.runners.state import cut
 from esm_packed.runners.compute import worker
 from esm_packed.runners.watch.console import Console
 
@@ -530,7 +531,7 @@ class Model:
         return {layer: torch.ones(batch.num_sequences, 96) for layer in layers}
 
 # small shards, so that even the shorter input is many of them
-plan.MAX_SHARD_RECORDS = 4096
+cut.MAX_SHARD_RECORDS = 4096
 session.build_index = functools.partial(session.build_index, chunk_size=1 << 18)
 for number in (100_000, 600_000):
     model = Model()

@@ -21,7 +21,7 @@ from esm_packed.runners.compute.budget import PROBE_LENGTH, PROBE_SEQUENCES, mea
 from esm_packed.runners.compute.pipeline import Pipeline
 from esm_packed.runners.output.reader import EmbeddingReader
 from esm_packed.runners.session import EmbedRequest, embed_files
-from esm_packed.runners.state.plan import FLOPS_PER_SHARD
+from esm_packed.runners.state.cut import FLOPS_PER_SHARD
 from esm_packed.runners.state.run import ShardInput
 from esm_packed.runners.state.shard import STATUS_COMPUTED, STATUS_FAILED, Shard
 from esm_packed.runners.summary import Summary

@@ -19,17 +19,15 @@ from esm_packed.config import ESM2_MODELS, ESM2Config
 from esm_packed.model import ESM2
 from esm_packed.numerics import PRECISIONS
 from esm_packed.packing import SPECIAL_TOKENS, pack, plan_packs
-from esm_packed.runners.state import plan as plan_module
-from esm_packed.runners.state.plan import (
+from esm_packed.runners.state import cut
+from esm_packed.runners.state.cut import (
     MAX_SHARD_BYTES,
     MAX_SHARD_RECORDS,
-    Plan,
-    PlanError,
     ShardSize,
     cut_shards,
-    plan_hash,
     sequence_flops,
 )
+from esm_packed.runners.state.plan import Plan, PlanError, plan_hash
 from esm_packed.weights import Checkpoint, RandomTensors
 
 CONFIG = ESM2_MODELS["esm2_t6_8M_UR50D"]
@@ -80,7 +78,7 @@ def test_a_shard_has_a_bounded_number_of_records() -> None:
 
 
 def test_copies_cost_nothing_but_count_as_records(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan_module, "MAX_SHARD_RECORDS", 10)
+    monkeypatch.setattr(cut, "MAX_SHARD_RECORDS", 10)
     is_computed = np.zeros(25, np.bool_)
     is_computed[0] = True
     lengths = np.full(25, 50, np.int32)
@@ -187,7 +185,7 @@ def test_copies_and_giants_among_whole_packs() -> None:
 
 
 def test_a_cost_that_a_test_asks_for_overrides_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(plan_module.FLOPS_PER_SHARD, "cuda", 1.0)
+    monkeypatch.setitem(cut.FLOPS_PER_SHARD, "cuda", 1.0)
     _, starts = cut_for(50, "cuda", 32768)
     assert starts == tuple(range(51))
 

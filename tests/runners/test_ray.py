@@ -27,7 +27,7 @@ from esm_packed.runners.compute import ray_engine
 from esm_packed.runners.compute.ray_engine import EngineError, RayEngine, RayWorker
 from esm_packed.runners.output.reader import EmbeddingReader
 from esm_packed.runners.session import EmbedRequest, embed_files
-from esm_packed.runners.state.plan import FLOPS_PER_SHARD
+from esm_packed.runners.state.cut import FLOPS_PER_SHARD
 from esm_packed.runners.watch.console import Console
 
 os.environ.setdefault("RAY_AUTH_TOKEN", "of these tests")  # or Ray leaves one in the home folder
@@ -400,9 +400,9 @@ def test_no_worker_outlives_its_driver(
         "from esm_packed.model import ESM2\n"
         "from esm_packed.runners.cli import main as cli\n"
         "from esm_packed.runners.compute import ray_engine\n"
-        "from esm_packed.runners.state import plan\n"
+        "from esm_packed.runners.state import cut\n"
         "import ray\n"
-        "plan.FLOPS_PER_SHARD['cpu'] = 3.5e8\n"
+        "cut.FLOPS_PER_SHARD['cpu'] = 3.5e8\n"
         "class SlowWorker(ray_engine.RayWorker):\n"
         "    def compute(self, shard):\n"
         "        time.sleep(0.3)\n"

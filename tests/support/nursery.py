@@ -32,7 +32,7 @@ from esm_packed.runners.cli import main as cli
 from esm_packed.runners import session
 from esm_packed.runners.output import merge as merging
 from esm_packed.runners.compute import pipeline
-from esm_packed.runners.state import plan
+from esm_packed.runners.state import cut
 from esm_packed.runners.state import directory as rundir
 from esm_packed.runners.state import run as shards
 from esm_packed.runners.output import writer
@@ -46,7 +46,7 @@ def live(job):
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0), os.dup2(streams, 1), os.dup2(streams, 2)
     faulthandler.register(signal.SIGUSR1, all_threads=True)
-    plan.FLOPS_PER_SHARD["cpu"] = job["flops_per_shard"]
+    cut.FLOPS_PER_SHARD["cpu"] = job["flops_per_shard"]
     original = session.embed_files
     changes = {name: tuple(value) if isinstance(value, list) else value
                for name, value in job["changes"].items()}

@@ -1,0 +1,190 @@
+"""What is refused before any work: options that do not fit, outputs that cannot be made, too small disks."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from collections.abc import Iterable
+from dataclasses import astuple, dataclass
+from pathlib import Path
+
+import torch
+
+from esm_packed.errors import UsageError
+from esm_packed.numerics import resolve_device
+from esm_packed.runners.compute.worker import check_threads
+from esm_packed.runners.input.records import STDIN
+from esm_packed.runners.output.layout import output_bytes
+from esm_packed.runners.output.reader import EmbeddingReader
+from esm_packed.runners.state.directory import RunDirectory
+from esm_packed.runners.state.request import STORE_DTYPES, EmbedRequest
+from esm_packed.runners.state.run import Run
+from esm_packed.runners.state.shard import StoreError, shards_bytes
+from esm_packed.runners.system.paths import check_apart, resolved
+from esm_packed.runners.watch.console import Console, byte_size
+
+OTHER_SUFFIXES = """
+    .csv .tsv .tab .txt .json .jsonl .ndjson .yaml .yml .xml .html .md .xls .xlsx
+    .npy .npz .mat .pkl .pickle .joblib .pt .pth .ckpt .bin .safetensors .onnx
+    .parquet .feather .arrow .avro .orc .zarr .nc .db .sqlite .rds .rdata .h5ad .loom
+    .fasta .fa .faa .fas .fna .ffn .mpfa .fastq .fq .aln .a2m .a3m .sto .pdb .cif .gff .gb .gbk
+    .gz .bgz .bz2 .xz .zst .zip .tar .tgz
+"""
+"""Of formats for which an output, which is HDF5, must not pass."""
+
+
+@dataclass(frozen=True)
+class ExistingOutput:
+    """An esm-packed output: of which plan, and whether `merge --partial` has left rows out."""
+
+    plan_hash: str
+    is_complete: bool
+
+
+def check_output(output: Path, overwrite: bool) -> ExistingOutput | None:
+    """See that `output` can be made.
+
+    Returns:
+        The esm-packed output that is already there and may not simply be replaced, else None.
+
+    Raises:
+        UsageError: it cannot be made, or what is there is something else.
+    """
+    try:
+        return _check_output(output, overwrite)
+    except OSError as error:  # no right to look there, a name too long
+        raise UsageError(f"{output}: {error.strerror}") from error
+
+
+def _check_output(output: Path, overwrite: bool) -> ExistingOutput | None:
+    if output.is_dir():
+        raise UsageError(f"{output}: this is a directory; name the file to make, such as embeddings.h5")
+    if not output.parent.is_dir():
+        raise UsageError(f"{output.parent}: there is no such folder to write {output.name} to")
+    RunDirectory(output).check_name()
+    if RunDirectory.holds(output):
+        raise UsageError(f"{output.parent}: is a run directory, and removed with all that is in it")
+    if not output.exists():
+        return None
+    if not output.is_file():
+        raise UsageError(f"{output}: exists and is no regular file")
+    if overwrite:
+        return None
+    try:
+        with EmbeddingReader(output) as reader:
+            attributes = reader.attributes
+            return ExistingOutput(str(attributes["plan_hash"]), attributes.get("complete") == 1)
+    except (StoreError, OSError):
+        raise UsageError(
+            f"{output}: exists already and is not a whole esm-packed output; --overwrite replaces it"
+        ) from None
+
+
+def check_paths(request: EmbedRequest, read: Iterable[str | Path]) -> None:
+    """See that nothing that is written is among the files `read`."""
+    output = resolved(request.output)
+    written = {"the run directory": RunDirectory(output).path, "--output": output}
+    if request.log_json is not None:
+        written["--log-json"] = request.log_json
+    check_apart(written, read)
+
+
+def _check_suffix(output: Path) -> None:
+    """See that the name of the output is not that of a file of another format."""
+    name = output
+    while name.suffix.lower() in OTHER_SUFFIXES.split():
+        name = name.with_suffix("")
+    if name != output:
+        raise UsageError(
+            f"{output}: the output is HDF5, and this would be the name of a {output.suffix} file; use "
+            f"-o {name.with_suffix('.h5')}"
+        )
+
+
+def check_request(request: EmbedRequest) -> None:
+    """See that the options fit each other."""
+    if request.part is not None and STDIN in request.inputs:
+        raise UsageError("--slice: standard input cannot be read by every process; name files")
+    if request.part is not None and request.overwrite:
+        raise UsageError(
+            "--slice with --overwrite: the processes would replace each other's work; delete "
+            f"{request.output} and {request.output}.run first"
+        )
+    if request.devices is not None and not request.device.startswith(("auto", "cuda")):
+        raise UsageError(f"--devices names GPUs and --device is {request.device}; leave one of them out")
+    if request.ray_address is not None and request.engine == "in-process":
+        raise UsageError("--ray-address needs --engine ray")
+    if request.ray_address is not None and request.device == "auto":
+        raise UsageError(
+            "--ray-address: say --device cuda or --device cpu; this machine may differ from the others"
+        )
+    if request.ray_address is None:
+        check_threads(request.threads)
+    check_paths(request, [path for path in request.inputs if path != STDIN])
+    _check_suffix(request.output)
+    if request.log_json is not None:
+        if request.log_json.is_fifo():  # opening one waits for its reader
+            raise UsageError(f"--log-json {request.log_json}: is a pipe; name a file")
+        try:
+            request.log_json.open("a").close()
+        except OSError as error:
+            raise UsageError(f"--log-json {request.log_json}: {error.strerror}") from error
+
+
+def first_device(request: EmbedRequest) -> torch.device:
+    """The device of this process's first or only worker."""
+    if request.ray_address is not None:
+        return torch.device(request.device.partition(":")[0])
+    numbers = gpu_numbers(request)
+    try:
+        return resolve_device(f"cuda:{numbers[0]}" if numbers else request.device)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def gpu_numbers(request: EmbedRequest) -> tuple[int, ...]:
+    """The GPUs that `--devices` asks for; empty without it."""
+    if request.devices is None or request.ray_address is not None:
+        return ()
+    count = torch.cuda.device_count()
+    if not count:
+        raise UsageError(
+            "--devices: torch finds no CUDA device here; --device cpu --workers N uses CPU cores"
+        )
+    if missing := [number for number in request.devices if number >= count]:
+        raise UsageError(f"--devices: there is no GPU {missing[0]}, only 0 to {count - 1}")
+    return request.devices or tuple(range(count))
+
+
+def check_space(run: Run, num_compared: int, console: Console) -> None:
+    """Say what the output takes, what the run still takes with its shards before they go, and what is free.
+
+    Args:
+        run: whose finished shards are there already.
+        num_compared: sequences that are compared with FP32.
+        console: where it is said.
+
+    Raises:
+        OSError: ENOSPC, when that is too little.
+    """
+    index, plan = run.index, run.plan
+    row = plan.hidden_size, len(plan.layers), STORE_DTYPES[plan.identity["store_dtype"]]
+    num_computed = index.num_records - index.num_identical
+    output = output_bytes(
+        index.num_records,
+        index.mean_id_bytes,
+        *row,
+        problems=[astuple(problem) for problem in index.problems],
+        num_compared=min(num_compared, num_computed),
+    )
+    num_left = plan.num_shards - len(run.finished(range(plan.num_shards)))
+    needed = output + shards_bytes(num_left, num_computed * num_left // plan.num_shards, *row)
+    folder = run.directory.output.parent
+    free = shutil.disk_usage(folder).free
+    sizes = (
+        f"the output takes about {byte_size(output)}, the run up to {byte_size(needed)} until it is merged; "
+        f"{byte_size(free)} are free in {folder}"
+    )
+    if needed > free:
+        raise OSError(errno.ENOSPC, sizes)
+    console.note(sizes)

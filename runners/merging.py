@@ -1,0 +1,81 @@
+"""The command `merge`: the finished shards of a run put together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from esm_packed.errors import UsageError
+from esm_packed.runners.checks import check_output
+from esm_packed.runners.holding import claimed, undisturbed
+from esm_packed.runners.output.merge import DamagedShardError, merge_run
+from esm_packed.runners.state.directory import RunDirectory
+from esm_packed.runners.state.run import Run
+from esm_packed.runners.system.paths import resolved
+from esm_packed.runners.watch.console import Console
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What became of merging.
+
+    Args:
+        missing_shards: how many are missing; 1 at the first that is damaged.
+        is_made: there is a new output.
+        already_complete: the whole output was there before.
+    """
+
+    missing_shards: int = 0
+    is_made: bool = False
+    already_complete: bool = False
+
+
+def merge_files(
+    output: Path,
+    console: Console,
+    *,
+    overwrite: bool = False,
+    keep_run: bool = False,
+    partial: bool = False,
+) -> Merged:
+    """Put the finished shards of the run of `output` together, if all are there.
+
+    Args:
+        output: the file to make.
+        console: shows how far it is.
+        overwrite: replace an output that is there; a partial one of the same run always is.
+        keep_run: leave the run directory.
+        partial: make an output of what is there, with a row of NaN for each other record. The run directory
+            is kept, and the command that began the run continues it.
+
+    Raises:
+        UsageError: there is no such run, or other processes are at work on it.
+    """
+    output = resolved(output)
+    existing = check_output(output, overwrite)
+    directory = RunDirectory(output)
+    has_run = directory.exists() and directory.plan_path.exists()
+    if not has_run and existing is not None and existing.is_complete:
+        return Merged(already_complete=True)
+    if not has_run:
+        raise UsageError(f"{directory.path}: there is no run to merge; esm-packed embed begins one")
+    with undisturbed(directory), claimed(directory, "merging", console):
+        run = Run.open(directory)
+        existing = check_output(output, overwrite)
+        if existing is not None:
+            if existing.plan_hash != run.plan.hash:
+                raise UsageError(f"{output}: exists already, made by another run; --overwrite replaces it")
+            if existing.is_complete:
+                return Merged(already_complete=True)
+            overwrite = True
+        missing = run.plan.num_shards - len(run.finished(range(run.plan.num_shards)))
+        if missing and not partial:
+            return Merged(missing)
+        try:
+            missing = merge_run(run, console, overwrite=overwrite, partial=partial)
+        except DamagedShardError:
+            return Merged(1)
+        if not keep_run and not missing:
+            run.index.close()
+            directory.remove()
+    return Merged(missing, is_made=True)
