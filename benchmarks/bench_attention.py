@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from gpu_cases import BFLOAT16, FLOAT16, FLOAT32
 from kernel_contests import Bench, Contest
 from measuring import ON_GPU
 from workloads import WORKLOADS
 
 from esm_packed.attention import BACKENDS
+from esm_packed.kernels.cases import BFLOAT16, FLOAT16, FLOAT32
 
 DTYPES = {"fp32": FLOAT32, "tf32": FLOAT32, "fp16": FLOAT16, "bf16": BFLOAT16}
 DEFAULT_DTYPES = ("fp16", "fp32") if ON_GPU else ("fp32",)

@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from gpu_cases import BFLOAT16, FLOAT16, FLOAT32, OPERATIONS
+from kernel_baselines import KERNELS
 from kernel_contests import Bench, Contest
 from measuring import ON_GPU
 
 from esm_packed.attention import BACKENDS
+from esm_packed.kernels.cases import BFLOAT16, FLOAT16, FLOAT32
 
 SHAPES = [("650M", FLOAT16), ("650M", BFLOAT16), ("650M", FLOAT32), ("8M", FLOAT16), ("3B", FLOAT16)]
 COMPILED = [("650M", FLOAT16)]
@@ -25,20 +26,20 @@ BACKEND_NAMES = [name for name in BACKENDS if name != "triton"]
 
 def memory_bound_contests() -> Iterator[Contest]:
     """Every shape: ours and plain PyTorch; one shape: `torch.compile` of that, and other packages, too."""
-    for operation in OPERATIONS.values():
-        if operation.num_bytes is None:
+    for case in KERNELS.values():
+        if case.num_flops is not None:
             continue
         for size, dtype in SHAPES:
-            if dtype not in operation.dtypes:
+            if dtype not in case.dtypes:
                 continue
-            yield Contest(operation.name, "ours", size, dtype)
-            if operation.name != "rotary_qk_packed_":
-                yield Contest(operation.name, "torch", size, dtype)
+            yield Contest(case.name, "ours", size, dtype)
+            if case.name != "rotary_qk_packed_":
+                yield Contest(case.name, "torch", size, dtype)
                 if ON_GPU and (size, dtype) in COMPILED:
-                    yield Contest(operation.name, "torch_compile", size, dtype)
-                    if operation.name == "layer_norm":
-                        yield Contest(operation.name, "liger", size, dtype)
-                        yield Contest(operation.name, "flash_attn", size, dtype)
+                    yield Contest(case.name, "torch_compile", size, dtype)
+                    if case.name == "layer_norm":
+                        yield Contest(case.name, "liger", size, dtype)
+                        yield Contest(case.name, "flash_attn", size, dtype)
 
 
 def attention_contests() -> Iterator[Contest]:

@@ -45,9 +45,6 @@ RIVALS_MAX_RELATIVE_ERRORS = {"fp32": 1e-4, "fp16": 0.2, "bf16": 0.2}
 MIN_FREE_MEMORY = 0.35
 """Share of the GPU's memory below which what earlier variants hold is given up."""
 
-FULL_PRECISION_BACKENDS = {"cuda": "triton", "cpu": "sdpa"}
-"""What serves FP32 and TF32 without padding."""
-
 _ATTENTION_KERNELS = {
     "triton": "packed_attention",
     "varlen": "flash",
@@ -235,11 +232,10 @@ class Contest:
         return self._ready[entry]
 
     def model(self, name: str, dtype: str) -> ESM2:
-        """This package's model, FP32 and TF32 with the backend that serves them unpadded."""
+        """This package's model with the attention that is chosen here for its precision."""
         if (name, dtype) not in self._models:
             checkpoint = self._checkpoint(name)
-            wanted = FULL_PRECISION_BACKENDS[DEVICE.type] if dtype in ("fp32", "tf32") else "auto"
-            backend = select_backend(wanted, DEVICE, PRECISIONS[dtype], checkpoint.config.head_dim)
+            backend = select_backend("auto", DEVICE, PRECISIONS[dtype], checkpoint.config.head_dim)
             self._models[name, dtype] = ESM2.from_checkpoint(checkpoint, DEVICE, PRECISIONS[dtype], backend)
         return self._models[name, dtype]
 

@@ -11,29 +11,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from gpu_cases import (
-    BFLOAT16,
-    FLOAT16,
-    FLOAT32,
-    MODEL_SIZES,
-    OPERATIONS,
-    Arguments,
-    Operation,
-    Results,
-    Workload,
-    call,
-    plain_linear_gelu,
-    relative_errors,
-    separate_linear_gelu,
-    truth_of,
-    with_copies,
-)
-from gpu_timing import Rounds, num_buffers
+from kernel_baselines import KERNELS, MODEL_SIZES, baseline, plain_linear_gelu, separate_linear_gelu
 from measuring import DEVICE, ON_GPU, measured_rate, record
 from workloads import token_lengths
 
-from esm_packed.attention import BackendError, select_backend
+from esm_packed.attention import WAITING_BACKENDS, BackendError, select_backend
+from esm_packed.kernels.cases import BFLOAT16, FLOAT16, FLOAT32, Results, Workload, relative_errors
 from esm_packed.kernels.launch import dtype_name
+from esm_packed.kernels.timing import Rounds, num_buffers
 from esm_packed.numerics import PRECISIONS
 
 ROUNDS = 7 if ON_GPU else 1
@@ -68,37 +53,27 @@ class Contest:
         return _GROUPS.get(operation, operation)
 
 
-class Case:
+class Buffers:
     """An operation in one shape: several sets of arguments, and what FP64 makes of the first."""
 
     def __init__(self, contest: Contest) -> None:
-        self.operation: Operation = OPERATIONS[contest.operation]
+        self.case = KERNELS[contest.operation]
         lengths = token_lengths(contest.lengths, contest.total_tokens)
         self.workload = Workload(MODEL_SIZES[contest.model_size], lengths, DEVICE)
         self.dtype = contest.dtype
-        first = self.operation.arguments(self.workload, self.dtype)
-        count = num_buffers(self.footprint, DEVICE)
-        self.arguments = [first] + [
-            self.operation.arguments(replace(self.workload, seed=seed), self.dtype)
-            for seed in range(1, count)
+        self.bytes = self.case.bytes(self.workload, self.dtype)
+        self.arguments = [
+            self.case.arguments(replace(self.workload, seed=seed), self.dtype)
+            for seed in range(num_buffers(self.bytes, DEVICE))
         ]
         self._originals = [
-            {name: arguments[name].clone() for name in self.operation.mutates} for arguments in self.arguments
+            {name: arguments[name].clone() for name in self.case.mutates} for arguments in self.arguments
         ]
-
-    @property
-    def footprint(self) -> int:
-        """Bytes that one launch touches, at least."""
-        if self.operation.num_bytes is not None:
-            return self.operation.num_bytes(self.workload, self.dtype)
-        # Attention reads three tensors and writes one; fc1 reads one and writes four times as much.
-        width = 4 if self.operation.name.startswith("packed_attention") else 5
-        return width * self.workload.total_tokens * self.workload.config.hidden_size * self.dtype.itemsize
 
     @cached_property
     def truth(self) -> Results:
         """The FP64 reference on the first arguments."""
-        return truth_of(self.operation, with_copies(self.arguments[0], self.operation.mutates))
+        return self.case.truth(self.arguments[0])
 
     def reset(self) -> None:
         """Give arguments that launches modify their first values."""
@@ -113,16 +88,16 @@ class Case:
             pytest.skip.Exception: the provider is not to be had here.
         """
         if provider in ("ours", "fused"):
-            return self.operation.ours()
-        if self.operation.name == "gemm_bias_gelu":
+            return self.case.function
+        if self.case.name == "gemm_bias_gelu":
             return _FC1[provider]
         if provider == "torch":
-            return self.operation.plain(self.workload)
-        if (self.operation.name, provider) in _RIVALS:
-            return _rival(self.operation.name, provider)
+            return baseline(self.case, self.workload)
+        if (self.case.name, provider) in _RIVALS:
+            return _rival(self.case.name, provider)
         if provider == "torch_compile":
-            return torch.compile(self.operation.plain(self.workload), dynamic=False)
-        return _attention_backend(provider, MODES[self.dtype], self.workload.config.head_dim)
+            return torch.compile(baseline(self.case, self.workload), dynamic=False)
+        return _attention_backend(provider, MODES[self.dtype], self.workload.shape.head_dim)
 
     def max_relative_error(self, function: Callable[..., Any]) -> float:
         """Worst relative L2 error of what `function` writes.
@@ -130,10 +105,9 @@ class Case:
         Raises:
             AssertionError: it is more than arithmetic in this dtype explains.
         """
-        arguments = with_copies(self.arguments[0], self.operation.mutates)
-        errors = relative_errors(call(function, arguments, self.operation.mutates), self.truth)
+        errors = relative_errors(self.case.results(function, self.case.copied(self.arguments[0])), self.truth)
         worst = max(errors.values())
-        allowed = self.operation.max_error or MAX_RELATIVE_ERRORS[self.dtype]
+        allowed = self.case.max_error or MAX_RELATIVE_ERRORS[self.dtype]
         assert worst <= allowed, f"relative errors {errors}, allowed are {allowed}"
         return worst
 
@@ -184,18 +158,7 @@ def _attention_backend(name: str, mode: str, head_dim: int) -> Callable[..., Any
     except BackendError as error:
         pytest.skip(str(error))
 
-    def attend(
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        cu_seqlens: torch.Tensor,
-        max_seqlen: int,
-        softmax_scale: float,
-        input_precision: str,
-    ) -> torch.Tensor:
-        return backend(query, key, value, cu_seqlens, max_seqlen, softmax_scale)
-
-    return attend
+    return lambda *, input_precision, **arguments: backend(*arguments.values())
 
 
 @dataclass(frozen=True)
@@ -207,42 +170,42 @@ class Prepared:
 
 
 class Bench:
-    """Cases and captured graphs, which stay from block to block."""
+    """Buffers and captured graphs, which stay from block to block."""
 
     def __init__(self) -> None:
-        self._cases: dict[Contest, Case] = {}
+        self._buffers: dict[Contest, Buffers] = {}
         self._prepared: dict[Contest, Prepared] = {}
 
-    def case(self, contest: Contest) -> Case:
+    def buffers(self, contest: Contest) -> Buffers:
         """The contest's arguments, which its rivals share."""
         key = replace(contest, provider="")
-        if key not in self._cases:
-            self._cases[key] = Case(contest)
-        return self._cases[key]
+        if key not in self._buffers:
+            self._buffers[key] = Buffers(contest)
+        return self._buffers[key]
 
     def prepare(self, contest: Contest) -> Prepared:
         """Check the numbers, warm up and capture, once for all blocks."""
         if contest not in self._prepared:
             self._give_up_memory()
-            case = self.case(contest)
-            case.reset()
-            function = case.function(contest.provider)
-            error = None if contest.provider == "matmul_alone" else case.max_relative_error(function)
-            calls = [_bind(function, arguments) for arguments in case.arguments]
-            graph = contest.provider not in ("sdpa", "reference")  # these read lengths back from the device
-            self._prepared[contest] = Prepared(Rounds(calls, DEVICE, graph=graph, reset=case.reset), error)
+            buffers = self.buffers(contest)
+            buffers.reset()
+            function = buffers.function(contest.provider)
+            error = None if contest.provider == "matmul_alone" else buffers.max_relative_error(function)
+            calls = [partial(function, **arguments) for arguments in buffers.arguments]
+            graph = contest.provider not in WAITING_BACKENDS
+            self._prepared[contest] = Prepared(Rounds(calls, DEVICE, graph=graph, reset=buffers.reset), error)
         return self._prepared[contest]
 
     def _give_up_memory(self) -> None:
         if DEVICE.type != "cuda":
             return
-        for case in list(self._cases.values())[:-1]:
-            case.__dict__.pop("truth", None)
+        for buffers in list(self._buffers.values())[:-1]:
+            buffers.__dict__.pop("truth", None)
         free, total = torch.cuda.mem_get_info()
         reserved_but_unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
         if free + reserved_but_unused < MIN_FREE_MEMORY * total:
             self._prepared.clear()
-            self._cases.clear()
+            self._buffers.clear()
 
     def time(self, contest: Contest, suite: str, block: int, benchmark: Any) -> dict[str, Any]:
         """Time `contest` and fill the benchmark's record; what is returned."""
@@ -252,8 +215,8 @@ class Bench:
         with torch.no_grad():
             benchmark.pedantic(rounds.run, setup=rounds.prepare, rounds=ROUNDS)
 
-        case = self.case(contest)
-        workload, operation = case.workload, case.operation
+        buffers = self.buffers(contest)
+        workload, case = buffers.workload, buffers.case
         mode = _mode(contest)
         values: dict[str, Any] = {
             "group": contest.group,
@@ -262,18 +225,16 @@ class Bench:
             "lengths": contest.lengths,
             "total_tokens": workload.total_tokens,
             "num_sequences": workload.num_sequences,
-            "buffers": len(case.arguments),
+            "buffers": len(buffers.arguments),
             "launches_per_round": rounds.launches,
             "captured": rounds.captured,
             "max_relative_error": prepared.max_relative_error,
             "round_seconds": list(rounds.seconds),
-            "bytes": case.footprint,
+            "bytes": buffers.bytes,
+            "ceiling_name": "copy",
         }
-        if operation.num_bytes is not None:
-            values["ceiling_name"] = "copy"
-        else:
-            assert operation.num_flops is not None
-            values |= {"flops": operation.num_flops(workload), "ceiling_name": mode}
+        if case.num_flops is not None:
+            values |= {"flops": case.num_flops(workload), "ceiling_name": mode}
         amount = values.get("flops", values["bytes"])
         values["ceiling_per_second"] = measured_rate(values["ceiling_name"])
         values["bandwidth_ceiling"] = measured_rate("copy")
@@ -301,10 +262,6 @@ class Bench:
 
 _OURS = {"cuda": "triton", "cpu": "pytorch"}
 """On a CPU our operations are plain PyTorch."""
-
-
-def _bind(function: Callable[..., Any], arguments: Arguments) -> Callable[[], Any]:
-    return lambda: function(**arguments)
 
 
 def _mode(contest: Contest) -> str:

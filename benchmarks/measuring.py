@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from gpu_timing import copy_rate, matmul_rate
+from rates import copy_rate, matmul_rate
 
 from esm_packed.config import ESM2Config
 from esm_packed.numerics import PRECISIONS
 from esm_packed.packing import SPECIAL_TOKENS
-from esm_packed.runners.state.plan import sequence_flops
+from esm_packed.runners.state.cut import sequence_flops
 
 REPOSITORY = Path(__file__).parents[1]
 ON_GPU = torch.cuda.is_available()

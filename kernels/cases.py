@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import accumulate
 from typing import Any, Protocol
@@ -150,12 +150,14 @@ class Case:
         dtypes: of the operands.
         streams: the residual stream is among the arguments or results.
         residual_dtype: of that stream unless another is asked for; None: that of the operands.
+        input_precision: what FP32 operands are multiplied in, None where torch's switches say so.
         max_error: relative L2 error that is the arithmetic's own (TF32), 0 for that of the dtype.
         since: oldest compute capability that runs it, 80 for sm_80.
         size: the width by which it is tuned, an attribute of `Shape`.
         tuned_by_stream: it is tuned by the dtype of the residual stream, not by that of the operands.
         candidates: makes settings to try beside the heuristic's, of its module, a shape and a dtype; None
             where nothing is tuned, or another case is in its place.
+        reference: plain PyTorch with the same arguments, in FP64 too; the operation's own.
     """
 
     name: str
@@ -169,15 +171,18 @@ class Case:
     dtypes: tuple[torch.dtype, ...] = ALL_DTYPES
     streams: bool = False
     residual_dtype: torch.dtype | None = None
+    input_precision: str | None = None
     max_error: float = 0.0
     since: int = 75
     size: str = "hidden_size"
     tuned_by_stream: bool = False
     candidates: Callable[[Any, Shape, torch.dtype], list[Settings]] | None = None
+    reference: Callable[..., Any] = field(init=False)
 
     def __post_init__(self) -> None:
         if not self.operation:
             object.__setattr__(self, "operation", self.name)
+        object.__setattr__(self, "reference", inspect.unwrap(getattr(kernels, self.operation)))
 
     def __str__(self) -> str:
         return self.name
@@ -185,19 +190,14 @@ class Case:
     @property
     def function(self) -> Callable[..., Any]:
         """Ours; found late, for a launcher needs Triton."""
-        function: Callable[..., Any]
-        function = getattr(self.launchers, self.name) if self.direct else getattr(kernels, self.operation)
+        owner, name = (self.launchers, self.name) if self.direct else (kernels, self.operation)
+        function: Callable[..., Any] = getattr(owner, name)
         return function
 
     @property
     def launchers(self) -> Any:
         """The submodule; needs Triton."""
         return importlib.import_module(f"esm_packed.kernels.{self.module}")
-
-    @property
-    def reference(self) -> Callable[..., Any]:
-        """Plain PyTorch with the same arguments, in FP64 too."""
-        return inspect.unwrap(getattr(kernels, self.operation))
 
     @property
     def mutates(self) -> tuple[str, ...]:
@@ -222,6 +222,10 @@ class Case:
             returned = () if returned is None else (returned,)
         results = {f"out{index}": tensor for index, tensor in enumerate(returned)}
         return results | {name: arguments[name] for name in self.mutates}
+
+    def copied(self, arguments: Arguments) -> Arguments:
+        """The same arguments, those that are modified in memory of their own."""
+        return arguments | {name: arguments[name].clone() for name in self.mutates}
 
     def truth(self, arguments: Arguments, dtype: torch.dtype | None = torch.float64) -> Results:
         """Results of the reference on copies of `arguments`, floats in `dtype` if it is given."""
@@ -337,6 +341,7 @@ def _attention_case(input_precision: str, dtypes: tuple[torch.dtype, ...], max_e
         lambda w: 4 * w.shape.hidden_size * w.sum_of_squares,
         operation="packed_attention",
         dtypes=dtypes,
+        input_precision=input_precision,
         max_error=max_error,
         since=80,
         size="head_dim",
@@ -436,11 +441,6 @@ CASES: dict[str, Case] = {
     )
 }
 """By name, in the order they are tuned."""
-
-
-def launched_dtypes() -> list[tuple[Case, torch.dtype]]:
-    """Every kernel's case in every dtype it serves."""
-    return [(case, dtype) for case in CASES.values() if not case.chooses for dtype in case.dtypes]
 
 
 def relative_errors(actual: Results, truth: Results) -> dict[str, float]:

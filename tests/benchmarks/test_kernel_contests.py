@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from gpu_cases import FLOAT16, FLOAT32, MODEL_SIZES, OPERATIONS, Workload, relative_errors
+from kernel_baselines import KERNELS, MODEL_SIZES
+
+from esm_packed.kernels.cases import FLOAT16, FLOAT32, Workload, relative_errors
 
 pytest.importorskip("pytest_benchmark", reason="benchmarks need pytest-benchmark")
 
@@ -40,21 +41,21 @@ def test_relative_errors_are_relative_to_the_truth() -> None:
 def test_wrong_numbers_are_not_timed(
     spoil: Callable[[torch.Tensor], torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    operation = OPERATIONS["layer_norm"]
+    reference = KERNELS["layer_norm"].reference
     contest = contests.Contest("layer_norm", "torch", "8M", FLOAT32)
     assert 0 < contests.Bench().prepare(contest).max_relative_error <= 1e-5
 
-    def plain(workload: Workload) -> Callable[..., Any]:
-        return lambda **arguments: spoil(operation.reference(**arguments))
+    def spoilt(**arguments: Any) -> torch.Tensor:
+        return spoil(reference(**arguments))
 
-    monkeypatch.setitem(OPERATIONS, "layer_norm", replace(operation, plain=plain))
+    monkeypatch.setattr(contests, "baseline", lambda case, workload: spoilt)
     monkeypatch.setattr(contests, "Rounds", lambda *_, **__: pytest.fail("warmed up before it was checked"))
     with pytest.raises(AssertionError, match=r"relative errors .* allowed|not finite"):
         contests.Bench().prepare(contest)
 
 
 class ThreeRounds:
-    """Stands for `gpu_timing.Rounds`: launches of 9, 1 and 2 seconds."""
+    """Stands for `timing.Rounds`: launches of 9, 1 and 2 seconds."""
 
     launches, captured = 4, False
 
@@ -100,7 +101,7 @@ def test_rates_are_of_the_median_launch_under_their_own_ceiling(
     bench = contests.Bench()
     monkeypatch.setitem(bench._prepared, contest, contests.Prepared(ThreeRounds(), 2e-4))
     info = bench.time(contest, "kernels", 1, Benchmark())
-    workload = bench.case(contest).workload
+    workload = bench.buffers(contest).workload
     flops = 4 * 320 * sum(length**2 for length in workload.lengths)
     num_bytes = (2 if operation == "layer_norm" else 4) * 300 * 320 * dtype.itemsize
     assert (info["suite"], info["block"], info["dtype"], info["backend"]) == ("kernels", 1, mode, "pytorch")
@@ -131,16 +132,10 @@ def test_operations_move_what_they_must() -> None:
         "check_numerics": 2 * hidden,
     }
     wanted["rotary_qk_packed_"] = wanted["rotary_qk_"]
-    moved = {
-        name: operation.num_bytes(workload, FLOAT16)
-        for name, operation in OPERATIONS.items()
-        if operation.num_bytes is not None
-    }
+    moved = {name: case.bytes(workload, FLOAT16) for name, case in KERNELS.items() if case.num_flops is None}
     assert moved == wanted
     arithmetic = {
-        name: operation.num_flops(workload)
-        for name, operation in OPERATIONS.items()
-        if operation.num_flops is not None
+        name: case.num_flops(workload) for name, case in KERNELS.items() if case.num_flops is not None
     }
     attention = 4 * 320 * (3**2 + 4**2)
     assert arithmetic == {

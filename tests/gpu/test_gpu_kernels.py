@@ -13,24 +13,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from gpu_cases import (
-    MODEL_SIZES,
-    OPERATIONS,
-    Operation,
-    Results,
-    Workload,
-    call,
-    operation_dtypes,
-    relative_errors,
-    truth_of,
-    uniref_lengths,
-    with_copies,
-)
+from kernel_baselines import KERNELS, MODEL_SIZES, baseline, kernel_dtypes
 from tolerances import assert_as_close_as_pytorch, relative_error
+from workloads import token_lengths
 
 from esm_packed import kernels
 from esm_packed.alphabet import MASK_ID, VOCAB_SIZE
 from esm_packed.kernels import reference
+from esm_packed.kernels.cases import EPS, Case, Workload, relative_errors
 from esm_packed.kernels.launch import dtype_name
 
 pytestmark = pytest.mark.gpu
@@ -38,15 +28,14 @@ pytestmark = pytest.mark.gpu
 Record = Callable[[str, Any], None]
 
 SIZES = ["8M", "650M", "3B"]
-EPS = 1e-5
 INT32_ELEMENTS = 2**31
 
 OVERHEAD_EVENTS = ("Activity Buffer Request", "Context Sync", "Stream Sync", "Event Sync")
 """What the profiler may file under the device though nothing was launched."""
 
-every_operation = pytest.mark.parametrize(
-    ("operation", "dtype"),
-    [pytest.param(o, dtype, id=f"{o.name}-{dtype_name(dtype)}") for o, dtype in operation_dtypes()],
+every_kernel = pytest.mark.parametrize(
+    ("case", "dtype"),
+    [pytest.param(case, dtype, id=f"{case}-{dtype_name(dtype)}") for case, dtype in kernel_dtypes()],
 )
 
 
@@ -70,16 +59,16 @@ def matmul_mode(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", mode)
 
 
-@every_operation
+@every_kernel
 @pytest.mark.parametrize("size", SIZES)
 def test_fp64_reference_at_real_sizes(
-    size: str, operation: Operation, dtype: torch.dtype, cuda_device: torch.device, record_property: Record
+    size: str, case: Case, dtype: torch.dtype, cuda_device: torch.device, record_property: Record
 ) -> None:
-    check_against_fp64(operation, dtype, size, 6000, cuda_device, record_property)
+    check_against_fp64(case, dtype, size, 6000, cuda_device, record_property)
 
 
 def check_against_fp64(
-    operation: Operation,
+    case: Case,
     dtype: torch.dtype,
     size: str,
     total_tokens: int,
@@ -87,14 +76,13 @@ def check_against_fp64(
     record_property: Record,
 ) -> None:
     """Ours is about as close to FP64 as plain PyTorch in the same dtype, everywhere."""
-    workload = Workload(MODEL_SIZES[size], uniref_lengths(total_tokens), device)
-    arguments = operation.arguments(workload, dtype)
-    truth = truth_of(operation, with_copies(arguments, operation.mutates))
-    plain = operation.plain(workload)
-    same_dtype = call(plain, with_copies(arguments, operation.mutates), operation.mutates)
+    workload = Workload(MODEL_SIZES[size], token_lengths("uniref", total_tokens), device)
+    arguments = case.arguments(workload, dtype)
+    truth = case.truth(arguments)
+    same_dtype = case.results(baseline(case, workload), case.copied(arguments))
     spared = arguments["qkv"][:, 2].clone() if "qkv" in arguments else None
     with poisoned_memory():
-        actual = call(operation.ours(), arguments, operation.mutates)
+        actual = case.results(case.function, arguments)
 
     errors = relative_errors(actual, truth)
     for name, error in errors.items():
@@ -102,8 +90,8 @@ def check_against_fp64(
         record_property(f"relative_error_{name}_of_pytorch", relative_error(same_dtype[name], truth[name]))
     if spared is not None:
         assert torch.equal(arguments["qkv"][:, 2], spared)
-    if operation.max_error:
-        assert max(errors.values()) <= operation.max_error
+    if case.max_error:
+        assert max(errors.values()) <= case.max_error
         return
     for name, expected in truth.items():
         if expected.is_floating_point():
@@ -150,27 +138,31 @@ def no_synchronisation() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-@every_operation
+@every_kernel
 def test_launcher_is_one_gpu_kernel(
-    operation: Operation,
+    case: Case,
     dtype: torch.dtype,
     cuda_device: torch.device,
     profiler_works: None,
     record_property: Record,
 ) -> None:
-    arguments = operation.arguments(Workload(MODEL_SIZES["650M"], uniref_lengths(3000), cuda_device), dtype)
-    events = gpu_events(lambda: operation.ours()(**arguments))
+    arguments = case.arguments(
+        Workload(MODEL_SIZES["650M"], token_lengths("uniref", 3000), cuda_device), dtype
+    )
+    events = gpu_events(lambda: case.function(**arguments))
     record_property("gpu_events", events)
     assert len(events) == 1, events
     assert not events[0].startswith(("Memcpy", "Memset"))
 
 
-@every_operation
+@every_kernel
 def test_launcher_never_waits_for_the_device(
-    operation: Operation, dtype: torch.dtype, cuda_device: torch.device
+    case: Case, dtype: torch.dtype, cuda_device: torch.device
 ) -> None:
-    arguments = operation.arguments(Workload(MODEL_SIZES["650M"], uniref_lengths(3000), cuda_device), dtype)
-    function = operation.ours()
+    arguments = case.arguments(
+        Workload(MODEL_SIZES["650M"], token_lengths("uniref", 3000), cuda_device), dtype
+    )
+    function = case.function
     function(**arguments)
     with no_synchronisation():
         function(**arguments)
@@ -178,45 +170,44 @@ def test_launcher_never_waits_for_the_device(
             torch.ones(1, device=cuda_device).item()
 
 
-@every_operation
-def test_graph_replay_with_other_lengths(
-    operation: Operation, dtype: torch.dtype, cuda_device: torch.device
-) -> None:
+@every_kernel
+def test_graph_replay_with_other_lengths(case: Case, dtype: torch.dtype, cuda_device: torch.device) -> None:
     config, capacity = MODEL_SIZES["8M"], 64
-    packs = [uniref_lengths(3000), [1024, 3, 900, 3, 1000, 70], [50] * 60, [3, 3, 2994 - 1000, 1000]]
+    packs = [token_lengths("uniref", 3000), [1024, 3, 900, 3, 1000, 70], [50] * 60, [3, 3, 2994 - 1000, 1000]]
     packs = [[*lengths, *[0] * (capacity - len(lengths))] for lengths in packs]
     captured = Workload(config, packs[0], cuda_device, max_seqlen=2048)
-    static = operation.arguments(captured, dtype)
-    function = operation.ours()
+    static = case.arguments(captured, dtype)
+    function = case.function
     side_stream = torch.cuda.Stream()
     side_stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side_stream):
         for _ in range(2):
-            call(function, static, operation.mutates)
+            case.results(function, static)
     torch.cuda.current_stream().wait_stream(side_stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        replayed = call(function, static, operation.mutates)
+        replayed = case.results(function, static)
 
     for seed, lengths in enumerate(packs):
-        other = operation.arguments(replace(captured, lengths=lengths, seed=seed), dtype)
+        other = case.arguments(replace(captured, lengths=lengths, seed=seed), dtype)
         for name, value in other.items():
             if isinstance(value, torch.Tensor):
                 static[name].copy_(value)
         graph.replay()
-        eager = call(function, other, operation.mutates)
+        eager = case.results(function, other)
         for name, expected in eager.items():
             torch.testing.assert_close(replayed[name], expected, rtol=0, atol=0, equal_nan=True)
 
 
 def attention_errors(device: torch.device) -> dict[str, float]:
     """Relative error of FP32 attention in each input precision, on the same data."""
-    workload = Workload(MODEL_SIZES["650M"], uniref_lengths(6000), device)
-    arguments = OPERATIONS["packed_attention"].inputs(workload, torch.float32)
-    truth: Results = truth_of(OPERATIONS["packed_attention"], arguments)
+    workload = Workload(MODEL_SIZES["650M"], token_lengths("uniref", 6000), device)
+    case = KERNELS["packed_attention"]
+    arguments = case.arguments(workload, torch.float32)
+    truth = case.truth(arguments)
     return {
         precision: relative_error(
-            kernels.packed_attention(**arguments, input_precision=precision), truth["out0"]
+            kernels.packed_attention(**arguments | {"input_precision": precision}), truth["out0"]
         )
         for precision in ("ieee", "tf32", "tf32x3")
     }
@@ -310,7 +301,7 @@ def test_offsets_of_fc1_beyond_int32(cuda_device: torch.device) -> None:
     need_memory(10)
     states = normal(INT32_ELEMENTS // 5120 + 2000, 1280, device=cuda_device)
     weight, bias = normal(5120, 1280, device=cuda_device) / 36, normal(5120, device=cuda_device)
-    out = OPERATIONS["gemm_bias_gelu"].ours()(states, weight, bias)
+    out = KERNELS["gemm_bias_gelu"].function(states, weight, bias)
     assert out.numel() > INT32_ELEMENTS
     for rows in ENDS:
         expected = F.gelu(F.linear(states[rows].double(), weight.double(), bias.double()))
@@ -324,7 +315,7 @@ def test_offsets_of_attention_beyond_int32(cuda_device: torch.device) -> None:
     out = kernels.packed_attention(query, key, value, w.cu_seqlens, w.max_seqlen, 0.125)
     assert out.numel() > INT32_ELEMENTS
     for rows, lengths in ((slice(0, 1000), [1000]), (slice(-1307, None), [1000, 7, 300])):
-        part = Workload(w.config, lengths, cuda_device)
+        part = Workload(w.shape, lengths, cuda_device)
         doubles = (tensor[rows].double() for tensor in (query, key, value))
         expected = reference.packed_attention(*doubles, part.cu_seqlens, 1000, 0.125)
         assert_small_error(out[rows], expected)
@@ -337,7 +328,7 @@ def test_offsets_of_embedding_and_pooling_beyond_int32(cuda_device: torch.device
     states, position_ids = kernels.embed_tokens(w.input_ids, w.cu_seqlens, weight, MASK_ID, torch.float16)
     assert states.numel() > INT32_ELEMENTS
     assert torch.equal(position_ids, w.position_ids)
-    last = Workload(w.config, [1000, 7, 300], cuda_device)
+    last = Workload(w.shape, [1000, 7, 300], cuda_device)
     expected, _ = reference.embed_tokens(
         w.input_ids[-1307:], last.cu_seqlens, weight.double(), MASK_ID, torch.float64
     )
@@ -392,7 +383,7 @@ def test_compiled_layer_equals_eager(
     compiled: Any = torch.compile(layer_operations, fullgraph=True)
     worst = 0.0
     for seed, total_tokens in enumerate((2000, 2500, 1777)):
-        w = Workload(config, uniref_lengths(total_tokens, seed), cuda_device, max_seqlen=1024)
+        w = Workload(config, token_lengths("uniref", total_tokens, seed), cuda_device, max_seqlen=1024)
         weights = {
             "embedding": w.randn(VOCAB_SIZE, hidden, dtype=dtype),
             "norm": w.randn(hidden, dtype=dtype, scale=0.1) + 1,

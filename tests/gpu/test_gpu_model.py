@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from gpu_cases import uniref_lengths
 from tolerances import relative_error
+from workloads import token_lengths
 
 from esm_packed import ESM2
 from esm_packed.alphabet import encode
@@ -70,7 +70,7 @@ def random_batch(
 @cache
 def checked_batch(device: torch.device) -> PackedBatch:
     """UniRef lengths, among them very short ones."""
-    return random_batch([*uniref_lengths(2500), 3, 3, 65], device)
+    return random_batch([*token_lengths("uniref", 2500), 3, 3, 65], device)
 
 
 def results_of(model: ESM2, batch: PackedBatch) -> dict[str, torch.Tensor]:
@@ -186,7 +186,7 @@ def test_model_graph_replay_with_other_lengths(
         pytest.skip(f"{backend} waits for the device")
     model = load("8M", "fp16", backend, cuda_device)
     capacity, max_seqlen, total_tokens = 64, 1024, 3000
-    packs = [uniref_lengths(total_tokens), [1024, 3, 900, 3, 1000, 70], [50] * 60, [700, 5, 20]]
+    packs = [token_lengths("uniref", total_tokens), [1024, 3, 900, 3, 1000, 70], [50] * 60, [700, 5, 20]]
 
     def fixed_size(lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         batch = random_batch(lengths, cuda_device)

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gpu_cases import uniref_lengths
 from packings import random_packing
+from workloads import token_lengths
 
 from esm_packed import ESM2
 from esm_packed.alphabet import encode
@@ -36,7 +36,7 @@ def token_ids() -> list[np.ndarray]:
     """Random proteins of UniRef's lengths, about three packs of them."""
     rng = np.random.default_rng(3)
     letters = encode("LAGVSERTIDPKQNFYMHWC")
-    return [letters[rng.integers(0, 20, max(1, tokens - 2))] for tokens in uniref_lengths(22_000)]
+    return [letters[rng.integers(0, 20, max(1, tokens - 2))] for tokens in token_lengths("uniref", 22_000)]
 
 
 def load(shape: str, dtype: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> ESM2:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from gpu_cases import uniref_lengths
+from workloads import token_lengths
 
 from esm_packed import ESM2
 from esm_packed.alphabet import encode
@@ -32,7 +32,7 @@ LAST = 6
 def sequences() -> list[str]:
     """Random proteins of UniRef's lengths, 100,000 tokens of them."""
     rng = np.random.default_rng(5)
-    lengths = [max(1, tokens - 2) for tokens in uniref_lengths(100_000)]
+    lengths = [max(1, tokens - 2) for tokens in token_lengths("uniref", 100_000)]
     return ["".join(rng.choice(list("LAGVSERTIDPKQNFYMHWC"), length)) for length in lengths]
 
 

@@ -1,6 +1,6 @@
 """A pytest plugin: a JSON line when a test begins and one when it ends, no new test after a time limit.
 
-`pytest -p gpu_records --records FILE --stop-after SECONDS --part 0/4`, with `benchmarks/` on PYTHONPATH. When
+`pytest -p gpu.records --records FILE --stop-after SECONDS --part 0/4`, with `benchmarks/` on PYTHONPATH. When
 a test hangs or takes the process with it, the lines up to there remain.
 """
 

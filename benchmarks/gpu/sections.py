@@ -1,4 +1,4 @@
-"""What `gpu_check.py` runs in processes of their own: `python gpu_sections.py NAME --device D --out FILE`.
+"""What `check.py` runs in processes of its own: `python sections.py NAME --device D --out FILE`.
 
 The JSON file is written anew after every step, so that a step that hangs does not take the others with it.
 """
@@ -17,18 +17,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from gpu_cases import MODEL_SIZES, Workload, call, operation_dtypes, uniref_lengths
-from gpu_timing import copy_rate, matmul_rate, time_call
-from workloads import proteins, write_fasta
+from kernel_baselines import MODEL_SIZES, kernel_dtypes
+from rates import matmul_rate
+from workloads import proteins, token_lengths, write_fasta
 
 from esm_packed import ESM2, kernels
 from esm_packed.attention import BackendError, PackedAttention, select_backend
 from esm_packed.config import DEFAULT_TOKEN_BUDGETS, ESM2_MODELS, ESM2Config
 from esm_packed.graphs import GraphedESM2
+from esm_packed.kernels.cases import Workload
 from esm_packed.kernels.launch import dtype_name
+from esm_packed.kernels.timing import time_call
 from esm_packed.numerics import PRECISIONS, Precision
 from esm_packed.packing import SPECIAL_TOKENS, PackedBatch, pack
-from esm_packed.runners.state.plan import sequence_flops
+from esm_packed.runners.state.cut import sequence_flops
 from esm_packed.stress import stress_checkpoint
 from esm_packed.weights import Checkpoint, save_fair_esm, tensor_shapes
 
@@ -83,24 +85,15 @@ def every_launcher(device: torch.device, save: Save, seconds: float) -> None:
     """Each launcher once on a small pack, for a memory checker to watch."""
     launched = []
     workload = Workload(MODEL_SIZES["8M"], [65, 3, 130, 17, 64, 1], device)
-    for operation, dtype in operation_dtypes():
-        if dtype == torch.bfloat16 or (device.type == "cpu" and operation.name == "gemm_bias_gelu"):
+    for case, dtype in kernel_dtypes():
+        if dtype == torch.bfloat16 or (device.type == "cpu" and case.direct):
             continue
-        call(operation.ours(), operation.arguments(workload, dtype), operation.mutates)
+        case.function(**case.arguments(workload, dtype))
         if device.type == "cuda":
             torch.cuda.synchronize()
-        launched.append(f"{operation.name} {dtype_name(dtype)}")
+        launched.append(f"{case} {dtype_name(dtype)}")
         save({"launched": launched})
     print(f"launched {len(launched)} kernels", flush=True)
-
-
-def ceilings(device: torch.device, save: Save, seconds: float) -> None:
-    """Rates of a copy and of matrix multiplications."""
-    rates: dict[str, float] = {"copy_bytes_per_second": copy_rate(device)}
-    save(rates)
-    for mode in ("fp16", "bf16", "tf32", "fp32"):
-        rates[f"{mode}_flops_per_second"] = matmul_rate(device, mode)
-        save(rates)
 
 
 def forward_flops(config: ESM2Config, lengths: list[int]) -> int:
@@ -113,7 +106,7 @@ def model_speed(device: torch.device, save: Save, seconds: float) -> None:
     end = time.monotonic() + seconds
     found: dict[str, Any] = {"variants": {}}
     name = MODEL_NAMES[device.type]
-    lengths = uniref_lengths(MODEL_TOKENS[device.type])
+    lengths = token_lengths("uniref", MODEL_TOKENS[device.type])
     found |= {"model": name, "total_tokens": sum(lengths), "num_sequences": len(lengths)}
     found["default_token_budget"] = DEFAULT_TOKEN_BUDGETS[device.type]
     rates = {mode: matmul_rate(device, mode) for mode in ("fp16", "tf32", "fp32")}
@@ -228,7 +221,7 @@ def _small_model(device: torch.device, found: dict[str, Any], save: Save) -> Non
     if device.type != "cuda":
         return
     model = ESM2.from_pretrained("random:esm2_t6_8M_UR50D", device=device, dtype="fp16")
-    workload = Workload(model.config, uniref_lengths(4096), device)
+    workload = Workload(model.config, token_lengths("uniref", 4096), device)
     batch = PackedBatch(workload.input_ids, workload.cu_seqlens, workload.max_seqlen)
     forward = partial(_forward, model, batch, "fp16", model.attend)
     graphed = partial(GraphedESM2(model).embed_packed, batch, [model.config.num_layers])
@@ -298,7 +291,6 @@ def stress_files(device: torch.device, save: Save, seconds: float) -> None:
 SECTIONS: dict[str, Callable[[torch.device, Save, float], None]] = {
     "machine": machine,
     "every_launcher": every_launcher,
-    "ceilings": ceilings,
     "model_speed": model_speed,
     "memory": memory,
     "stress_files": stress_files,

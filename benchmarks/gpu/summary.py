@@ -1,4 +1,4 @@
-"""The table at the end of `gpu_check.py`, made of its report alone."""
+"""The table at the end of `check.py`, made of its report alone."""
 
 from __future__ import annotations
 

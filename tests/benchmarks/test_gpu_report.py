@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import gpu_sections
 import numpy as np
 import pytest
 import torch
-from gpu_summary import summary_lines
+from gpu import sections
+from gpu.summary import summary_lines
+from workloads import token_lengths
 
 from esm_packed.config import ESM2_MODELS
-from esm_packed.runners.state.plan import sequence_flops
+from esm_packed.runners.state.cut import sequence_flops
 
 RATES = {"fp16": 4e12, "tf32": 2e12, "fp32": 1e12}
 
@@ -48,14 +49,14 @@ def test_ratios_are_formed_within_a_block() -> None:
 
 
 def test_shares_are_of_the_rates_of_their_own_precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_sections, "matmul_rate", lambda device, mode: RATES[mode])
+    monkeypatch.setattr(sections, "matmul_rate", lambda device, mode: RATES[mode])
     saved: list[dict[str, Any]] = []
     with torch.no_grad():
-        gpu_sections.model_speed(torch.device("cpu"), saved.append, 600.0)
+        sections.model_speed(torch.device("cpu"), saved.append, 600.0)
     found = saved[-1]
     variants = {name: values for name, values in found["variants"].items() if "error" not in values}
     assert {name.split()[0] for name in variants} == {"tf32", "fp32"}
-    lengths = gpu_sections.uniref_lengths(300)
+    lengths = token_lengths("uniref", 300)
     flops = sequence_flops(np.array(lengths) - 2, ESM2_MODELS["esm2_t6_8M_UR50D"]).sum()
     for name, values in variants.items():
         assert values["seconds"] == np.median(values["all_seconds"])

@@ -1,0 +1,137 @@
+"""Everything that needs a GPU, within a time limit: `python benchmarks/gpu/check.py --out DIR`.
+
+Correctness first (commands side by side), then speed (one after the other), then tuning. What takes longer is
+asked for by name, each in a call of its own: `--phases suites`, `--phases rivals`, `--phases evidence`.
+Whatever happens to a command of `commands.SECTIONS` is recorded in DIR/gpu_check.json, and the rest goes on.
+These files need the standard library alone: the package is installed from the working tree into a temporary
+folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+
+from commands import DEFAULT_PHASES, PHASES, SECTIONS, SUITES, Section
+from process import CLOSING_SECONDS, Check, Done, Result, num_cpus
+from summary import summary_lines
+
+LEAST_SECONDS = 5.0
+MOST_RESERVED = 0.7
+
+
+def run_section(check: Check, section: Section, until: float) -> None:
+    """Run one section until `until`, and record how it went."""
+    start = time.monotonic()
+    try:
+        if section.on_cpu is None and check.device != "cuda":
+            result: Result = {"status": "skipped", "reason": "needs a CUDA device"}
+        elif section.phase != "setup" and check.report["sections"]["torch"]["status"] == "failed":
+            result = {"status": "skipped", "reason": "torch does not work here, or sees no GPU"}
+        elif until - start < LEAST_SECONDS:
+            result = {"status": "no time left"}
+        else:
+            command = section.command(check, until - start)
+            done = check.run(section.name, command, until - start) if command else Done(0, "", False)
+            result = section.read(check, section, done)
+    except Exception:
+        result = {"status": "error", "output": traceback.format_exc()[-3000:]}
+    seconds = round(time.monotonic() - start, 1)
+    ordered = {"status": result.pop("status"), "seconds": seconds} | result
+    check.report["sections"][section.name] = ordered
+    check.save()
+    counts = " ".join(f"{count} {outcome}" for outcome, count in ordered.get("counts", {}).items())
+    print(f"{section.name:20}{ordered['status']:15}{seconds:7.1f} s  {counts}", flush=True)
+
+
+def run_phase(check: Check, phase: str, sections: Sequence[Section], reserved: float) -> None:
+    """Sections of one phase; `reserved` seconds belong to later ones."""
+    end = check.deadline - CLOSING_SECONDS
+    if phase == "correctness":
+        threads = ThreadPoolExecutor(check.jobs)
+        try:
+            list(threads.map(lambda section: run_section(check, section, end - reserved), sections))
+        except BaseException:
+            check.stop_all()
+            threads.shutdown(cancel_futures=True)
+            raise
+        threads.shutdown()
+        return
+    for number, section in enumerate(sections):
+        later = sum(other.seconds for other in sections[number + 1 :])
+        # Without the setup there is nothing to keep time for.
+        run_section(check, section, end if phase == "setup" else end - reserved - later)
+
+
+def fit_reservations(sections: Sequence[Section], seconds: float) -> list[Section]:
+    """The sections, what is kept for them shortened until it is no more than most of `seconds`."""
+    kept = sum(section.seconds for section in sections)
+    scale = min(1.0, MOST_RESERVED * seconds / kept) if kept else 1.0
+    return [replace(section, seconds=section.seconds * scale) for section in sections]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
+    parser.add_argument("--time-limit", type=float, default=540, help="seconds (default: %(default)s)")
+    parser.add_argument(
+        "--phases", nargs="+", choices=PHASES[1:], default=DEFAULT_PHASES, help="default: %(default)s"
+    )
+    parser.add_argument("--sections", nargs="+", choices=[s.name for s in SECTIONS], help="only these")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: for trying it out")
+    parser.add_argument("--jobs", type=int, help="correctness sections side by side")
+    parser.add_argument("--commit", help="what the working tree is, where git cannot say")
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    for name in ("log.txt", *(f"{name}.json" for name in ("gpu_check", "benchmark", "tuned", *SUITES))):
+        (arguments.out / name).unlink(missing_ok=True)
+    jobs = arguments.jobs or (1 if arguments.device == "cpu" else max(1, min(14, num_cpus() - 2)))
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
+    with tempfile.TemporaryDirectory(prefix="gpu_check-", ignore_cleanup_errors=True) as work:
+        check = Check(
+            out=arguments.out.resolve(),
+            work=Path(work),
+            device=arguments.device,
+            deadline=time.monotonic() + arguments.time_limit,
+            jobs=jobs,
+            command=shlex.join(sys.argv),
+            commit=arguments.commit,
+        )
+        wanted = arguments.sections or [s.name for s in SECTIONS if s.phase in arguments.phases]
+        chosen = [s for s in SECTIONS if s.name in wanted]
+        chosen = [s for s in SECTIONS if s.phase == "setup" or s in chosen]
+        chosen = fit_reservations(chosen, arguments.time_limit - CLOSING_SECONDS)
+        try:
+            for number, phase in enumerate(PHASES):
+                later = PHASES[number + 1 :]
+                reserved = sum(s.seconds for s in chosen if s.phase in later)
+                run_phase(check, phase, [s for s in chosen if s.phase == phase], reserved)
+        except KeyboardInterrupt:
+            check.report["interrupted"] = True
+        finally:
+            check.stop_all()
+            lines = list(summary_lines(check.report))
+            check.report["summary"] = lines
+            check.save()
+            print("\n".join(["", *lines]), flush=True)
+    statuses = {section["status"] for section in check.report["sections"].values()}
+    unfinished = {"failed", "error", "timeout", "incomplete", "no time left"}
+    return 1 if statuses & unfinished or "interrupted" in check.report else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,138 @@
+"""The kernels that are timed, and what PyTorch offers in place of each, without waiting for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from esm_packed import kernels
+from esm_packed.attention import sdpa_attention
+from esm_packed.config import ESM2_MODELS, ESM2Config
+from esm_packed.kernels import reference
+from esm_packed.kernels.cases import CASES, HALF_DTYPES, Case, Workload
+
+MODEL_SIZES: dict[str, ESM2Config] = {name.split("_")[2]: config for name, config in ESM2_MODELS.items()}
+"""`8M`, `35M`, `150M`, `650M`, `3B`, `15B` to the model's shape."""
+
+KERNELS: dict[str, Case] = {
+    case.name: case
+    for case in (
+        *(case for case in CASES.values() if not case.chooses),
+        replace(
+            CASES["add_layer_norm_"],
+            name="add_layer_norm_half_residual_",
+            dtypes=HALF_DTYPES,
+            residual_dtype=None,
+        ),
+    )
+}
+
+
+def kernel_dtypes() -> list[tuple[Case, torch.dtype]]:
+    """Every kernel in every dtype it serves."""
+    return [(case, dtype) for case in KERNELS.values() for dtype in case.dtypes]
+
+
+def _embed_tokens(w: Workload) -> Callable[..., Any]:
+    sequence, lengths = w.sequence, w.cu_seqlens.diff()
+
+    def embed(
+        input_ids: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        weight: torch.Tensor,
+        mask_id: int,
+        out_dtype: torch.dtype,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens = torch.arange(input_ids.numel(), dtype=torch.int32, device=weight.device)
+        is_mask = input_ids == mask_id
+        num_masked = torch.zeros(lengths.numel(), device=weight.device).index_add_(
+            0, sequence, is_mask.float()
+        )
+        scale = reference.TRAINED_KEEP_RATIO / (1 - num_masked / lengths)
+        scale = scale[sequence].masked_fill(is_mask, 0)
+        embeddings = F.embedding(input_ids, weight) * scale[:, None]
+        return embeddings.to(out_dtype), tokens - cu_seqlens[:-1][sequence]
+
+    return embed
+
+
+def _rotary_qk_packed_(w: Workload) -> Callable[..., Any]:
+    position_ids = w.position_ids
+
+    def rotate(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
+        reference.rotary_qk_(qkv, cos, sin, position_ids)
+
+    return rotate
+
+
+def _bias_gelu_(w: Workload) -> Callable[..., Any]:
+    def activate(hidden_states: torch.Tensor, bias: torch.Tensor) -> None:
+        hidden_states.copy_(F.gelu(hidden_states + bias))
+
+    return activate
+
+
+def plain_linear_gelu(hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """fc1 as PyTorch users write it."""
+    return F.gelu(F.linear(hidden_states, weight, bias))
+
+
+def separate_linear_gelu(
+    hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
+) -> torch.Tensor:
+    """fc1 as a library's matrix multiplication and our bias + GELU."""
+    out = F.linear(hidden_states, weight)
+    kernels.bias_gelu_(out, bias)
+    return out
+
+
+def _packed_attention(w: Workload) -> Callable[..., Any]:
+    return lambda *, input_precision, **arguments: sdpa_attention(**arguments)
+
+
+def _segment_mean(w: Workload) -> Callable[..., Any]:
+    sequence = w.sequence
+    is_residue = (w.position_ids > 0) & (w.position_ids < (w.cu_seqlens.diff()[sequence] - 1))
+    weight = is_residue.float()[:, None]
+
+    def pool(hidden_states: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+        sums = torch.zeros(len(cu_seqlens) - 1, hidden_states.shape[1], device=hidden_states.device)
+        return sums.index_add_(0, sequence, hidden_states.float() * weight) / (cu_seqlens.diff() - 2)[:, None]
+
+    return pool
+
+
+def _check_numerics(w: Workload) -> Callable[..., Any]:
+    sequence, num_sequences = w.sequence, w.num_sequences
+
+    def check(hidden_states: torch.Tensor, cu_seqlens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        finite = hidden_states.isfinite()
+        largest = hidden_states.abs().where(finite, 0).amax(1).float()
+        max_abs = largest.new_zeros(num_sequences).scatter_reduce_(0, sequence, largest, "amax")
+        bad = torch.zeros(num_sequences, dtype=torch.int32, device=hidden_states.device)
+        return max_abs, bad.index_add_(0, sequence, (~finite).any(1).int()) > 0
+
+    return check
+
+
+_BASELINES: dict[str, Callable[[Workload], Callable[..., Any]]] = {
+    "embed_tokens": _embed_tokens,
+    "rotary_qk_packed_": _rotary_qk_packed_,
+    "bias_gelu_": _bias_gelu_,
+    "linear_gelu": lambda w: plain_linear_gelu,
+    "packed_attention": _packed_attention,
+    "segment_mean": _segment_mean,
+    "check_numerics": _check_numerics,
+}
+"""By operation; the references of the others do not wait."""
+
+
+def baseline(case: Case, workload: Workload) -> Callable[..., Any]:
+    """What PyTorch offers for a workload; it takes the kernel's arguments."""
+    if case.operation in _BASELINES:
+        return _BASELINES[case.operation](workload)
+    return case.reference
