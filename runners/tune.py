@@ -10,7 +10,6 @@ import itertools
 import json
 import math
 import os
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +25,9 @@ from tqdm import tqdm
 from esm_packed.config import ESM2_MODELS
 from esm_packed.errors import UsageError
 from esm_packed.kernels import launch
+from esm_packed.kernels.cases import Arguments, Case, Results
 from esm_packed.kernels.launch import Settings
+from esm_packed.kernels.timing import Rounds, num_buffers
 from esm_packed.numerics import PRECISIONS, matmul_precision, resolve_device
 from esm_packed.runners.tuning_problems import Problem, problems
 from esm_packed.runners.watch.console import Console, duration
@@ -150,29 +151,26 @@ def _search(
     num_buffers: Callable[[int], int],
     advance: Callable[[], object],
 ) -> Outcome:
+    case = problem.case
     arguments, originals = problem.arguments(), problem.arguments()
 
-    def restore(buffers: list[list[Any]]) -> None:
-        for buffer, index in itertools.product(buffers, problem.mutated):
-            buffer[index].copy_(originals[index])
+    def restore(buffers: list[Arguments]) -> None:
+        for buffer, name in itertools.product(buffers, case.mutates):
+            buffer[name].copy_(originals[name])
 
-    widened = [
-        value.to(torch.float32, copy=True) if torch.is_tensor(value) and value.is_floating_point() else value
-        for value in arguments
-    ]
     with matmul_precision(PRECISIONS["fp32"]):
-        truth = problem.results(problem.reference, widened)
+        truth = case.truth(arguments, torch.float32)
     right: list[Settings | None] = []
     num_bytes = 1
     for settings in (None, *problem.candidates):
         put(settings)
         restore([arguments])
-        results = _attempt(problem, arguments)
-        if results and _agree(results, truth, problem.input_precision):
+        results = _attempt(case, arguments)
+        if results and _agree(results, truth, case.input_precision):
             right.append(settings)
-            tensors = {id(value): value for value in (*arguments, *results) if torch.is_tensor(value)}
+            tensors = {id(x): x for x in (*arguments.values(), *results.values()) if torch.is_tensor(x)}
             num_bytes = sum(tensor.nbytes for tensor in tensors.values())
-        for result in results:
+        for result in results.values():
             # The next candidate gets this memory, and must not find right numbers there.
             result.fill_(math.nan if result.is_floating_point() else -1)
         del results
@@ -181,14 +179,14 @@ def _search(
     if not right:
         return Outcome(problem.key, None, None, None, len(problem.candidates), dropped)
 
-    del widened, truth
+    del truth
     buffers = [arguments, *(problem.arguments() for _ in range(num_buffers(num_bytes) - 1))]
     restore(buffers)
 
     def run(settings: Settings | None) -> object:
         put(settings)
         # All results are alive at once, so that none is written where the cache still holds another.
-        return [problem.run(*buffer) for buffer in buffers]
+        return [case.function(**buffer) for buffer in buffers]
 
     trials = [
         Trial(settings, partial(run, settings), partial(restore, buffers), len(buffers)) for settings in right
@@ -205,23 +203,24 @@ def _search(
     return Outcome(problem.key, right[best], heuristic_us, times[best], len(problem.candidates), dropped)
 
 
-def _attempt(problem: Problem, arguments: list[Any]) -> list[torch.Tensor]:
+def _attempt(case: Case, arguments: Arguments) -> Results:
     """The results; none if these settings do not compile or need more than the GPU has."""
     from triton.runtime.errors import TritonError
 
     try:
-        return problem.results(problem.run, arguments)
+        return case.results(case.function, arguments)
     except torch.OutOfMemoryError:
         raise
     except (TritonError, RuntimeError):  # LLVM and the driver report theirs as RuntimeError
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # raises if the GPU cannot go on after this
-        return []
+        return {}
 
 
-def _agree(results: list[torch.Tensor], truth: list[torch.Tensor], input_precision: str) -> bool:
+def _agree(results: Results, truth: Results, input_precision: str | None) -> bool:
     """Whether rounding alone parts `results` from the FP32 `truth`, as a whole and in every element."""
-    for actual, expected in zip(results, truth, strict=True):
+    for name, expected in truth.items():
+        actual = results[name]
         if not actual.is_floating_point():
             if not torch.equal(actual, expected):
                 return False
@@ -239,58 +238,15 @@ def _agree(results: list[torch.Tensor], truth: list[torch.Tensor], input_precisi
     return True
 
 
-class GraphTimer:
-    """Times trials by replaying CUDA graphs of them in turns, each beginning with a cold L2 cache."""
-
-    def __init__(self, device: torch.device) -> None:
-        l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
-        # Clearing it also keeps the GPU busy while the replay is being sent to it.
-        self._scratch = torch.empty(max(3 * l2_bytes, 1 << 28), dtype=torch.int8, device=device)
-        # torch declares no types for these
-        self._stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        event: Any = torch.cuda.Event
-        self._start, self._end = event(enable_timing=True), event(enable_timing=True)
-
-    def __call__(self, trials: Sequence[Trial], rounds: int, /) -> list[float]:
-        """Median microseconds of one launch of each trial."""
-        torch.cuda.synchronize()
-        with torch.cuda.stream(self._stream):  # cuBLAS makes its workspace for this stream outside the graphs
-            for trial in trials:
-                trial.launch()
-            milliseconds = self._elapsed(trials[0].launch)
-        passes = max(1, min(-(-64 // trials[0].launches), int(4 / max(milliseconds, 1e-3))))
-        pool = torch.cuda.graph_pool_handle()  # one for all: nobody looks at their results
-        graphs = []
-        for trial in trials:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, stream=self._stream):
-                for _ in range(passes):
-                    trial.launch()
-            graphs.append(graph)
-        samples: list[list[float]] = [[] for _ in trials]
-        for number in range(rounds + 1):
-            for trial, graph, times in zip(trials, graphs, samples, strict=True):
-                trial.restore()
-                self._scratch.zero_()
-                milliseconds = self._elapsed(graph.replay)
-                if number:  # the first round warms up
-                    times.append(milliseconds * 1000 / (passes * trial.launches))
-        return [statistics.median(times) for times in samples]
-
-    def _elapsed(self, launch: Callable[[], object]) -> float:
-        """Milliseconds."""
-        self._start.record()
-        launch()
-        self._end.record()
-        self._end.synchronize()
-        return float(self._start.elapsed_time(self._end))
-
-
-def buffers_beyond_cache(device: torch.device, num_bytes: int) -> int:
-    """How many buffers of `num_bytes` hold three times the L2 cache, as far as half the memory allows."""
-    torch.cuda.empty_cache()
-    wanted = 3 * torch.cuda.get_device_properties(device).L2_cache_size // num_bytes + 1
-    return max(1, min(wanted, torch.cuda.mem_get_info(device)[0] // 2 // num_bytes))
+def time_in_turns(device: torch.device, trials: Sequence[Trial], rounds: int, /) -> list[float]:
+    """Median microseconds of one launch of each trial; see `kernels.timing`."""
+    pool = torch.cuda.graph_pool_handle()
+    timed = [Rounds([trial.launch], device, reset=trial.restore, pool=pool) for trial in trials]
+    for _ in range(rounds):
+        for one in timed:
+            one.prepare()
+            one.run()
+    return [1e6 * one.median / trial.launches for one, trial in zip(timed, trials, strict=True)]
 
 
 def search_all(
@@ -448,8 +404,8 @@ def tune(request: TuneRequest, console: Console) -> list[str]:
         outcomes = search_all(
             problems(configs, precisions, request.tokens, device),
             launch.tuned_settings(device),
-            GraphTimer(device),
-            partial(buffers_beyond_cache, device),
+            partial(time_in_turns, device),
+            partial(num_buffers, device=device),
             partial(save_outcome, path, facts),
             console,
             request.time_limit,

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from esm_packed import kernels
 from esm_packed.config import ESM2Config
 from esm_packed.errors import UsageError
 from esm_packed.kernels import launch
+from esm_packed.kernels.cases import Arguments
 from esm_packed.kernels.launch import Settings
 from esm_packed.numerics import PRECISIONS
 from esm_packed.runners import tune
@@ -88,7 +90,7 @@ def test_every_kernel_is_searched_and_its_inputs_suit_it(
     half = precision in ("fp16", "bf16")
     expected = {
         "embed_tokens", "layer_norm", "add_layer_norm_", "rotary_qk_", "bias_gelu_", "segment_mean",
-        *({"fp32": ["packed_attention_ieee", "packed_attention_tf32x3"], "tf32": ["packed_attention_tf32"]}
+        *({"fp32": ["packed_attention", "packed_attention_tf32x3"], "tf32": ["packed_attention_tf32"]}
           .get(precision, ["packed_attention", "gemm_bias_gelu", "linear_gelu"])),
     }  # fmt: skip
     assert {key.split("/")[0] for key in keys} == expected
@@ -97,7 +99,7 @@ def test_every_kernel_is_searched_and_its_inputs_suit_it(
     assert not half or keys[-1].startswith("linear_gelu/64/")
 
     timer = FakeTimer(lambda settings: 1.0 if settings in [p.candidates[-1] for p in work] else 2.0)
-    outcomes = tune.search_all(work, tuned, timer, lambda num_bytes: 2, lambda outcome: None, QUIET)
+    outcomes = tune.search_all(work, tuned, timer, lambda num_bytes: 1, lambda outcome: None, QUIET)
     assert [outcome.key for outcome in outcomes] == keys
     for problem, outcome in zip(work, outcomes, strict=True):
         assert outcome.dropped == 0, outcome
@@ -106,16 +108,31 @@ def test_every_kernel_is_searched_and_its_inputs_suit_it(
     assert tuned == {problem.key: problem.candidates[-1] for problem in work}
 
 
-def test_models_and_modes_that_share_a_kernel_tune_it_once() -> None:
+def test_models_and_modes_that_share_a_kernel_tune_it_once(triton_device: torch.device) -> None:
     wide = ESM2Config(num_layers=1, hidden_size=128, num_heads=4)
     modes = [PRECISIONS[name] for name in ("fp16", "fp32", "tf32")]
-    keys = [problem.key for problem in problems([CONFIG, wide], modes, 40, torch.device("cpu"))]
+    keys = [problem.key for problem in problems([CONFIG, wide], modes, 40, triton_device)]
     assert len(keys) == len(set(keys))
-    assert [key for key in keys if key.startswith("packed_attention/")] == ["packed_attention/32/float16"]
+    assert [key for key in keys if key.startswith("packed_attention/")] == [
+        "packed_attention/32/float16",
+        "packed_attention/32/float32",
+    ]
     assert {key for key in keys if key.startswith("layer_norm/64")} == {
         "layer_norm/64/float32",
         "layer_norm/64/float16",
     }
+
+
+@pytest.mark.parametrize("precision", ["fp16", "fp32", "tf32"])
+def test_gpus_before_sm_80_tune_what_they_run(
+    precision: str, triton_device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There attention is SDPA's, and fc1 is never fused."""
+    monkeypatch.setattr(launch, "capability", lambda device: 75)
+    names = {problem.case.name for problem in problems([CONFIG], [PRECISIONS[precision]], 40, triton_device)}
+    assert names == {
+        "embed_tokens", "layer_norm", "add_layer_norm_", "rotary_qk_", "bias_gelu_", "segment_mean"
+    }  # fmt: skip
 
 
 def test_candidates_that_fail_or_compute_wrong_numbers_are_dropped(
@@ -127,15 +144,15 @@ def test_candidates_that_fail_or_compute_wrong_numbers_are_dropped(
     subtle, unwritten, too_large, uncompiled, best, *_ = problem.candidates
     right = kernels.layer_norm
 
-    def sometimes_wrong(*arguments: Any) -> torch.Tensor:
+    def sometimes_wrong(**arguments: Any) -> torch.Tensor:
         settings = tuned.get(problem.key)
         if settings == too_large:
             raise OutOfResources(300_000, 232_448, "shared memory")
         if settings == uncompiled:
             raise RuntimeError("PassManager::run failed")
         if settings == unwritten:
-            return torch.full_like(arguments[0], torch.nan, dtype=arguments[1].dtype)
-        out = right(*arguments)
+            return torch.full_like(arguments["hidden_states"], torch.nan, dtype=arguments["weight"].dtype)
+        out = right(**arguments)
         if settings == subtle:
             out[-1, -1] += 0.1
         return out
@@ -157,14 +174,13 @@ def test_every_output_is_checked(
     """Also what is modified in place, and integers."""
     problem = problem_of(kernel, triton_device)
     right = getattr(kernels, kernel)
-    spoiled = {"embed_tokens": 1, "rotary_qk_": 0, "add_layer_norm_": 1, "segment_mean": 0}[kernel]
+    spoiled = {"embed_tokens": "out1", "rotary_qk_": "qkv", "add_layer_norm_": "residual"}
 
-    def spoil(*arguments: Any) -> Any:
-        returned = right(*arguments)
+    def spoil(**arguments: Any) -> Any:
+        returned = right(**arguments)
         if tuned.get(problem.key) == problem.candidates[0]:
-            outputs = returned if isinstance(returned, tuple) else [returned]
-            victim = arguments[spoiled] if problem.mutated else outputs[spoiled]
-            victim.view(-1)[-1:].add_(1)
+            results = problem.case.results(lambda **_: returned, arguments)
+            results[spoiled.get(kernel, "out0")].view(-1)[-1:].add_(1)
         return returned
 
     monkeypatch.setattr(kernels, kernel, spoil)
@@ -176,10 +192,10 @@ def test_in_place_kernels_begin_every_timing_with_fresh_buffers(
     triton_device: torch.device, tuned: dict[str, Settings]
 ) -> None:
     problem = problem_of("add_layer_norm_", triton_device)
-    made: list[list[Any]] = []
+    made: list[Arguments] = []
     original = problem.arguments
 
-    def arguments() -> list[Any]:
+    def arguments() -> Arguments:
         made.append(original())
         return made[-1]
 
@@ -190,7 +206,7 @@ def test_in_place_kernels_begin_every_timing_with_fresh_buffers(
                 trial.launch()
             trial.restore()
             for buffer in made:
-                assert torch.equal(buffer[1], original()[1])
+                assert torch.equal(buffer["residual"], original()["residual"])
         return [1.0] * len(trials)
 
     problem = replace(problem, arguments=arguments, candidates=problem.candidates[:2])
@@ -198,7 +214,7 @@ def test_in_place_kernels_begin_every_timing_with_fresh_buffers(
     tune.search(problem, tuned, timer, lambda num_bytes: sizes.append(num_bytes) or 3)  # type: ignore[func-returns-value]
     # FP16 delta, weight, bias and result, FP32 residual.
     assert sizes == [40 * 64 * (2 + 4 + 2) + 2 * 64 * 2]
-    assert len({buffer[1].data_ptr() for buffer in made}) == 4
+    assert len({buffer["residual"].data_ptr() for buffer in made}) == 4
 
 
 @pytest.mark.parametrize(("tuned_us", "kept"), [(97.9, True), (98.0, False), (100.0, False), (130.0, False)])
@@ -220,10 +236,10 @@ def test_a_heuristic_that_fails_gives_way_to_what_works(
     problem = problem_of("segment_mean", triton_device)
     right = kernels.segment_mean
 
-    def fails_untuned(*arguments: Any) -> torch.Tensor:
+    def fails_untuned(**arguments: Any) -> torch.Tensor:
         if problem.key not in tuned:
             raise RuntimeError("out of registers")
-        return right(*arguments)
+        return right(**arguments)
 
     monkeypatch.setattr(kernels, "segment_mean", fails_untuned)
     problem = replace(problem, candidates=problem.candidates[:2])
@@ -321,7 +337,7 @@ def test_the_time_limit_ends_the_search_between_kernels(
 def test_a_kernel_too_large_for_the_memory_is_left_out(
     triton_device: torch.device, tuned: dict[str, Settings], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def exhausted() -> list[Any]:
+    def exhausted() -> Arguments:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     first, second = problems([CONFIG], [PRECISIONS["fp16"]], 40, triton_device)[:2]
@@ -470,10 +486,9 @@ def test_the_command_from_its_options_to_the_table(
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(launch, "tuned_settings", launch.tuned_settings.__wrapped__)
     monkeypatch.setattr(tune, "problems", few_problems)
-    monkeypatch.setattr(tune, "buffers_beyond_cache", lambda device, num_bytes: 1)
-    monkeypatch.setattr(
-        tune, "GraphTimer", lambda device: FakeTimer(lambda settings: 30.0 if settings else 40.0)
-    )
+    monkeypatch.setattr(tune, "num_buffers", lambda num_bytes, device: 1)
+    timer = FakeTimer(lambda settings: 30.0 if settings else 40.0)
+    monkeypatch.setattr(tune, "time_in_turns", lambda device, trials, rounds: timer(trials, rounds))
     output = tmp_path / "mine.json"
     options = ["--model", "esm2_t6_8M_UR50D", "--dtype", "fp16,fp32", "--tokens", "2048", "-o", str(output)]
     assert cli.main(["tune", "--device", "cuda:1", *options]) == 0
@@ -510,13 +525,13 @@ def test_on_a_gpu(cuda_device: torch.device) -> None:
     config = ESM2Config(num_layers=1, hidden_size=1280, num_heads=20)
     try:
         with torch.cuda.device(cuda_device):
-            timer = tune.GraphTimer(cuda_device)
+            timer = partial(tune.time_in_turns, cuda_device)
             for problem in problems([config], [PRECISIONS["fp16"]], 16384, cuda_device):
                 outcome = tune.search(
                     replace(problem, candidates=problem.candidates[::6]),
                     live,
                     timer,
-                    lambda num_bytes: tune.buffers_beyond_cache(cuda_device, num_bytes),
+                    partial(tune.num_buffers, device=cuda_device),
                 )
                 assert outcome.heuristic_us is not None, problem.key
                 assert outcome.tuned_us is not None
