@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from esm_packed import kernels
+from esm_packed.errors import UserError
 from esm_packed.kernels import dispatch
 from esm_packed.kernels.reference import packed_attention
 from esm_packed.numerics import Precision
@@ -39,7 +40,7 @@ _HOW_TO_INSTALL = {
 """By module. flash-attn's build imports torch, so pip must not isolate it."""
 
 
-class BackendError(ValueError):
+class BackendError(UserError, ValueError):
     """The attention backend asked for cannot serve this device, dtype or head_dim, or is not installed."""
 
 

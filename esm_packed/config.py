@@ -1,4 +1,4 @@
-"""The shapes of the six ESM-2 models."""
+"""Names, defaults and shapes that need no torch: of the six ESM-2 models, precisions and backends."""
 
 from __future__ import annotations
 
@@ -8,6 +8,19 @@ DEFAULT_MODEL = "esm2_t33_650M_UR50D"
 
 DEFAULT_TOKEN_BUDGETS = {"cpu": 1024, "cuda": 32768}
 """Tokens in a pack by type of device. A CPU is fastest when the activations of a pack stay in its cache."""
+
+
+DEFAULT_MAX_LENGTH = 1022
+"""Residues kept of a protein: what ESM-2 was trained with, as in esm-extract."""
+
+DTYPES = ("fp64", "fp32", "tf32", "fp16", "bf16")
+"""Precision modes, as in `numerics.PRECISIONS`."""
+
+ATTENTIONS = ("auto", "flash3", "fa3_fwd", "flash4", "varlen", "flash2", "triton", "sdpa", "reference")
+"""`auto` and the attention backends, as in `attention.BACKENDS`."""
+
+REFERENCES = ("esm-packed", "fair-esm")
+"""What a precision may be validated against."""
 
 
 @dataclass(frozen=True)

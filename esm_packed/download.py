@@ -26,6 +26,8 @@ from typing import Any
 
 import torch
 
+from esm_packed.errors import UserError
+
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int | None], None]
@@ -48,7 +50,7 @@ _TIMEOUT_SECONDS = 60.0
 _RETRY_SECONDS = (1.0, 4.0, 15.0)
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError, ValueError):
     """A checkpoint is missing, damaged or no ESM-2; the message says which file or key, and what to do."""
 
 

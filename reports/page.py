@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from esm_packed.errors import UserError
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -45,7 +47,7 @@ def figure_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*") if path.suffix in (".png", ".svg"))
 
 
-class ReportError(ValueError):
+class ReportError(UserError, ValueError):
     """The user's mistake, or a package that is missing; `str(error)` is the full message for the terminal."""
 
 

@@ -10,12 +10,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from esm_packed.config import DEFAULT_TOKEN_BUDGETS
+from esm_packed.config import DEFAULT_MAX_LENGTH, DEFAULT_TOKEN_BUDGETS, REFERENCES
 from esm_packed.errors import UsageError
 from esm_packed.numerics import PRECISIONS, is_out_of_memory, resolve_device
 from esm_packed.reports.page import check_matplotlib
 from esm_packed.reports.validation.page import report_files, summary_lines, write_report
-from esm_packed.reports.validation.reference import REFERENCES
 from esm_packed.reports.validation.run import (
     MODES,
     Settings,
@@ -48,7 +47,7 @@ class ValidateRequest:
         device: auto, cpu, cuda or cuda:INDEX.
         dtypes: precision modes.
         thresholds: by mode, in place of the report's own.
-        reference: one of `reports.reference.REFERENCES`.
+        reference: one of `config.REFERENCES`.
         limit: most proteins; 0 takes all.
         max_length: residues kept of each protein; 0 keeps all.
         token_budget: tokens in a pack; None for the device's default, at most 8192.
@@ -66,7 +65,7 @@ class ValidateRequest:
     thresholds: dict[str, Threshold] = field(default_factory=dict)
     reference: str = "esm-packed"
     limit: int = 200
-    max_length: int = 1022
+    max_length: int = DEFAULT_MAX_LENGTH
     token_budget: int | None = None
     read: ReadOptions = field(default_factory=ReadOptions)
     threads: int | None = None

@@ -24,8 +24,6 @@ from esm_packed.weights import Checkpoint
 TokenIds = npt.NDArray[np.uint8]
 Representations = dict[int, torch.Tensor]
 
-REFERENCES = ("esm-packed", "fair-esm")
-
 _RESIDUE_BYTES = 1 << 29
 """Most that the sampled residues take, once for the last layer and once for all layers."""
 
@@ -113,7 +111,7 @@ def compute_reference(
     """The reference, and the activations that our FP64 path meets on the way.
 
     Args:
-        name: one of `REFERENCES`; with `fair-esm` our path runs as well, for the activations.
+        name: one of `config.REFERENCES`; with `fair-esm` our path runs as well, for the activations.
         checkpoint: read afresh, so that nothing else has touched it.
         device: to compute on.
         token_ids: residues of each protein.

@@ -44,7 +44,7 @@ class Settings:
         device: to compute on.
         modes: precision modes.
         thresholds: by mode, in place of `THRESHOLDS`.
-        reference: one of `reference.REFERENCES`.
+        reference: one of `config.REFERENCES`.
         token_budget: tokens in a pack.
     """
 

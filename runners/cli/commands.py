@@ -1,6 +1,6 @@
 """What each command of `esm-packed` does: options to a request, its result to lines and an exit code.
 
-torch, h5py and numpy are imported for the command that is asked for (see `arguments`), so that help and wrong
+torch, h5py and numpy are imported for the command that is asked for (see `options`), so that help and wrong
 options answer at once.
 """
 
@@ -11,63 +11,51 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from esm_packed.config import ESM2_MODELS
+from esm_packed.errors import UsageError
 from esm_packed.runners.system.environment import is_on
 from esm_packed.runners.system.terminal import (
     EXIT_COMPLETE,
+    EXIT_FAILED,
     EXIT_FAILED_ROWS,
-    EXIT_FAILED_VERDICT,
     EXIT_INTERRUPTED,
     complain,
     say,
 )
 
 if TYPE_CHECKING:
-    from esm_packed.runners.input.fasta import ReadOptions
+    from _typeshed import DataclassInstance
+
+    Request = TypeVar("Request", bound=DataclassInstance)
 
 
 def embed(options: argparse.Namespace) -> int:
     import torch
 
-    from esm_packed.runners.session import EmbedRequest, embed_files
+    from esm_packed.runners.input.fasta import ReadOptions
+    from esm_packed.runners.session import embed_files
+    from esm_packed.runners.state.request import EmbedRequest
     from esm_packed.runners.state.slices import local_device_number, parse_slice
     from esm_packed.runners.watch.console import Console
 
-    _check_standard_input(options.fasta)
+    _check_standard_input(options.inputs)
     options.disable_packing |= is_on("ESM_PACKED_DISABLE_PACKING")
     options.disable_fp16 |= is_on("ESM_PACKED_DISABLE_FP16")
     device = options.device
-    if options.slice == "auto" and device in ("auto", "cuda") and (num_devices := torch.cuda.device_count()):
+    if options.part == "auto" and device in ("auto", "cuda") and (num_devices := torch.cuda.device_count()):
         device = f"cuda:{local_device_number(os.environ, num_devices)}"
-    request = EmbedRequest(
-        inputs=tuple(options.fasta),
-        output=options.output,
-        model=options.model,
+    request = _request(
+        EmbedRequest,
+        options,
+        inputs=tuple(options.inputs),
         device=device,
-        devices=options.devices,
-        engine=options.engine,
-        ray_address=options.ray_address,
-        workers=options.workers,
-        part=parse_slice(options.slice, os.environ) if options.slice is not None else None,
-        dtype=options.dtype,
-        disable_fp16=options.disable_fp16,
-        attention=options.attention,
+        part=None if options.part is None else parse_slice(options.part, os.environ),
         layout=_layout(options),
-        cuda_graphs=options.cuda_graphs,
-        layers=options.layers,
-        max_length=options.max_length,
-        token_budget=options.token_budget,
-        read=_read_options(options),
-        threads=options.threads,
-        store_dtype=options.store_dtype,
-        fp32_compare=options.fp32_compare,
-        log_json=options.log_json,
-        overwrite=options.overwrite,
-        keep_run=options.keep_run,
-        command=options.command_line,
+        read=_request(ReadOptions, options),
     )
     summary = embed_files(request, Console(options.quiet))
     if not options.quiet and summary.already_complete:
@@ -87,7 +75,6 @@ def embed(options: argparse.Namespace) -> int:
 
 def _check_standard_input(inputs: Sequence[str]) -> None:
     """See that `-` is there to be read, once."""
-    from esm_packed.errors import UsageError
     from esm_packed.runners.input.index import STDIN
 
     if inputs.count(STDIN) > 1:
@@ -97,8 +84,6 @@ def _check_standard_input(inputs: Sequence[str]) -> None:
 
 
 def _layout(options: argparse.Namespace) -> str:
-    from esm_packed.errors import UsageError
-
     if options.reproducible and options.disable_packing:
         raise UsageError(
             "--reproducible and --disable-packing (or ESM_PACKED_DISABLE_PACKING) exclude each other"
@@ -106,20 +91,14 @@ def _layout(options: argparse.Namespace) -> str:
     return "fixed" if options.reproducible else "padded" if options.disable_packing else "packed"
 
 
-def _read_options(options: argparse.Namespace) -> ReadOptions:
-    from esm_packed.runners.input.fasta import ReadOptions
-
-    return ReadOptions(
-        invalid=options.invalid,
-        duplicates=options.duplicates,
-        gaps=options.gaps,
-        full_header=options.full_header,
-        force=options.force,
-    )
+def _request(kind: type[Request], options: argparse.Namespace, **others: object) -> Request:
+    """A `kind` whose fields are the options of the same names, except for `others`."""
+    names = [field.name for field in fields(kind) if field.name not in others]
+    return kind(**{name: getattr(options, name) for name in names}, **others)
 
 
 def merge(options: argparse.Namespace) -> int:
-    from esm_packed.runners.session import merge_files
+    from esm_packed.runners.merging import merge_files
     from esm_packed.runners.watch.console import Console
 
     output = _output_of(options.output)
@@ -152,8 +131,6 @@ def merge(options: argparse.Namespace) -> int:
 
 def _output_of(path: Path) -> Path:
     """The output, which may be named by its run directory."""
-    from esm_packed.errors import UsageError
-
     if not path.resolve().name:
         raise UsageError(f"{path}: this is no output; name its file, such as embeddings.h5")
     return path.with_suffix("") if path.suffix == ".run" and not path.is_file() else path
@@ -181,12 +158,11 @@ def check(options: argparse.Namespace) -> int:
 
     lines, passed = check_model(options.model, Console(), device=options.device, threads=options.threads)
     say(lines)
-    return EXIT_COMPLETE if passed else EXIT_FAILED_VERDICT
+    return EXIT_COMPLETE if passed else EXIT_FAILED
 
 
 def checkpoint(options: argparse.Namespace) -> int:
     from esm_packed.download import contact_regression_path
-    from esm_packed.errors import UsageError
     from esm_packed.runners.system.paths import check_apart, files_of
     from esm_packed.runners.watch.console import Console
     from esm_packed.weights import load_checkpoint, save_fair_esm
@@ -213,47 +189,27 @@ def tune(options: argparse.Namespace) -> int:
     from esm_packed.runners.tune import TuneRequest, tune
     from esm_packed.runners.watch.console import Console
 
-    models = options.model or ["all"]
-    request = TuneRequest(
-        models=tuple(ESM2_MODELS) if "all" in models else tuple(models),
-        dtypes=options.dtype,
-        tokens=options.tokens,
-        device=options.device,
-        output=options.output,
-        time_limit=options.time_limit,
-    )
-    say(tune(request, Console()))
+    models = options.models or ["all"]
+    models = ESM2_MODELS if "all" in models else models
+    say(tune(_request(TuneRequest, options, models=tuple(models)), Console()))
     return EXIT_COMPLETE
 
 
 def validate(options: argparse.Namespace) -> int:
     from esm_packed.reports.validation.verdict import THRESHOLDS, Threshold
+    from esm_packed.runners.input.fasta import ReadOptions
     from esm_packed.runners.validate import ValidateRequest, validate_file
     from esm_packed.runners.watch.console import Console
 
     _check_standard_input([options.fasta])
-    request = ValidateRequest(
-        model=options.model,
-        fasta=options.fasta,
-        output=options.output,
-        device=options.device,
-        dtypes=options.dtype,
-        thresholds={
-            mode: Threshold(relative_l2, THRESHOLDS[mode].cosine if cosine is None else cosine)
-            for mode, relative_l2, cosine in options.threshold
-        },
-        reference=options.reference,
-        limit=options.limit,
-        max_length=options.max_length,
-        token_budget=options.token_budget,
-        read=_read_options(options),
-        threads=options.threads,
-        overwrite=options.overwrite,
-        command=options.command_line,
-    )
+    thresholds = {
+        mode: Threshold(relative_l2, THRESHOLDS[mode].cosine if cosine is None else cosine)
+        for mode, relative_l2, cosine in options.thresholds
+    }
+    request = _request(ValidateRequest, options, thresholds=thresholds, read=_request(ReadOptions, options))
     lines, passed = validate_file(request, Console(options.quiet))
     say(lines)
-    return EXIT_COMPLETE if passed else EXIT_FAILED_VERDICT
+    return EXIT_COMPLETE if passed else EXIT_FAILED
 
 
 def report_speedup(options: argparse.Namespace) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from esm_packed.config import ESM2_MODELS, ESM2Config
+from esm_packed.config import DEFAULT_MAX_LENGTH, ESM2_MODELS, ESM2Config
 from esm_packed.download import OFFICIAL_FILES, checkpoint_directory, hugging_face_snapshot
 from esm_packed.errors import UsageError
 from esm_packed.runners.input.fasta import InputError, ReadOptions, shorten
@@ -29,7 +29,6 @@ from esm_packed.weights import load_checkpoint, tensor_shapes
 
 _MODEL_SUFFIXES = (".pt", ".bin", ".safetensors", ".index.json")
 _LENGTH_QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
-_TRUNCATION = 1022
 _PROBLEMS_SHOWN = 5
 _MOST_SHOWN = 1000
 """Characters of a value: in a file of unknown origin it may be of any length."""
@@ -183,6 +182,7 @@ def _describe_fasta(path: str, most_listed: int | None) -> list[str]:
                 list_left_out=True,
             )
         quantiles = np.quantile(index.lengths[:], _LENGTH_QUANTILES).round().astype(int).tolist()
+        num_longer = int(np.count_nonzero(index.lengths[:] > DEFAULT_MAX_LENGTH))
         values = {
             "file": f"{path} ({byte_size(index.inputs[0].size)})",
             "sha256": index.inputs[0].sha256,
@@ -193,7 +193,7 @@ def _describe_fasta(path: str, most_listed: int | None) -> list[str]:
                 *quantiles
             ),
             "mean length": f"{index.total_residues / index.num_records:,.1f}",
-            f"longer than {_TRUNCATION}": f"{int(np.count_nonzero(index.lengths[:] > _TRUNCATION)):,}",
+            f"longer than {DEFAULT_MAX_LENGTH}": f"{num_longer:,}",
         }
         problems = index.problems
         if (dna := index.dna_problem()) is not None:

@@ -13,14 +13,16 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, TextIO
 
+from esm_packed.errors import EngineError, UserError
 from esm_packed.runners.system.environment import is_on
+from esm_packed.runners.system.signals import ENDING_SIGNALS
 from esm_packed.runners.system.terminal import (
-    EXIT_INTERNAL_ERROR,
+    EXIT_FAILED,
     EXIT_INTERRUPTED,
     EXIT_OUT_OF_SPACE,
     EXIT_USAGE,
@@ -49,9 +51,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     can_continue = list(arguments[:1]) in (["embed"], ["merge"])
+    remedy = "; repeat the command to continue" if can_continue else ""
 
     def explain_interruption(name: str) -> None:
-        complain(f"interrupted ({name})" + "; repeat the command to continue" * can_continue)
+        complain(f"interrupted ({name}){remedy}")
 
     received: list[str] = []
     with _signals_interrupt(explain_interruption, received) as has_started, warnings.catch_warnings():
@@ -59,55 +62,62 @@ def main(arguments: Sequence[str] | None = None) -> int:
         show_traceback = False
         try:
             show_traceback = is_on("ESM_PACKED_DEBUG")
-            from importlib import import_module
-
-            from esm_packed.runners.cli.options import build_parser, join_negative_layers
-
-            parser = build_parser()
-            options = parser.parse_args(join_negative_layers(arguments))
-            if options.command is None:
-                parser.print_help(sys.stderr)
-                return EXIT_USAGE
-            options.command_line = shlex.join(["esm-packed", *arguments])
-            try:
-                os.getcwd()  # noqa: PTH109
-            except FileNotFoundError:
-                complain("the working directory is gone; change to one that exists")
-                return EXIT_USAGE
-            import_module(options.module)
-            has_started()
-            command: Callable[[argparse.Namespace], int] = options.run
-            return command(options)
+            return _run(arguments, has_started)
         except SystemExit as error:
             return error.code if isinstance(error.code, int) else EXIT_USAGE
         except KeyboardInterrupt as error:
             explain_interruption(str(error) or "".join(received[-1:]))  # Ray drops what an error says
             return EXIT_INTERRUPTED
         except Exception as error:
-            return _report(error, can_continue, show_traceback)
+            return _report(error, remedy, show_traceback)
 
 
-def _report(error: Exception, can_continue: bool, show_traceback: bool) -> int:
-    """Explain `error` in one line and return the exit code it calls for."""
-    if not _is_of(error, _USER_ERRORS) and _is_out_of_memory(error):  # before anything else is imported
+def _run(arguments: Sequence[str], has_started: Callable[[], None]) -> int:
+    """Do what `arguments` ask for; `has_started` is called when all is imported."""
+    from importlib import import_module
+
+    from esm_packed.runners.cli.options import build_parser
+    from esm_packed.runners.cli.values import join_negative_layers
+
+    parser = build_parser()
+    options = parser.parse_args(join_negative_layers(arguments))
+    if options.name is None:
+        parser.print_help(sys.stderr)
+        return EXIT_USAGE
+    options.command = shlex.join(["esm-packed", *arguments])
+    try:
+        os.getcwd()  # noqa: PTH109
+    except FileNotFoundError:
+        complain("the working directory is gone; change to one that exists")
+        return EXIT_USAGE
+    import_module(options.module)
+    has_started()
+    command: Callable[[argparse.Namespace], int] = options.run
+    return command(options)
+
+
+def _report(error: Exception, remedy: str, show_traceback: bool) -> int:
+    """Explain `error` in one line, with the `remedy` of a run, and return the exit code it calls for."""
+    if not isinstance(error, UserError) and _is_out_of_memory(error):  # before anything else is imported
         complain(
             "out of memory: close other programs, or choose fewer --threads, a smaller --token-budget or a "
-            "smaller model" + "; repeat the command to continue" * can_continue
+            f"smaller model{remedy}"
         )
-        return EXIT_INTERNAL_ERROR
+        return EXIT_FAILED
     import traceback
 
     from esm_packed.runners.system.files import is_out_of_space
 
     if is_out_of_space(error):
         reason = error.strerror if isinstance(error, OSError) else str(error)
-        complain(f"out of space: {reason}; free some and repeat the command" + " to continue" * can_continue)
+        to_continue = " to continue" if remedy else ""
+        complain(f"out of space: {reason}; free some and repeat the command{to_continue}")
         return EXIT_OUT_OF_SPACE
-    if _is_of(error, {"esm_packed.runners.compute.ray_engine": "EngineError"}):
-        complain(f"{error}; what is finished is kept, repeat the command to continue")
+    if isinstance(error, EngineError):
+        complain(f"{error}; what is finished is kept{remedy}")
         return EXIT_INTERRUPTED
-    if _is_of(error, _USER_ERRORS):
-        complain(getattr(error, "message", str(error)), getattr(error, "details", ()))
+    if isinstance(error, UserError):
+        complain(error.message, error.details)
         return EXIT_USAGE
     if isinstance(error, OSError) and error.errno in _PATH_ERRORS and error.filename is not None:
         complain(f"{os.fsdecode(error.filename)}: {error.strerror}")
@@ -117,7 +127,7 @@ def _report(error: Exception, can_continue: bool, show_traceback: bool) -> int:
     else:
         summary = "".join(traceback.format_exception_only(error)).strip().splitlines()[-1]
         complain(f"internal error: {summary} (set ESM_PACKED_DEBUG=1 for the traceback)")
-    return EXIT_INTERNAL_ERROR
+    return EXIT_FAILED
 
 
 _PATH_ERRORS = (
@@ -151,29 +161,6 @@ def _is_out_of_memory(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
-
-
-_USER_ERRORS = {
-    "esm_packed.attention": "BackendError",
-    "esm_packed.download": "CheckpointError",
-    "esm_packed.reports.page": "ReportError",
-    "esm_packed.runners.system.environment": "EnvironmentSwitchError",
-    "esm_packed.runners.input.fasta": "InputError",
-    "esm_packed.runners.state.plan": "PlanError",
-    "esm_packed.errors": "UsageError",
-    "esm_packed.runners.state.slices": "SliceError",
-    "esm_packed.runners.state.shard": "StoreError",
-}
-"""What a command raises for its user's mistakes, by module."""
-
-
-def _is_of(error: Exception, classes: Mapping[str, str]) -> bool:
-    """Whether `error` is one of `classes`; a module that is not loaded cannot have raised it."""
-    return any(
-        isinstance(error, getattr(sys.modules[module], name))
-        for module, name in classes.items()
-        if module in sys.modules
-    )
 
 
 def _show_warning(
@@ -226,7 +213,7 @@ def _signals_interrupt(
             raise Interrupted(received[-1])
 
     previous = {}
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in ENDING_SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup has asked for this
             previous[number] = signal.signal(number, interrupt)
     try:

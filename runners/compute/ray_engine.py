@@ -29,7 +29,7 @@ import torch
 
 from esm_packed.attention import BackendError
 from esm_packed.config import DEFAULT_TOKEN_BUDGETS
-from esm_packed.errors import UsageError
+from esm_packed.errors import EngineError, UsageError
 from esm_packed.numerics import resolve_device
 from esm_packed.runners.compute.budget import measured_token_budget
 from esm_packed.runners.compute.worker import Worker, device_name, set_threads
@@ -39,6 +39,7 @@ from esm_packed.runners.state.plan import PlanError
 from esm_packed.runners.state.request import STORE_DTYPES, EmbedRequest
 from esm_packed.runners.state.run import Run
 from esm_packed.runners.state.shard import STATUS_COMPUTED, STATUS_FAILED, Shard, StoreError
+from esm_packed.runners.system.signals import ENDING_SIGNALS
 from esm_packed.runners.watch.console import Console
 from esm_packed.runners.watch.metrics import Snapshot, StageTimes
 from esm_packed.runners.watch.watch import Watch, WorkerState
@@ -65,10 +66,6 @@ AUTHENTICATED_RELEASE = (2, 59)
 NOT_THE_SHARDS_FAULT = (UsageError, InputError, PlanError, StoreError, BackendError, CheckpointError)
 LASTING_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.ENOENT)
 """What would happen again with any shard, or for any worker."""
-
-
-class EngineError(RuntimeError):
-    """Workers fail whatever they are given; finished shards are kept."""
 
 
 class RayWorker:
@@ -588,9 +585,8 @@ def _visible_gpu(number: int) -> str:
 @contextmanager
 def _signals_kept() -> Iterator[None]:
     """Ray sets handlers of its own for signals; keep ours."""
-    names = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     try:
-        handlers = {name: signal.getsignal(name) for name in names}
+        handlers = {name: signal.getsignal(name) for name in ENDING_SIGNALS}
         yield
     finally:
         for name, handler in handlers.items():

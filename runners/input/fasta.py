@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntFlag
 
@@ -23,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from esm_packed.alphabet import INVALID_ID, MASK_ID, RESIDUE_TO_ID, TOKENS
+from esm_packed.errors import UserError
 
 NOTHING = 0
 """The code of a byte that is no part of a sequence (the id of `<cls>`, which is no residue either)."""
@@ -57,18 +57,8 @@ class Modified(IntFlag):
         return str(self.name).lower().replace("_", " ")
 
 
-class InputError(ValueError):
-    """The user's mistake, in a file or an option; `str(error)` is the full message.
-
-    Args:
-        message: the message, or its first line if there are `details`.
-        details: further lines, for a list of faults.
-    """
-
-    def __init__(self, message: str, details: Sequence[str] = ()) -> None:
-        super().__init__("\n  ".join([message, *details]))
-        self.message = message
-        self.details = tuple(details)
+class InputError(UserError, ValueError):
+    """A fault in a FASTA file."""
 
 
 @dataclass(frozen=True)

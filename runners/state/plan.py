@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from esm_packed.errors import UserError
 from esm_packed.runners.system.files import read_regular, whole_or_nothing
 
 PLAN_FORMAT = 1
@@ -19,7 +20,7 @@ def plan_hash(identity: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-class PlanError(ValueError):
+class PlanError(UserError, ValueError):
     """A run directory belongs to another run; the message says what differs."""
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from esm_packed.config import DEFAULT_MODEL, ESM2Config
+from esm_packed.config import DEFAULT_MAX_LENGTH, DEFAULT_MODEL, ESM2Config
 from esm_packed.errors import UsageError
 from esm_packed.numerics import PRECISIONS, Precision, resolve_precision
 from esm_packed.runners.input.fasta import ReadOptions
@@ -63,7 +63,7 @@ class EmbedRequest:
     layout: str = "packed"
     cuda_graphs: bool = False
     layers: tuple[int, ...] = (-1,)
-    max_length: int = 1022
+    max_length: int = DEFAULT_MAX_LENGTH
     token_budget: int | None = None
     read: ReadOptions = field(default_factory=ReadOptions)
     threads: int | None = None

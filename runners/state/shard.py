@@ -14,6 +14,7 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
+from esm_packed.errors import UserError
 from esm_packed.runners.system.files import open_regular, whole_or_nothing
 from esm_packed.runners.system.hdf5 import hdf5_output
 from esm_packed.runners.system.memory import RowBuffers, Rows
@@ -26,7 +27,7 @@ STATUS_NOT_COMPUTED = 3
 _EMPTY_SHARD_BYTES = 8_192
 
 
-class StoreError(ValueError):
+class StoreError(UserError, ValueError):
     """A file that is not a whole esm-packed output."""
 
 

@@ -6,8 +6,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from esm_packed.errors import UserError
 
-class SliceError(ValueError):
+
+class SliceError(UserError, ValueError):
     """`--slice` cannot be understood; the message says why and shows what can."""
 
 

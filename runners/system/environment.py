@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 
+from esm_packed.errors import UserError
+
 _ON = ("1", "true", "yes")
 _OFF = ("0", "false", "no", "")
 
 
-class EnvironmentSwitchError(ValueError):
+class EnvironmentSwitchError(UserError, ValueError):
     """An environment variable has a value that is neither on nor off; the message names it."""
 
 

@@ -8,6 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""What asks a process to end: Ctrl-C, a scheduler, a lost terminal."""
+
 
 @contextmanager
 def signals_deferred() -> Iterator[None]:
@@ -21,7 +24,7 @@ def signals_deferred() -> Iterator[None]:
         pending.append(number)
 
     handlers = {}
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in ENDING_SIGNALS:
         if callable(handler := signal.getsignal(number)):
             handlers[number] = handler
             signal.signal(number, remember)

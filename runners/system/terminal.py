@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 EXIT_COMPLETE = 0
-EXIT_INTERNAL_ERROR = 1
-EXIT_FAILED_VERDICT = 1
+EXIT_FAILED = 1
+"""A verdict, or the program itself."""
 EXIT_USAGE = 2
 EXIT_FAILED_ROWS = 3
 EXIT_INTERRUPTED = 4

@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 import torch
 
+from esm_packed import config
 from esm_packed.attention import BACKENDS
 from esm_packed.config import ESM2_MODELS
 from esm_packed.model import ESM2
 from esm_packed.numerics import PRECISIONS
 from esm_packed.runners import session
-from esm_packed.runners.cli import options as arguments_module
 from esm_packed.runners.cli import main as cli
 from esm_packed.runners.output.reader import EmbeddingReader
 from esm_packed.runners.state.cut import FLOPS_PER_SHARD
@@ -86,8 +86,8 @@ def assert_one_line_error(stderr: str, *parts: str) -> None:
 
 
 def test_choices_are_those_of_the_modules_that_need_torch():
-    assert tuple(PRECISIONS) == arguments_module.DTYPES
-    assert ("auto", *BACKENDS) == arguments_module.ATTENTIONS
+    assert tuple(PRECISIONS) == config.DTYPES
+    assert ("auto", *BACKENDS) == config.ATTENTIONS
 
 
 @pytest.mark.parametrize(
@@ -861,7 +861,7 @@ def test_too_little_memory_is_said_in_a_line(fasta, capsys, monkeypatch, error):
         raise error
 
     monkeypatch.setattr("esm_packed.runners.session.embed_files", fail)
-    assert cli.main(embed_arguments(fasta, fasta.parent)) == terminal.EXIT_INTERNAL_ERROR
+    assert cli.main(embed_arguments(fasta, fasta.parent)) == terminal.EXIT_FAILED
     assert_one_line_error(capsys.readouterr().err, "error: out of memory", "repeat the command to continue")
 
 

@@ -1,0 +1,93 @@
+"""The parser of a command, and the options that several commands have."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from esm_packed.config import DEFAULT_MAX_LENGTH
+from esm_packed.runners.cli import values
+from esm_packed.runners.system.terminal import EXIT_USAGE, complain
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        complain(f"{message} (see {self.prog} --help)")
+        sys.exit(EXIT_USAGE)
+
+
+def add_command(
+    commands: argparse._SubParsersAction[Parser],
+    name: str,
+    run: Callable[[argparse.Namespace], int],
+    module: str,
+    **texts: Any,
+) -> Parser:
+    """A parser that leads to `run`, which needs `module` and what that imports.
+
+    Args:
+        commands: what it is added to.
+        name: what the user types.
+        run: takes the options, returns the exit code.
+        module: imported before `run` is called.
+        texts: `help`, `description` and `epilog`.
+    """
+    parser = commands.add_parser(
+        name, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **texts
+    )
+    parser.set_defaults(run=run, module=module)
+    return parser
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="name, file or folder, as for embed --model")
+
+
+def add_device(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--device", type=values.device, default="auto", help="auto, cpu, cuda or cuda:INDEX (default: auto)"
+    )
+
+
+def add_threads(parser: argparse._ActionsContainer, whose: str = "") -> None:
+    parser.add_argument(
+        "--threads",
+        type=values.whole_number(1),
+        metavar="N",
+        help=f"CPU threads{whose} (default: torch's choice)",
+    )
+
+
+def add_max_length(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--max-length",
+        type=values.whole_number(0),
+        default=DEFAULT_MAX_LENGTH,
+        metavar="N",
+        help="keep the first N residues of longer proteins, 0 for all (default: %(default)s)",
+    )
+
+
+def add_read_rules(parser: argparse.ArgumentParser) -> None:
+    rules = parser.add_argument_group(
+        "input rules (by default a fault is an error, before anything is computed)"
+    )
+    rules.add_argument(
+        "--invalid",
+        choices=("error", "x", "skip"),
+        default="error",
+        help="characters outside the alphabet: replace them by X, or leave their records out",
+    )
+    rules.add_argument(
+        "--duplicates",
+        choices=("error", "first", "rename"),
+        default="error",
+        help="records of one ID: keep the first, or rename later ones to ID__2, ID__3 ...",
+    )
+    rules.add_argument("--gaps", choices=("error", "drop"), default="error", help="gaps - and . in sequences")
+    rules.add_argument(
+        "--full-header", action="store_true", help="the ID is the whole header, not its first word"
+    )
+    rules.add_argument("--force", action="store_true", help="go on with sequences that look like DNA")
