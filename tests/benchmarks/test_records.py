@@ -20,7 +20,8 @@ SMALL = ["--blocks", "2", "--tokens", "150", "--threads", "1", "--workload", "sh
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    not_inherited = {"TRITON_INTERPRET", "PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT"}
+    environment = {name: value for name, value in os.environ.items() if name not in not_inherited}
     command = [sys.executable, "-m", "pytest", "--benchmark-quiet", *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
