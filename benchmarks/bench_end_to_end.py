@@ -19,10 +19,10 @@ from contest import (
 from measuring import DEVICE, ON_GPU, flops_of, peak_memory, record
 from workloads import proteins, write_fasta
 
+from esm_packed.checkpoints import load_checkpoint, save_fair_esm
 from esm_packed.packing import SPECIAL_TOKENS
 from esm_packed.runners.session import EmbedRequest, Summary, embed_files
 from esm_packed.runners.watch.console import Console
-from esm_packed.weights import load_checkpoint, save_fair_esm
 
 TOTAL_TOKENS = 4_000_000 if ON_GPU else 4096
 WORKLOADS = ("uniref", "short50")

@@ -29,6 +29,7 @@ from contest import worst_relative_error
 from measuring import record
 from workloads import RESIDUE_COUNTS, proteins, write_fasta
 
+from esm_packed.checkpoints import Checkpoint, load_checkpoint
 from esm_packed.config import DEFAULT_TOKEN_BUDGETS, ESM2_MODELS, ESM2Config
 from esm_packed.layouts import LAYOUTS, Layout
 from esm_packed.model import ESM2
@@ -45,7 +46,6 @@ from esm_packed.runners.state.shard import Shard
 from esm_packed.runners.watch.console import Console
 from esm_packed.runners.watch.metrics import STAGES
 from esm_packed.runners.watch.watch import watching
-from esm_packed.weights import Checkpoint, load_checkpoint
 
 SMALL = "random:esm2_t6_8M_UR50D"
 CPU = torch.device("cpu")
@@ -183,9 +183,9 @@ def timed_forward(worker: Worker, run: Run) -> tuple[list[dict[int, torch.Tensor
         lengths = [len(each) + SPECIAL_TOKENS for each in residues]
         for members in layout.plan(lengths, TOKEN_BUDGET):
             batches.append(layout.lay_out([residues[member] for member in members.tolist()], TOKEN_BUDGET))
-    layout.embed(worker.model, batches[0], layers)
+    worker.model.embed_packed(batches[0], layers)
     begin, begin_processor = time.perf_counter(), time.process_time()
-    results = [layout.embed(worker.model, batch, layers) for batch in batches]
+    results = [worker.model.embed_packed(batch, layers) for batch in batches]
     return results, time.perf_counter() - begin, time.process_time() - begin_processor
 
 

@@ -24,15 +24,12 @@ MASK_ID = TOKENS.index("<mask>")
 INVALID_ID = 255
 """What `RESIDUE_TO_ID` holds for a byte that is no residue."""
 
-_MASK_BYTE = 1
-
 
 def _residue_table() -> npt.NDArray[np.uint8]:
     table = np.full(256, INVALID_ID, dtype=np.uint8)
     for token_id, token in enumerate(TOKENS):
         if len(token) == 1:
             table[ord(token.upper())] = table[ord(token.lower())] = token_id
-    table[_MASK_BYTE] = MASK_ID
     table.setflags(write=False)
     return table
 
@@ -53,10 +50,10 @@ def encode(sequence: str) -> npt.NDArray[np.uint8]:
     Raises:
         ValueError: a character is not in ESM-2's alphabet; the message names it and its position.
     """
-    if chr(_MASK_BYTE) in sequence:
-        raise ValueError("control character '\\x01' is not in ESM-2's alphabet")
-    text = sequence.replace("<mask>", chr(_MASK_BYTE))
+    *before_masks, _ = parts = sequence.split("<mask>")
+    text = "X".join(parts)
     ids = RESIDUE_TO_ID[np.frombuffer(text.encode("latin-1", errors="replace"), dtype=np.uint8)]
+    ids[np.cumsum([len(part) + 1 for part in before_masks], dtype=np.int64) - 1] = MASK_ID
     invalid = np.flatnonzero(ids == INVALID_ID)
     if invalid.size:
         position = int(invalid[0])
@@ -65,8 +62,3 @@ def encode(sequence: str) -> npt.NDArray[np.uint8]:
             f"({''.join(token for token in TOKENS if len(token) == 1)} and <mask>)"
         )
     return ids
-
-
-def decode(token_ids: npt.ArrayLike) -> str:
-    """The residues and special tokens of `token_ids`, as one string."""
-    return "".join(TOKENS[token_id] for token_id in np.asarray(token_ids).tolist())

@@ -22,6 +22,8 @@ ATTENTIONS = ("auto", "flash3", "fa3_fwd", "flash4", "varlen", "flash2", "triton
 REFERENCES = ("esm-packed", "fair-esm")
 """What a precision may be validated against."""
 
+LAYER_NORM_EPS = 1e-5
+
 
 @dataclass(frozen=True)
 class ESM2Config:

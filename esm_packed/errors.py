@@ -23,5 +23,9 @@ class UsageError(UserError, ValueError):
     """An argument or option does not fit."""
 
 
+class CheckpointError(UserError, ValueError):
+    """A checkpoint is missing, damaged or no ESM-2; the message says which file or key, and what to do."""
+
+
 class EngineError(RuntimeError):
     """Workers fail whatever they are given; finished shards are kept, and the same command continues."""

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from esm_packed.attention import PackedAttention
 from esm_packed.model import ESM2
 from esm_packed.packing import PackedBatch
 
@@ -67,11 +66,8 @@ class GraphedESM2:
         """Shapes recorded so far."""
         return len(self._recorded)
 
-    def embed_packed(
-        self, batch: PackedBatch, layers: Sequence[int], *, attend: PackedAttention | None = None
-    ) -> dict[int, torch.Tensor]:
-        """As `ESM2.embed_packed`; `attend` must be None."""
-        assert attend is None
+    def embed_packed(self, batch: PackedBatch, layers: Sequence[int]) -> dict[int, torch.Tensor]:
+        """As `ESM2.embed_packed`."""
         shape = Shape.of(batch, layers)
         if shape not in self._recorded:
             self._recorded[shape] = self._record(shape, batch)

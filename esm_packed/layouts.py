@@ -7,10 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from esm_packed.attention import PackedAttention
-from esm_packed.graphs import GraphedESM2
 from esm_packed.model import ESM2
 from esm_packed.packing import PackedBatch, fill, pack, plan_packs
 from esm_packed.padding import pad, padded_attention, plan_padded
@@ -25,22 +22,14 @@ class Layout:
         algorithm: what distributes sequences over packs.
         plan: lengths in tokens and token budget to the members of each pack.
         lay_out: residues of sequences and token budget to a batch on the CPU.
-        attend: attention over such batches; None for the model's own backend.
+        prepare: gives the model that computes such batches, its weights not copied.
     """
 
     name: str
     algorithm: str
     plan: Callable[[npt.ArrayLike, int], list[npt.NDArray[np.int64]]]
     lay_out: Callable[[Sequence[npt.NDArray[np.uint8]], int], PackedBatch]
-    attend: PackedAttention | None = None
-
-    def embed(
-        self, model: ESM2 | GraphedESM2, batch: PackedBatch, layers: Sequence[int]
-    ) -> dict[int, torch.Tensor]:
-        """As `ESM2.embed_packed`, for a batch of this layout."""
-        if self.attend is None:
-            return model.embed_packed(batch, layers)
-        return model.embed_packed(batch, layers, attend=self.attend)
+    prepare: Callable[[ESM2], ESM2] = lambda model: model
 
 
 def _pack_in_one_shape(token_ids: Sequence[npt.NDArray[np.uint8]], token_budget: int) -> PackedBatch:
@@ -58,7 +47,7 @@ LAYOUTS = {
             "padded, sorted by length",
             plan_padded,
             lambda token_ids, token_budget: pad(token_ids),
-            padded_attention,
+            lambda model: model.with_attention(("sdpa, padded", padded_attention)),
         ),
     )
 }

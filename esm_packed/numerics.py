@@ -7,8 +7,12 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
+
+DType = str | torch.dtype | np.dtype[Any] | type[np.generic]
 
 
 @dataclass(frozen=True)
@@ -63,8 +67,13 @@ def resolve_device(name: str | torch.device) -> torch.device:
     """The device called `name`: `cpu`, `cuda`, `cuda:INDEX`, or `auto` for the first GPU, else the CPU.
 
     Raises:
+        TypeError: `name` is neither a name nor a `torch.device`.
         ValueError: there is no such device, or it is not supported.
     """
+    if not isinstance(name, (str, torch.device)):
+        raise TypeError(f"device is {name!r}; pass 'auto', 'cpu', 'cuda' or 'cuda:INDEX', or a torch.device")
+    if isinstance(name, str):
+        name = name.lower()
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -85,11 +94,12 @@ def resolve_device(name: str | torch.device) -> torch.device:
     return device
 
 
-def resolve_precision(name: str | torch.dtype | None, device: torch.device) -> Precision:
+def resolve_precision(name: DType | None, device: torch.device) -> Precision:
     """The mode called `name`, or the default of `device`: `fp16` on CUDA, `fp32` elsewhere.
 
     Args:
-        name: one of `PRECISIONS`, or a dtype such as `torch.float16`, `"float16"` or `"half"`.
+        name: one of `PRECISIONS`, or a dtype such as `torch.float16`, `"float16"`, `"half"` or
+            `numpy.float16`.
         device: what it is to run on.
 
     Raises:
@@ -97,7 +107,9 @@ def resolve_precision(name: str | torch.dtype | None, device: torch.device) -> P
     """
     if name is None:
         name = "fp16" if device.type == "cuda" else "fp32"
-    torch_name = str(name).removeprefix("torch.")
+    if isinstance(name, type) and issubclass(name, np.generic):
+        name = np.dtype(name)
+    torch_name = str(name).lower().removeprefix("torch.")
     mode = _TORCH_NAMES.get(torch_name, torch_name)
     if mode not in PRECISIONS:
         raise ValueError(f"dtype {name!r} is not known; choose from {', '.join(PRECISIONS)}")

@@ -116,14 +116,13 @@ def fill(batch: PackedBatch, total_tokens: int) -> PackedBatch:
     )
 
 
-def check_packed(
-    input_ids: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int, device: torch.device
-) -> None:
-    """See that packed tensors can be computed on `device`; nothing is read back from a GPU.
+def check_packed(batch: PackedBatch, device: torch.device) -> None:
+    """See that a batch can be computed on `device`; nothing is read back from a GPU.
 
     Raises:
         ValueError: names the argument that does not fit and shows its value.
     """
+    input_ids, cu_seqlens, max_seqlen = batch.input_ids, batch.cu_seqlens, batch.max_seqlen
     for name, tensor, dtypes in (
         ("input_ids", input_ids, (torch.int32, torch.int64)),
         ("cu_seqlens", cu_seqlens, (torch.int32,)),
@@ -148,9 +147,7 @@ def check_packed(
             raise ValueError(f"max_seqlen = {max_seqlen}, but a sequence has {int(lengths.max())} tokens")
 
 
-def plan_packs(
-    lengths: npt.ArrayLike, token_budget: int, attention_budget: int | None = None
-) -> list[npt.NDArray[np.int64]]:
+def plan_packs(lengths: npt.ArrayLike, token_budget: int) -> list[npt.NDArray[np.int64]]:
     """Distribute sequences over packs by first-fit decreasing.
 
     Sequences are taken longest first (ties in input order); each goes into the first pack it fits into.
@@ -160,17 +157,16 @@ def plan_packs(
     Args:
         lengths: (num_sequences,) tokens of each sequence, BOS and EOS included.
         token_budget: most tokens a pack may hold.
-        attention_budget: most sum of squared lengths a pack may hold, the cost of its attention.
 
     Returns:
-        For each pack the indices of its sequences, longest first. One over a budget is a pack of its own.
+        For each pack the indices of its sequences, longest first. One over the budget is a pack of its own.
 
     Raises:
-        ValueError: a budget or a length is not positive.
+        ValueError: the budget or a length is not positive.
     """
     lengths = np.asarray(lengths, dtype=np.int64)
-    if token_budget < 1 or (attention_budget is not None and attention_budget < 1):
-        raise ValueError(f"budgets must be positive, got {token_budget=}, {attention_budget=}")
+    if token_budget < 1:
+        raise ValueError(f"token_budget must be positive, got {token_budget}")
     if lengths.size == 0:
         return []
     if lengths.min() < 1:
@@ -185,11 +181,8 @@ def plan_packs(
     placed = 0
     open_packs = np.empty(0, dtype=np.int64)
     tokens_left = np.empty(0, dtype=np.int64)
-    cost_left = np.empty(0, dtype=np.int64)
     for length, count in zip((-distinct).tolist(), counts.tolist(), strict=True):
         fits_empty = token_budget // length
-        if attention_budget is not None:
-            fits_empty = min(fits_empty, attention_budget // length**2)
         if fits_empty == 0:
             pack_of_sequence[placed : placed + count] = np.arange(num_packs, num_packs + count)
             num_packs += count
@@ -197,8 +190,6 @@ def plan_packs(
             continue
 
         fits = tokens_left // length
-        if attention_budget is not None:
-            fits = np.minimum(fits, cost_left // length**2)
         filled = np.cumsum(fits)
         taken = np.minimum(filled, count) - np.minimum(filled - fits, count)
         placed_in_open = int(taken.sum())
@@ -210,8 +201,6 @@ def plan_packs(
         open_packs = np.concatenate([open_packs, np.arange(num_packs, num_packs + num_new)])
         taken = np.concatenate([taken, taken_new])
         tokens_left = np.concatenate([tokens_left, np.full(num_new, token_budget)]) - taken * length
-        if attention_budget is not None:
-            cost_left = np.concatenate([cost_left, np.full(num_new, attention_budget)]) - taken * length**2
         num_packs += num_new
         pack_of_sequence[placed : placed + count] = np.repeat(open_packs, taken)
         placed += count
@@ -219,23 +208,7 @@ def plan_packs(
         still_open = tokens_left >= shortest
         if not still_open.all():
             open_packs, tokens_left = open_packs[still_open], tokens_left[still_open]
-            if attention_budget is not None:
-                cost_left = cost_left[still_open]
 
     by_pack = np.argsort(pack_of_sequence, kind="stable")
     ends = np.cumsum(np.bincount(pack_of_sequence, minlength=num_packs))[:-1]
     return np.split(longest_first[by_pack], ends)
-
-
-def packing_efficiency(pack_tokens: Sequence[int], token_budget: int) -> float:
-    """Tokens over (packs x budget); packs of one sequence longer than the budget do not count.
-
-    Args:
-        pack_tokens: tokens in each pack.
-        token_budget: most tokens a pack may hold.
-
-    Returns:
-        A share; 1.0 when no pack counts.
-    """
-    within = [tokens for tokens in pack_tokens if tokens <= token_budget]
-    return sum(within) / (len(within) * token_budget) if within else 1.0

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 
 import torch
 
+from esm_packed.checkpoints import Checkpoint, RandomTensors
 from esm_packed.config import ESM2Config
-from esm_packed.weights import Checkpoint, RandomTensors
 
 TRAINED_PEAK = 140.0
 """What the second and third largest channel of the real 650M's residual stream reach; the largest is 468."""

@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 
 from esm_packed.alphabet import encode
 from esm_packed.attention import select_backend
+from esm_packed.checkpoints import Checkpoint, load_checkpoint
+from esm_packed.checkpoints.download import OFFICIAL_FILES
 from esm_packed.config import ESM2_MODELS, ESM2Config
-from esm_packed.download import OFFICIAL_FILES
 from esm_packed.errors import UsageError
 from esm_packed.model import ESM2
 from esm_packed.numerics import PRECISIONS, Precision, is_out_of_memory, resolve_device, resolve_precision
@@ -21,7 +22,6 @@ from esm_packed.packing import pack
 from esm_packed.reports.validation.verdict import THRESHOLDS
 from esm_packed.runners.compute.worker import set_threads
 from esm_packed.runners.watch.console import Console
-from esm_packed.weights import Checkpoint, load_checkpoint
 
 CASES_FILE = Path(__file__).parent / "golden" / "cases.json"
 VALUES_FILE = CASES_FILE.with_name("values.safetensors")

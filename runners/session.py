@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from esm_packed.attention import WAITING_BACKENDS, select_backend
+from esm_packed.checkpoints import Checkpoint, load_checkpoint
 from esm_packed.config import DEFAULT_TOKEN_BUDGETS
 from esm_packed.errors import UsageError
 from esm_packed.runners.checks import (
@@ -44,7 +45,6 @@ from esm_packed.runners.system.memory import RowBuffers
 from esm_packed.runners.system.paths import files_of, resolved
 from esm_packed.runners.watch.console import Console
 from esm_packed.runners.watch.watch import watching
-from esm_packed.weights import Checkpoint, load_checkpoint
 
 
 def embed_files(request: EmbedRequest, console: Console) -> Summary:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from esm_packed.checkpoints import Checkpoint, load_checkpoint
 from esm_packed.config import DEFAULT_MAX_LENGTH, DEFAULT_TOKEN_BUDGETS, REFERENCES
 from esm_packed.errors import UsageError
 from esm_packed.numerics import PRECISIONS, is_out_of_memory, resolve_device
@@ -28,7 +29,6 @@ from esm_packed.runners.input.fasta import ReadOptions
 from esm_packed.runners.input.index import STDIN, FastaIndex, build_index
 from esm_packed.runners.system.paths import check_apart, files_of
 from esm_packed.runners.watch.console import Console, duration
-from esm_packed.weights import Checkpoint, load_checkpoint
 
 TokenIds = npt.NDArray[np.uint8]
 

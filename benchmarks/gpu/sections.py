@@ -21,8 +21,9 @@ from kernel_baselines import MODEL_SIZES, kernel_dtypes
 from rates import matmul_rate
 from workloads import proteins, token_lengths, write_fasta
 
-from esm_packed import ESM2, kernels
-from esm_packed.attention import BackendError, PackedAttention, select_backend
+from esm_packed import ESM2
+from esm_packed.attention import BackendError, select_backend
+from esm_packed.checkpoints import Checkpoint, save_fair_esm, tensor_shapes
 from esm_packed.config import DEFAULT_TOKEN_BUDGETS, ESM2_MODELS, ESM2Config
 from esm_packed.graphs import GraphedESM2
 from esm_packed.kernels.cases import Workload
@@ -32,7 +33,6 @@ from esm_packed.numerics import PRECISIONS, Precision
 from esm_packed.packing import SPECIAL_TOKENS, PackedBatch, pack
 from esm_packed.runners.state.cut import sequence_flops
 from esm_packed.stress import stress_checkpoint
-from esm_packed.weights import Checkpoint, save_fair_esm, tensor_shapes
 
 Save = Callable[[dict[str, Any]], None]
 
@@ -130,7 +130,9 @@ def model_speed(device: torch.device, save: Save, seconds: float) -> None:
                     continue
                 if attention == "auto":
                     found.setdefault("auto_backends", {})[mode] = backend
-                variants.setdefault(f"{mode} {backend}", partial(_forward, model, batch, mode, attend))
+                computing = model.with_attention((backend, attend))
+                computing.precision_mode = MODES[mode]
+                variants.setdefault(f"{mode} {backend}", partial(_forward, computing, batch))
         times: dict[str, list[float]] = {variant: [] for variant in variants}
         for round_number in range(5):
             for variant, forward in variants.items():
@@ -157,20 +159,17 @@ def model_speed(device: torch.device, save: Save, seconds: float) -> None:
                 }
                 save(found)
         if dtype == "fp16":
-            found["kernels_of_one_forward"] = _profile(partial(_forward, model, batch, "fp16", model.attend))
+            found["kernels_of_one_forward"] = _profile(partial(_forward, model, batch))
             save(found)
-        del model, variants
+        del model, variants, computing
         if device.type == "cuda":
             torch.cuda.empty_cache()
     _small_model(device, found, save)
 
 
-def _forward(model: ESM2, batch: PackedBatch, mode: str, attend: PackedAttention) -> object:
-    """Means of the last layer, in one of the precision modes that share the model's dtype."""
-    model.precision_mode = MODES[mode]
-    layer = model.config.num_layers
-    output = model.forward_packed(batch.input_ids, batch.cu_seqlens, batch.max_seqlen, [layer], attend=attend)
-    return kernels.segment_mean(output.representations[layer], batch.cu_seqlens)
+def _forward(model: ESM2, batch: PackedBatch) -> object:
+    """Means of the last layer."""
+    return model.embed_packed(batch, [model.config.num_layers])
 
 
 def _measure(function: Callable[[], object], device: torch.device) -> dict[str, Any]:
@@ -223,7 +222,7 @@ def _small_model(device: torch.device, found: dict[str, Any], save: Save) -> Non
     model = ESM2.from_pretrained("random:esm2_t6_8M_UR50D", device=device, dtype="fp16")
     workload = Workload(model.config, token_lengths("uniref", 4096), device)
     batch = PackedBatch(workload.input_ids, workload.cu_seqlens, workload.max_seqlen)
-    forward = partial(_forward, model, batch, "fp16", model.attend)
+    forward = partial(_forward, model, batch)
     graphed = partial(GraphedESM2(model).embed_packed, batch, [model.config.num_layers])
     result: dict[str, Any] = {"total_tokens": workload.total_tokens}
     found["8M"] = result

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from esm_packed.download import read_json
+from esm_packed.checkpoints.download import read_json
 from esm_packed.reports.page import ReportError
 
 DTYPES = ("fp32", "tf32", "fp16", "bf16")

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from esm_packed import kernels
 from esm_packed.layouts import Layout
 from esm_packed.model import ESM2, PackedOutput
 from esm_packed.packing import SPECIAL_TOKENS
@@ -98,20 +95,26 @@ def measure(
     residues_by_layer = torch.empty(last + 1, num_proteins, dtype=torch.float64)
     nonfinite = torch.empty(last + 1, num_proteins, dtype=torch.bool)
 
+    computing = layout.prepare(model)
+    outputs: list[PackedOutput] = []
     lengths = np.array([len(ids) + SPECIAL_TOKENS for ids in token_ids])
     for members in layout.plan(lengths, token_budget):
         batch = layout.lay_out([token_ids[member] for member in members], token_budget).to(model.device)
-        with _kept_outputs(model) as outputs:
-            embedded = layout.embed(model, batch, layers)
-        hidden_states = outputs[0].representations
+        # What embeds gives the means alone; a forward hook sees the hidden states behind them.
+        hook = computing.register_forward_hook(lambda *call: outputs.append(call[-1]))
+        try:
+            embedded = computing.embed_packed(batch, layers)
+        finally:
+            hook.remove()
+        hidden_states = outputs.pop().representations
         starts = batch.cu_seqlens[:-1][batch.segments].tolist()
         for layer in layers:
             means[layer, members] = embedded[layer].double().cpu()
-            _, found = kernels.check_numerics(hidden_states[layer], batch.cu_seqlens)
-            nonfinite[layer, members] = found[batch.segments].cpu()
         for start, protein in zip(starts, members.tolist(), strict=True):
             residues[:, protein] = _residue_errors(hidden_states[last], start, *reference.residues(protein))
+            tokens = slice(start, start + int(lengths[protein]))
             for layer in layers:
+                nonfinite[layer, protein] = not hidden_states[layer][tokens].isfinite().all()
                 sampled = reference.layer_residues(protein, layer)
                 residues_by_layer[layer, protein] = _residue_errors(hidden_states[layer], start, *sampled)[0]
         advance(sum(len(token_ids[member]) for member in members))
@@ -135,23 +138,6 @@ def measure(
         top10=top10,
         neighbours=neighbours,
     )
-
-
-@contextmanager
-def _kept_outputs(model: ESM2) -> Iterator[list[PackedOutput]]:
-    """Keep what forward passes in the block return: the functions that embed give the means alone."""
-    outputs: list[PackedOutput] = []
-    forward = model.forward_packed
-
-    def keep(*arguments: Any, **options: Any) -> PackedOutput:
-        outputs.append(forward(*arguments, **options))
-        return outputs[-1]
-
-    model.forward_packed = keep  # type: ignore[method-assign]
-    try:
-        yield outputs
-    finally:
-        del model.forward_packed
 
 
 def _residue_errors(

@@ -14,12 +14,12 @@ import torch
 
 from esm_packed.alphabet import BOS_ID, EOS_ID
 from esm_packed.attention import select_backend
+from esm_packed.checkpoints import Checkpoint
 from esm_packed.model import ESM2
 from esm_packed.numerics import PRECISIONS
 from esm_packed.packing import pack
 from esm_packed.reports.page import ReportError
 from esm_packed.reports.validation.activations import Activations
-from esm_packed.weights import Checkpoint
 
 TokenIds = npt.NDArray[np.uint8]
 Representations = dict[int, torch.Tensor]
@@ -133,12 +133,9 @@ def compute_reference(
     with activations.recorded():
         for protein, ids in enumerate(token_ids):
             batch = pack([ids]).to(device)
-            output = model.forward_packed(
-                batch.input_ids, batch.cu_seqlens, batch.max_seqlen, range(config.num_layers + 1)
-            )
-            activations.add_residual(output.representations)
+            representations = model(batch, range(config.num_layers + 1)).representations
             if run_fair_esm is None:
-                reference.add(protein, output.representations)
+                reference.add(protein, representations)
             advance(len(ids))
     if run_fair_esm is not None:
         del model

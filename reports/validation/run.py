@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 
 from esm_packed.attention import BACKENDS, select_backend
+from esm_packed.checkpoints import Checkpoint, RandomTensors, load_checkpoint
 from esm_packed.config import ESM2Config
 from esm_packed.kernels import dispatch
 from esm_packed.layouts import LAYOUTS
@@ -26,7 +27,6 @@ from esm_packed.reports.validation.reference import Reference, compute_reference
 from esm_packed.reports.validation.verdict import THRESHOLDS, Threshold, Verdict, judge
 from esm_packed.stress import seeded_kind
 from esm_packed.version import __version__
-from esm_packed.weights import Checkpoint, RandomTensors, load_checkpoint
 
 TokenIds = npt.NDArray[np.uint8]
 
@@ -137,9 +137,15 @@ def validate(
             attention = select_backend(backend, settings.device, precision, checkpoint.config.head_dim)
             if model is None:
                 model = ESM2.from_checkpoint(load(), settings.device, precision, attention)
-            model.attention_backend, model.attend = attention
             paths.append(
-                measure(model, LAYOUTS[layout], token_ids, reference, settings.token_budget, advance)
+                measure(
+                    model.with_attention(attention),
+                    LAYOUTS[layout],
+                    token_ids,
+                    reference,
+                    settings.token_budget,
+                    advance,
+                )
             )
     verdicts = [
         judge(
@@ -239,10 +245,11 @@ def estimate_seconds(config: ESM2Config, token_ids: Sequence[TokenIds], settings
 
     def seconds(model: ESM2, layout: str, sample: Sequence[TokenIds]) -> float:
         batch = LAYOUTS[layout].lay_out(sample, settings.token_budget).to(model.device)
+        model = LAYOUTS[layout].prepare(model)
         timed = []
         for _ in range(2):  # the first is a warm-up
             begin = time.perf_counter()
-            LAYOUTS[layout].embed(model, batch, [0, 1])[1].cpu()
+            model.embed_packed(batch, [0, 1])[1].cpu()
             timed.append(time.perf_counter() - begin)
         tokens = sum(len(ids) + SPECIAL_TOKENS for ids in sample)
         return timed[-1] * config.num_layers * total / tokens

@@ -162,10 +162,10 @@ def check(options: argparse.Namespace) -> int:
 
 
 def checkpoint(options: argparse.Namespace) -> int:
-    from esm_packed.download import contact_regression_path
+    from esm_packed.checkpoints import load_checkpoint, save_fair_esm
+    from esm_packed.checkpoints.download import contact_regression_path
     from esm_packed.runners.system.paths import check_apart, files_of
     from esm_packed.runners.watch.console import Console
-    from esm_packed.weights import load_checkpoint, save_fair_esm
 
     if options.output.suffix != ".pt" or not options.output.name.startswith("esm2"):
         raise UsageError(

@@ -15,8 +15,9 @@ from typing import Any
 import h5py
 import numpy as np
 
+from esm_packed.checkpoints import load_checkpoint, tensor_shapes
+from esm_packed.checkpoints.download import OFFICIAL_FILES, checkpoint_directory, hugging_face_snapshot
 from esm_packed.config import DEFAULT_MAX_LENGTH, ESM2_MODELS, ESM2Config
-from esm_packed.download import OFFICIAL_FILES, checkpoint_directory, hugging_face_snapshot
 from esm_packed.errors import UsageError
 from esm_packed.runners.input.fasta import InputError, ReadOptions, shorten
 from esm_packed.runners.input.index import MOST_LISTED, STDIN, build_index
@@ -25,7 +26,6 @@ from esm_packed.runners.state.directory import RunDirectory
 from esm_packed.runners.state.shard import STATUS_FAILED, STATUS_NOT_COMPUTED, STATUS_RECOMPUTED
 from esm_packed.runners.status import run_state
 from esm_packed.runners.watch.console import Console, byte_size
-from esm_packed.weights import load_checkpoint, tensor_shapes
 
 _MODEL_SUFFIXES = (".pt", ".bin", ".safetensors", ".index.json")
 _LENGTH_QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)

@@ -271,7 +271,7 @@ def _add_checkpoint(commands: argparse._SubParsersAction[Parser]) -> None:
         commands,
         "checkpoint",
         run.checkpoint,
-        "esm_packed.weights",
+        "esm_packed.checkpoints",
         help="write a model as fair-esm reads it",
         description="Write a model as a fair-esm checkpoint, with its contact-regression file beside it.",
     )

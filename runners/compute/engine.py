@@ -8,6 +8,7 @@ from typing import Protocol
 
 import torch
 
+from esm_packed.checkpoints import Checkpoint
 from esm_packed.config import DEFAULT_TOKEN_BUDGETS
 from esm_packed.runners.compute.budget import measured_token_budget
 from esm_packed.runners.compute.worker import Worker, device_name, set_threads
@@ -15,7 +16,6 @@ from esm_packed.runners.state.request import EmbedRequest
 from esm_packed.runners.state.run import Run
 from esm_packed.runners.watch.metrics import StageTimes
 from esm_packed.runners.watch.watch import Watch, WorkerState
-from esm_packed.weights import Checkpoint
 
 
 class Engine(AbstractContextManager["Engine"], Protocol):

@@ -138,7 +138,7 @@ class Pipeline:
         self._rescue = Rescue(in_fp32)
         self._on_pack = on_pack
         self._layout = layout
-        self._graphed = GraphedESM2(model) if cuda_graphs else None
+        self._computing = GraphedESM2(model) if cuda_graphs else layout.prepare(model)
         self._streams = _Streams.of(model.device) if model.device.type == "cuda" else None
         self._stopping = threading.Event()
         self._packs: queue.Queue[_Pack | _Progress | _Done] = queue.Queue(PACKS_AHEAD)
@@ -315,7 +315,7 @@ class Pipeline:
     def _launch(self, item: _Pack) -> _InFlight:
         if self._streams is None:
             begin = time.monotonic()
-            rows = self._layout.embed(self.model, item.batch, self.layers)
+            rows = self._computing.embed_packed(item.batch, self.layers)
             self.times.computing += time.monotonic() - begin
             return _InFlight(item, rows)
         streams = self._streams
@@ -332,7 +332,7 @@ class Pipeline:
         for tensor in (batch.input_ids, batch.cu_seqlens):
             tensor.record_stream(streams.compute)
         start.record(streams.compute)
-        on_device = self._layout.embed(self._graphed or self.model, batch, self.layers)
+        on_device = self._computing.embed_packed(batch, self.layers)
         end.record(streams.compute)
         streams.to_host.wait_event(end)
         with torch.cuda.stream(streams.to_host):

@@ -28,6 +28,7 @@ import numpy as np
 import torch
 
 from esm_packed.attention import BackendError
+from esm_packed.checkpoints import Checkpoint, CheckpointError, load_checkpoint
 from esm_packed.config import DEFAULT_TOKEN_BUDGETS
 from esm_packed.errors import EngineError, UsageError
 from esm_packed.numerics import resolve_device
@@ -43,7 +44,6 @@ from esm_packed.runners.system.signals import ENDING_SIGNALS
 from esm_packed.runners.watch.console import Console
 from esm_packed.runners.watch.metrics import Snapshot, StageTimes
 from esm_packed.runners.watch.watch import Watch, WorkerState
-from esm_packed.weights import Checkpoint, CheckpointError, load_checkpoint
 
 MAX_ATTEMPTS = 3
 """Failures of a shard, or of a single sequence, before it is split or given up."""

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from esm_packed.attention import select_backend
+from esm_packed.checkpoints import Checkpoint
 from esm_packed.errors import UsageError
 from esm_packed.layouts import LAYOUTS
 from esm_packed.model import ESM2, load_in_fp32
@@ -24,7 +25,6 @@ from esm_packed.runners.state.request import STORE_DTYPES, EmbedRequest
 from esm_packed.runners.state.run import Run, ShardInput
 from esm_packed.runners.state.shard import Shard
 from esm_packed.version import __version__
-from esm_packed.weights import Checkpoint
 
 THREADS_PER_CPU = 4
 LEAST_MOST_THREADS = 64

@@ -21,7 +21,7 @@ from enum import IntFlag
 import numpy as np
 import numpy.typing as npt
 
-from esm_packed.alphabet import INVALID_ID, MASK_ID, RESIDUE_TO_ID, TOKENS
+from esm_packed.alphabet import INVALID_ID, RESIDUE_TO_ID, TOKENS
 from esm_packed.errors import UserError
 
 NOTHING = 0
@@ -133,7 +133,6 @@ class ParsedBlock:
 
 def _code_table(gaps: str) -> bytes:
     table = RESIDUE_TO_ID.copy()
-    table[table == MASK_ID] = INVALID  # `alphabet` keeps a control character for <mask>
     table[list(b" \t\n\r\v\f")] = NOTHING
     table[0x80:0xC0] = NOTHING  # UTF-8 continuation bytes: a character counts once, by its first byte
     table[list(b"-.")] = NOTHING if gaps == "drop" else NEVER_REPLACED

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from esm_packed.download import contact_regression_path
+from esm_packed.checkpoints import Checkpoint
+from esm_packed.checkpoints.download import contact_regression_path
 from esm_packed.errors import UsageError
-from esm_packed.weights import Checkpoint
 
 
 def resolved(path: Path) -> Path:

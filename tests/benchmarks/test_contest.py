@@ -231,8 +231,8 @@ def test_unrounded_frequencies_are_held_against_such(monkeypatch: pytest.MonkeyP
     model = contest.Contest().model(MODEL, "fp32")
     half = model.config.head_dim // 2
     unrounded = (10000.0 ** -(torch.arange(half, dtype=torch.float64) / half)).float()
-    assert not torch.equal(unrounded, model.inv_freq)
-    model.inv_freq = unrounded
+    assert not torch.equal(unrounded, model.rotary.inv_freq)
+    model.rotary.inv_freq = unrounded
     monkeypatch.setattr(contest.Contest, "model", lambda self, name, dtype: model)
     monkeypatch.setattr(contest.EsmPacked, "rounded_frequencies", False)
     other = contest.Contest().ready(entry).errors

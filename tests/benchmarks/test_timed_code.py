@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from esm_packed import alphabet, packing, padding
+from esm_packed.kernels.reference import packed_attention
 
 pytest.importorskip("pytest_benchmark", reason="benchmarks need pytest-benchmark")
 
@@ -160,9 +161,8 @@ def test_another_attention_backend_is_noticed(contest: Any, options: Any, strict
     module = importlib.import_module("contest")
     entry = module.Entry("esm_packed", MODEL, "uniref", 400, "fp32", "packed", 1024)
     provider = contest.ready(entry).provider
-    attend = provider.model.attend
-    forward = provider.model.forward_packed
-    provider.model.forward_packed = lambda *a, **k: forward(*a, **(k | {"attend": attend}))
+    another = provider.model.with_attention(("reference", packed_attention))
+    provider.computing.embed_packed = another.embed_packed
     with (
         pytest.raises(AssertionError, match="attention sdpa was called 0 times, not 6"),
         module.expect_backend(provider),

@@ -150,6 +150,6 @@ def test_recomputed_inv_freq_is_another_model(case: Case) -> None:
     """Were inv_freq recomputed in FP32 rather than read, the FP64 test would fail by this much."""
     model = ESM2.from_pretrained(case.checkpoint, dtype="fp64", device="cpu")
     head_dim = model.config.head_dim
-    model.inv_freq = 1 / 10000 ** (torch.arange(0, head_dim, 2).double() / head_dim)
+    model.rotary.inv_freq = 1 / 10000 ** (torch.arange(0, head_dim, 2).double() / head_dim)
     actual = ours(model, case.batch())
     assert relative_error(actual["mean 3"], tensors_of(case.truth)["mean 3"]) > 1e-7

@@ -33,7 +33,7 @@ def test_a_shape_holds_its_batch(num_residues: list[int], budget: int) -> None:
     shape = Shape.of(batch, [1])
     static = empty_batch(shape, batch)
     load(static, batch)
-    check_packed(static.input_ids, static.cu_seqlens, static.max_seqlen, torch.device("cpu"))
+    check_packed(static, torch.device("cpu"))
     assert torch.equal(static.input_ids, batch.input_ids)
     bounds = batch.cu_seqlens.numel()
     assert torch.equal(static.cu_seqlens[:bounds], batch.cu_seqlens)

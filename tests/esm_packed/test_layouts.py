@@ -29,11 +29,12 @@ def embed(
     model: ESM2, layout: str, token_ids: list[np.ndarray], packs: list[list[int]], budget: int
 ) -> np.ndarray:
     last = model.config.num_layers
+    model = LAYOUTS[layout].prepare(model)
     rows = np.empty((len(token_ids), model.config.hidden_size), dtype=np.float64)
     for members in packs:
         batch = LAYOUTS[layout].lay_out([token_ids[member] for member in members], budget)
         assert batch.num_sequences == len(members)
-        rows[members] = LAYOUTS[layout].embed(model, batch, [last])[last].numpy()
+        rows[members] = model.embed_packed(batch, [last])[last].numpy()
     return rows
 
 
@@ -54,7 +55,7 @@ def test_filled_packs(num_residues: list[int], missing: int) -> None:
     batch = pack([np.full(count, 5, dtype=np.uint8) for count in num_residues])
     total_tokens = batch.total_tokens + missing
     filled = fill(batch, total_tokens)
-    check_packed(filled.input_ids, filled.cu_seqlens, filled.max_seqlen, torch.device("cpu"))
+    check_packed(filled, torch.device("cpu"))
     assert filled.total_tokens == total_tokens
     assert filled.num_sequences == len(num_residues)
     assert torch.equal(filled.input_ids[: batch.total_tokens], batch.input_ids)

@@ -55,12 +55,8 @@ def test_a_forward_pass_keeps_little_alive(name: str, dtype: str, monkeypatch: p
     monkeypatch.setattr(kernels, "linear", torch.nn.functional.linear)
     config, precision = ESM2_MODELS[name], PRECISIONS[dtype]
     with torch.device("meta"):
-        model = ESM2(config)
-        torch.nn.Module._apply(model, lambda tensor: tensor.to(precision.dtype))  # type: ignore[no-untyped-call]
+        model = ESM2(config, precision, ("opaque", torch.ops.esm_packed.packed_attention))
         model.requires_grad_(False)
-        model.precision_mode = precision
-        model.inv_freq = torch.empty(config.head_dim // 2)
-        model.attend = torch.ops.esm_packed.packed_attention
         input_ids = torch.empty(TOTAL_TOKENS, dtype=torch.int32)
         cu_seqlens = torch.empty(11, dtype=torch.int32)
         model.forward_packed(input_ids, cu_seqlens, 100)  # makes the rotary tables

@@ -15,15 +15,23 @@ import esm_packed
 from esm_packed import ESM2
 from esm_packed import model as model_module
 from esm_packed.alphabet import encode
+from esm_packed.attention import select_backend
+from esm_packed.checkpoints import Checkpoint, CheckpointError, load_checkpoint, save_fair_esm
 from esm_packed.config import ESM2Config
+from esm_packed.numerics import PRECISIONS, Precision
 from esm_packed.packing import pack
 from esm_packed.runners.state.request import EmbedRequest
-from esm_packed.weights import CheckpointError, load_checkpoint, save_fair_esm
 
 
 @pytest.fixture(scope="module")
 def demo() -> ESM2:
     return ESM2.from_pretrained("demo", device="cpu")
+
+
+def model_of(checkpoint: Checkpoint, precision: Precision) -> ESM2:
+    device = torch.device("cpu")
+    backend = select_backend("auto", device, precision, checkpoint.config.head_dim)
+    return ESM2.from_checkpoint(checkpoint, device, precision, backend)
 
 
 def test_the_package_lists_what_it_offers() -> None:
@@ -94,20 +102,13 @@ def test_devices_that_cannot_serve_are_refused(device: str) -> None:
 
 
 @pytest.mark.parametrize("per_residue", [False, True])
-def test_a_list_of_layers_gives_a_dict_in_one_pass(
-    demo: ESM2, monkeypatch: pytest.MonkeyPatch, per_residue: bool
-) -> None:
+def test_a_list_of_layers_gives_a_dict_in_one_pass(demo: ESM2, per_residue: bool) -> None:
     sequences = ["MKTAYIAK", "ACD"]
     expected = {layer: demo.embed(sequences, layer=layer, per_residue=per_residue) for layer in (2, 0, -1)}
     passes = []
-    forward_packed = ESM2.forward_packed
-
-    def count(model: ESM2, *arguments: object, **options: object) -> object:
-        passes.append(arguments)
-        return forward_packed(model, *arguments, **options)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(ESM2, "forward_packed", count)
+    hook = demo.register_forward_hook(lambda model, arguments, output: passes.append(arguments))
     several = demo.embed(sequences, layer=[2, 0, -1], per_residue=per_residue)
+    hook.remove()
     assert len(passes) == 1
     assert list(several) == [2, 0, -1], "keyed as asked for, in that order"
     for layer, arrays in expected.items():
@@ -205,12 +206,7 @@ def test_what_the_checkpoint_lacks_is_missed_only_when_asked_for() -> None:
         if not name.startswith(("lm_head", "contact_head"))
     }
     whole = ESM2.from_pretrained("demo", device="cpu")
-    model = ESM2.from_checkpoint(
-        type(checkpoint)("trunk", checkpoint.config, kept, "", ""),
-        whole.device,
-        whole.precision_mode,
-        (whole.attention_backend, whole.attend),
-    )
+    model = model_of(Checkpoint("trunk", checkpoint.config, kept, "", ""), whole.precision_mode)
     np.testing.assert_array_equal(model.embed(["MKT"]), whole.embed(["MKT"]))
     batch = pack([encode("MKT")])
     with pytest.raises(ValueError, match="trunk has no language-model head"):
@@ -223,7 +219,7 @@ def test_precision_mode_sets_the_dtype_of_the_weights() -> None:
     model = ESM2.from_pretrained("demo", dtype="bf16", device="cpu")
     assert model.precision == "bf16"
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
-    assert model.inv_freq.dtype == torch.float32
+    assert model.rotary.inv_freq.dtype == torch.float32
 
 
 @pytest.mark.parametrize("mode", ["fp16", "bf16", "fp32", "fp64"])
@@ -241,9 +237,8 @@ def test_rows_come_back_in_fp32_whatever_computed_them(demo: ESM2, mode: str) ->
 @pytest.mark.parametrize("mode", ["fp16", "bf16", "fp32"])
 def test_the_residual_stream_has_the_dtype_of_the_setting(mode: str, residual: torch.dtype) -> None:
     """In values, not in name only: an FP32 stream holds what no half type does."""
-    model = ESM2.from_pretrained("demo", dtype=mode, device="cpu")
-    assert model.precision_mode.residual_dtype == torch.float32
-    model.precision_mode = replace(model.precision_mode, residual_dtype=residual)
+    assert PRECISIONS[mode].residual_dtype == torch.float32
+    model = model_of(load_checkpoint("demo"), replace(PRECISIONS[mode], residual_dtype=residual))
     batch = pack([encode("MKTAYIAKQRQISFVK"), encode("ACDEFGH")])
     layers = list(range(model.config.num_layers))
     output = model.forward_packed(batch.input_ids, batch.cu_seqlens, batch.max_seqlen, layers)
@@ -263,14 +258,10 @@ def test_the_residual_stream_holds_more_than_fp16_can() -> None:
     tensors = dict(checkpoint.tensors)
     for layer in (0, 1):
         tensors[f"layers.{layer}.fc2.bias"] = torch.full((96,), 40_000.0)
-    changed = type(checkpoint)("changed", checkpoint.config, tensors, "", "")
+    changed = Checkpoint("changed", checkpoint.config, tensors, "", "")
     batch = pack([encode("MKTAYIAK")])
-    whole = ESM2.from_pretrained("demo", dtype="fp16", device="cpu")
-    model = ESM2.from_checkpoint(
-        changed, whole.device, whole.precision_mode, (whole.attention_backend, whole.attend)
-    )
     for residual in (torch.float32, torch.float16):
-        model.precision_mode = replace(whole.precision_mode, residual_dtype=residual)
+        model = model_of(changed, replace(PRECISIONS["fp16"], residual_dtype=residual))
         output = model.forward_packed(batch.input_ids, batch.cu_seqlens, batch.max_seqlen, [2])
         assert bool(output.representations[2].isfinite().all()) == (residual == torch.float32)
 
@@ -323,11 +314,11 @@ def test_loading_holds_the_model_and_one_tensor_more(tmp_path: Path, dtype: str)
 
 def test_rotary_tables_grow_and_outlive_what_was_captured_with_them() -> None:
     model = ESM2.from_pretrained("demo", device="cpu")
-    first, _ = model._rotary_tables(5)
+    first, _ = model.rotary(5)
     assert len(first) == 1026
-    again, _ = model._rotary_tables(1026)
+    again, _ = model.rotary(1026)
     assert again.data_ptr() == first.data_ptr()
-    grown, _ = model._rotary_tables(1027)
+    grown, _ = model.rotary(1027)
     assert len(grown) == 2052
     assert torch.equal(grown[:1026], first)
-    assert any(cos is first for cos, _ in model._outgrown_tables)
+    assert any(cos is first for cos, _ in model.rotary._outgrown)

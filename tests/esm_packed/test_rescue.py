@@ -14,11 +14,11 @@ import torch
 from esm_packed import ESM2
 from esm_packed import model as model_module
 from esm_packed.attention import select_backend
+from esm_packed.checkpoints import Checkpoint
 from esm_packed.config import ESM2Config
 from esm_packed.numerics import PRECISIONS
 from esm_packed.rescue import Rescue
 from esm_packed.stress import stress_checkpoint
-from esm_packed.weights import Checkpoint
 
 CONFIG = ESM2Config(4, 96, 4)
 CPU = torch.device("cpu")

@@ -10,11 +10,11 @@ import torch
 
 from esm_packed import ESM2
 from esm_packed.attention import select_backend
+from esm_packed.checkpoints import RandomTensors, load_checkpoint, save_fair_esm, tensor_shapes
 from esm_packed.config import ESM2_MODELS, ESM2Config
 from esm_packed.numerics import PRECISIONS
 from esm_packed.packing import pack
 from esm_packed.stress import seeded_kind, stress_checkpoint
-from esm_packed.weights import RandomTensors, load_checkpoint, save_fair_esm, tensor_shapes
 
 CONFIG = ESM2Config(6, 96, 4)
 CPU = torch.device("cpu")

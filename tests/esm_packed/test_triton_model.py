@@ -54,14 +54,10 @@ def by_fair_esm(checkpoint: Path, dtype: str, sequences: list[str]) -> dict[str,
 def by_triton(case: Case, dtype: str, device: torch.device) -> dict[str, torch.Tensor]:
     """The same of all sequences in one pack."""
     model = ESM2.from_pretrained(case.checkpoint, device=device, dtype=dtype)
+    model = model.with_attention(("triton", kernels.packed_attention))
     batch = pack([encode(sequence) for sequence in case.sequences]).to(device)
     output = model.forward_packed(
-        batch.input_ids,
-        batch.cu_seqlens,
-        batch.max_seqlen,
-        LAYERS,
-        return_logits=True,
-        attend=kernels.packed_attention,
+        batch.input_ids, batch.cu_seqlens, batch.max_seqlen, LAYERS, return_logits=True
     )
     assert output.logits is not None
     means = {

@@ -17,7 +17,7 @@ from esm_packed import ESM2
 from esm_packed.alphabet import encode
 from esm_packed.attention import BACKENDS, WAITING_BACKENDS, BackendError
 from esm_packed.config import ESM2_MODELS, ESM2Config
-from esm_packed.kernels import check_numerics, dispatch
+from esm_packed.kernels import dispatch
 from esm_packed.numerics import PRECISIONS, Precision
 from esm_packed.packing import PackedBatch, pack
 
@@ -245,7 +245,7 @@ def test_model_never_waits_for_the_device(backend: str, cuda_device: torch.devic
 @every_backend
 @pytest.mark.parametrize("mode", ["fp16", "fp32"])
 def test_model_nan_stays_in_its_sequence(mode: str, backend: str, cuda_device: torch.device) -> None:
-    """One residue with a NaN embedding: the other sequences keep their very bits, and the check names it."""
+    """One residue with a NaN embedding: the other sequences keep their very bits."""
     model = load("8M", mode, backend, cuda_device)
     letter = encode("W")[0]
     batch = random_batch([40, 64, 3, 300, 65, 17], cuda_device, letters="LAGVSERTIDPKQNFYMHC")
@@ -270,5 +270,3 @@ def test_model_nan_stays_in_its_sequence(mode: str, backend: str, cuda_device: t
     others[start:end] = False
     assert torch.equal(dirty[others], clean[others])
     assert dirty[start:end].isnan().all()
-    _, nonfinite = check_numerics(dirty, batch.cu_seqlens)
-    assert nonfinite.tolist() == [index == poisoned for index in range(batch.num_sequences)]

@@ -56,7 +56,7 @@ def embed(
     rows = torch.full((len(token_ids), config.hidden_size), torch.nan, device=device)
     for members in packs:
         batch = LAYOUTS[layout].lay_out([token_ids[member] for member in members], BUDGET).to(device)
-        rows[members] = LAYOUTS[layout].embed(model, batch, [config.num_layers])[config.num_layers]
+        rows[members] = model.embed_packed(batch, [config.num_layers])[config.num_layers]
     return rows
 
 

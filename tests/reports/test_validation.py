@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from tokens import decode
 
 from esm_packed import ESM2, kernels
-from esm_packed.alphabet import decode
-from esm_packed.attention import sdpa_attention, select_backend
+from esm_packed.attention import select_backend
+from esm_packed.checkpoints import Checkpoint, load_checkpoint, save_fair_esm
 from esm_packed.config import ESM2Config
 from esm_packed.kernels import dispatch
 from esm_packed.layouts import LAYOUTS, Layout
@@ -42,7 +43,6 @@ from esm_packed.reports.validation.run import (
 )
 from esm_packed.reports.validation.verdict import THRESHOLDS, Threshold, judge, passes_classical_pair
 from esm_packed.stress import stress_checkpoint
-from esm_packed.weights import Checkpoint, load_checkpoint, save_fair_esm
 
 CPU = torch.device("cpu")
 CONFIG = ESM2Config(6, 128, 4)
@@ -124,8 +124,8 @@ def tanh_gelu(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> tuple[
 
 def angles_in_fp16(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> tuple[ESM2, Layout]:
     model = fp32_model(checkpoint)
-    angles = torch.outer(torch.arange(1026).half(), model.inv_freq.half())
-    model.cos, model.sin = angles.cos().float(), angles.sin().float()
+    angles = torch.outer(torch.arange(1026).half(), model.rotary.inv_freq.half())
+    model.rotary.cos, model.rotary.sin = angles.cos().float(), angles.sin().float()
     return model, PACKED
 
 
@@ -228,7 +228,7 @@ def test_errors_of_every_layer(stress: Checkpoint, reference: Reference) -> None
         hidden_states = model.forward_packed(
             batch.input_ids, batch.cu_seqlens, batch.max_seqlen, layers
         ).representations
-        means = PACKED.embed(model, batch, list(layers))
+        means = model.embed_packed(batch, list(layers))
         for layer in layers:
             positions, expected = reference.layer_residues(protein, layer)
             actual = hidden_states[layer][1:-1].double()
@@ -455,9 +455,9 @@ def test_recording_leaves_nothing_behind(stress: Checkpoint) -> None:
     with pytest.raises(RuntimeError, match="stop"), Activations(model).recorded():
         raise RuntimeError("stop")
     assert {name: getattr(kernels, name) for name in kernels.__all__} == before
-    assert model.attend is sdpa_attention
+    assert not any(module._forward_hooks for module in model.modules())
     measure(model, PACKED, PROTEINS[:2], compute_reference("esm-packed", stress, CPU, PROTEINS[:2])[0], 400)
-    assert "forward_packed" not in vars(model)
+    assert not any(module._forward_hooks for module in model.modules())
 
 
 def test_weights_that_nobody_trained_are_named(tmp_path: Path, stress: Checkpoint) -> None:

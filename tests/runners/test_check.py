@@ -12,13 +12,14 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
+from esm_packed.checkpoints import load_checkpoint, save_fair_esm
+from esm_packed.checkpoints.download import OFFICIAL_FILES
+from esm_packed.checkpoints.formats import DEMO_FILE
 from esm_packed.config import ESM2_MODELS
-from esm_packed.download import OFFICIAL_FILES
 from esm_packed.numerics import PRECISIONS
 from esm_packed.reports.validation.verdict import THRESHOLDS
 from esm_packed.runners import check
 from esm_packed.runners.cli.main import main
-from esm_packed.weights import DEMO_FILE, load_checkpoint, save_fair_esm
 
 GOLDENS = Path(__file__).parents[3] / "shared" / "goldens"
 

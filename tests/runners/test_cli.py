@@ -479,7 +479,9 @@ def test_checkpoint(tmp_path, capsys):
 
 
 def test_checkpoint_refuses_a_name_fair_esm_cannot_load_before_it_loads(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("esm_packed.weights.load_checkpoint", lambda *a, **k: pytest.fail("loaded the model"))
+    monkeypatch.setattr(
+        "esm_packed.checkpoints.load_checkpoint", lambda *a, **k: pytest.fail("loaded the model")
+    )
     for output, named in [("x.pt", "named esm2....pt"), ("missing/esm2_x.pt", "no such folder")]:
         assert cli.main(["checkpoint", "demo", "-o", str(tmp_path / output)]) == terminal.EXIT_USAGE
         assert named in capsys.readouterr().err

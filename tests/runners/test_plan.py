@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from esm_packed.attention import select_backend
+from esm_packed.checkpoints import Checkpoint, RandomTensors
 from esm_packed.config import ESM2_MODELS, ESM2Config
 from esm_packed.model import ESM2
 from esm_packed.numerics import PRECISIONS
@@ -28,7 +29,6 @@ from esm_packed.runners.state.cut import (
     sequence_flops,
 )
 from esm_packed.runners.state.plan import Plan, PlanError, plan_hash
-from esm_packed.weights import Checkpoint, RandomTensors
 
 CONFIG = ESM2_MODELS["esm2_t6_8M_UR50D"]
 IDENTITY = {"inputs": [{"size": 3, "sha256": "ab"}], "layers": [6], "token_budget": 128, "dtype": "fp32"}

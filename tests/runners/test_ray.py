@@ -313,7 +313,7 @@ def test_nobody_without_the_token_may_use_a_cluster_that_is_started_here(tmp_pat
         "from esm_packed.runners.session import EmbedRequest\n"
         "from esm_packed.runners.watch.console import Console\n"
         "from esm_packed.runners.compute.ray_engine import RayEngine\n"
-        "from esm_packed.weights import load_checkpoint\n"
+        "from esm_packed.checkpoints import load_checkpoint\n"
         "request = EmbedRequest(('in.fasta',), Path('out.h5'), model='demo', device='cpu', threads=1)\n"
         "checkpoint = load_checkpoint('demo')\n"
         "with RayEngine(request, torch.device('cpu'), (), checkpoint, Console(quiet=True)):\n"

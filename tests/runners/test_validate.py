@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tokens import decode
 
 from esm_packed import ESM2
-from esm_packed.alphabet import decode
+from esm_packed.checkpoints import save_fair_esm
 from esm_packed.config import ESM2Config
 from esm_packed.errors import UsageError
 from esm_packed.reports.page import ReportError
@@ -26,7 +27,6 @@ from esm_packed.runners.state.shard import STATUS_COMPUTED, STATUS_RECOMPUTED
 from esm_packed.runners.validate import ValidateRequest, choose, validate_file
 from esm_packed.runners.watch.console import Console
 from esm_packed.stress import stress_checkpoint
-from esm_packed.weights import save_fair_esm
 
 LENGTHS = [30, 12, 75, 12, 200, 5, 41]
 QUIET = Console(quiet=True)

@@ -19,12 +19,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from safetensors.numpy import load_file, save_file
+from tokens import decode
 
-from esm_packed.alphabet import decode
+from esm_packed.checkpoints.download import file_sha256
+from esm_packed.checkpoints.formats import DEMO_FILE
 from esm_packed.config import ESM2_MODELS
-from esm_packed.download import file_sha256
 from esm_packed.runners.check import CASES_FILE, VALUES_FILE
-from esm_packed.weights import DEMO_FILE
 
 Cases = list[dict[str, Any]]
 Values = dict[str, npt.NDArray[np.float32]]

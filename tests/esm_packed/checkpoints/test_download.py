@@ -17,10 +17,9 @@ from pathlib import Path
 
 import pytest
 
-from esm_packed import download
+from esm_packed.checkpoints import CheckpointError, RandomTensors, download, load_checkpoint, save_fair_esm
+from esm_packed.checkpoints.download import file_sha256, find_or_download
 from esm_packed.config import ESM2_MODELS, ESM2Config
-from esm_packed.download import CheckpointError, file_sha256, find_or_download
-from esm_packed.weights import RandomTensors, load_checkpoint, save_fair_esm
 
 NAME = "esm2_t6_8M_UR50D"
 UNKNOWN = "esm2_t48_15B_UR50D"  # its hash is not known

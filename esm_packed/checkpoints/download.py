@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from esm_packed.errors import UserError
+from esm_packed.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
@@ -48,10 +48,6 @@ OFFICIAL_FILES: dict[str, tuple[str, int]] = {
 _CHUNK = 1 << 20
 _TIMEOUT_SECONDS = 60.0
 _RETRY_SECONDS = (1.0, 4.0, 15.0)
-
-
-class CheckpointError(UserError, ValueError):
-    """A checkpoint is missing, damaged or no ESM-2; the message says which file or key, and what to do."""
 
 
 class _NotDownloaded(Exception):

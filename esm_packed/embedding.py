@@ -1,0 +1,215 @@
+"""Proteins in, arrays out: `ESM2.embed` and `ESM2.predict_contacts`, and how they check their arguments."""
+
+from __future__ import annotations
+
+import operator
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, overload
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from esm_packed.alphabet import encode
+from esm_packed.config import DEFAULT_TOKEN_BUDGETS
+from esm_packed.contacts import AttentionMaps, contact_probabilities
+from esm_packed.errors import CheckpointError
+from esm_packed.packing import SPECIAL_TOKENS, pack, plan_packs
+from esm_packed.rescue import is_finite, named
+
+if TYPE_CHECKING:
+    from esm_packed.model import ESM2
+
+Rows = npt.NDArray[np.float32]
+
+
+@overload
+def embed(
+    model: ESM2,
+    sequences: Sequence[str],
+    *,
+    layer: int = -1,
+    per_residue: bool = False,
+    token_budget: int | None = None,
+) -> list[Rows]: ...
+
+
+@overload
+def embed(
+    model: ESM2,
+    sequences: Sequence[str],
+    *,
+    layer: Sequence[int],
+    per_residue: bool = False,
+    token_budget: int | None = None,
+) -> dict[int, list[Rows]]: ...
+
+
+def embed(
+    model: ESM2,
+    sequences: Sequence[str],
+    *,
+    layer: int | Sequence[int] = -1,
+    per_residue: bool = False,
+    token_budget: int | None = None,
+) -> list[Rows] | dict[int, list[Rows]]:
+    """Embed proteins.
+
+    What is not finite is computed again in FP32, and is NaN if it is not finite there either.
+
+    Args:
+        sequences: one-letter residues; `<mask>` stands for a masked one. Nothing is truncated, and `-`
+            and `.` are computed as the gap tokens they are in ESM-2's alphabet.
+        layer: 0 to num_layers; negative counts from the last, which is -1. Of a list of layers each is
+            returned, from one pass.
+        per_residue: one row for each residue in place of their mean.
+        token_budget: tokens computed together; None for the default of the device.
+
+    Returns:
+        In the order of `sequences`, (hidden_size,) or (num_residues, hidden_size) FP32 arrays (FP64 in
+        the FP64 mode). Of a list of layers a dict of these, with the numbers in `layer` as its keys.
+
+    Raises:
+        ValueError: a sequence is empty or has a character outside the alphabet (the message names it), or
+            there is no such layer.
+        TypeError: a sequence is not a string, `sequences` is a string or a mapping, or `layer` is not a
+            number or a list of numbers.
+
+    Warns:
+        UserWarning: embeddings were not finite; says how many, whose, and what became of them.
+    """
+    numbers, is_list = _layer_numbers(layer)
+    asked = {number: model.config.resolve_layer(number) for number in numbers}
+    layers = list(dict.fromkeys(asked.values()))
+    token_ids = _encode_all(sequences)
+    if token_budget is None:
+        token_budget = DEFAULT_TOKEN_BUDGETS[model.device.type]
+    arrays: dict[int, dict[int, Rows]] = {}
+    for members in plan_packs([len(ids) + SPECIAL_TOKENS for ids in token_ids], token_budget):
+        rows = _embed_pack(model, [token_ids[index] for index in members], layers, per_residue)
+        arrays.update(zip(members.tolist(), rows, strict=True))
+
+    changed: dict[str, list[int]] = {}
+    for index, ids in enumerate(token_ids):
+        if not is_finite(arrays[index]):
+            _, reason = model.rescue.replace(
+                arrays[index],
+                lambda fp32, ids=ids: _embed_pack(fp32, [ids], layers, per_residue)[0],  # type: ignore[misc]
+                f"dtype {model.precision}",
+            )
+            changed.setdefault(reason, []).append(index)
+    for reason, indices in changed.items():
+        warnings.warn(
+            f"{len(indices)} of {len(token_ids)} sequences: the embedding is {reason}: {named(indices)}",
+            stacklevel=2,
+        )
+    several = {
+        number: [arrays[index][resolved] for index in range(len(token_ids))]
+        for number, resolved in asked.items()
+    }
+    return several if is_list else several[numbers[0]]
+
+
+def predict_contacts(model: ESM2, sequence: str) -> Rows:
+    """Probability that two residues touch, from the attention maps of all layers (Rao et al. 2021).
+
+    Computed again in FP32 if it is not finite, and NaN if it is not finite there either.
+
+    Args:
+        sequence: one-letter residues of one protein.
+
+    Returns:
+        (num_residues, num_residues) FP32 (FP64 in the FP64 mode), symmetric.
+
+    Raises:
+        CheckpointError: the checkpoint came without its contact-regression file.
+        ValueError: the sequence is empty or has a character outside the alphabet.
+
+    Warns:
+        UserWarning: the result was not finite.
+    """
+    if model.contact_head is None:
+        raise CheckpointError(
+            f"{model.model_name} was loaded without contact-regression weights: put the file "
+            "NAME-contact-regression.pt beside NAME.pt"
+        )
+    ids = _encode("sequence", sequence)
+    contacts = _contacts(model, ids)
+    if not is_finite({0: contacts}):
+        _, reason = model.rescue.replace(
+            {0: contacts}, lambda fp32: {0: _contacts(fp32, ids)}, f"dtype {model.precision}"
+        )
+        warnings.warn(f"the contacts are {reason}", stacklevel=2)
+    return contacts
+
+
+def _embed_pack(
+    model: ESM2, token_ids: Sequence[npt.NDArray[np.uint8]], layers: Sequence[int], per_residue: bool
+) -> list[dict[int, Rows]]:
+    """Of each sequence: layer to its mean, or to a row for each residue."""
+    batch = pack(token_ids).to(model.device)
+    if not per_residue:
+        means = {layer: rows.cpu().numpy() for layer, rows in model.embed_packed(batch, layers).items()}
+        return [{layer: means[layer][index] for layer in layers} for index in range(len(token_ids))]
+    representations = model(batch, layers).representations
+    table_dtype = model.precision_mode.table_dtype
+    hidden_states = {layer: rows.to(table_dtype) for layer, rows in representations.items()}
+    return [
+        {layer: hidden_states[layer][start + 1 : end - 1].cpu().numpy().copy() for layer in layers}
+        for start, end in pairwise(batch.cu_seqlens.tolist())
+    ]
+
+
+def _contacts(model: ESM2, token_ids: npt.NDArray[np.uint8]) -> Rows:
+    head = model.contact_head
+    assert head is not None
+    collect = AttentionMaps()
+    model.with_attention(("attention maps", collect))(pack([token_ids]).to(model.device))
+    with torch.no_grad():
+        return contact_probabilities(collect.maps, head.weight, head.bias).cpu().numpy()
+
+
+def _layer_numbers(layer: int | Sequence[int]) -> tuple[list[int], bool]:
+    """The numbers in `layer`, and whether it is a list of them."""
+    error = TypeError(
+        f"layer {layer!r} is not a number or a list of numbers; pass an int such as -1, or a list of them"
+    )
+    if isinstance(layer, (str, bytes, Mapping)):
+        raise error
+    is_list = isinstance(layer, Iterable) and getattr(layer, "ndim", 1) > 0  # arrays may hold one number
+    numbers: list[Any] = list(layer) if is_list else [layer]  # type: ignore[arg-type]
+    if not numbers:
+        raise ValueError("layer is empty; pass a number or a list of numbers")
+    if any(isinstance(number, bool) or "bool" in str(getattr(number, "dtype", "")) for number in numbers):
+        raise error
+    try:
+        return [operator.index(number) for number in numbers], is_list
+    except TypeError:
+        raise error from None
+
+
+def _encode_all(sequences: Sequence[str]) -> list[npt.NDArray[np.uint8]]:
+    if isinstance(sequences, (str, bytes)):
+        raise TypeError("sequences is one string; pass a list of them")
+    if isinstance(sequences, Mapping):
+        raise TypeError(
+            f"sequences is a {type(sequences).__name__}; pass list(sequences.values()), whose order the "
+            "embeddings keep"
+        )
+    if not isinstance(sequences, Iterable):
+        raise TypeError(f"sequences is {sequences!r}; pass a list of strings of one-letter residues")
+    return [_encode(f"sequences[{index}]", sequence) for index, sequence in enumerate(sequences)]
+
+
+def _encode(name: str, sequence: str) -> npt.NDArray[np.uint8]:
+    if not isinstance(sequence, str):
+        raise TypeError(f"{name} is a {type(sequence).__name__}; pass a string of one-letter residues")
+    try:
+        ids = encode(sequence)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    if not ids.size:
+        raise ValueError(f"{name} is empty")
+    return ids

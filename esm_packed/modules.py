@@ -1,0 +1,102 @@
+"""The parts of a transformer layer as modules that compute by `esm_packed.kernels`.
+
+Weights have the dtype they are built with, attention the backend. Forward hooks see every part.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from esm_packed import kernels
+from esm_packed.alphabet import VOCAB_SIZE
+from esm_packed.attention import PackedAttention
+from esm_packed.config import LAYER_NORM_EPS, ESM2Config
+from esm_packed.packing import PackedBatch
+
+
+class Linear(nn.Linear):
+    """A linear layer: (total_tokens, in_features) to (total_tokens, out_features)."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return kernels.linear(hidden_states, self.weight, self.bias)
+
+
+class LinearGELU(nn.Linear):
+    """A linear layer followed by the exact GELU."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return kernels.linear_gelu(hidden_states, self.weight, self.bias)
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm, alone or fused with the addition to the residual stream before it."""
+
+    def __init__(self, hidden_size: int, dtype: torch.dtype) -> None:
+        super().__init__(hidden_size, LAYER_NORM_EPS, dtype=dtype)
+
+    def forward(self, hidden_states: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """Normalise (total_tokens, hidden_size) rows.
+
+        Args:
+            hidden_states: the rows, or what is added to `residual`.
+            residual: the residual stream, modified: `hidden_states` is added, and the sum is normalised.
+
+        Returns:
+            (total_tokens, hidden_size) in the dtype of the weights.
+        """
+        if residual is None:
+            return kernels.layer_norm(hidden_states, self.weight, self.bias, self.eps)
+        return kernels.add_layer_norm_(hidden_states, residual, self.weight, self.bias, self.eps)
+
+
+class Attention(nn.Module):
+    """Rotary embedding, then attention of every sequence with itself, by one backend. Has no weights.
+
+    Args:
+        config: shape of the model.
+        attend: the backend's function.
+    """
+
+    def __init__(self, config: ESM2Config, attend: PackedAttention) -> None:
+        super().__init__()
+        self.config = config
+        self.attend = attend
+
+    def forward(
+        self,
+        qkv: torch.Tensor,
+        rotary_tables: tuple[torch.Tensor, torch.Tensor],
+        position_ids: torch.Tensor,
+        batch: PackedBatch,
+    ) -> torch.Tensor:
+        """Attend.
+
+        Args:
+            qkv: (total_tokens, 3 * hidden_size), modified: queries and keys are rotated in place.
+            rotary_tables: what `RotaryTables` gives.
+            position_ids: (total_tokens,) int32 position of each token in its sequence.
+            batch: where the sequences begin.
+
+        Returns:
+            (total_tokens, hidden_size).
+        """
+        num_heads, head_dim = self.config.num_heads, self.config.head_dim
+        qkv = qkv.view(-1, 3, num_heads, head_dim)
+        kernels.rotary_qk_(qkv, *rotary_tables, position_ids)
+        query, key, value = qkv.unbind(1)
+        attended = self.attend(query, key, value, batch.cu_seqlens, batch.max_seqlen, head_dim**-0.5)
+        return attended.view(-1, self.config.hidden_size)
+
+
+class LMHead(nn.Module):
+    """Predicts each token; the output projection is the embedding table."""
+
+    def __init__(self, config: ESM2Config, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dense = LinearGELU(config.hidden_size, config.hidden_size, dtype=dtype)
+        self.norm = LayerNorm(config.hidden_size, dtype)
+        self.bias = nn.Parameter(torch.empty(VOCAB_SIZE, dtype=dtype))
+
+    def forward(self, hidden_states: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
+        return kernels.linear(self.norm(self.dense(hidden_states)), embedding, self.bias)
