@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_contests import Bench, Contest
+from kernel_contests import Bench, KernelEntry
 from measuring import ON_GPU
 from workloads import WORKLOADS
 
@@ -53,6 +53,6 @@ def test_attention(
         pytest.skip(f"attention {backend!r} has no TF32")
     provider = "ours" if backend == "triton" else backend
     total_tokens = pytestconfig.getoption("--tokens") or TOTAL_TOKENS
-    contest = Contest(operation, provider, MODEL_SIZE, DTYPES[dtype], workload, total_tokens)
+    contest = KernelEntry(operation, provider, MODEL_SIZE, DTYPES[dtype], workload, total_tokens)
     bench.time(contest, "attention", block, benchmark)
     benchmark.extra_info["backend"] = backend

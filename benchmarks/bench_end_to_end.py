@@ -9,7 +9,7 @@ from typing import Any
 import h5py
 import pytest
 import torch
-from contest import (
+from contenders.contest import (
     MAX_RELATIVE_ERRORS,
     checked_indices,
     compute_truth,

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from kernel_baselines import KERNELS
-from kernel_contests import Bench, Contest
+from kernel_contests import Bench, KernelEntry
 from measuring import ON_GPU
 
 from esm_packed.attention import BACKENDS
@@ -24,7 +24,7 @@ FC1_PROVIDERS = ("fused", "separate", "torch", "matmul_alone")
 BACKEND_NAMES = [name for name in BACKENDS if name != "triton"]
 
 
-def memory_bound_contests() -> Iterator[Contest]:
+def memory_bound_contests() -> Iterator[KernelEntry]:
     """Every shape: ours and plain PyTorch; one shape: `torch.compile` of that, and other packages, too."""
     for case in KERNELS.values():
         if case.num_flops is not None:
@@ -32,39 +32,39 @@ def memory_bound_contests() -> Iterator[Contest]:
         for size, dtype in SHAPES:
             if dtype not in case.dtypes:
                 continue
-            yield Contest(case.name, "ours", size, dtype)
+            yield KernelEntry(case.name, "ours", size, dtype)
             if case.name != "rotary_qk_packed_":
-                yield Contest(case.name, "torch", size, dtype)
+                yield KernelEntry(case.name, "torch", size, dtype)
                 if ON_GPU and (size, dtype) in COMPILED:
-                    yield Contest(case.name, "torch_compile", size, dtype)
+                    yield KernelEntry(case.name, "torch_compile", size, dtype)
                     if case.name == "layer_norm":
-                        yield Contest(case.name, "liger", size, dtype)
-                        yield Contest(case.name, "flash_attn", size, dtype)
+                        yield KernelEntry(case.name, "liger", size, dtype)
+                        yield KernelEntry(case.name, "flash_attn", size, dtype)
 
 
-def attention_contests() -> Iterator[Contest]:
+def attention_contests() -> Iterator[KernelEntry]:
     """All backends in the main shape, the ones a model would use in the others."""
     name = "packed_attention"
     for lengths in ("uniref", "constant1024"):
         for provider in ("ours", *BACKEND_NAMES):
-            yield Contest(name, provider, "650M", FLOAT16, lengths)
+            yield KernelEntry(name, provider, "650M", FLOAT16, lengths)
     for size, dtype in SHAPES[1:]:
         for provider in ("ours", "sdpa") if dtype == FLOAT32 else ("ours", "varlen"):
-            yield Contest(name, provider, size, dtype)
+            yield KernelEntry(name, provider, size, dtype)
     for precision in ("tf32", "tf32x3"):
-        yield Contest(f"{name}_{precision}", "ours", "650M", FLOAT32)
+        yield KernelEntry(f"{name}_{precision}", "ours", "650M", FLOAT32)
 
 
-def fc1_contests() -> Iterator[Contest]:
+def fc1_contests() -> Iterator[KernelEntry]:
     """The fused matrix multiplication, a library's with our bias + GELU, and with PyTorch's."""
     for size, dtype in SHAPES:
         if dtype != FLOAT32:
             for provider in FC1_PROVIDERS:
                 if ON_GPU or provider != "fused":  # the fused kernel has no reference path
-                    yield Contest("gemm_bias_gelu", provider, size, dtype)
+                    yield KernelEntry("gemm_bias_gelu", provider, size, dtype)
 
 
-def contests() -> list[Contest]:
+def contests() -> list[KernelEntry]:
     """All, in the order they take turns."""
     found = [*memory_bound_contests(), *attention_contests(), *fc1_contests()]
     return found if ON_GPU else [contest for contest in found if contest.model_size != "3B"]
@@ -92,7 +92,7 @@ def test_kernel(
     benchmark: Any,
     record_property: Callable[[str, Any], None],
 ) -> None:
-    contest = Contest(operation, provider, model_size, getattr(torch, dtype), lengths)
+    contest = KernelEntry(operation, provider, model_size, getattr(torch, dtype), lengths)
     benchmark.group = f"kernels {contest.group}"
     for name, value in bench.time(contest, "kernels", block, benchmark).items():
         record_property(name, value)

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from contest import Contest, Entry
+from contenders.contest import Contest, Entry
+from contenders.packages import lay_out
 from measuring import DEVICE, ON_GPU, record, synchronize
-from peers import lay_out
 from workloads import proteins
 
 from esm_packed.config import DEFAULT_TOKEN_BUDGETS

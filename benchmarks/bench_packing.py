@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from batching import plan_unsorted
+from contenders.batching import plan_unsorted
 from measuring import DEVICE, ON_GPU, record
 from workloads import WORKLOADS, sample_residues
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from contest import Contest, Entry, OtherModelError
+from contenders.contest import Contest, Entry, OtherModelError
 from measuring import DEVICE, ON_GPU
 
 from esm_packed.config import DEFAULT_TOKEN_BUDGETS

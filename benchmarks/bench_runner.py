@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from contest import worst_relative_error
+from contenders.contest import worst_relative_error
 from measuring import record
 from workloads import RESIDUE_COUNTS, proteins, write_fasta
 

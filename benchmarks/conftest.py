@@ -17,7 +17,7 @@ from esm_packed.config import ESM2_MODELS
 from esm_packed.numerics import PRECISIONS
 
 if TYPE_CHECKING:
-    from contest import Contest
+    from contenders.contest import Contest
 
 SMALL, LARGE = "random:esm2_t6_8M_UR50D", "random:esm2_t33_650M_UR50D"
 NOT_RUN = pytest.StashKey[dict[tuple[str, str], dict[str, str]]]()
@@ -77,7 +77,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(scope="module")
 def contest(pytestconfig: pytest.Config) -> Iterator[Contest]:
-    from contest import Contest
+    from contenders.contest import Contest
 
     contest = Contest(pytestconfig.getoption("--esm-cpp-python"))
     with closing(contest.cleanup):

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 
 import torch
-from peers import lay_out
+from contenders.packages import lay_out
 
 from esm_packed.attention import PackedAttention, select_backend
 from esm_packed.model import ESM2, Layer

@@ -31,7 +31,7 @@ _GROUPS = {"rotary_qk_packed_": "rotary_qk_", "gemm_bias_gelu": "fc1"}
 
 
 @dataclass(frozen=True)
-class Contest:
+class KernelEntry:
     """One provider of one operation, in one shape, on proteins of one of `WORKLOADS`."""
 
     operation: str
@@ -56,7 +56,7 @@ class Contest:
 class Buffers:
     """An operation in one shape: several sets of arguments, and what FP64 makes of the first."""
 
-    def __init__(self, contest: Contest) -> None:
+    def __init__(self, contest: KernelEntry) -> None:
         self.case = KERNELS[contest.operation]
         lengths = token_lengths(contest.lengths, contest.total_tokens)
         self.workload = Workload(MODEL_SIZES[contest.model_size], lengths, DEVICE)
@@ -173,17 +173,17 @@ class Bench:
     """Buffers and captured graphs, which stay from block to block."""
 
     def __init__(self) -> None:
-        self._buffers: dict[Contest, Buffers] = {}
-        self._prepared: dict[Contest, Prepared] = {}
+        self._buffers: dict[KernelEntry, Buffers] = {}
+        self._prepared: dict[KernelEntry, Prepared] = {}
 
-    def buffers(self, contest: Contest) -> Buffers:
+    def buffers(self, contest: KernelEntry) -> Buffers:
         """The contest's arguments, which its rivals share."""
         key = replace(contest, provider="")
         if key not in self._buffers:
             self._buffers[key] = Buffers(contest)
         return self._buffers[key]
 
-    def prepare(self, contest: Contest) -> Prepared:
+    def prepare(self, contest: KernelEntry) -> Prepared:
         """Check the numbers, warm up and capture, once for all blocks."""
         if contest not in self._prepared:
             self._give_up_memory()
@@ -207,7 +207,7 @@ class Bench:
             self._prepared.clear()
             self._buffers.clear()
 
-    def time(self, contest: Contest, suite: str, block: int, benchmark: Any) -> dict[str, Any]:
+    def time(self, contest: KernelEntry, suite: str, block: int, benchmark: Any) -> dict[str, Any]:
         """Time `contest` and fill the benchmark's record; what is returned."""
         prepared = self.prepare(contest)
         rounds = prepared.rounds
@@ -264,7 +264,7 @@ _OURS = {"cuda": "triton", "cpu": "pytorch"}
 """On a CPU our operations are plain PyTorch."""
 
 
-def _mode(contest: Contest) -> str:
+def _mode(contest: KernelEntry) -> str:
     """The matrix multiplication whose rate bounds the contest."""
     if "_tf32" in contest.operation:
         return "tf32"

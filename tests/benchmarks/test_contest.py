@@ -23,7 +23,7 @@ ENDS = {
     "longest": int(np.argmax(LENGTHS)),
 }
 
-contest = importlib.import_module("contest")
+contest = importlib.import_module("contenders.contest")
 
 
 class NeverTimed:

@@ -42,7 +42,7 @@ def test_wrong_numbers_are_not_timed(
     spoil: Callable[[torch.Tensor], torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reference = KERNELS["layer_norm"].reference
-    contest = contests.Contest("layer_norm", "torch", "8M", FLOAT32)
+    contest = contests.KernelEntry("layer_norm", "torch", "8M", FLOAT32)
     assert 0 < contests.Bench().prepare(contest).max_relative_error <= 1e-5
 
     def spoilt(**arguments: Any) -> torch.Tensor:
@@ -97,7 +97,7 @@ def test_rates_are_of_the_median_launch_under_their_own_ceiling(
 ) -> None:
     for module in (contests, importlib.import_module("measuring")):
         monkeypatch.setattr(module, "measured_rate", RATES.__getitem__)
-    contest = contests.Contest(operation, "ours", "8M", dtype, total_tokens=300)
+    contest = contests.KernelEntry(operation, "ours", "8M", dtype, total_tokens=300)
     bench = contests.Bench()
     monkeypatch.setitem(bench._prepared, contest, contests.Prepared(ThreeRounds(), 2e-4))
     info = bench.time(contest, "kernels", 1, Benchmark())

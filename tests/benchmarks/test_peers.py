@@ -5,9 +5,9 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-import peers
 import pytest
 import torch
+from contenders import packages
 
 from esm_packed.alphabet import encode
 from esm_packed.numerics import PRECISIONS
@@ -28,9 +28,9 @@ def echo(provider: type[Any], forward: Any) -> Any:
 @pytest.mark.parametrize(
     ("provider", "forward"),
     [
-        (peers.EsmEfficient, lambda tokens, pad_args: tokens[:, None].float()),
+        (packages.EsmEfficient, lambda tokens, pad_args: tokens[:, None].float()),
         (
-            peers.Transformers,
+            packages.Transformers,
             lambda input_ids, attention_mask: SimpleNamespace(
                 last_hidden_state=(input_ids * attention_mask)[:, :, None].float()
             ),
@@ -50,17 +50,17 @@ def test_rows_are_means_over_residues_in_order(provider: type[Any], forward: Any
 
 def test_computed_tokens_include_padding() -> None:
     """With 50 tokens a batch: 27 and 42 alone, 5, 5 and 4 together, as 3 rows of 5."""
-    made = echo(peers.Transformers, None)
+    made = echo(packages.Transformers, None)
     made.prepare(SEQUENCES)
     assert sorted(tuple(inputs.shape) for inputs, _ in made.inputs) == [(1, 27), (1, 42), (3, 5)]
     assert made.padded_tokens == 27 + 42 + 15
     assert [int(mask.sum()) for _, mask in made.inputs] == [
         sum(len(SEQUENCES[index]) + 2 for index in members) for members in made.members
     ]
-    made = echo(peers.EsmEfficient, None)
+    made = echo(packages.EsmEfficient, None)
     made.prepare(SEQUENCES)
     assert made.padded_tokens == sum(len(sequence) + 2 for sequence in SEQUENCES)
 
 
 def test_tokens_have_both_ends() -> None:
-    assert torch.equal(peers.token_ids_with_ends("MA"), torch.tensor([0, 20, 5, 2]))
+    assert torch.equal(packages.token_ids_with_ends("MA"), torch.tensor([0, 20, 5, 2]))

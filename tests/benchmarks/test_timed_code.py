@@ -66,7 +66,7 @@ def options() -> Any:
 
 @pytest.fixture
 def contest() -> Any:
-    return importlib.import_module("contest").Contest()
+    return importlib.import_module("contenders.contest").Contest()
 
 
 @pytest.fixture
@@ -158,7 +158,7 @@ def test_preparation_would_be_noticed(prepares: Callable[[], Any], strict: Stric
 
 def test_another_attention_backend_is_noticed(contest: Any, options: Any, strict: StrictBenchmark) -> None:
     """A pass that goes around the backend that it names fails before it is timed."""
-    module = importlib.import_module("contest")
+    module = importlib.import_module("contenders.contest")
     entry = module.Entry("esm_packed", MODEL, "uniref", 400, "fp32", "packed", 1024)
     provider = contest.ready(entry).provider
     another = provider.model.with_attention(("reference", packed_attention))

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import workloads
-from batching import LAYOUTS, computed_lengths, plan_unsorted
+from contenders.batching import LAYOUTS, computed_lengths, plan_unsorted
 from workloads import MAX_RESIDUES, WORKLOADS, proteins, sample_residues, token_lengths, write_fasta
 
 from esm_packed.alphabet import encode

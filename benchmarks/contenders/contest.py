@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from contenders.packages import EsmEfficient, EsmPacked, Faesm, FairEsm, Provider, Transformers
 from floors import AttentionFloor, MatmulFloor
 from measuring import (
     DEVICE,
@@ -22,16 +23,15 @@ from measuring import (
     record,
     synchronize,
 )
-from peers import EsmEfficient, EsmPacked, Faesm, FairEsm, Provider, Transformers
 from workloads import proteins
 
 from esm_packed.alphabet import encode
 from esm_packed.attention import select_backend
+from esm_packed.checkpoints import Checkpoint, load_checkpoint, tensor_shapes
 from esm_packed.config import DEFAULT_TOKEN_BUDGETS, ESM2Config
 from esm_packed.model import ESM2
 from esm_packed.numerics import PRECISIONS
 from esm_packed.packing import SPECIAL_TOKENS, pack
-from esm_packed.weights import Checkpoint, load_checkpoint, tensor_shapes
 
 NUM_CHECKED = 5
 """Proteins from the shortest to the longest that are held against FP64, beside the first and the last."""
@@ -175,7 +175,7 @@ def compute_truth(checkpoint: Checkpoint, sequences: Sequence[str], rounded_freq
     if not rounded_frequencies:
         head_dim = model.config.head_dim
         exponents = torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim
-        model.inv_freq = 10000.0**-exponents
+        model.rotary.inv_freq = 10000.0**-exponents
     last = model.config.num_layers
     embeddings, logits = [], []
     for sequence in sequences:
@@ -291,7 +291,7 @@ class Contest:
         if name.startswith("floor_matmul"):
             return MatmulFloor(self.model(entry.model, dtype), budget, best=name == "floor_matmul_best")
         if name == "esm_cpp":
-            from esm_cpp_client import EsmCpp
+            from contenders.esm_cpp_client import EsmCpp
 
             if self._esm_cpp_python is None:
                 raise ImportError("esm-cpp needs an environment of its own: --esm-cpp-python PATH")
@@ -369,24 +369,18 @@ def expect_backend(provider: Provider) -> Iterator[None]:
     Raises:
         AssertionError: at the end, if something else computed attention.
     """
-    if not isinstance(provider, EsmPacked) or provider.graphed is not None:
+    if not isinstance(provider, EsmPacked) or not isinstance(model := provider.computing, ESM2):
         yield
         return
-    model: ESM2 = provider.model
-    attend, calls = model.attend, 0
-
-    def counted(*arguments: Any) -> torch.Tensor:
-        nonlocal calls
-        calls += 1
-        return attend(*arguments)
-
-    model.attend = counted
-    try:
+    calls: list[object] = []
+    with ExitStack() as hooks:
+        for layer in model.layers:
+            hooks.enter_context(layer.attention.register_forward_hook(lambda *call: calls.append(call[0])))
         yield
-    finally:
-        model.attend = attend
-    wanted = 0 if provider.layout.startswith("padded") else len(provider.batches) * model.config.num_layers
-    assert calls == wanted, f"attention {model.attention_backend} was called {calls} times, not {wanted}"
+    wanted = len(provider.batches) * model.config.num_layers
+    assert len(calls) == wanted, (
+        f"attention {model.attention_backend} was called {len(calls)} times, not {wanted}"
+    )
 
 
 def check_activities(provider: EsmPacked, activities: Sequence[str]) -> None:

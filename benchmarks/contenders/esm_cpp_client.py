@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from peers import hub_tensors, token_ids_with_ends
+from contenders.packages import hub_tensors, token_ids_with_ends
 from safetensors.torch import save_file
 
-from esm_packed.weights import load_checkpoint
+from esm_packed.checkpoints import load_checkpoint
 
 WORKER = Path(__file__).with_name("esm_cpp_worker.py")
 

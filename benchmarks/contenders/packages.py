@@ -16,18 +16,18 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from batching import LAYOUTS, computed_lengths
-from flash_attn_stand_in import flash_attn_importable
+from contenders.batching import LAYOUTS, computed_lengths
+from contenders.flash_attn_stand_in import flash_attn_importable
 from measuring import DEVICE, flops_of
 
 from esm_packed.alphabet import BOS_ID, EOS_ID, MASK_ID, PAD_ID, VOCAB_SIZE, encode
-from esm_packed.config import ESM2Config
+from esm_packed.checkpoints import load_checkpoint, save_fair_esm
+from esm_packed.config import LAYER_NORM_EPS, ESM2Config
 from esm_packed.graphs import GraphedESM2
-from esm_packed.model import ESM2, LAYER_NORM_EPS
+from esm_packed.model import ESM2
 from esm_packed.numerics import PRECISIONS, matmul_precision
 from esm_packed.packing import SPECIAL_TOKENS, PackedBatch
 from esm_packed.padding import plan_padded
-from esm_packed.weights import load_checkpoint, save_fair_esm
 
 
 class Provider(Protocol):
@@ -97,7 +97,7 @@ class EsmPacked(_Batched):
         self, model: ESM2, token_budget: int, layout: str = "packed", *, graphs: bool = False
     ) -> None:
         super().__init__(model)
-        self.graphed = GraphedESM2(model) if graphs else None
+        self.computing = GraphedESM2(model) if graphs else LAYOUTS[layout].prepare(model)
         self.token_budget = token_budget
         self.layout = layout
         self.backend = "sdpa, masked" if layout.startswith("padded") else model.attention_backend
@@ -112,8 +112,7 @@ class EsmPacked(_Batched):
 
     def run(self) -> None:
         last = self.model.config.num_layers
-        embed = LAYOUTS[self.layout].embed
-        self.rows = [embed(self.graphed or self.model, batch, [last])[last] for batch in self.batches]
+        self.rows = [self.computing.embed_packed(batch, [last])[last] for batch in self.batches]
 
 
 class FairEsm(_Batched):
