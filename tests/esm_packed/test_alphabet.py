@@ -41,9 +41,12 @@ def test_characters_outside_the_alphabet_are_named(sequence: str, named: str) ->
     assert named.replace("*", r"*") in str(error.value)
 
 
-def test_the_stand_in_for_mask_is_no_residue() -> None:
+def test_no_character_stands_for_mask() -> None:
     with pytest.raises(ValueError, match="x01"):
         alphabet.encode("M\x01")
+    assert alphabet.MASK_ID not in alphabet.RESIDUE_TO_ID
+    with pytest.raises(ValueError, match="'J' at position 4 "):
+        alphabet.encode("M<mask><mask>J")
 
 
 def test_decode_inverts_encode() -> None:

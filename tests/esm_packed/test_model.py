@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,10 +17,10 @@ import esm_packed
 from esm_packed import ESM2
 from esm_packed import model as model_module
 from esm_packed.alphabet import encode
-from esm_packed.attention import select_backend
+from esm_packed.attention import sdpa_attention, select_backend
 from esm_packed.checkpoints import Checkpoint, CheckpointError, load_checkpoint, save_fair_esm
 from esm_packed.config import ESM2Config
-from esm_packed.numerics import PRECISIONS, Precision
+from esm_packed.numerics import PRECISIONS, DType, Precision
 from esm_packed.packing import pack
 from esm_packed.runners.state.request import EmbedRequest
 
@@ -35,7 +37,7 @@ def model_of(checkpoint: Checkpoint, precision: Precision) -> ESM2:
 
 
 def test_the_package_lists_what_it_offers() -> None:
-    assert {"ESM2", "__version__"} <= set(dir(esm_packed))
+    assert dir(esm_packed) == ["ESM2", "__version__"]
 
 
 def test_embed_keeps_the_order_and_the_shapes(demo: ESM2) -> None:
@@ -64,6 +66,8 @@ def test_layers_count_from_both_ends(demo: ESM2) -> None:
     "sequences, kind, named",
     [
         ("MKT", TypeError, "one string"),
+        (None, TypeError, "sequences is None; pass a list of strings"),
+        (3, TypeError, "sequences is 3; pass a list of strings"),
         ({"a": "MKT"}, TypeError, r"sequences is a dict.*pass list\(sequences\.values\(\)\)"),
         ([("a", "MKT")], TypeError, r"sequences\[0\] is a tuple"),
         (["MK", ""], ValueError, r"sequences\[1\] is empty"),
@@ -101,6 +105,57 @@ def test_devices_that_cannot_serve_are_refused(device: str) -> None:
         ESM2.from_pretrained("demo", device=device)
 
 
+@pytest.mark.parametrize("device", [None, 0, ["cpu"]])
+def test_what_is_no_device_is_named(device: object) -> None:
+    with pytest.raises(TypeError, match=r"device is .*; pass 'auto', 'cpu', 'cuda' or 'cuda:INDEX'"):
+        ESM2.from_pretrained("demo", device=device)  # type: ignore[arg-type]
+
+
+def test_devices_may_be_in_capitals() -> None:
+    assert ESM2.from_pretrained("demo", device="CPU").device == torch.device("cpu")
+
+
+def test_forward_hooks_see_every_part(demo: ESM2) -> None:
+    """What a hook sees, computed again by torch's own modules from the weights of that part."""
+    seen: dict[str, tuple[tuple[torch.Tensor, ...], torch.Tensor]] = {}
+    layer = list(demo.layers)[1]
+    with ExitStack() as hooks:
+        for name, part in layer.named_children():
+            hooks.enter_context(
+                part.register_forward_hook(
+                    lambda part, inputs, output, name=name: seen.update({name: (inputs, output.clone())})
+                )
+            )
+        demo.embed(["MKTAYIAK"])
+    assert list(seen) == ["attention_norm", "qkv", "attention", "attention_out", "ffn_norm", "fc1", "fc2"]
+    for name in ("qkv", "attention_out", "fc1", "fc2"):
+        (states,), output = seen[name]
+        expected = torch.nn.functional.linear(states, getattr(layer, name).weight, getattr(layer, name).bias)
+        torch.testing.assert_close(
+            output, torch.nn.functional.gelu(expected) if name == "fc1" else expected, rtol=1e-4, atol=1e-4
+        )
+    (delta, _), normalised = seen["ffn_norm"]
+    assert torch.equal(delta, seen["attention_out"][1]) and torch.equal(normalised, seen["fc1"][0][0])
+
+
+def test_another_attention_shares_the_weights_and_leaves_the_model_alone(demo: ESM2) -> None:
+    calls: list[int] = []
+
+    def counted(*arguments: Any) -> torch.Tensor:
+        calls.append(arguments[0].shape[0])
+        return sdpa_attention(*arguments)
+
+    other = demo.with_attention(("counted", counted))
+    batch = pack([encode("MKTAYIAK"), encode("AC")])
+    expected = demo.embed_packed(batch, [5])[5]
+    assert not calls
+    assert torch.equal(other.embed_packed(batch, [5])[5], expected)
+    assert calls == [14] * 5
+    assert (demo.attention_backend, other.attention_backend) == ("sdpa", "counted")
+    for (name, mine), (_, its) in zip(demo.named_parameters(), other.named_parameters(), strict=True):
+        assert mine is its, name
+
+
 @pytest.mark.parametrize("per_residue", [False, True])
 def test_a_list_of_layers_gives_a_dict_in_one_pass(demo: ESM2, per_residue: bool) -> None:
     sequences = ["MKTAYIAK", "ACD"]
@@ -128,6 +183,14 @@ def test_a_list_of_layers_gives_a_dict_in_one_pass(demo: ESM2, per_residue: bool
         ([1, "2"], TypeError, r"layer \[1, '2'\] is not a number or a list"),
         ([], ValueError, "layer is empty"),
         ([1, 9], ValueError, "layer 9 does not exist"),
+        (True, TypeError, "layer True is not a number or a list of numbers; pass an int such as -1"),
+        ([True], TypeError, r"layer \[True\] is not a number"),
+        (np.bool_(True), TypeError, "is not a number"),
+        (torch.tensor([True, False]), TypeError, "is not a number"),
+        (torch.tensor(1.0), TypeError, "is not a number"),
+        ({1: "a"}, TypeError, "layer {1: 'a'} is not a number or a list"),
+        (b"1", TypeError, "layer b'1' is not a number"),
+        (None, TypeError, "layer None is not a number"),
     ],
 )
 def test_layers_that_are_no_numbers_are_refused(
@@ -135,6 +198,17 @@ def test_layers_that_are_no_numbers_are_refused(
 ) -> None:
     with pytest.raises(kind, match=said):
         demo.embed(["MK"], layer=layer)  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize("layer", [np.int64(3), np.array(3), torch.tensor(3)])
+def test_a_layer_may_be_an_array_of_one_integer(demo: ESM2, layer: int) -> None:
+    (row,) = demo.embed(["MKT"], layer=layer)
+    np.testing.assert_array_equal(row, demo.embed(["MKT"], layer=3)[0])
+
+
+def test_layers_may_be_an_array(demo: ESM2) -> None:
+    several = demo.embed(["MKT"], layer=torch.tensor([0, -1]))  # type: ignore[call-overload]
+    assert list(several) == [0, -1]
 
 
 def test_calling_the_model_says_what_to_call(demo: ESM2) -> None:
@@ -151,8 +225,11 @@ def test_training_is_refused(demo: ESM2) -> None:
     assert not any(parameter.requires_grad for parameter in demo.parameters())
 
 
-@pytest.mark.parametrize("dtype", ["float16", torch.float16, "torch.float16", "half", "fp16"])
-def test_the_dtype_may_be_spelt_as_in_torch(dtype: str | torch.dtype) -> None:
+@pytest.mark.parametrize(
+    "dtype",
+    ["float16", torch.float16, "torch.float16", "half", "fp16", "FP16", np.float16, np.dtype("float16")],
+)
+def test_the_dtype_may_be_spelt_as_in_torch_and_numpy(dtype: DType) -> None:
     model = ESM2.from_pretrained("demo", dtype=dtype, device="cpu")
     assert model.precision == "fp16"
     assert model.dtype == torch.float16
