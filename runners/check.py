@@ -109,7 +109,7 @@ def check_model(
     """
     known = load_golden()
     official = model.removeprefix("facebook/")
-    if official not in known and (official in ESM2_MODELS or model.startswith("random:")):
+    if official not in known and official.removeprefix("random:").partition("@")[0] in ESM2_MODELS:
         raise _no_values(model, known)  # before a download
     set_threads(threads)
     try:

@@ -11,6 +11,7 @@ from esm_packed.runners.holding import claimed, undisturbed
 from esm_packed.runners.output.merge import DamagedShardError, merge_run
 from esm_packed.runners.state.directory import RunDirectory
 from esm_packed.runners.state.run import Run
+from esm_packed.runners.system.memory import RowBuffers
 from esm_packed.runners.system.paths import resolved
 from esm_packed.runners.watch.console import Console
 
@@ -20,14 +21,18 @@ class Merged:
     """What became of merging.
 
     Args:
-        missing_shards: how many are missing; 1 at the first that is damaged.
         is_made: there is a new output.
         already_complete: the whole output was there before.
+        missing_shards: how many are missing, so that there is no output; 1 at the first that is damaged.
+        missing_records: of a partial output, those that are not computed.
+        num_records: of the run.
     """
 
-    missing_shards: int = 0
     is_made: bool = False
     already_complete: bool = False
+    missing_shards: int = 0
+    missing_records: int = 0
+    num_records: int = 0
 
 
 def merge_files(
@@ -45,8 +50,9 @@ def merge_files(
         console: shows how far it is.
         overwrite: replace an output that is there; a partial one of the same run always is.
         keep_run: leave the run directory.
-        partial: make an output of what is there, with a row of NaN for each other record. The run directory
-            is kept, and the command that began the run continues it.
+        partial: make an output of what is there, if there is any, with a row of NaN for each other record.
+            The run directory is kept while records are missing, and the command that began the run
+            continues it.
 
     Raises:
         UsageError: there is no such run, or other processes are at work on it.
@@ -68,14 +74,19 @@ def merge_files(
             if existing.is_complete:
                 return Merged(already_complete=True)
             overwrite = True
-        missing = run.plan.num_shards - len(run.finished(range(run.plan.num_shards)))
-        if missing and not partial:
-            return Merged(missing)
+        finished = run.finished(range(run.plan.num_shards))
+        if partial:
+            buffers = RowBuffers()
+            if all(run.read(shard, buffers) is None for shard in finished):
+                return Merged(missing_shards=run.plan.num_shards)
+        elif len(finished) < run.plan.num_shards:
+            return Merged(missing_shards=run.plan.num_shards - len(finished))
         try:
-            missing = merge_run(run, console, overwrite=overwrite, partial=partial)
+            missing_records = merge_run(run, console, overwrite=overwrite, partial=partial)
         except DamagedShardError:
-            return Merged(1)
-        if not keep_run and not missing:
+            return Merged(missing_shards=1)
+        num_records = run.index.num_records
+        if not keep_run and not missing_records:
             run.index.close()
             directory.remove()
-    return Merged(missing, is_made=True)
+    return Merged(is_made=True, missing_records=missing_records, num_records=num_records)

@@ -6,11 +6,13 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 
+import numpy as np
+
 from esm_packed.runners.output.reader import EmbeddingReader
 from esm_packed.runners.state.claims import describe_holder, holder_of, is_live
 from esm_packed.runners.state.directory import RunDirectory
 from esm_packed.runners.state.plan import Plan, PlanError
-from esm_packed.runners.state.shard import StoreError
+from esm_packed.runners.state.shard import STATUS_NOT_COMPUTED, StoreError
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,9 @@ class RunState:
     Args:
         run: its directory; empty when there is none any more.
         output: the file it makes.
-        complete: the output is there, made by this run.
+        complete: the output is there, made by this run, and all is computed.
+        num_not_computed: records without a row in the output that `merge --partial` has made; None if it is
+            not there.
         command: the one that began it, empty if it is not known.
         num_shards: parts of the work; None while the input is read.
         num_shards_finished: those that are done.
@@ -34,6 +38,7 @@ class RunState:
     run: str
     output: str
     complete: bool = False
+    num_not_computed: int | None = None
     command: str = ""
     num_shards: int | None = None
     num_shards_finished: int = 0
@@ -48,8 +53,12 @@ class RunState:
         if self.complete:
             kept = f"; {self.run} is kept" if self.run else ""
             return [f"{self.output}: complete, {self.num_records:,} sequences{kept}", *self.workers]
+        partial = []
+        if self.num_not_computed is not None:
+            missing = f"{self.num_not_computed:,} of {self.num_records:,} proteins not computed"
+            partial = [f"{self.output}: not complete; {missing}, continue with the same embed command"]
         if not self.run:
-            return [f"{self.output}: not complete; the command that began the run computes what is missing"]
+            return partial
         lines = list(self.workers) or ["not running; repeat the command to continue"]
         if self.command:
             lines.append(f"begun by: {self.command}")
@@ -62,6 +71,7 @@ class RunState:
                 f"{self.seconds_since_last:,.0f} s ago",
             )
         return [
+            *partial,
             f"{self.run}: {self.num_shards_finished:,} of {self.num_shards:,} shards finished, "
             f"{self.num_records_finished:,} of {self.num_records:,} records "
             f"({self.num_records_finished / self.num_records:.0%})",
@@ -81,8 +91,9 @@ def run_state(directory: RunDirectory) -> RunState:
         if not directory.output.exists():
             raise PlanError(f"{directory.output}: there is neither this output nor a run that makes it")
         with EmbeddingReader(directory.output) as reader:
-            is_complete = bool(reader.attributes.get("complete", True))
-            return RunState("", str(directory.output), is_complete, num_records=reader.num_sequences)
+            return RunState(
+                "", str(directory.output), *_completeness(reader), num_records=reader.num_sequences
+            )
     except StoreError as error:
         raise PlanError(str(error)) from error
     except OSError as error:  # no right to look there, a name too long
@@ -98,10 +109,15 @@ def _state_of_run(directory: RunDirectory) -> RunState:
     finished = directory.finished(plan.num_shards)
     times = sorted(directory.shard_path(shard).stat().st_mtime for shard in finished)
     has_rate = len(times) > 1 and times[-1] > times[0]
+    is_complete, num_not_computed = False, None
+    with suppress(OSError, StoreError), EmbeddingReader(directory.output) as reader:
+        if reader.attributes["plan_hash"] == plan.hash:
+            is_complete, num_not_computed = _completeness(reader)
     return RunState(
         run,
         output,
-        complete=_is_made_by(directory, plan),
+        is_complete,
+        num_not_computed,
         command=plan.command,
         num_shards=plan.num_shards,
         num_shards_finished=len(finished),
@@ -113,12 +129,11 @@ def _state_of_run(directory: RunDirectory) -> RunState:
     )
 
 
-def _is_made_by(directory: RunDirectory, plan: Plan) -> bool:
-    """Whether the output is there, whole, and of this plan."""
-    with suppress(OSError, StoreError), EmbeddingReader(directory.output) as reader:
-        attributes = reader.attributes
-        return attributes["plan_hash"] == plan.hash and bool(attributes.get("complete", True))
-    return False
+def _completeness(reader: EmbeddingReader) -> tuple[bool, int | None]:
+    """Whether all of an output is computed, else how many records are not."""
+    if reader.attributes.get("complete", True):
+        return True, None
+    return False, int(np.count_nonzero(reader.column("status") == STATUS_NOT_COMPUTED))
 
 
 def _workers(directory: RunDirectory) -> tuple[str, ...]:

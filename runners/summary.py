@@ -20,6 +20,8 @@ JUDGED_PACKS = 20
 JUDGED_SECONDS = 10.0
 
 _IDS_SHOWN = 5
+_NAME_WIDTH, _VALUE_WIDTH, _ID_WIDTH = 20, 60, 56
+"""Characters of a line of the summary, and of an ID in it, as a terminal has 80."""
 
 
 class Changed(NamedTuple):
@@ -28,9 +30,13 @@ class Changed(NamedTuple):
     number: int
     first_ids: list[str]
 
-    def __str__(self) -> str:
-        ids = ", ".join(map(shorten, self.first_ids))
-        return ids + ", ..." * (len(self.first_ids) < self.number)
+    def after(self, text: str) -> str:
+        """`text: IDs`, with IDs in lines of their own if the line would be too long."""
+        ids = [shorten(sequence_id, _ID_WIDTH) for sequence_id in self.first_ids]
+        if len(ids) < self.number:
+            ids.append("...")
+        line = f"{text}: {', '.join(ids)}"
+        return line if len(line) <= _VALUE_WIDTH else "\n".join([f"{text}:", *ids])
 
 
 @dataclass
@@ -118,7 +124,11 @@ class Summary:
         values = {**self._result_lines(), **self._exception_lines(verbose), **self._comparison_lines()}
         if verbose:
             values |= self._detail_lines()
-        return [f"{name:<20}{value}" for name, value in values.items()]
+        return [
+            f"{name if number == 0 else '':<{_NAME_WIDTH}}{line}"
+            for name, value in values.items()
+            for number, line in enumerate(value.split("\n"))
+        ]
 
     def _result_lines(self) -> dict[str, str]:
         time = f"{duration(self.seconds)}"
@@ -161,7 +171,7 @@ class Summary:
         lines = {name: f"{count:,} {what}" for name, (count, what) in counts.items() if count or verbose}
         for name, change in ids.items():
             if name in lines and (changed := self.changed.get(change)) and changed.number:
-                lines[name] += f": {changed}"
+                lines[name] = changed.after(lines[name])
         return lines
 
     def _detail_lines(self) -> dict[str, str]:

@@ -112,17 +112,17 @@ def merge(options: argparse.Namespace) -> int:
     if merged.already_complete:
         say([f"already complete: {output}"])
         return EXIT_COMPLETE
-    missing = merged.missing_shards
-    if merged.is_made and missing:
-        complain(
-            f"merged what there is: {missing:,} of the shards of {output} are missing, and their rows are "
-            "NaN (status 3); the command that began the run continues it"
-        )
+    if merged.missing_records:
+        missing = f"{merged.missing_records:,} of {merged.num_records:,} proteins not computed"
+        say([f"{missing}; {output} written, continue with the same embed command"])
         return EXIT_INTERRUPTED
-    if missing:
+    if merged.missing_shards and options.partial:
+        say([f"{output}: nothing is finished yet; continue with the same embed command"])
+        return EXIT_INTERRUPTED
+    if merged.missing_shards:
         complain(
-            f"{missing:,} of the shards of {output} missing or damaged; the command that began the run "
-            "computes them"
+            f"{merged.missing_shards:,} of the shards of {output} missing or damaged; the command that began "
+            "the run computes them"
         )
         return EXIT_INTERRUPTED
     say([f"merged: {output}"])

@@ -45,24 +45,40 @@ def describe(subject: str, *, list_all: bool = False, as_json: bool = False) -> 
 
     Raises:
         CheckpointError, InputError, PlanError, StoreError: it is nothing of the kind, or damaged.
-        UsageError: it cannot be shown as JSON, or is a run directory that is not ours.
+        UsageError: an option has no meaning for it, it is not there, or is a run directory that is not ours.
     """
     path = Path(subject)
     if subject != STDIN:
         _check_kind(path)
         if path.is_file() and h5py.is_hdf5(path):
+            _refuse(list_all, "--all", subject, "an output", "it lists the faults of a FASTA file")
             return _describe_output(path, as_json)
         if (directory := _run_directory(path)) is not None:
+            _refuse(list_all, "--all", subject, "a run", "it lists the faults of a FASTA file")
             state = run_state(directory)
             return _json({"kind": "run", **asdict(state)}) if as_json else state.lines()
-    if as_json:
-        raise UsageError(f"info --json: {shorten(subject)}: neither an output nor a run")
+    if subject == STDIN or (path.is_file() and not _is_model(subject)):
+        _refuse(as_json, "--json", subject, "a FASTA file", "it is for outputs and runs")
+        return _describe_fasta(subject, None if list_all else MOST_LISTED)
+    if not _is_model(subject) and path.suffix and not path.exists():
+        raise UsageError(f"{shorten(subject)}: there is no such file")
+    _refuse(as_json, "--json", subject, "a model", "it is for outputs and runs")
+    _refuse(list_all, "--all", subject, "a model", "it lists the faults of a FASTA file")
+    return _describe_model(subject)
+
+
+def _is_model(subject: str) -> bool:
+    """Whether a name is that of a model or of a model's file."""
     official = subject.removeprefix("facebook/")
-    if official in ESM2_MODELS or subject == "demo" or subject.startswith("random:"):
-        return _describe_model(subject)
-    if subject != STDIN and (not path.is_file() or subject.endswith(_MODEL_SUFFIXES)):
-        return _describe_model(subject)
-    return _describe_fasta(subject, None if list_all else MOST_LISTED)
+    return (
+        official in ESM2_MODELS or subject == "demo" or subject.startswith("random:")
+    ) or subject.endswith(_MODEL_SUFFIXES)
+
+
+def _refuse(is_set: bool, option: str, subject: str, kind: str, purpose: str) -> None:
+    """See that an option that has no meaning for this kind of subject is not set."""
+    if is_set:
+        raise UsageError(f"info {option}: {shorten(subject)} is {kind}, and {purpose}; leave {option} out")
 
 
 def _check_kind(path: Path) -> None:
@@ -104,19 +120,11 @@ def _cut(text: str) -> str:
 
 def _describe_output(path: Path, as_json: bool) -> list[str]:
     with EmbeddingReader(path) as reader:
-        residues = 0
-        counts: Counter[str] = Counter()
-        for start in range(0, reader.num_sequences, _ROWS_AT_ONCE):
-            rows = (start, start + _ROWS_AT_ONCE)
-            residues += int(reader.column("lengths", *rows).sum(dtype=np.int64))
-            counts.update({change: len(changed) for change, changed in reader.changed(*rows).items()})
-            status = reader.column("status", *rows)
-            counts["recomputed"] += int(np.count_nonzero(status == STATUS_RECOMPUTED))
-            counts["failed"] += int(np.count_nonzero(status == STATUS_FAILED))
-            counts["not computed"] += int(np.count_nonzero(status == STATUS_NOT_COMPUTED))
-        counts["problems"] = reader.num_problems
+        residues, counts = _count(reader)
+        num_problems = reader.num_problems
         problems = reader.problems(0, _PROBLEMS_SHOWN)
         attributes = reader.attributes
+        is_complete = bool(attributes.get("complete", True))
         size = path.stat().st_size
         if as_json:
             return _json(
@@ -127,7 +135,9 @@ def _describe_output(path: Path, as_json: bool) -> list[str]:
                     "sequences": reader.num_sequences,
                     "residues": residues,
                     "hidden_size": reader.hidden_size,
+                    "complete": is_complete,
                     **counts,
+                    "problems": num_problems,
                     "first_problems": [problem._asdict() for problem in problems],
                     "inputs": reader.plan["input_names"],
                     "identity": reader.plan["identity"],
@@ -135,10 +145,12 @@ def _describe_output(path: Path, as_json: bool) -> list[str]:
                 }
             )
         shown = defaultdict(str, {name: str(value) for name, value in attributes.items()})
+        missing = f"{counts['not computed']:,} of {reader.num_sequences:,} proteins not computed"
         shape = f"{reader.num_sequences:,} x {reader.hidden_size:,}, {shown['store_dtype']}"
         *others, last = reader.layers
         values = {
             "output": f"{path} ({byte_size(size)})",
+            "complete": "yes" if is_complete else f"no; {missing}, continue with the same embed command",
             "date": _date(shown["date"]),
             "command": shown["command"],
             "inputs": ", ".join(reader.plan["input_names"]),
@@ -154,9 +166,25 @@ def _describe_output(path: Path, as_json: bool) -> list[str]:
     for problem in problems:
         place = f" ({problem.file}, line {problem.line})" if problem.file else ""
         lines.append(_cut(f"  {problem.sequence_id}{place}: {problem.reason}"))
-    if counts["problems"] > len(problems):
-        lines.append(f"  and {counts['problems'] - len(problems):,} more in `problems`")
+    if num_problems > len(problems):
+        lines.append(f"  and {num_problems - len(problems):,} more in `problems`")
     return lines
+
+
+def _count(reader: EmbeddingReader) -> tuple[int, Counter[str]]:
+    """Residues of an output, and how many sequences are not as usual, by what is unusual."""
+    residues = 0
+    counts: Counter[str] = Counter()
+    statuses = {"recomputed": STATUS_RECOMPUTED, "failed": STATUS_FAILED, "not computed": STATUS_NOT_COMPUTED}
+    for start in range(0, reader.num_sequences, _ROWS_AT_ONCE):
+        rows = (start, start + _ROWS_AT_ONCE)
+        residues += int(reader.column("lengths", *rows).sum(dtype=np.int64))
+        counts.update({change: len(changed) for change, changed in reader.changed(*rows).items()})
+        status = reader.column("status", *rows)
+        counts.update({name: int(np.count_nonzero(status == value)) for name, value in statuses.items()})
+    # `problems` has the rows of these, too
+    counts["left out"] = max(0, reader.num_problems - sum(counts[name] for name in statuses))
+    return residues, counts
 
 
 def _date(text: str) -> str:

@@ -116,7 +116,7 @@ def _add_embed(commands: argparse._SubParsersAction[Parser]) -> None:
         help="FASTA file, plain or gzip; - is standard input",
     )
     parser.add_argument(
-        "-o", "--output", required=True, type=values.path, metavar="OUT.h5", help="HDF5 file to make"
+        "-o", "--output", required=True, type=values.output_file, metavar="OUT.h5", help="HDF5 file to make"
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="replace OUT.h5, or an unfinished run of other options"
@@ -140,7 +140,9 @@ def _add_embed(commands: argparse._SubParsersAction[Parser]) -> None:
 
 
 def _add_embed_model(model: argparse._ArgumentGroup) -> None:
-    model.add_argument("--model", default=DEFAULT_MODEL, help="see below (default: %(default)s)")
+    model.add_argument(
+        "--model", type=values.model, default=DEFAULT_MODEL, help="see below (default: %(default)s)"
+    )
     model.add_argument(
         "--layers",
         type=values.layers,
@@ -243,7 +245,7 @@ def _add_info(commands: argparse._SubParsersAction[Parser]) -> None:
         description="Describe an HDF5 output, an unfinished run, a FASTA file, or a model given by name, "
         "file or folder.",
     )
-    parser.add_argument("subject", metavar="FILE|MODEL")
+    parser.add_argument("subject", type=values.input_name, metavar="FILE|MODEL")
     parser.add_argument(
         "--all", action="store_true", help="list all faults of a FASTA file, not only the first ten"
     )
@@ -277,7 +279,7 @@ def _add_checkpoint(commands: argparse._SubParsersAction[Parser]) -> None:
     )
     add_model(parser)
     parser.add_argument(
-        "-o", "--output", required=True, type=values.path, metavar="esm2_OUT.pt", help="file to make"
+        "-o", "--output", required=True, type=values.output_file, metavar="esm2_OUT.pt", help="file to make"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the file if it is there")
 
@@ -314,7 +316,8 @@ def _add_merge(commands: argparse._SubParsersAction[Parser]) -> None:
     parser.add_argument(
         "--partial",
         action="store_true",
-        help="make OUT.h5 of the shards that are finished; the other rows are NaN, their status is 3",
+        help="make OUT.h5 of the shards that are finished; the other rows are NaN, their status is 3, and "
+        "OUT.h5.run is kept",
     )
 
 
@@ -364,7 +367,7 @@ def _add_tune(commands: argparse._SubParsersAction[Parser]) -> None:
     parser.add_argument(
         "-o",
         "--output",
-        type=values.path,
+        type=values.output_file,
         metavar="FILE.json",
         help="file to write or complete (default: the one esm-packed reads, in its installation)",
     )

@@ -42,7 +42,9 @@ def add_command(
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="name, file or folder, as for embed --model")
+    parser.add_argument(
+        "model", type=values.model, metavar="MODEL", help="name, file or folder, as for embed --model"
+    )
 
 
 def add_device(parser: argparse._ActionsContainer) -> None:

@@ -25,6 +25,19 @@ def path(text: str) -> Path:
     return path
 
 
+def output_file(text: str) -> Path:
+    file = path(text)
+    if text.endswith("/") or file.is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: this is a directory; name the file to make in it")
+    return file
+
+
+def model(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("the name of the model is empty")
+    return text
+
+
 def input_name(text: str) -> str:
     path(text)
     return text

@@ -47,7 +47,7 @@ def merge_run(run: Run, console: Console, *, overwrite: bool, partial: bool = Fa
         partial: give records of shards that are missing or damaged a row of NaN, with the status for it.
 
     Returns:
-        How many shards are missing or damaged; 0 unless `partial`.
+        How many records are not computed; 0 unless `partial`.
 
     Raises:
         DamagedShardError: one of them turns out not to be; there is no output then.
@@ -65,7 +65,6 @@ def _merge_run(run: Run, console: Console, overwrite: bool, partial: bool) -> in
     store_dtype = STORE_DTYPES[plan.identity["store_dtype"]]
     total = index.num_records * plan.hidden_size * len(plan.layers) * np.dtype(store_dtype).itemsize
     made_by: list[Mapping[str, str]] = []
-    missing: list[int] = []
     with (
         whole_or_nothing(output, run.directory.scratch_path, overwrite=overwrite) as temporary,
         EmbeddingWriter(
@@ -80,25 +79,22 @@ def _merge_run(run: Run, console: Console, overwrite: bool, partial: bool) -> in
         writer.write_problems(
             [StoredProblem(left.sequence_id, left.file, left.line, left.reason) for left in index.problems]
         )
-        merge(run, _read_ahead(run, made_by, missing if partial else None), writer, advance)
+        num_missing = merge(run, _read_ahead(run, made_by, partial), writer, advance)
         writer.write_plan(plan.identity, plan.input_names)
-        writer.write_attributes({**_attributes(plan, made_by), "complete": int(not missing)})
-    return len(missing)
+        writer.write_attributes({**_attributes(plan, made_by), "complete": int(not num_missing)})
+    return num_missing
 
 
-def _read_ahead(
-    run: Run, made_by: list[Mapping[str, str]], missing: list[int] | None = None
-) -> Iterator[Shard]:
+def _read_ahead(run: Run, made_by: list[Mapping[str, str]], partial: bool) -> Iterator[Shard]:
     """All shards in their order, each read and verified while the one before it is written.
 
     Args:
         run: whose shards they are.
         made_by: collects what made them.
-        missing: collects those that are not there or not whole, in whose place rows of NaN come; None if that
-            is an error.
+        partial: rows of NaN come in the place of those that are not there or not whole.
 
     Raises:
-        DamagedShardError: one is not there or not whole.
+        DamagedShardError: one is not there or not whole, unless `partial`.
     """
     buffers = RowBuffers(), RowBuffers()
     last = run.plan.num_shards - 1
@@ -106,13 +102,11 @@ def _read_ahead(
         ahead = reader.submit(run.read, 0, buffers[0])
         for number in range(last + 1):
             shard = ahead.result()
-            if shard is None and missing is None:
+            if shard is None and not partial:
                 raise DamagedShardError(number)
             if number < last:
                 ahead = reader.submit(run.read, number + 1, buffers[(number + 1) % 2])
             if shard is None:
-                assert missing is not None
-                missing.append(number)
                 shard = _not_computed(run, number)
             elif shard.made_by not in made_by:
                 made_by.append(shard.made_by)
@@ -130,7 +124,7 @@ def _not_computed(run: Run, number: int) -> Shard:
     )
 
 
-def merge(run: Run, shards: Iterable[Shard], writer: EmbeddingWriter, advance: Advance) -> None:
+def merge(run: Run, shards: Iterable[Shard], writer: EmbeddingWriter, advance: Advance) -> int:
     """Append all shards in input order, rows of copied records from where they were computed.
 
     Args:
@@ -138,7 +132,11 @@ def merge(run: Run, shards: Iterable[Shard], writer: EmbeddingWriter, advance: A
         shards: all of them, in their order; each is used before the next is asked for.
         writer: of the output.
         advance: told of bytes of embeddings written.
+
+    Returns:
+        How many records are not computed.
     """
+    num_missing = 0
     reasons: dict[int, str] = {}
     buffers = RowBuffers()
     for number, shard in enumerate(shards):
@@ -171,7 +169,9 @@ def merge(run: Run, shards: Iterable[Shard], writer: EmbeddingWriter, advance: A
                 for row, comparison in shard.comparisons.items()
             ]
         )
+        num_missing += int(np.count_nonzero(status == STATUS_NOT_COMPUTED))
         advance(sum(values.nbytes for values in rows.values()))
+    return num_missing
 
 
 def _with_copies(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +14,10 @@ from tqdm import tqdm
 from esm_packed.runners.system.terminal import printable
 
 LOG_INTERVAL_SECONDS = 15.0
+
+_NARROW_COLUMNS = 60
+_NARROW_BAR = "{desc}: {percentage:3.0f}%, {remaining} left{postfix}"
+"""On a terminal of fewer columns, which would cut the usual bar off in front of the time left."""
 
 
 class Advance(Protocol):
@@ -59,6 +64,7 @@ class Console:
                 dynamic_ncols=True,
                 smoothing=0.1,
                 leave=False,
+                bar_format=_NARROW_BAR if _columns() < _NARROW_COLUMNS else None,
             ) as bar:
 
                 def advance(amount: int, /, state: str = "") -> None:
@@ -146,6 +152,13 @@ class _LogLines:
         if self._total and self._done > 0:
             text += f", {self._done / self._total:.1%}, {duration((self._total - self._done) / rate)} left"
         self._console.note(text)
+
+
+def _columns() -> int:
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns
+    except (OSError, ValueError):  # no terminal, or closed
+        return _NARROW_COLUMNS
 
 
 def duration(seconds: float) -> str:

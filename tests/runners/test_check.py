@@ -184,3 +184,15 @@ def test_too_little_memory_is_said(
     monkeypatch.setattr(check, "_errors", no_memory)
     assert main(["check", "demo", "--device", "cpu"]) == 2
     assert "demo does not fit into the memory of cpu in fp32" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("model", "error"),
+    [
+        ("", "argument MODEL: the name of the model is empty"),
+        ("random:foo", "'random:foo' should be random:NAME or random:NAME@SEED"),
+    ],
+)
+def test_names_that_are_no_models(model: str, error: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", model]) == 2
+    assert f"esm-packed: error: {error}" in capsys.readouterr().err

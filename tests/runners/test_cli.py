@@ -216,6 +216,18 @@ def test_output_is_a_directory(fasta, tmp_path, capsys):
     assert_one_line_error(capsys.readouterr().err, "this is a directory")
 
 
+@pytest.mark.parametrize("output", ["nowhere/", "folder", "folder/"])
+def test_a_folder_is_no_output_file(fasta, capsys, monkeypatch, output):
+    monkeypatch.chdir(fasta.parent)
+    Path("folder").mkdir()
+    for command in (["embed", "in.fasta"], ["checkpoint", "demo"], ["tune"]):
+        assert cli.main([*command, "-o", output]) == 2
+        assert_one_line_error(capsys.readouterr().err, f"{output}: this is a directory; name the file")
+    assert names_in(fasta.parent) == ["folder", "in.fasta"]
+    assert cli.main(["merge", "folder/"]) == 2
+    assert_one_line_error(capsys.readouterr().err, "folder: this is a directory; name the file")
+
+
 def test_output_folder_is_not_writable(fasta, capsys):
     """/proc takes no files, not even from root."""
     if not Path("/proc/self").exists():
@@ -449,6 +461,12 @@ def test_info_on_fasta(fasta, capsys):
     assert "line 8, d: gap '-'" in text
     assert "line 9, a: the same ID" in text
     assert names_in(fasta.parent) == ["in.fasta"]
+
+
+def test_info_on_a_file_that_is_not_there(capsys):
+    for subject in ("nothere.fa", "folder/nothere.fasta.gz", "nothere.h5"):
+        assert cli.main(["info", subject]) == 2
+        assert_one_line_error(capsys.readouterr().err, f"'{subject}': there is no such file")
 
 
 @pytest.mark.parametrize("subject", ["nothing.h5", "esm2_t9", "in.h5"])

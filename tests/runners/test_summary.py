@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import pty
 import re
 import shutil
+import struct
+import subprocess
 import sys
+import termios
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,6 +24,7 @@ import torch
 from esm_packed.model import ESM2
 from esm_packed.runners.cli import main as cli
 from esm_packed.runners.compute.pipeline import PACKS_AHEAD
+from esm_packed.runners.state.cut import FLOPS_PER_SHARD
 from esm_packed.runners.watch import watch
 from esm_packed.runners.watch.console import Console
 from esm_packed.runners.watch.metrics import SHARDS_AHEAD, Snapshot, StageTimes
@@ -173,6 +181,39 @@ def test_the_summary_is_short_unless_something_was_out_of_the_ordinary(
     ]
 
 
+def test_long_ids_stand_in_lines_of_their_own(fasta: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ids = [f"protein_{number}_{'x' * 80 * (number % 2)}" for number in range(7)]
+    fasta.write_text("".join(f">{each}\nMKTLL{'K' * number}\n" for number, each in enumerate(ids)))
+    assert embed(fasta, "--max-length", "4") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[4] == f"{'truncated':<20}7 sequences, to the first --max-length residues:"
+    assert [line[20:30] for line in lines[5:]] == [f"'protein_{number}" for number in range(5)] + ["..."]
+    assert all(line[:20].isspace() and len(line) <= 80 for line in lines[5:])
+
+
+@pytest.mark.parametrize("columns", [40, 80])
+def test_the_bar_fits_its_terminal(fasta: Path, columns: int) -> None:
+    """On a terminal of its own, of this width."""
+    script = "import sys; from esm_packed.runners.cli.main import main; sys.exit(main())"
+    ours, its = pty.openpty()
+    fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    arguments = ["embed", str(fasta), "-o", str(fasta.with_name("out.h5")), "--model", "demo"]
+    with subprocess.Popen(
+        [sys.executable, "-c", script, *arguments, "--device", "cpu"], stdout=subprocess.DEVNULL, stderr=its
+    ) as process:
+        os.close(its)
+        shown = b""
+        with suppress(OSError):  # how Linux says that the other side is closed
+            while more := os.read(ours, 1 << 16):
+                shown += more
+    os.close(ours)
+    assert process.returncode == 0
+    bars = [text for text in re.split("[\r\n]+", shown.decode()) if text.startswith("embedding: ")]
+    assert bars and all(len(bar) < columns for bar in bars)
+    ends = ("left", "reading", "computing") if columns < 60 else ("]",)
+    assert all(bar.rstrip().endswith(ends) for bar in bars), bars
+
+
 def test_verbose_tells_all(fasta: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert embed(fasta, "--verbose") == 0
     text = capsys.readouterr().out
@@ -220,7 +261,7 @@ def test_info_names_what_was_out_of_the_ordinary(fasta: Path, capsys: pytest.Cap
     capsys.readouterr()
     assert cli.main(["info", str(fasta.with_name("out.h5"))]) == 0
     text = capsys.readouterr().out
-    assert "exceptions          2 truncated, 7 problems\n" in text
+    assert "exceptions          2 truncated, 7 left out\n" in text
     assert f"  x0 ({fasta}, line 8): '1' is not in" in text
     assert "  and 2 more in `problems`" in text
     found = information(capsys, fasta.with_name("out.h5"))
@@ -269,6 +310,67 @@ def test_json_is_for_outputs_and_runs(fasta: Path, capsys: pytest.CaptureFixture
         error = capsys.readouterr().err
         assert error.startswith("esm-packed: error: info --json: ")
         assert subject[:20] in error
+        assert "leave --json out" in error
+
+
+def test_all_is_for_the_faults_of_fasta(fasta: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert embed(fasta) == 0
+    for subject in ("demo", str(fasta.with_name("out.h5"))):
+        capsys.readouterr()
+        assert cli.main(["info", subject, "--all"]) == 2
+        assert "it lists the faults of a FASTA file; leave --all out" in capsys.readouterr().err
+    assert cli.main(["info", str(fasta), "--all"]) == 0
+
+
+def unfinished(fasta: Path, num_left: int) -> Path:
+    """A run of ten proteins in as many shards, `num_left` of them gone; its output is not there."""
+    fasta.write_text("".join(f">p{number}\n{'MKTLLAGVSE' * 9}{'K' * number}\n" for number in range(10)))
+    assert embed(fasta, "--keep-run") == 0
+    output = fasta.with_name("out.h5")
+    output.unlink()
+    shards = sorted((fasta.with_name("out.h5.run") / "shards").iterdir())
+    assert len(shards) == 10
+    for shard in shards[:num_left]:
+        shard.unlink()
+    return output
+
+
+@pytest.mark.parametrize("options", [[], ["--keep-run"]])
+def test_a_partial_output_counts_its_proteins(
+    fasta: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, options: list[str]
+) -> None:
+    monkeypatch.setitem(FLOPS_PER_SHARD, "cpu", 1.0)
+    output = unfinished(fasta, 3)
+    capsys.readouterr()
+    assert cli.main(["merge", str(output), "--partial", *options]) == 4
+    missing = "3 of 10 proteins not computed"
+    assert capsys.readouterr().out == f"{missing}; {output} written, continue with the same embed command\n"
+    assert cli.main(["info", str(output)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == f"complete            no; {missing}, continue with the same embed command"
+    assert "exceptions          3 not computed" in lines, "and not a second time as problems"
+    found = information(capsys, output)
+    assert (found["complete"], found["not computed"], found["left out"]) == (False, 3, 0)
+    not_complete = f"{output}: not complete; {missing}, continue with the same embed command"
+    assert cli.main(["status", str(output)]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == not_complete
+    shutil.rmtree(fasta.with_name("out.h5.run"))
+    assert cli.main(["status", str(output)]) == 0
+    assert capsys.readouterr().out.splitlines() == [not_complete]
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_nothing_finished_makes_no_partial_output(
+    fasta: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, damaged: bool
+) -> None:
+    monkeypatch.setitem(FLOPS_PER_SHARD, "cpu", 1.0)
+    output = unfinished(fasta, 9 if damaged else 10)
+    for shard in (fasta.with_name("out.h5.run") / "shards").iterdir():
+        shard.write_bytes(shard.read_bytes()[:-1])
+    capsys.readouterr()
+    assert cli.main(["merge", str(output), "--partial"]) == 4
+    assert "nothing is finished yet" in capsys.readouterr().out
+    assert not output.exists()
 
 
 def test_status_of_an_output_that_is_not_complete(fasta: Path, capsys: pytest.CaptureFixture[str]) -> None:
