@@ -21,8 +21,9 @@ import numpy as np
 import pytest
 from measuring import record
 
+from esm_packed.runners.input.build import build_index
 from esm_packed.runners.input.fasta import ReadOptions
-from esm_packed.runners.input.index import build_index, open_index
+from esm_packed.runners.input.index import open_index
 
 MEGABYTES = int(os.environ.get("ESM_PACKED_BENCH_MB", "20"))
 ROUNDS = 3

@@ -35,11 +35,12 @@ from esm_packed.layouts import LAYOUTS, Layout
 from esm_packed.model import ESM2
 from esm_packed.packing import SPECIAL_TOKENS
 from esm_packed.runners.compute.worker import Worker
-from esm_packed.runners.input.index import build_index
+from esm_packed.runners.input.build import build_index
 from esm_packed.runners.output.merge import merge_run
 from esm_packed.runners.session import run_identity
+from esm_packed.runners.state.cut import ShardSize, cut_shards, sequence_flops
 from esm_packed.runners.state.directory import RunDirectory
-from esm_packed.runners.state.plan import Plan, ShardSize, cut_shards, sequence_flops
+from esm_packed.runners.state.plan import Plan
 from esm_packed.runners.state.request import EmbedRequest
 from esm_packed.runners.state.run import Run
 from esm_packed.runners.state.shard import Shard

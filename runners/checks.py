@@ -13,7 +13,7 @@ import torch
 from esm_packed.errors import UsageError
 from esm_packed.numerics import resolve_device
 from esm_packed.runners.compute.worker import check_threads
-from esm_packed.runners.input.records import STDIN
+from esm_packed.runners.input.index import STDIN
 from esm_packed.runners.output.layout import output_bytes
 from esm_packed.runners.output.reader import EmbeddingReader
 from esm_packed.runners.state.directory import RunDirectory

@@ -28,7 +28,8 @@ from esm_packed.runners.checks import (
 )
 from esm_packed.runners.compute.engine import Engine, InProcessEngine
 from esm_packed.runners.holding import check_held, check_others, claimed, undisturbed
-from esm_packed.runners.input.index import STDIN, FastaIndex, build_index, open_index, reopen_index
+from esm_packed.runners.input.build import build_index
+from esm_packed.runners.input.index import STDIN, FastaIndex, open_index, reopen_index
 from esm_packed.runners.output.changes import log_changes
 from esm_packed.runners.output.layout import FORMAT_VERSION
 from esm_packed.runners.output.merge import DamagedShardError, merge_run

@@ -25,8 +25,9 @@ from esm_packed.reports.validation.run import (
 )
 from esm_packed.reports.validation.verdict import Threshold
 from esm_packed.runners.compute.worker import set_threads
+from esm_packed.runners.input.build import build_index
 from esm_packed.runners.input.fasta import ReadOptions
-from esm_packed.runners.input.index import STDIN, FastaIndex, build_index
+from esm_packed.runners.input.index import STDIN, FastaIndex
 from esm_packed.runners.system.paths import check_apart, files_of
 from esm_packed.runners.watch.console import Console, duration
 

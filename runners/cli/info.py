@@ -19,8 +19,10 @@ from esm_packed.checkpoints import load_checkpoint, tensor_shapes
 from esm_packed.checkpoints.download import OFFICIAL_FILES, checkpoint_directory, hugging_face_snapshot
 from esm_packed.config import DEFAULT_MAX_LENGTH, ESM2_MODELS, ESM2Config
 from esm_packed.errors import UsageError
-from esm_packed.runners.input.fasta import InputError, ReadOptions, shorten
-from esm_packed.runners.input.index import MOST_LISTED, STDIN, build_index
+from esm_packed.runners.input.build import survey
+from esm_packed.runners.input.fasta import InputError, shorten
+from esm_packed.runners.input.index import STDIN
+from esm_packed.runners.input.scan import MOST_LISTED, input_name
 from esm_packed.runners.output.reader import EmbeddingReader
 from esm_packed.runners.state.directory import RunDirectory
 from esm_packed.runners.state.shard import STATUS_FAILED, STATUS_NOT_COMPUTED, STATUS_RECOMPUTED
@@ -196,41 +198,34 @@ def _date(text: str) -> str:
 
 
 def _describe_fasta(path: str, most_listed: int | None) -> list[str]:
-    # rules under which nothing stops the pass that can be counted instead
-    options = ReadOptions(invalid="skip", duplicates="first", force=True)
     size = Path(path).stat().st_size if path != STDIN else None
-    with tempfile.TemporaryDirectory(prefix="esm-packed-") as work_dir:
-        with Console().progress("reading", "B", size) as advance:
-            index = build_index(
-                [path],
-                Path(work_dir),
-                options,
-                progress=advance,
-                most_listed=most_listed,
-                list_left_out=True,
-            )
-        quantiles = np.quantile(index.lengths[:], _LENGTH_QUANTILES).round().astype(int).tolist()
-        num_longer = int(np.count_nonzero(index.lengths[:] > DEFAULT_MAX_LENGTH))
-        values = {
-            "file": f"{path} ({byte_size(index.inputs[0].size)})",
-            "sha256": index.inputs[0].sha256,
-            "records": f"{index.num_records + len(index.problems):,}",
-            "faulty": f"{len(index.problems):,}",
-            "residues": f"{index.total_residues:,}",
+    with (
+        tempfile.TemporaryDirectory(prefix="esm-packed-") as work_dir,
+        Console().progress("reading", "B", size) as advance,
+    ):
+        found = survey(path, Path(work_dir), most_listed, advance)
+    lengths, faults = found.lengths, found.faults
+    values = {
+        "file": f"{path} ({byte_size(found.size)})",
+        "sha256": found.sha256,
+        "records": f"{found.num_records:,}",
+        "faulty": "all: DNA or RNA" if found.is_dna else f"{found.num_records - len(lengths):,}",
+        "residues": f"{lengths.sum(dtype=np.int64):,}",
+    }
+    if len(lengths):
+        quantiles = np.quantile(lengths, _LENGTH_QUANTILES).round().astype(int).tolist()
+        values |= {
             "lengths": "min {:,}, 5% {:,}, 25% {:,}, median {:,}, 75% {:,}, 95% {:,}, max {:,}".format(
                 *quantiles
             ),
-            "mean length": f"{index.total_residues / index.num_records:,.1f}",
-            f"longer than {DEFAULT_MAX_LENGTH}": f"{num_longer:,}",
+            "mean length": f"{lengths.mean():,.1f}",
+            f"longer than {DEFAULT_MAX_LENGTH}": f"{int(np.count_nonzero(lengths > DEFAULT_MAX_LENGTH)):,}",
         }
-        problems = index.problems
-        if (dna := index.dna_problem()) is not None:
-            problems = sorted([*problems, dna], key=lambda problem: problem.line)
     lines = _table(values)
-    for problem in problems[:most_listed]:
-        lines.append(_cut(f"  line {problem.line}, {problem.sequence_id}: {problem.reason}"))
-    if most_listed is not None and len(problems) > most_listed:
-        lines.append(f"  and {len(problems) - most_listed:,} more; --all lists them")
+    listed = faults.listed()
+    lines += [_cut(f"  {fault.text.removeprefix(f'{input_name(path)}, ')}") for fault in listed]
+    if faults.count > len(listed):
+        lines.append(f"  and {faults.count - len(listed):,} more; --all lists them")
     return lines
 
 

@@ -97,32 +97,31 @@ class ReadOptions:
 
 @dataclass(frozen=True)
 class Fault:
-    """Why a record cannot be used: `position` is the byte in the block, `reason` is for the user."""
+    """Why a record cannot be used: `line` counts from 0 in the block, `reason` is for the user."""
 
     record: int
-    position: int
+    line: int
     reason: str
     hint: str = ""
 
 
 @dataclass(frozen=True)
 class ParsedBlock:
-    """The n records of one block of text; positions are bytes from the start of the block.
+    """The n records of one block of text.
 
-    `header_begins` (just behind the `>`), `header_ends` (where the sequence begins), `sequence_ends` (in
-    front of a trailing `*`), `name_begins`, `name_ends` (of the ID) and `lengths` (residues) are (n,) int64;
-    `modified` is (n,) uint8, `Modified` flags; `codes` is what `residue_codes` gives.
+    `name_begins` and `name_ends` (of the ID, bytes from the start of the block), `lengths` (residues) and
+    `lines` (of the headers, counted from 0 in the block) are (n,) int64; `modified` is (n,) uint8, `Modified`
+    flags; `token_ids` is (sum of lengths,) uint8, where X stands for what is no residue. `faults` are ordered
+    by record and place, at most one of each kind for each record.
     """
 
     block: bytes
-    header_begins: Positions
-    header_ends: Positions
-    sequence_ends: Positions
     name_begins: Positions
     name_ends: Positions
     lengths: Positions
+    lines: Positions
     modified: npt.NDArray[np.uint8]
-    codes: Codes
+    token_ids: npt.NDArray[np.uint8]
     faults: list[Fault]
     num_replaced: int
 
@@ -217,6 +216,11 @@ def first_record(block: bytes) -> int:
     return found.end() - 1 if found else len(block)
 
 
+def count_lines(text: bytes) -> int:
+    """Line ends in `text`, CR LF being one."""
+    return text.count(b"\n") + text.count(b"\r") - text.count(b"\r\n")
+
+
 def record_begin(block: bytes, position: int) -> int:
     """Where the record in which `position` lies begins; 0 if no later line begins one."""
     return max(block.rfind(b"\n>", 0, position + 1), block.rfind(b"\r>", 0, position + 1)) + 1
@@ -242,8 +246,7 @@ def record_name(header: bytes, full_header: bool) -> bytes:
 def parse_block(block: bytes, options: ReadOptions) -> ParsedBlock:
     """Find and check the records of `block`, valid UTF-8 that starts at a record and ends where one ends.
 
-    Faults come in the order of the records, at most one for each; with `invalid='x'` characters that get
-    replaced are counted instead.
+    With `invalid='x'` characters that get replaced are counted and are no faults.
     """
     text = np.frombuffer(block, dtype=np.uint8)
     spaces = np.flatnonzero(text <= ord(" "))  # all white space, in one pass, and control characters
@@ -295,25 +298,42 @@ def parse_block(block: bytes, options: ReadOptions) -> ParsedBlock:
         num_replaced = len(replaced)
         modified[np.searchsorted(header_ends, replaced) - 1] |= Modified.RESIDUES_REPLACED.value
 
-    faults: dict[int, Fault] = {}
-    owners, first = np.unique(np.searchsorted(header_ends, suspects) - 1, return_index=True)
-    for record, position in zip(owners.tolist(), suspects[first].tolist(), strict=True):
-        faults[record] = _character_fault(block, record, position)
-    for record in np.flatnonzero(lengths == 0).tolist():
-        faults[record] = Fault(record, int(starts[record]), "the record has no residues")
-    for record in np.flatnonzero(name_ends == name_begins).tolist():
-        faults[record] = Fault(record, int(starts[record]), "no ID after '>'")
+    breaks = line_ends[:-1]
+    if b"\r" in block:  # of CR LF only the second counts
+        breaks = breaks[
+            (text[breaks] == ord("\n")) | (text[np.minimum(breaks + 1, len(block) - 1)] != ord("\n"))
+        ]
+    owners = np.searchsorted(header_ends, suspects) - 1
+    kinds = np.where(text[suspects] == ord(">"), NOTHING, codes[suspects])  # '>' and gaps have one code
+    _, first = np.unique(owners * 256 + kinds, return_index=True)
+    found = [
+        *(
+            (record, int(starts[record]), "no ID after '>'", "")
+            for record in np.flatnonzero(name_ends == name_begins).tolist()
+        ),
+        *(
+            (record, int(starts[record]), "the record has no residues", "")
+            for record in np.flatnonzero(lengths == 0).tolist()
+        ),
+        *(
+            (record, position, *_character_fault(block, position))
+            for record, position in zip(owners[first].tolist(), suspects[first].tolist(), strict=True)
+        ),
+    ]
+    found.sort(key=lambda fault: fault[:2])
+    lines = np.searchsorted(breaks, np.array([fault[1] for fault in found], dtype=np.int64)).tolist()
     return ParsedBlock(
         block=block,
-        header_begins=header_begins,
-        header_ends=header_ends,
-        sequence_ends=ends,
         name_begins=name_begins,
         name_ends=name_ends,
         lengths=lengths,
+        lines=np.searchsorted(breaks, starts),
         modified=modified,
-        codes=codes,
-        faults=[faults[record] for record in sorted(faults)],
+        token_ids=token_ids_of(codes),
+        faults=[
+            Fault(record, line, reason, hint)
+            for (record, _, reason, hint), line in zip(found, lines, strict=True)
+        ],
         num_replaced=num_replaced,
     )
 
@@ -332,19 +352,20 @@ def _find_names(
     return begins, ends
 
 
-def _character_fault(block: bytes, record: int, position: int) -> Fault:
+def _character_fault(block: bytes, position: int) -> tuple[str, str]:
+    """Reason and hint of the character at `position`, which may not stand in a sequence."""
     character = block[position : position + 4].decode("utf-8", "ignore")[0]
     if character in "-.":
         reason = f"gap {character!r} in the sequence: this looks like an alignment"
-        return Fault(record, position, reason, "--gaps drop removes gaps")
+        return reason, "--gaps drop removes gaps"
     if character == ">":
-        return Fault(record, position, "'>' inside a sequence line: is a line end missing before it?")
+        return "'>' inside a sequence line: is a line end missing before it?", ""
     if character == "*":
-        return Fault(record, position, "'*' (stop) inside the sequence, not at its end", _HINT_INVALID)
+        return "'*' (stop) inside the sequence, not at its end", _HINT_INVALID
     shown = repr(character)
     if not character.isascii():
         shown = f"U+{ord(character):04X} {unicodedata.name(character, '')}".strip()
-    return Fault(record, position, f"{shown} is not in ESM-2's alphabet", _HINT_INVALID)
+    return f"{shown} is not in ESM-2's alphabet", _HINT_INVALID
 
 
 def shorten(text: str, width: int = 60) -> str:

@@ -1,18 +1,15 @@
-"""The FASTA pass and the index: every rule on real files, and all of them against a slow, obvious parser."""
+"""The FASTA pass: every rule on real files, and all of them against a slow, obvious parser."""
 
 from __future__ import annotations
 
-import errno
 import gzip
 import hashlib
 import io
-import json
 import os
 import re
 import sys
 import tempfile
 import threading
-import tracemalloc
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,17 +17,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from indexing import error_of, firsts_of, known_of, read, records_of
+from tokens import decode
 
-from esm_packed.alphabet import RESIDUE_TO_ID, decode
-from esm_packed.runners.cli import main as cli
-from esm_packed.runners.input import duplicates as hashes_module
-from esm_packed.runners.input import index as index_module
+from esm_packed.alphabet import RESIDUE_TO_ID
+from esm_packed.runners.input import scan
+from esm_packed.runners.input.build import build_index
 from esm_packed.runners.input.fasta import InputError, Modified, ReadOptions
-from esm_packed.runners.input.index import FastaIndex, Problem, build_index, open_index
+from esm_packed.runners.input.index import Problem, open_index
 
 DATA = Path(__file__).parents[2].parent / "shared" / "data"
 DATA_COUNTS = {
@@ -47,40 +44,6 @@ DATA_COUNTS = {
 }
 CHUNK_SIZES = (1, 2, 3, 7, 64, 1 << 22)
 RESIDUES = "LAGVSERTIDPKQNFYMHWCXBUZO"
-
-
-def read(
-    tmp_path: Path, *contents: bytes, chunk_size: int = 1 << 22, **options: Any
-) -> tuple[FastaIndex, list[tuple[str, str]]]:
-    """Index files with these contents (0.fa, 1.fa ...): the index and all its records as (ID, residues)."""
-    paths = []
-    for number, content in enumerate(contents):
-        path = tmp_path / f"{number}.fa"
-        path.write_bytes(content)
-        paths.append(str(path))
-    made = build_index(paths, tmp_path / "work", ReadOptions(**options), chunk_size=chunk_size)
-    return made, records_of(made)
-
-
-def records_of(made: FastaIndex) -> list[tuple[str, str]]:
-    sequences = made.token_ids(0, made.num_records)
-    assert [len(sequence) for sequence in sequences] == made.lengths.tolist()
-    assert made.total_residues == sum(made.lengths.tolist())
-    return list(zip(made.sequence_ids(0, made.num_records), map(decode, sequences), strict=True))
-
-
-def error_of(tmp_path: Path, *contents: bytes, **options: Any) -> str:
-    """The message of the error that reading these contents ends with, the folder left out."""
-    with pytest.raises(InputError) as caught:
-        read(tmp_path, *contents, **options)
-    return str(caught.value).replace(str(tmp_path) + "/", "")
-
-
-def hashes_by_length(
-    text: bytes, begins: npt.NDArray[np.int64], ends: npt.NDArray[np.int64]
-) -> npt.NDArray[np.uint64]:
-    """Hashes that only tell lengths apart, so that most matches are false ones."""
-    return np.stack([ends - begins] * 2, axis=1).astype(np.uint64)
 
 
 class Refused(Exception):
@@ -161,24 +124,6 @@ def read_slowly(files: Sequence[bytes], options: ReadOptions) -> SlowResult:
         result.records.append((shown, residues))
         result.modified.append(modified)
     return result
-
-
-def firsts_of(items: Sequence[Any]) -> list[int]:
-    firsts: dict[Any, int] = {}
-    return [firsts.setdefault(item, number) for number, item in enumerate(items)]
-
-
-def known_of(made: FastaIndex | None) -> tuple[Any, ...]:
-    """All that an index knows."""
-    assert made is not None
-    return (
-        records_of(made),
-        made.lengths.tolist(),
-        made.first_same.tolist(),
-        (made.num_records, made.total_residues, made.num_identical, made.num_replaced, made.num_duplicates),
-        made.problems,
-        made.inputs,
-    )
 
 
 def slow_records(data: bytes, full_header: bool) -> list[tuple[str, int, list[tuple[str, int]]]]:
@@ -465,128 +410,6 @@ def test_what_was_changed_in_a_record_is_flagged(tmp_path: Path) -> None:
     assert made.modified(0, 6).dtype == np.uint8
 
 
-@pytest.mark.parametrize("chunk_size", [1, 7, 1 << 22])
-def test_an_error_lists_the_faults_of_all_inputs(tmp_path: Path, chunk_size: int) -> None:
-    contents = (
-        b">a\nACGJ\n>b\nACGT\n>c\nAC-GT\n>b again\nACG\n",
-        gzip.compress(b">\nMK\n>d\n\n>a\nTTTT\n>b\nT1\n"),
-        b"MKV\n",
-        b"",
-        b">e\nA2A\n>f\nG\0G\n>g\nA3\n",
-    )
-    assert error_of(tmp_path, *contents, chunk_size=chunk_size).splitlines() == [
-        "11 faults in the input:",
-        "  0.fa, line 2, record 'a': 'J' is not in ESM-2's alphabet",
-        "  0.fa, line 3, record 'b': this looks like DNA or RNA: 100% of the residues in the first records "
-        "(at most 100) are A, C, G, T, U or N",
-        "  0.fa, line 6, record 'c': gap '-' in the sequence: this looks like an alignment",
-        "  0.fa, line 7, record 'b': the same ID as in 0.fa, line 3",
-        "  1.fa, line 1, record '': no ID after '>'",
-        "  1.fa, line 3, record 'd': the record has no residues",
-        "  1.fa, line 8, record 'b': '1' is not in ESM-2's alphabet",
-        "  2.fa, line 1: not FASTA: text before the first '>': 'MKV'",
-        "  3.fa: the file is empty",
-        "  4.fa, line 2, record 'e': '2' is not in ESM-2's alphabet",
-        "  4.fa, line 4, record 'f': NUL byte: this is not a text file",
-        "  --invalid x replaces such characters by X, --invalid skip leaves such records out",
-        "  --force goes on",
-        "  --gaps drop removes gaps",
-        "  --duplicates first keeps the first record of an ID, --duplicates rename adds __2, __3 ...",
-    ]
-
-
-def test_an_error_lists_the_first_ten_faults_and_counts_the_others(tmp_path: Path) -> None:
-    many = b"".join(b">%d\nMJ\n>r%d\nMK\n" % (number, number % 8) for number in range(20))
-    lines = error_of(tmp_path, many, b">z\n\xff").splitlines()
-    assert lines[0] == "33 faults in the input:"
-    # r0 comes again in line 35; the record before it is the ninth that is invalid
-    assert [line.split(",")[1] for line in lines[1:11]] == [
-        *(f" line {line}" for line in (2, 6, 10, 14, 18, 22, 26, 30, 34, 35))
-    ]
-    assert lines[11].startswith("  1.fa, line 2, record 'z': byte 0xff is not valid UTF-8")
-    assert lines[12] == "  and 22 more; esm-packed info --all FILE lists all of a file"
-
-    paths = [str(tmp_path / "0.fa")]
-    with pytest.raises(InputError) as caught:
-        build_index(paths, tmp_path / "work", ReadOptions(), most_listed=None)
-    assert [line.split(",")[1] for line in caught.value.details if ", line " in line] == [
-        f" line {line}"
-        for number in range(20)
-        for line in [4 * number + 2, 4 * number + 3][: 1 + (number > 7)]
-    ]
-
-
-def test_files_that_cannot_be_opened_are_listed(tmp_path: Path) -> None:
-    (tmp_path / "0.fa").write_bytes(b">a\nMJ\n")
-    paths = [str(tmp_path / name) for name in ("one\nname.fa", "0.fa", "two.fa", "")]
-    with pytest.raises(InputError) as caught:
-        build_index(paths, tmp_path / "work", ReadOptions())
-    assert str(caught.value).replace(str(tmp_path), "").splitlines() == [
-        "3 faults in the input:",
-        "  /one name.fa: there is no such file",
-        "  /two.fa: there is no such file",
-        "  : this is a directory; name the FASTA files in it",
-    ]
-
-
-def test_faults_that_are_not_listed_take_no_memory(tmp_path: Path) -> None:
-    path = tmp_path / "many.fa"
-    path.write_bytes(b"".join(b">%d %s\nMJ\n" % (number, b"x" * 60) for number in range(80_000)))
-    tracemalloc.start()
-    try:
-        with pytest.raises(InputError, match="80,000 faults in the input"):
-            build_index([str(path)], tmp_path / "work", ReadOptions(), chunk_size=1 << 16)
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-    assert peak < 4_000_000
-
-
-def test_a_duplicate_names_both_places(tmp_path: Path) -> None:
-    message = error_of(tmp_path, b">x\nMK\n>a\nMKL\n", b"\xef\xbb\xbf>y\nW\n\n>a z\nL\n")
-    assert message.startswith("1.fa, line 4, record 'a': the same ID as in 0.fa, line 3 (--duplicates")
-    with pytest.raises(InputError, match=r"0\.fa, line 1, record 'x': the same ID as in .*0\.fa, line 1"):
-        build_index([str(tmp_path / "0.fa")] * 2, tmp_path / "work", ReadOptions())
-
-
-def test_the_first_of_several_duplicates_is_reported(tmp_path: Path) -> None:
-    text = b"".join(b">%d\nMK\n" % number for number in [*range(50), *range(40, 90), *range(50)])
-    lines = error_of(tmp_path, text).splitlines()
-    assert lines[:2] == [
-        "60 faults in the input:",
-        "  0.fa, line 101, record '40': the same ID as in 0.fa, line 81",
-    ]
-
-
-def test_only_equal_ids_are_duplicates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(index_module, "hashes_of", hashes_by_length)
-    made, records = read(tmp_path, b">a\nM\n>b\nK\n>a\nL\n>c\nV\n>b\nW\n>a__2\nR", duplicates="rename")
-    assert [name for name, _ in records] == ["a", "b", "a__3", "c", "b__2", "a__2"]
-    assert made.num_duplicates == 2
-
-
-def test_the_first_duplicate_stays(tmp_path: Path) -> None:
-    made, records = read(
-        tmp_path, b">a\nM\n>b\nK\n>a\nL\n", b">b\nV\n", b">c\nVV\n>a\nW\n>d\nR\n", duplicates="first"
-    )
-    assert records == [("a", "M"), ("b", "K"), ("c", "VV"), ("d", "R")]
-    assert made.num_duplicates == 3
-    names = [str(tmp_path / f"{number}.fa") for number in range(3)]
-    assert made.problems == [
-        Problem("a", names[0], 5, f"the same ID as in {names[0]}, line 1"),
-        Problem("b", names[1], 1, f"the same ID as in {names[0]}, line 3"),
-        Problem("a", names[2], 3, f"the same ID as in {names[0]}, line 1"),
-    ]
-    assert made.lengths.tolist() == [1, 1, 2, 1]
-
-
-def test_renamed_duplicates_collide_with_nothing(tmp_path: Path) -> None:
-    text = b">a\nM\n>a__2\nK\n>a\nL\n>a\nV\n>a__2\nW\n>a__4\nR\n>a\nE\n"
-    made, records = read(tmp_path, text, duplicates="rename")
-    assert [name for name, _ in records] == ["a", "a__2", "a__3", "a__5", "a__2__2", "a__4", "a__6"]
-    assert (made.num_duplicates, made.problems) == (4, [])
-
-
 def test_invalid_characters_become_x(tmp_path: Path) -> None:
     made, records = read(tmp_path, ">a\nMJ1*é\u00a0K*\n>b\nMKV\n".encode(), invalid="x")
     assert records == [("a", "MXXXXXK"), ("b", "MKV")]
@@ -613,10 +436,6 @@ def test_invalid_records_are_left_out(tmp_path: Path) -> None:
     assert message.startswith(
         "no record is left, all 2 were left out; the first is 0.fa, line 2, record 'a': 'J'"
     )
-
-
-def test_a_record_left_out_is_no_duplicate(tmp_path: Path) -> None:
-    assert read(tmp_path, b">a\nMJ\n>a\nMK\n", invalid="skip")[1] == [("a", "MK")]
 
 
 def test_gaps_are_dropped_on_request(tmp_path: Path) -> None:
@@ -651,53 +470,6 @@ def test_the_dna_check_ends_at_record_100_however_the_file_is_cut(tmp_path: Path
     assert "0.fa, line 1, record '0000': this looks like DNA or RNA: 91% of" in message
     made, _ = read(tmp_path, text(90, 10, 400), chunk_size=chunk_size)
     assert made.num_records == 500
-
-
-@pytest.mark.parametrize("pack", [bytes, gzip.compress])
-def test_a_large_file_of_dna_is_not_read_to_its_end(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pack: Any
-) -> None:
-    monkeypatch.setattr(index_module, "MOST_READ_OF_DNA", 20_000)
-    letters = np.random.default_rng(0).choice(list(b"ACGT"), size=(3000, 60)).astype(np.uint8)
-    path, protein = tmp_path / "dna.fa", tmp_path / "protein.fa"
-    path.write_bytes(pack(b"".join(b">%d\n%s\n" % (n, row.tobytes()) for n, row in enumerate(letters))))
-    protein.write_bytes(b">p\nMJ\n")
-    told: list[int] = []
-    with pytest.raises(InputError) as caught:
-        build_index(
-            [str(path), str(protein)], tmp_path / "work", ReadOptions(), progress=told.append, chunk_size=1000
-        )
-    assert [line.rsplit(": ", 1)[-1].split(",")[0] for line in caught.value.details[:3]] == [
-        "100% of the residues in the first records (at most 100) are A",
-        "not read beyond 0 MiB",
-        "'J' is not in ESM-2's alphabet",
-    ]
-    assert sum(told) < 0.5 * path.stat().st_size
-
-
-def test_a_missing_file_a_directory_and_no_input(tmp_path: Path) -> None:
-    read(tmp_path, b">a\nMK")
-    sound, missing = str(tmp_path / "0.fa"), str(tmp_path / "none.fa")
-    told: list[int] = []
-    with pytest.raises(InputError, match=r"none\.fa: there is no such file"):
-        build_index([sound, missing], tmp_path / "work", ReadOptions(), progress=told.append)
-    assert told == []  # noticed before the first file was read
-    with pytest.raises(InputError, match="this is a directory"):
-        build_index([str(tmp_path)], tmp_path / "work", ReadOptions())
-    with pytest.raises(InputError, match="no input files"):
-        build_index([], tmp_path / "work", ReadOptions())
-
-
-def test_a_file_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "locked.fa"
-    path.write_bytes(b">a\nMK")
-
-    def refuse(self: Path, mode: str) -> None:
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
-
-    monkeypatch.setattr(Path, "open", refuse)  # root may read every file
-    with pytest.raises(InputError, match=r"locked\.fa: cannot be opened: Permission denied"):
-        build_index([str(path)], tmp_path / "work", ReadOptions())
 
 
 def test_unknown_options_are_refused() -> None:
@@ -759,74 +531,6 @@ def test_a_named_pipe(tmp_path: Path) -> None:
     assert records_of(made) == [("a", "MK"), ("b", "VW")]
 
 
-def test_ranges_over_several_files(tmp_path: Path) -> None:
-    made, records = read(tmp_path, b">a\nMKV\n>b\nL\n", b">c\nWWWW\n", b">d\nRR\n>e\nEEE\n")
-    for start in range(6):
-        for stop in range(start, 6):
-            assert made.sequence_ids(start, stop) == [name for name, _ in records[start:stop]]
-            for max_length in (0, 1, 3, 100):
-                cut = [residues[: max_length or None] for _, residues in records[start:stop]]
-                assert list(map(decode, made.token_ids(start, stop, max_length))) == cut
-    for start, stop in ((-1, 2), (3, 2), (0, 6)):
-        with pytest.raises(ValueError, match="got"):
-            made.token_ids(start, stop)
-        with pytest.raises(ValueError, match="got"):
-            made.sequence_ids(start, stop)
-    with pytest.raises(ValueError, match="max_length"):
-        made.token_ids(0, 1, -1)
-
-
-def test_a_range_is_one_read_for_each_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = b"".join(b">%d\nMKV\n;note\nL\n" % number for number in range(1000))
-    made, _ = read(tmp_path, text, text.replace(b">", b">x"))
-    reads: list[int] = []
-
-    def counting(descriptor: int, num_bytes: int, position: int) -> bytes:
-        reads.append(num_bytes)
-        return pread(descriptor, num_bytes, position)
-
-    pread = os.pread
-    monkeypatch.setattr(os, "pread", counting)
-    assert len(made.token_ids(10, 1500)) == 1490
-    assert len(reads) == 4  # of each file its rows of the index, and its text
-    assert len(made.sequence_ids(10, 1500)) == 1490
-    assert len(reads) == 9
-
-
-def test_a_changed_file_is_noticed(tmp_path: Path) -> None:
-    made, _ = read(tmp_path, b">a\nMK\n>b\nVW\n")
-    path = tmp_path / "0.fa"
-    path.write_bytes(b">a\nMK\n>b\nV\n")
-    with pytest.raises(InputError, match=r"0\.fa: the file was changed"):
-        made.token_ids(0, 1)
-    with pytest.raises(InputError, match=r"0\.fa: the file was changed"):
-        made.sequence_ids(0, 1)
-    path.unlink()
-    with pytest.raises(InputError, match=r"0\.fa: cannot be read any more"):
-        made.token_ids(0, 1)
-
-    def append(_: int) -> None:
-        if path.stat().st_size < 20:
-            with path.open("ab") as file:
-                file.write(b">c\nMKVLW\n")
-
-    path.write_bytes(b">a\nMK\n>b\nVW\n")
-    with pytest.raises(InputError, match=r"0\.fa: the file was changed while it was being read"):
-        build_index([str(path)], tmp_path / "work", ReadOptions(), progress=append)
-
-
-def test_a_cut_copy_is_noticed(tmp_path: Path) -> None:
-    made, _ = read(tmp_path, gzip.compress(b">a\nMK\n>b\nVW\n"))
-    os.truncate(tmp_path / "work" / "input-0.fasta", 10)
-    with pytest.raises(InputError, match=r"0\.fa: the file was changed"):
-        made.token_ids(0, 2)
-
-
-def test_lines_are_counted_across_reads(tmp_path: Path) -> None:
-    start = b">a\r\n".ljust((1 << 22) - 1, b"M") + b"\r"
-    assert error_of(tmp_path, start + b"\nJ\r\n").startswith("0.fa, line 3, record 'a': 'J'")
-
-
 def test_progress_adds_up_to_the_inputs(tmp_path: Path) -> None:
     told: list[int] = []
     read(tmp_path, b">a\nMK\n", gzip.compress(b">b\nMK\n"))
@@ -839,17 +543,6 @@ def test_progress_adds_up_to_the_inputs(tmp_path: Path) -> None:
     )
 
 
-def test_index_on_disk_is_rebuilt(tmp_path: Path) -> None:
-    read(tmp_path, gzip.compress(b">a\nMK\n>b\nVWL\n"))
-    made, _ = read(tmp_path, b">c\nMKV\n")
-    assert made.lengths.tolist() == [3]
-    assert made.lengths.dtype == made.lengths[0:1].dtype == np.int32
-    assert made.first_same.tolist() == [0]
-    assert made.first_same.dtype == made.first_same[0:1].dtype == np.int64
-    names = sorted(path.name for path in (tmp_path / "work").iterdir())
-    assert names == ["first_same.bin", "index.json", "records.bin"]
-
-
 def test_a_line_of_eight_megabytes(tmp_path: Path) -> None:
     residues = np.random.default_rng(1).choice(list(b"MKVLWEDR"), size=8_000_000).astype(np.uint8)
     made, _ = read(tmp_path, b">a\nMK\n>long\n" + residues.tobytes() + b"*\n>b\nVW", chunk_size=1 << 20)
@@ -859,349 +552,17 @@ def test_a_line_of_eight_megabytes(tmp_path: Path) -> None:
 
 
 def test_a_record_beyond_all_bounds_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(index_module, "MAX_RECORD_BYTES", 1 << 20)
+    monkeypatch.setattr(scan, "MAX_RECORD_BYTES", 1 << 20)
     genome = b">a\nMK\n>chr1 human\n" + b"ACGT" * 400_000
     assert "line 3, record 'chr1': a record is longer than 1 MiB" in error_of(
         tmp_path, genome, chunk_size=1 << 16
     )
     for line_end in (b"\n", b"\r"):
         small = b"".join(b">%d%sMK%s" % (number, line_end, line_end) for number in range(100))
-        monkeypatch.setattr(index_module, "MAX_RECORD_BYTES", 20)
+        monkeypatch.setattr(scan, "MAX_RECORD_BYTES", 20)
         for chunk_size in (1, 2, 3):
             assert read(tmp_path, small, chunk_size=chunk_size)[0].num_records == 100
-    monkeypatch.setattr(index_module, "MAX_RECORD_BYTES", 1 << 20)
+    monkeypatch.setattr(scan, "MAX_RECORD_BYTES", 1 << 20)
     assert "line 1: not FASTA: no '>' at the start" in error_of(
         tmp_path, b"x" * 1_600_000, chunk_size=1 << 16
     )
-
-
-@pytest.mark.parametrize(("distinct", "limit"), [(True, 4_000_000), (False, 18_000_000)])
-def test_memory_does_not_grow_with_the_file(distinct: bool, limit: int, tmp_path: Path) -> None:
-    path = tmp_path / "many.fa"
-    letters = bytes.maketrans(b"0123456789", b"LAGVSERTID")
-    numbers = [b"%08d" % (number if distinct else 0) for number in range(40_000)]
-    records = [
-        b">n%d\n%s%s\n" % (number, b"MKVLWEDRHK" * 50, digits.translate(letters))
-        for number, digits in enumerate(numbers)
-    ]
-    path.write_bytes(b"".join(records))
-    del numbers, records
-    assert path.stat().st_size > 20_000_000
-    tracemalloc.start()
-    try:
-        made = build_index([str(path)], tmp_path / "work", ReadOptions(), chunk_size=1 << 16)
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-    assert made.num_records == 40_000
-    assert made.num_identical == (0 if distinct else 39_999)
-    assert peak < limit
-
-
-@settings(max_examples=200, deadline=None)
-@given(
-    sequences=st.lists(st.text("MKV", min_size=1, max_size=3), min_size=1, max_size=40),
-    in_memory=st.sampled_from([1, 2, 5, 1 << 20]),
-    collide=st.booleans(),
-)
-def test_identical_sequences_are_found_by_sorting_on_disk(
-    sequences: list[str], in_memory: int, collide: bool
-) -> None:
-    """Also where nothing fits into memory, and where hashes are equal although sequences are not."""
-    text = "".join(
-        f">n{number}\n{residues[:1].lower()}\n{residues[1:]}*\n" for number, residues in enumerate(sequences)
-    )
-    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hashes_module, "ROWS_IN_MEMORY", in_memory)
-        patch.setattr(hashes_module, "_MAX_BATCH_RECORDS", in_memory + 2)
-        patch.setattr(hashes_module, "_MAX_BATCH_BYTES", in_memory)
-        if collide:
-            patch.setattr(index_module, "hashes_of", hashes_by_length)
-        path = Path(folder, "a.fa")
-        path.write_text(text)
-        made = build_index([str(path)], Path(folder, "work"), ReadOptions())
-        assert made.first_same.tolist() == firsts_of(sequences)
-        assert made.num_identical == len(sequences) - len(set(sequences))
-        assert [decode(sequence) for sequence in made.token_ids(0, len(sequences))] == sequences
-
-
-@settings(max_examples=200, deadline=None)
-@given(
-    values=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=60),
-    in_memory=st.integers(1, 9),
-)
-def test_rows_are_sorted_by_hash_and_record(values: list[tuple[int, int]], in_memory: int) -> None:
-    digits = np.zeros((len(values), 16), dtype=np.uint8)
-    digits[:, [7, 8]] = np.array(values)  # the highest byte of one half and the lowest of the other
-    hashes = digits.view(np.uint64)
-    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hashes_module, "ROWS_IN_MEMORY", in_memory)
-        path = Path(folder, "rows")
-        path.write_bytes(hashes_module.hash_rows(hashes, 0).tobytes())
-        hashes_module.sort_rows(path)
-        rows = np.fromfile(path, dtype=hashes_module.ROW)
-        assert rows["record"].tolist() == sorted(
-            range(len(values)), key=lambda record: (values[record], record)
-        )
-        for number, value in enumerate(values):
-            found = hashes_module.records_with(rows, *hashes[number].tolist())
-            assert found.tolist() == [record for record, other in enumerate(values) if other == value]
-        assert hashes_module.records_with(rows, 2**64 - 1, 0).tolist() == []
-        assert [path.name for path in Path(folder).iterdir()] == ["rows"]
-
-
-def test_identical_sequences_over_several_files_and_left_out_records(tmp_path: Path) -> None:
-    contents = (
-        b">a\nMK\n>a\nVW\n>b\nJ\n>c\nVW\n",
-        gzip.compress(b">d\nm\n;x\nk*\n>c\nMK\n>e\nM-\n>f\nV W"),
-        b">g\nVW\n>h\nMKV",
-    )
-    made, records = read(tmp_path, *contents, duplicates="first", invalid="skip")
-    assert [name for name, _ in records] == ["a", "c", "d", "f", "g", "h"]
-    assert made.first_same.tolist() == [0, 1, 0, 1, 1, 5]
-    assert made.num_identical == 3
-
-
-def test_an_index_is_opened_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b">s\nMKV\n>a\nRR\n")))
-    paths = ["-", str(tmp_path / "plain.fa"), str(tmp_path / "packed.gz")]
-    Path(paths[1]).write_bytes(b">a\nMKV\n>b\nMJ\n>c\nM*K\n")
-    Path(paths[2]).write_bytes(gzip.compress(b">d\nMKV\n>a\nW1\n>\nMK\n"))
-    options = ReadOptions(invalid="skip", duplicates="rename")
-    made = build_index(paths, tmp_path / "work", options)
-    assert [problem.sequence_id for problem in made.problems] == ["b", "c", "a", ""]
-    expected = known_of(made)
-    assert known_of(open_index(paths, tmp_path / "work", options)) == expected
-    (tmp_path / "work").rename(tmp_path / "moved")  # copies are found where the index is
-    assert known_of(open_index(paths, tmp_path / "moved", options)) == expected
-
-    assert open_index(paths, tmp_path / "work", options) is None
-    assert open_index(paths[:2], tmp_path / "moved", options) is None
-    assert open_index(paths[::-1], tmp_path / "moved", options) is None
-    assert open_index(paths, tmp_path / "moved", ReadOptions(invalid="skip")) is None
-    monkeypatch.setattr(index_module, "_FORMAT_VERSION", 0)
-    assert open_index(paths, tmp_path / "moved", options) is None
-
-
-@pytest.mark.parametrize("name", ["plain.fa", "packed.gz"])
-def test_an_index_of_a_changed_input_is_not_opened(name: str, tmp_path: Path) -> None:
-    paths = [str(tmp_path / "plain.fa"), str(tmp_path / "packed.gz")]
-    Path(paths[0]).write_bytes(b">a\nMKV\n")
-    Path(paths[1]).write_bytes(gzip.compress(b">b\nMKV\n"))
-    build_index(paths, tmp_path / "work", ReadOptions())
-    path, content = tmp_path / name, (tmp_path / name).read_bytes()
-    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
-
-    def opens() -> bool:
-        return open_index(paths, tmp_path / "work", ReadOptions()) is not None
-
-    assert opens()
-    os.utime(path, ns=(times[0], times[1] + 1))
-    assert not opens()
-    os.utime(path, ns=times)
-    assert opens()
-    path.write_bytes(content + b"\n")
-    os.utime(path, ns=times)
-    assert not opens()
-    path.unlink()
-    assert not opens()
-    path.write_bytes(content)
-    os.utime(path, ns=times)
-    assert opens()
-
-
-def test_the_same_name_in_another_folder_is_another_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for folder in ("one", "two"):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "a.fa").write_bytes(b">a\nMKV\n")
-        os.utime(tmp_path / folder / "a.fa", ns=(0, 0))
-    monkeypatch.chdir(tmp_path / "one")
-    build_index(["a.fa"], tmp_path / "work", ReadOptions())
-    assert open_index(["a.fa"], tmp_path / "work", ReadOptions()) is not None
-    monkeypatch.chdir(tmp_path / "two")
-    assert open_index(["a.fa"], tmp_path / "work", ReadOptions()) is None
-
-
-def test_an_index_that_is_not_whole_is_not_opened(tmp_path: Path) -> None:
-    path = tmp_path / "a.gz"
-    path.write_bytes(gzip.compress(b">a\nMKV\n>b\nJ\n>c\nMKV\n"))
-    options = ReadOptions(invalid="skip")
-    work_dir = tmp_path / "work"
-    build_index([str(path)], work_dir, options)
-    names = sorted(file.name for file in work_dir.iterdir())
-    assert names == ["first_same.bin", "index.json", "input-0.fasta", "records.bin"]
-    for name in names:
-        content = (work_dir / name).read_bytes()
-        (work_dir / name).unlink()
-        assert open_index([str(path)], work_dir, options) is None
-        for num_bytes in {0, 1, len(content) // 2, len(content) - 1}:
-            (work_dir / name).write_bytes(content[:num_bytes])
-            assert open_index([str(path)], work_dir, options) is None, (name, num_bytes)
-        for place in range(0, len(content), max(1, len(content) // 40)):
-            altered = bytearray(content)
-            altered[place] ^= 1
-            (work_dir / name).write_bytes(altered)
-            assert open_index([str(path)], work_dir, options) is None, (name, place)
-        (work_dir / name).write_bytes(content)
-    assert open_index([str(path)], work_dir, options) is not None
-    for content in (b"[]", b"{}", b"null", b'{"format_version": 1}', b"\xff"):
-        (work_dir / "index.json").write_bytes(content)
-        assert open_index([str(path)], work_dir, options) is None
-
-
-def test_an_index_cut_short_at_any_step_is_not_opened(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Each step of a second run ends the process in turn: the first run's index is never taken for it."""
-    path = tmp_path / "a.gz"
-
-    class Killed(BaseException):
-        pass
-
-    def kill(*_: Any, **__: Any) -> None:
-        raise Killed
-
-    steps = ("_Pass", "_settle_duplicates", "sort_rows", "write_firsts", "confirm_firsts", "_find_identical")
-    for module, step in [(index_module, step) for step in (*steps, "sync", "_problems")] + [
-        (json, "dumps"),
-        (Path, "replace"),
-    ]:
-        path.write_bytes(gzip.compress(b">a\nMKV\n>b\nMKV\n"))
-        build_index([str(path)], tmp_path / "work", ReadOptions())
-        path.write_bytes(gzip.compress(b">b\nMKV\n>a\nMKW\n"))
-        with monkeypatch.context() as patch:
-            patch.setattr(module, step, kill)
-            with pytest.raises(Killed):
-                build_index([str(path)], tmp_path / "work", ReadOptions())
-        assert open_index([str(path)], tmp_path / "work", ReadOptions()) is None, step
-        made = build_index([str(path)], tmp_path / "work", ReadOptions())
-        assert known_of(open_index([str(path)], tmp_path / "work", ReadOptions())) == known_of(made)
-        names = sorted(file.name for file in (tmp_path / "work").iterdir())
-        assert names == ["first_same.bin", "index.json", "input-0.fasta", "records.bin"]
-
-
-def test_a_pipe_is_never_unchanged(tmp_path: Path) -> None:
-    pipe = tmp_path / "pipe"
-    os.mkfifo(pipe)
-    writer = threading.Thread(target=pipe.write_bytes, args=(b">a\nMK\n",))
-    writer.start()
-    build_index([str(pipe)], tmp_path / "work", ReadOptions())
-    writer.join()
-    assert open_index([str(pipe)], tmp_path / "work", ReadOptions()) is None
-
-
-def test_an_index_cut_short_in_use_is_an_error(tmp_path: Path) -> None:
-    made, _ = read(tmp_path, b">a\nMK\n>b\nMK\n>c\nMKV\n")
-    for name in ("records.bin", "first_same.bin"):
-        os.truncate(tmp_path / "work" / name, 9)
-    for use in (
-        lambda: made.lengths[1:3],
-        lambda: made.first_same[0:3],
-        lambda: made.sequence_ids(1, 2),
-        lambda: made.token_ids(0, 3),
-    ):
-        with pytest.raises(InputError, match="cut short while it was in use"):
-            use()
-
-
-def test_an_index_in_use_survives_its_replacement(tmp_path: Path) -> None:
-    made, _ = read(tmp_path, b">a\nMK\n>b\nMK\n")
-    path = tmp_path / "other.fa"
-    path.write_bytes(b">c\nMKV\n")
-    build_index([str(path)], tmp_path / "work", ReadOptions())
-    assert (made.lengths.tolist(), made.first_same.tolist()) == ([2, 2], [0, 0])
-
-
-@settings(max_examples=300, deadline=None)
-@given(pieces=st.lists(st.binary(max_size=20), min_size=1, max_size=30), gap=st.binary(max_size=9))
-def test_hashes_depend_on_the_piece_alone(pieces: list[bytes], gap: bytes) -> None:
-    text, begins, ends = gap, [], []
-    for piece in pieces:
-        begins.append(len(text))
-        text += piece
-        ends.append(len(text))
-        text += gap
-    hashes = [tuple(row) for row in hashes_module.hashes_of(text, np.array(begins), np.array(ends)).tolist()]
-    for piece, halves in zip(pieces, hashes, strict=True):
-        alone = hashes_module.hashes_of(piece, np.array([0]), np.array([len(piece)]))
-        assert tuple(alone[0].tolist()) == halves
-    assert len(set(hashes)) == len(set(pieces))
-    for half in (0, 1):
-        assert len({row[half] for row in hashes}) == len(set(pieces))
-
-
-def test_hashes_of_like_pieces_are_spread_evenly() -> None:
-    """Residues are small numbers, and most differences between sequences are small too."""
-    base = np.random.default_rng(5).integers(4, 24, size=60, dtype=np.uint8)
-    pieces = {base.tobytes()}
-    for first in range(60):
-        for second in range(first):
-            swapped = base.copy()
-            swapped[[first, second]] = swapped[[second, first]]
-            pieces.add(swapped.tobytes())
-            changed = base.copy()
-            changed[first], changed[second] = 4 + first % 20, 4 + second % 20
-            pieces.add(changed.tobytes())
-    text = b"".join(sorted(pieces))
-    ends = np.arange(60, len(text) + 1, 60)
-    hashes = hashes_module.hashes_of(text, ends - 60, ends)
-    for half in (0, 1):
-        assert len(np.unique(hashes[:, half])) == len(pieces)
-        for shift in range(0, 64, 8):
-            counts = np.bincount((hashes[:, half] >> np.uint64(shift)).astype(np.uint8), minlength=256)
-            mean = len(pieces) / 256
-            assert np.square(counts - mean).sum() / mean < 255 + 6 * (2 * 255) ** 0.5  # chi-squared
-
-
-MANY_FAULTS = ">dna\nACGT\n" + "".join(f">p\x1b{number}\nMKJ\n" for number in range(12)) + ">dna\nACG*\n"
-LISTED = [f"line {line}" for line in (1, *range(4, 21, 2))]
-
-
-def test_embed_lists_the_first_ten_faults(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "in\n.fa"
-    path.write_text(MANY_FAULTS)
-    arguments = ["embed", str(path), "-o", str(tmp_path / "out.h5"), "--model", "demo", "--device", "cpu"]
-    assert cli.main(arguments) == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "esm-packed: error: 14 faults in the input:"
-    shown = str(path).replace("\n", " ")
-    assert [line.split(", record")[0] for line in lines[1:11]] == [f"  {shown}, {place}" for place in LISTED]
-    assert lines[2].endswith(r"record 'p\x1b0': 'J' is not in ESM-2's alphabet")
-    assert lines[11:] == [
-        "  and 4 more; esm-packed info --all FILE lists all of a file",
-        "  --force goes on",
-        "  --invalid x replaces such characters by X, --invalid skip leaves such records out",
-    ]
-    assert [path.name for path in tmp_path.iterdir()] == ["in\n.fa"]
-
-
-def test_info_lists_the_first_ten_faults_or_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "in.fa"
-    path.write_text(MANY_FAULTS)
-    assert cli.main(["info", str(path)]) == 0
-    lines = [line.strip() for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
-    assert [line.partition(",")[0] for line in lines[:-1]] == LISTED
-    assert "looks like DNA" in lines[0]
-    assert lines[-1] == "and 4 more; --all lists them"
-
-    assert cli.main(["info", str(path), "--all"]) == 0
-    lines = [line.strip() for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
-    assert [line.partition(",")[0] for line in lines] == [
-        f"line {line}" for line in (1, *range(4, 27, 2), 27)
-    ]
-    assert lines[-1].endswith(f"the same ID as in {path}, line 1")
-
-
-def test_info_lists_the_faults_of_what_cannot_be_read_whole(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = tmp_path / "in.fa"
-    path.write_bytes(b">a\nMKJ\n>b\nM-K\n>c\n\0\n")
-    assert cli.main(["info", str(path)]) == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert [line.split(", ")[1] for line in lines[1:4]] == ["line 2", "line 4", "line 6"]
-    path.write_bytes(b">a\nMKJ\n>b\nM-K\n")
-    assert cli.main(["info", str(path)]) == 2
-    assert capsys.readouterr().err.startswith("esm-packed: error: 2 faults in the input:\n")

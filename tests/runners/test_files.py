@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from esm_packed.runners.input.build import build_index
 from esm_packed.runners.input.fasta import ReadOptions
-from esm_packed.runners.input.index import build_index
 from esm_packed.runners.state.plan import Plan
 from esm_packed.runners.system.files import is_out_of_space, open_regular, read_regular, whole_or_nothing
 
@@ -115,7 +115,8 @@ def test_what_vouches_for_an_index_gets_its_name_last(
     steps = steps_on_disk(monkeypatch)
     build_index([str(fasta)], tmp_path / "index", ReadOptions())
     *data, metadata, name, folder = steps
-    assert sorted(data) == [("flush", "first_same.bin"), ("flush", "records.bin")]
+    names = ("first_same.bin", "names.bin", "records.bin", "tokens.bin")
+    assert sorted(data) == [("flush", name) for name in names]
     assert (metadata[0], metadata[1].startswith("index.json.")) == ("flush", True)
     assert (name, folder) == (("name", "index.json"), ("flush", "index"))
 

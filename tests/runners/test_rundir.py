@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 
 from esm_packed.errors import UsageError
+from esm_packed.runners.input.build import build_index
 from esm_packed.runners.input.fasta import ReadOptions
-from esm_packed.runners.input.index import build_index
 from esm_packed.runners.state import claims
 from esm_packed.runners.state.claims import STALE_SECONDS, Claim, ClaimedError
 from esm_packed.runners.state.directory import MARKER, RunDirectory

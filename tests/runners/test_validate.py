@@ -20,8 +20,8 @@ from esm_packed.reports.page import ReportError
 from esm_packed.reports.validation.verdict import Threshold
 from esm_packed.runners.cli import commands
 from esm_packed.runners.cli import main as cli
+from esm_packed.runners.input.build import build_index
 from esm_packed.runners.input.fasta import InputError, ReadOptions
-from esm_packed.runners.input.index import build_index
 from esm_packed.runners.output.reader import EmbeddingReader
 from esm_packed.runners.state.shard import STATUS_COMPUTED, STATUS_RECOMPUTED
 from esm_packed.runners.validate import ValidateRequest, choose, validate_file
