@@ -106,19 +106,6 @@ def _segment_mean(w: Workload) -> Callable[..., Any]:
     return pool
 
 
-def _check_numerics(w: Workload) -> Callable[..., Any]:
-    sequence, num_sequences = w.sequence, w.num_sequences
-
-    def check(hidden_states: torch.Tensor, cu_seqlens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        finite = hidden_states.isfinite()
-        largest = hidden_states.abs().where(finite, 0).amax(1).float()
-        max_abs = largest.new_zeros(num_sequences).scatter_reduce_(0, sequence, largest, "amax")
-        bad = torch.zeros(num_sequences, dtype=torch.int32, device=hidden_states.device)
-        return max_abs, bad.index_add_(0, sequence, (~finite).any(1).int()) > 0
-
-    return check
-
-
 _BASELINES: dict[str, Callable[[Workload], Callable[..., Any]]] = {
     "embed_tokens": _embed_tokens,
     "rotary_qk_packed_": _rotary_qk_packed_,
@@ -126,7 +113,6 @@ _BASELINES: dict[str, Callable[[Workload], Callable[..., Any]]] = {
     "linear_gelu": lambda w: plain_linear_gelu,
     "packed_attention": _packed_attention,
     "segment_mean": _segment_mean,
-    "check_numerics": _check_numerics,
 }
 """By operation; the references of the others do not wait."""
 

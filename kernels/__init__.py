@@ -14,7 +14,6 @@ from esm_packed.kernels.matmul import linear
 __all__ = [
     "add_layer_norm_",
     "bias_gelu_",
-    "check_numerics",
     "embed_tokens",
     "layer_norm",
     "linear",
@@ -64,15 +63,5 @@ segment_mean = operation(
         a.cu_seqlens.shape[0] - 1,
         a.hidden_states.shape[1],
         dtype=reference.statistics_dtype(a.hidden_states.dtype),
-    ),
-)
-check_numerics = operation(
-    reference.check_numerics,
-    "numerics_check",
-    lambda a: (
-        a.hidden_states.new_empty(
-            a.cu_seqlens.shape[0] - 1, dtype=reference.statistics_dtype(a.hidden_states.dtype)
-        ),
-        a.hidden_states.new_empty(a.cu_seqlens.shape[0] - 1, dtype=torch.bool),
     ),
 )

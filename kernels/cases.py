@@ -405,12 +405,6 @@ CASES: dict[str, Case] = {
             ),
             candidates=lambda pooling, shape, dtype: pooling.CANDIDATES,
         ),
-        Case(
-            "check_numerics",
-            "numerics_check",
-            _pooling,
-            lambda w, dtype, residual: _elements(w) * dtype.itemsize,
-        ),
         _attention_case("ieee", ALL_DTYPES, 0.0),
         _attention_case("tf32", (FLOAT32,), 5e-3),
         _attention_case("tf32x3", (FLOAT32,), 1e-5),

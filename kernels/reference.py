@@ -171,27 +171,6 @@ def segment_mean(hidden_states: torch.Tensor, cu_seqlens: torch.Tensor) -> torch
     return means
 
 
-def check_numerics(
-    hidden_states: torch.Tensor, cu_seqlens: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Largest finite magnitude in each sequence, and whether anything in it is NaN or infinite.
-
-    Args:
-        hidden_states: (total_tokens, hidden_size).
-        cu_seqlens: (num_sequences + 1,) int32; BOS and EOS count.
-
-    Returns:
-        (num_sequences,) FP32 (FP64 for FP64) maxima, 0 for an empty sequence, and (num_sequences,) bool.
-    """
-    num_sequences = cu_seqlens.numel() - 1
-    _, sequence = _position_ids(cu_seqlens, len(hidden_states))
-    finite = hidden_states.isfinite()
-    largest = hidden_states.abs().where(finite, 0).amax(1).to(statistics_dtype(hidden_states.dtype))
-    max_abs = largest.new_zeros(num_sequences).scatter_reduce_(0, sequence, largest, "amax")
-    counts = torch.zeros(num_sequences, dtype=torch.int32, device=hidden_states.device)
-    return max_abs, counts.index_add_(0, sequence, (~finite).any(1).int()) > 0
-
-
 def attention_probabilities(query: torch.Tensor, key: torch.Tensor, softmax_scale: float) -> torch.Tensor:
     """softmax(query key^T * softmax_scale) of one sequence.
 

@@ -337,9 +337,6 @@ def test_offsets_of_embedding_and_pooling_beyond_int32(cuda_device: torch.device
     states[-5, 3] = float("inf")
     means = kernels.segment_mean(states, w.cu_seqlens)
     assert_small_error(means[-2], states[-307:-300][1:-1].double().mean(0))
-    max_abs, nonfinite = kernels.check_numerics(states, w.cu_seqlens)
-    assert nonfinite.nonzero().flatten().tolist() == [w.num_sequences - 1]
-    assert float(max_abs[-2]) == float(states[-307:-300].abs().max())
 
 
 def layer_operations(
@@ -366,12 +363,7 @@ def layer_operations(
     states = kernels.linear_gelu(states, weights["fc1"], weights["fc1_bias"])
     delta = kernels.linear(states, weights["fc2"], weights["norm_bias"])
     states = kernels.add_layer_norm_(delta, residual, weights["norm"], weights["norm_bias"], EPS)
-    return (
-        states,
-        residual,
-        kernels.segment_mean(states, cu_seqlens),
-        *kernels.check_numerics(states, cu_seqlens),
-    )
+    return states, residual, kernels.segment_mean(states, cu_seqlens)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
@@ -410,7 +402,7 @@ def test_compiled_layer_equals_eager(
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_nan_stays_in_its_sequence(dtype: torch.dtype, cuda_device: torch.device) -> None:
-    """Rows of the other sequences keep their very bits in attention, pooling and the check."""
+    """Rows of the other sequences keep their very bits in attention and pooling."""
     w = Workload(MODEL_SIZES["650M"], [3, 64, 65, 200, 3, 1000, 17], cuda_device)
     qkv = w.randn(w.total_tokens, 3, 20, 64, dtype=dtype)
     clean = kernels.packed_attention(*qkv.unbind(1), w.cu_seqlens, w.max_seqlen, 0.125)
@@ -427,8 +419,4 @@ def test_nan_stays_in_its_sequence(dtype: torch.dtype, cuda_device: torch.device
         assert out[rows].isnan().all()
         states = out.view(w.total_tokens, -1)
         means = kernels.segment_mean(states, w.cu_seqlens)
-        max_abs, nonfinite = kernels.check_numerics(states, w.cu_seqlens)
-        bad_ones = [index == poisoned for index in range(w.num_sequences)]
-        assert means.isnan().any(1).tolist() == bad_ones
-        assert nonfinite.tolist() == bad_ones
-        assert max_abs.isfinite().all()
+        assert means.isnan().any(1).tolist() == [index == poisoned for index in range(w.num_sequences)]
