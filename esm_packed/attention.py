@@ -99,56 +99,33 @@ def _load_triton(precision: Precision) -> PackedAttention:
 
 def _load_varlen(precision: Precision) -> PackedAttention:
     varlen_attn: Any = importlib.import_module("torch.nn.attention.varlen").varlen_attn
-
-    def attend(
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        cu_seqlens: torch.Tensor,
-        max_seqlen: int,
-        softmax_scale: float,
-    ) -> torch.Tensor:
-        out: torch.Tensor = varlen_attn(
-            query, key, value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=softmax_scale
-        )
-        return out
-
-    return attend
+    return lambda query, key, value, cu_seqlens, max_seqlen, softmax_scale: varlen_attn(
+        query, key, value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=softmax_scale
+    )
 
 
-def _load_flash(module: str) -> Callable[[Precision], PackedAttention]:
+def _load_flash(module: str, precision: Precision) -> PackedAttention:
     """`flash_attn_varlen_func` of one of the FlashAttention packages; they share the arguments used here."""
+    flash_attn_varlen_func: Any = importlib.import_module(module).flash_attn_varlen_func
+    if module == "flash_attn":
+        _warn_of_old_flash_attn()
 
-    def load(precision: Precision) -> PackedAttention:
-        flash_attn_varlen_func: Any = importlib.import_module(module).flash_attn_varlen_func
-        if module == "flash_attn":
-            _warn_of_old_flash_attn()
+    def attended(out: Any) -> torch.Tensor:
+        # Flash-attention 3 and 4 return (out, lse) in some versions.
+        return out[0] if isinstance(out, tuple) else out  # type: ignore[no-any-return]
 
-        def attend(
-            query: torch.Tensor,
-            key: torch.Tensor,
-            value: torch.Tensor,
-            cu_seqlens: torch.Tensor,
-            max_seqlen: int,
-            softmax_scale: float,
-        ) -> torch.Tensor:
-            out = flash_attn_varlen_func(
-                query,
-                key,
-                value,
-                cu_seqlens_q=cu_seqlens,
-                cu_seqlens_k=cu_seqlens,
-                max_seqlen_q=max_seqlen,
-                max_seqlen_k=max_seqlen,
-                softmax_scale=softmax_scale,
-            )
-            # Flash-attention 3 and 4 return (out, lse) in some versions.
-            attended: torch.Tensor = out[0] if isinstance(out, tuple) else out
-            return attended
-
-        return attend
-
-    return load
+    return lambda query, key, value, cu_seqlens, max_seqlen, softmax_scale: attended(
+        flash_attn_varlen_func(
+            query,
+            key,
+            value,
+            cu_seqlens_q=cu_seqlens,
+            cu_seqlens_k=cu_seqlens,
+            max_seqlen_q=max_seqlen,
+            max_seqlen_k=max_seqlen,
+            softmax_scale=softmax_scale,
+        )
+    )
 
 
 def _warn_of_old_flash_attn() -> None:
@@ -216,20 +193,22 @@ BACKENDS: dict[str, Backend] = {
         Backend(
             "flash3",
             _flash_obstacle("flash_attn_interface", HALF_TYPES, (9,)),
-            _load_flash("flash_attn_interface"),
+            partial(_load_flash, "flash_attn_interface"),
         ),
         Backend(
             "fa3_fwd",
             _flash_obstacle("fa3_fwd_interface", (torch.bfloat16,), (9,)),
-            _load_flash("fa3_fwd_interface"),
+            partial(_load_flash, "fa3_fwd_interface"),
         ),
         Backend(
             "flash4",
             _flash_obstacle("flash_attn.cute", HALF_TYPES, (9, 10)),
-            _load_flash("flash_attn.cute"),
+            partial(_load_flash, "flash_attn.cute"),
         ),
         Backend("varlen", _flash_obstacle(None, HALF_TYPES, None), _load_varlen),
-        Backend("flash2", _flash_obstacle("flash_attn", HALF_TYPES, None), _load_flash("flash_attn")),
+        Backend(
+            "flash2", _flash_obstacle("flash_attn", HALF_TYPES, None), partial(_load_flash, "flash_attn")
+        ),
         Backend("triton", _triton_obstacle, _load_triton),
         Backend("sdpa", _always, lambda precision: sdpa_attention),
         Backend("reference", _always, lambda precision: packed_attention),
