@@ -121,7 +121,7 @@ class Summary:
         Args:
             verbose: all that is known; else the output, counts, the rate, and what was out of the ordinary.
         """
-        values = {**self._result_lines(), **self._exception_lines(verbose), **self._comparison_lines()}
+        values = {**self._result_lines(), **self._exception_lines(), **self._comparison_lines()}
         if verbose:
             values |= self._detail_lines()
         return [
@@ -145,8 +145,8 @@ class Summary:
             }
         return {"output": f"{self.output} ({byte_size(self.output.stat().st_size)})"} | lines
 
-    def _exception_lines(self, verbose: bool) -> dict[str, str]:
-        """Counts of what is not as usual; those of zero only if `verbose`."""
+    def _exception_lines(self) -> dict[str, str]:
+        """Counts of what is not as usual, if there is any."""
         counts = {
             "replaced": (self.num_replaced, "residues outside the alphabet, now X"),
             "duplicates": (self.num_duplicates, "records with the ID of an earlier one"),
@@ -168,7 +168,7 @@ class Summary:
                 "failed": (self.num_failed, "sequences, whose rows are NaN, listed in `problems`"),
             }
         counts["split"] = (self.stages.num_halved, "packs, after running out of memory")
-        lines = {name: f"{count:,} {what}" for name, (count, what) in counts.items() if count or verbose}
+        lines = {name: f"{count:,} {what}" for name, (count, what) in counts.items() if count}
         for name, change in ids.items():
             if name in lines and (changed := self.changed.get(change)) and changed.number:
                 lines[name] = changed.after(lines[name])

@@ -124,9 +124,7 @@ def _add_embed(commands: argparse._SubParsersAction[Parser]) -> None:
     parser.add_argument("--keep-run", action="store_true", help="keep OUT.h5.run when OUT.h5 is made")
     amount = parser.add_mutually_exclusive_group()
     amount.add_argument("--quiet", action="store_true", help="say nothing but what goes wrong")
-    amount.add_argument(
-        "--verbose", action="store_true", help="a summary with stages, packing and all counts at the end"
-    )
+    amount.add_argument("--verbose", action="store_true", help="a summary with stages and packing at the end")
     parser.add_argument(
         "--log-json",
         type=values.path,
@@ -290,8 +288,8 @@ def _add_status(commands: argparse._SubParsersAction[Parser]) -> None:
         "status",
         run.status,
         "esm_packed.runners.status",
-        help="say how far a run is",
-        description="Say how far the run of an output is, and which processes are at work on it.",
+        help="show the progress of a run",
+        description="Show the progress of the run of an output, and which processes are at work on it.",
     )
     parser.add_argument(
         "output", type=values.path, metavar="OUT.h5", help="the output, or its folder OUT.h5.run"
@@ -392,7 +390,12 @@ def _add_validate(commands: argparse._SubParsersAction[Parser]) -> None:
         help="FASTA file, plain or gzip; - is standard input",
     )
     parser.add_argument(
-        "-o", "--output", required=True, type=values.path, metavar="DIR", help="folder for the report"
+        "-o",
+        "--output",
+        required=True,
+        type=values.output_folder,
+        metavar="DIR",
+        help="folder for the report",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a report that is in DIR")
     parser.add_argument("--quiet", action="store_true", help="no notes and no progress; the verdict remains")
@@ -458,5 +461,5 @@ def _add_report(commands: argparse._SubParsersAction[Parser]) -> None:
         "older", type=values.path, nargs="*", metavar="OLDER.json", help="results to compare with"
     )
     speedup.add_argument(
-        "-o", "--output", type=values.path, required=True, metavar="DIR", help="folder to fill"
+        "-o", "--output", type=values.output_folder, required=True, metavar="DIR", help="folder to fill"
     )

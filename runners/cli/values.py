@@ -32,6 +32,13 @@ def output_file(text: str) -> Path:
     return file
 
 
+def output_folder(text: str) -> Path:
+    folder = path(text)
+    if folder.exists() and not folder.is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: exists and is no folder; name one for the report")
+    return folder
+
+
 def model(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("the name of the model is empty")

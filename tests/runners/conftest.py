@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from esm_packed.model import ESM2
+from esm_packed.packing import PackedBatch
+
+FASTA = ">a first\nMKTLLAGVSE\n>b second\nMKVLA\n>c\nMMMRPQ\n"
+
+
+@pytest.fixture
+def fasta(tmp_path: Path) -> Path:
+    """Three proteins, of which only two have a description."""
+    path = tmp_path / "in.fasta"
+    path.write_text(FASTA)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def restore_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def without_computing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every embedding is ones; for tests that are not about numbers."""
+
+    def ones(self: ESM2, batch: PackedBatch, layers: list[int]) -> dict[int, torch.Tensor]:
+        return {layer: torch.ones(batch.num_sequences, self.config.hidden_size) for layer in layers}
+
+    monkeypatch.setattr(ESM2, "embed_packed", ones)
