@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, overload
 
@@ -91,16 +92,7 @@ def embed(
         rows = _embed_pack(model, [token_ids[index] for index in members], layers, per_residue)
         arrays.update(zip(members.tolist(), rows, strict=True))
 
-    changed: dict[str, list[int]] = {}
-    for index, ids in enumerate(token_ids):
-        if not is_finite(arrays[index]):
-            _, reason = model.rescue.replace(
-                arrays[index],
-                lambda fp32, ids=ids: _embed_pack(fp32, [ids], layers, per_residue)[0],  # type: ignore[misc]
-                f"dtype {model.precision}",
-            )
-            changed.setdefault(reason, []).append(index)
-    for reason, indices in changed.items():
+    for reason, indices in _recompute(model, token_ids, arrays, per_residue).items():
         warnings.warn(
             f"{len(indices)} of {len(token_ids)} sequences: the embedding is {reason}: {named(indices)}",
             stacklevel=2,
@@ -110,6 +102,25 @@ def embed(
         for number, resolved in asked.items()
     }
     return several if is_list else several[numbers[0]]
+
+
+def _recompute(
+    model: ESM2,
+    token_ids: Sequence[npt.NDArray[np.uint8]],
+    arrays: Mapping[int, Mapping[int, Rows]],
+    per_residue: bool,
+) -> dict[str, list[int]]:
+    """Replace in `arrays` what is not finite; what became of it, and of which sequences."""
+    changed: dict[str, list[int]] = {}
+    for index, ids in enumerate(token_ids):
+        rows = arrays[index]
+        if not is_finite(rows):
+            compute = partial(_embed_pack, token_ids=[ids], layers=list(rows), per_residue=per_residue)
+            _, reason = model.rescue.replace(
+                rows, lambda fp32, compute=compute: compute(fp32)[0], f"dtype {model.precision}"
+            )
+            changed.setdefault(reason, []).append(index)
+    return changed
 
 
 def predict_contacts(model: ESM2, sequence: str) -> Rows:

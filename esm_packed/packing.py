@@ -174,14 +174,22 @@ def plan_packs(lengths: npt.ArrayLike, token_budget: int) -> list[npt.NDArray[np
 
     longest_first = np.argsort(-lengths, kind="stable")
     distinct, counts = np.unique(-lengths, return_counts=True)
-    pack_of_sequence = np.empty(lengths.size, dtype=np.int64)
-    shortest = int(lengths.min())
+    pack_of_sequence, num_packs = _first_fit((-distinct).tolist(), counts.tolist(), token_budget)
+    by_pack = np.argsort(pack_of_sequence, kind="stable")
+    ends = np.cumsum(np.bincount(pack_of_sequence, minlength=num_packs))[:-1]
+    return np.split(longest_first[by_pack], ends)
 
+
+def _first_fit(
+    lengths: Sequence[int], counts: Sequence[int], token_budget: int
+) -> tuple[npt.NDArray[np.int64], int]:
+    """The pack of each of `counts[i]` sequences of `lengths[i]` tokens, longest first; number of packs."""
+    pack_of_sequence = np.empty(sum(counts), dtype=np.int64)
     num_packs = 0
     placed = 0
     open_packs = np.empty(0, dtype=np.int64)
     tokens_left = np.empty(0, dtype=np.int64)
-    for length, count in zip((-distinct).tolist(), counts.tolist(), strict=True):
+    for length, count in zip(lengths, counts, strict=True):
         fits_empty = token_budget // length
         if fits_empty == 0:
             pack_of_sequence[placed : placed + count] = np.arange(num_packs, num_packs + count)
@@ -205,10 +213,7 @@ def plan_packs(lengths: npt.ArrayLike, token_budget: int) -> list[npt.NDArray[np
         pack_of_sequence[placed : placed + count] = np.repeat(open_packs, taken)
         placed += count
 
-        still_open = tokens_left >= shortest
+        still_open = tokens_left >= lengths[-1]
         if not still_open.all():
             open_packs, tokens_left = open_packs[still_open], tokens_left[still_open]
-
-    by_pack = np.argsort(pack_of_sequence, kind="stable")
-    ends = np.cumsum(np.bincount(pack_of_sequence, minlength=num_packs))[:-1]
-    return np.split(longest_first[by_pack], ends)
+    return pack_of_sequence, num_packs

@@ -11,7 +11,7 @@ import torch
 
 from esm_packed.layouts import Layout
 from esm_packed.model import ESM2, PackedOutput
-from esm_packed.packing import SPECIAL_TOKENS
+from esm_packed.packing import SPECIAL_TOKENS, PackedBatch
 from esm_packed.reports.validation.reference import Reference
 
 TokenIds = npt.NDArray[np.uint8]
@@ -96,20 +96,12 @@ def measure(
     nonfinite = torch.empty(last + 1, num_proteins, dtype=torch.bool)
 
     computing = layout.prepare(model)
-    outputs: list[PackedOutput] = []
     lengths = np.array([len(ids) + SPECIAL_TOKENS for ids in token_ids])
     for members in layout.plan(lengths, token_budget):
         batch = layout.lay_out([token_ids[member] for member in members], token_budget).to(model.device)
-        # What embeds gives the means alone; a forward hook sees the hidden states behind them.
-        hook = computing.register_forward_hook(lambda *call: outputs.append(call[-1]))
-        try:
-            embedded = computing.embed_packed(batch, layers)
-        finally:
-            hook.remove()
-        hidden_states = outputs.pop().representations
+        embedded, hidden_states = _embedded(computing, batch, layers)
         starts = batch.cu_seqlens[:-1][batch.segments].tolist()
-        for layer in layers:
-            means[layer, members] = embedded[layer].double().cpu()
+        means[:, members] = torch.stack([embedded[layer].double().cpu() for layer in layers])
         for start, protein in zip(starts, members.tolist(), strict=True):
             residues[:, protein] = _residue_errors(hidden_states[last], start, *reference.residues(protein))
             tokens = slice(start, start + int(lengths[protein]))
@@ -138,6 +130,19 @@ def measure(
         top10=top10,
         neighbours=neighbours,
     )
+
+
+def _embedded(
+    model: ESM2, batch: PackedBatch, layers: Sequence[int]
+) -> tuple[dict[int, torch.Tensor], dict[int, torch.Tensor]]:
+    """What `model.embed_packed` gives, and the hidden states that it is formed from."""
+    outputs: list[PackedOutput] = []
+    hook = model.register_forward_hook(lambda model, arguments, output: outputs.append(output))
+    try:
+        embedded = model.embed_packed(batch, layers)
+    finally:
+        hook.remove()
+    return embedded, outputs[0].representations
 
 
 def _residue_errors(

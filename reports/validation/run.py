@@ -137,16 +137,8 @@ def validate(
             attention = select_backend(backend, settings.device, precision, checkpoint.config.head_dim)
             if model is None:
                 model = ESM2.from_checkpoint(load(), settings.device, precision, attention)
-            paths.append(
-                measure(
-                    model.with_attention(attention),
-                    LAYOUTS[layout],
-                    token_ids,
-                    reference,
-                    settings.token_budget,
-                    advance,
-                )
-            )
+            path = model.with_attention(attention), LAYOUTS[layout]
+            paths.append(measure(*path, token_ids, reference, settings.token_budget, advance))
     verdicts = [
         judge(
             precision.name,
