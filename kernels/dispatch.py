@@ -19,6 +19,9 @@ TRITON_DEVICES = {"cuda"} if importlib.util.find_spec("triton") else set()
 """Types of device whose tensors Triton kernels compute (ROCm calls itself cuda, too)."""
 
 
+_operations: dict[str, Any] = {}
+
+
 def uses_triton(tensor: torch.Tensor) -> bool:
     """Whether operations on `tensor` run as Triton kernels; FP64, the reference mode, never does."""
     return tensor.device.type in TRITON_DEVICES and tensor.dtype != torch.float64
@@ -46,6 +49,11 @@ def operation(
         decides: the argument whose device and dtype choose the implementation; the first by default.
     """
     name = eager.__name__
+    if name in _operations:
+        # transformers imports this folder a second time, as `kernels`, where the repository is on sys.path.
+        # Registering an operation anew would take away the one that is in use.
+        existing: Callable[P, R] = _operations[name]
+        return existing
     arguments = list(eager.__annotations__)
     decides = decides or arguments[0]
     position = arguments.index(decides)
@@ -81,4 +89,5 @@ def operation(
             return traced
         return run(*args, **kwargs)
 
+    _operations[name] = call
     return call

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from esm_packed import kernels
 
+ROOT = Path(__file__).parents[2]
 NUM_HEADS, HEAD_DIM = 2, 16
 HIDDEN_SIZE, FFN_SIZE = NUM_HEADS * HEAD_DIM, 64
 MASK_ID = 32
@@ -250,6 +252,19 @@ def test_mark_dynamic_alone_serves_every_shape(device: torch.device) -> None:
         torch._dynamo.mark_dynamic(cu_seqlens, 0)
         compiled(input_ids, cu_seqlens, max_seqlen, tensors)
     assert backend.frame_count == 1
+
+
+def test_a_second_import_leaves_the_operations_as_they_are() -> None:
+    """With the repository on sys.path transformers imports the folder as `kernels`, to see its version."""
+    code = (
+        "import kernels as other\n"
+        "from esm_packed import kernels\n"
+        "assert other is not kernels\n"
+        "print(*(name for name in kernels.__all__ if getattr(other, name) is not getattr(kernels, name)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == []
 
 
 def test_kernels_serve_a_machine_without_triton() -> None:
