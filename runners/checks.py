@@ -182,8 +182,9 @@ def check_space(run: Run, num_compared: int, console: Console) -> None:
     folder = run.directory.output.parent
     free = shutil.disk_usage(folder).free
     sizes = (
-        f"the output takes about {byte_size(output)}, the run up to {byte_size(needed)} until it is merged; "
-        f"{byte_size(free)} are free in {folder}"
+        f"the output takes about {byte_size(output)}, the run up to {byte_size(needed)} until it is merged "
+        f"(besides {byte_size(index.num_bytes)} of its index, which is there); {byte_size(free)} are free in "
+        f"{folder}"
     )
     if needed > free:
         raise OSError(errno.ENOSPC, sizes)

@@ -377,7 +377,7 @@ class _Session:
         config = self.checkpoint.config
         uncut = Plan(
             identity,
-            self.request.inputs,
+            tuple(file.path for file in index.inputs),
             (0, index.num_records),
             self.checkpoint.model_name,
             config.hidden_size,

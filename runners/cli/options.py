@@ -110,10 +110,11 @@ def _add_embed(commands: argparse._SubParsersAction[Parser]) -> None:
     )
     parser.add_argument(
         "inputs",
-        nargs="+",
+        nargs="*",
         type=values.input_name,
         metavar="FASTA",
-        help="FASTA file, plain or gzip; - is standard input",
+        help="FASTA file, plain or gzip; - is standard input, which a run that has read it can be continued "
+        "without",
     )
     parser.add_argument(
         "-o", "--output", required=True, type=values.output_file, metavar="OUT.h5", help="HDF5 file to make"

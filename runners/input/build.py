@@ -80,7 +80,7 @@ def build_index(
         OSError: `work_dir` cannot be written.
     """
     if not paths:
-        raise InputError("no input files were given")
+        raise InputError("no input files were given; name FASTA files, or - for standard input")
     work_dir.mkdir(parents=True, exist_ok=True)
     _clear(work_dir)
     scan = Scan(work_dir, options, Faults(MOST_LISTED))

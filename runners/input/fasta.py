@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntFlag
 
@@ -249,79 +250,41 @@ def parse_block(block: bytes, options: ReadOptions) -> ParsedBlock:
     With `invalid='x'` characters that get replaced are counted and are no faults.
     """
     text = np.frombuffer(block, dtype=np.uint8)
-    spaces = np.flatnonzero(text <= ord(" "))  # all white space, in one pass, and control characters
-    characters = text[spaces]
-    line_ends = spaces[(characters == ord("\n")) | (characters == ord("\r"))]
-    spaces = np.append(spaces[_IS_SPACE[characters]], len(block))
-    following = line_ends[:-1] if line_ends.size and line_ends[-1] == len(block) - 1 else line_ends
-    starts = np.append(0, following[text[following + 1] == ord(">")] + 1)
-    line_ends = np.append(line_ends, len(block))
-    header_begins = starts + 1
-    header_ends = line_ends[np.searchsorted(line_ends, starts)]
+    starts, header_ends, spaces, breaks = _find_records(block, text)
     ends = np.append(starts[1:], len(block))
-    name_begins, name_ends = _find_names(block, header_begins, header_ends, spaces, options.full_header)
+    name_begins, name_ends = _find_names(block, starts + 1, header_ends, spaces, options.full_header)
 
     codes = residue_codes(block, header_ends, ends, options.gaps)
     absent = np.flatnonzero(codes == NOTHING)
-
-    def count_present(begins: Positions, ends: Positions) -> Positions:
-        num_absent: Positions = np.searchsorted(absent, ends) - np.searchsorted(absent, begins)
-        return ends - begins - num_absent
-
-    lengths = count_present(header_ends, ends)
+    lengths = _count_present(absent, header_ends, ends)
     modified = np.zeros(len(starts), dtype=np.uint8)
+
+    def owners(positions: Positions) -> Positions:
+        return np.searchsorted(header_ends, positions) - 1
+
     if options.gaps == "drop":
         undropped = residue_codes(block, header_ends, ends, "error")
         gaps = np.flatnonzero((undropped == NEVER_REPLACED) & (codes == NOTHING))
-        modified[np.searchsorted(header_ends, gaps) - 1] |= Modified.GAPS_DROPPED.value
-
+        modified[owners(gaps)] |= Modified.GAPS_DROPPED.value
     suspects = np.flatnonzero(codes >= NEVER_REPLACED)
     if suspects.size:
-        stops = suspects[codes[suspects] == STOP]
-        owner = np.searchsorted(header_ends, stops) - 1
-        is_last = np.append(owner[1:] != owner[:-1], True)[: len(stops)]
-        stops, owner = stops[is_last], owner[is_last]
-        if stops.size:
-            # What stands behind the last `*` of a record decides whether it ends the sequence.
-            trailing = count_present(stops + 1, ends[owner]) == 0
-            stops, owner = stops[trailing], owner[trailing]
-            ends[owner] = stops
-            lengths[owner] -= 1
-            codes[stops] = NOTHING
-            modified[owner] |= Modified.TRAILING_STOP_DROPPED.value
-            suspects = suspects[codes[suspects] != NOTHING]
-
+        stops = _trailing_stops(suspects[codes[suspects] == STOP], owners, absent, ends)
+        lengths[owners(stops)] -= 1
+        codes[stops] = NOTHING
+        modified[owners(stops)] |= Modified.TRAILING_STOP_DROPPED.value
+        suspects = suspects[codes[suspects] != NOTHING]
     num_replaced = 0
     if options.invalid == "x":
         is_replaced = codes[suspects] != NEVER_REPLACED
         replaced, suspects = suspects[is_replaced], suspects[~is_replaced]
         num_replaced = len(replaced)
-        modified[np.searchsorted(header_ends, replaced) - 1] |= Modified.RESIDUES_REPLACED.value
+        modified[owners(replaced)] |= Modified.RESIDUES_REPLACED.value
 
-    breaks = line_ends[:-1]
-    if b"\r" in block:  # of CR LF only the second counts
-        breaks = breaks[
-            (text[breaks] == ord("\n")) | (text[np.minimum(breaks + 1, len(block) - 1)] != ord("\n"))
-        ]
-    owners = np.searchsorted(header_ends, suspects) - 1
-    kinds = np.where(text[suspects] == ord(">"), NOTHING, codes[suspects])  # '>' and gaps have one code
-    _, first = np.unique(owners * 256 + kinds, return_index=True)
-    found = [
-        *(
-            (record, int(starts[record]), "no ID after '>'", "")
-            for record in np.flatnonzero(name_ends == name_begins).tolist()
-        ),
-        *(
-            (record, int(starts[record]), "the record has no residues", "")
-            for record in np.flatnonzero(lengths == 0).tolist()
-        ),
-        *(
-            (record, position, *_character_fault(block, position))
-            for record, position in zip(owners[first].tolist(), suspects[first].tolist(), strict=True)
-        ),
-    ]
-    found.sort(key=lambda fault: fault[:2])
-    lines = np.searchsorted(breaks, np.array([fault[1] for fault in found], dtype=np.int64)).tolist()
+    # one of each kind in each record; '>' and gaps have one code
+    kinds = np.where(text[suspects] == ord(">"), NOTHING, codes[suspects])
+    _, firsts = np.unique(owners(suspects) * 256 + kinds, return_index=True)
+    suspects = suspects[firsts]
+    nameless, empty = np.flatnonzero(name_ends == name_begins), np.flatnonzero(lengths == 0)
     return ParsedBlock(
         block=block,
         name_begins=name_begins,
@@ -330,12 +293,58 @@ def parse_block(block: bytes, options: ReadOptions) -> ParsedBlock:
         lines=np.searchsorted(breaks, starts),
         modified=modified,
         token_ids=token_ids_of(codes),
-        faults=[
-            Fault(record, line, reason, hint)
-            for (record, _, reason, hint), line in zip(found, lines, strict=True)
-        ],
+        faults=_faults(
+            block,
+            breaks,
+            np.concatenate([nameless, empty, owners(suspects)]),
+            np.concatenate([starts[nameless], starts[empty], suspects]),
+            [("no ID after '>'", "")] * len(nameless) + [("the record has no residues", "")] * len(empty),
+        ),
         num_replaced=num_replaced,
     )
+
+
+def _find_records(block: bytes, text: Codes) -> tuple[Positions, Positions, Positions, Positions]:
+    """Where records begin and their headers end; white space and, last, len(block); where lines end."""
+    spaces = np.flatnonzero(text <= ord(" "))  # all white space, in one pass, and control characters
+    characters = text[spaces]
+    line_ends = spaces[(characters == ord("\n")) | (characters == ord("\r"))]
+    spaces = np.append(spaces[_IS_SPACE[characters]], len(block))
+    following = line_ends[:-1] if line_ends.size and line_ends[-1] == len(block) - 1 else line_ends
+    starts = np.append(0, following[text[following + 1] == ord(">")] + 1)
+    header_ends = np.append(line_ends, len(block))[np.searchsorted(line_ends, starts)]
+    if b"\r" in block:  # of CR LF only the second counts
+        next_character = text[np.minimum(line_ends + 1, len(block) - 1)]
+        line_ends = line_ends[(text[line_ends] == ord("\n")) | (next_character != ord("\n"))]
+    return starts, header_ends, spaces, line_ends
+
+
+def _faults(
+    block: bytes, breaks: Positions, records: Positions, positions: Positions, reasons: list[tuple[str, str]]
+) -> list[Fault]:
+    """Faults at `positions` in `records`; those beyond the `reasons` given are of the characters there."""
+    lines = np.searchsorted(breaks, positions)
+    reasons += [_character_fault(block, position) for position in positions[len(reasons) :].tolist()]
+    return [
+        Fault(int(records[fault]), int(lines[fault]), *reasons[fault])
+        for fault in np.lexsort((positions, records)).tolist()
+    ]
+
+
+def _count_present(absent: Positions, begins: Positions, ends: Positions) -> Positions:
+    """Residues in each range; `absent` are the places of what is none."""
+    num_absent: Positions = np.searchsorted(absent, ends) - np.searchsorted(absent, begins)
+    return ends - begins - num_absent
+
+
+def _trailing_stops(
+    stops: Positions, owners: Callable[[Positions], Positions], absent: Positions, ends: Positions
+) -> Positions:
+    """Those of the `*` behind which nothing stands in their record."""
+    owner = owners(stops)
+    is_last = np.append(owner[1:] != owner[:-1], True)[: len(stops)]
+    stops, owner = stops[is_last], owner[is_last]
+    return stops[_count_present(absent, stops + 1, ends[owner]) == 0]
 
 
 def _find_names(

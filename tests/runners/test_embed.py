@@ -163,6 +163,35 @@ def test_gzip_stdin_and_several_files_are_one_input(tmp_path, fasta, sequences, 
     assert pieces.plan["input_names"] == [str(tmp_path / "a.gz"), "-"]
 
 
+def test_standard_input_is_not_needed_again(tmp_path, fasta, sequences, monkeypatch):
+    text = to_fasta(sequences).encode()
+
+    def pipe(content: bytes) -> io.BytesIO:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+        return sys.stdin.buffer
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    output = tmp_path / "out.h5"
+    with pytest.raises(InputError, match="no input files were given"):
+        run(fasta, inputs=(), output=output)
+    with monkeypatch.context() as patch:
+        patch.setattr(ESM2, "embed_packed", interrupt)
+        pipe(text)
+        with pytest.raises(KeyboardInterrupt):
+            run(fasta, inputs=("-",), output=output)
+    pipe(text + b">more\nMKV\n")
+    with pytest.raises(UsageError, match=r"inputs was .* now "):
+        run(fasta, inputs=("-",), output=output)
+    rest = pipe(text)
+    _, reader = run(fasta, inputs=(), output=output)
+    assert rest.tell() == 0
+    assert reader.plan["input_names"] == ["-"]
+    _, whole = run(fasta, output=tmp_path / "whole.h5")
+    np.testing.assert_array_equal(reader.embeddings(), whole.embeddings())
+
+
 def test_left_out_renamed_and_replaced_records_are_accounted_for(tmp_path, without_computing):
     path = tmp_path / "in.fasta"
     path.write_text(">a\nMKT\n>b\nMK1\n>a\nMKL\n>c\nMKV\n")
