@@ -275,3 +275,20 @@ def test_the_largest_error_has_either_sign(monkeypatch: pytest.MonkeyPatch) -> N
     assert errors["relative_error"] == pytest.approx(
         max(0.01 * row.numel() ** 0.5 / float(row.norm()) for row in right), rel=1e-3
     )
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "tf32"])
+def test_a_gpu_before_sm_80_computes_fp32_with_the_attention_that_serves(
+    dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served: list[str] = []
+
+    def built(checkpoint: Any, device: torch.device, precision: Any, backend: tuple[str, Any]) -> None:
+        served.append(backend[0])
+
+    monkeypatch.setattr(contest, "DEVICE", torch.device("cuda", 0))
+    monkeypatch.setattr(contest, "ESM2", SimpleNamespace(from_checkpoint=built))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Tesla T4")
+    contest.Contest().model(MODEL, dtype)
+    assert served == ["sdpa"]
