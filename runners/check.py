@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -118,11 +119,7 @@ def check_model(
         raise UsageError(str(error)) from error
     with console.byte_steps() as report:
         checkpoint = load_checkpoint(model, progress=report)
-    golden = next((golden for golden in known.values() if checkpoint.sha256 in golden.sha256), None)
-    golden = golden or known.get(checkpoint.model_name)
-    if golden is None:
-        raise _no_values(model, known)
-
+    golden = _find_golden(known, model, checkpoint)
     lines = [
         f"{golden.name}: {checkpoint.source}, sha256 {checkpoint.sha256} "
         f"({golden.sha256.get(checkpoint.sha256, 'not a published file: converted or changed')})"
@@ -134,14 +131,8 @@ def check_model(
     misses: list[str] = []
     passes = []
     for precision in dict.fromkeys((PRECISIONS["fp32"], resolve_precision(None, resolved))):
-        try:
+        with _memory_explained(model, resolved, precision):
             backend, errors = _errors(checkpoint, resolved, precision, golden.cases)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            raise UsageError(
-                f"{model} does not fit into the memory of {resolved} in {precision.name}; try --device cpu"
-            ) from error
         where = f"{precision.name} on {resolved}, attention {backend}"
         passes.append(where)
         lines.append(where)
@@ -155,6 +146,31 @@ def check_model(
         more = f" (and {len(misses) - 1} more, above)" if len(misses) > 1 else ""
         return [*lines, f"differs: {misses[0]}{more}"], False
     return [*lines, f"passed: {'; '.join(passes)}"], True
+
+
+@contextmanager
+def _memory_explained(model: str, device: torch.device, precision: Precision) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UsageError(
+            f"{model} does not fit into the memory of {device} in {precision.name}; try --device cpu"
+        ) from error
+
+
+def _find_golden(known: Mapping[str, Golden], model: str, checkpoint: Checkpoint) -> Golden:
+    """The values of a checkpoint, by its hash, else by its name.
+
+    Raises:
+        UsageError: there are none.
+    """
+    golden = next((golden for golden in known.values() if checkpoint.sha256 in golden.sha256), None)
+    golden = golden or known.get(checkpoint.model_name)
+    if golden is None:
+        raise _no_values(model, known)
+    return golden
 
 
 def _no_values(model: str, known: Mapping[str, Golden]) -> UsageError:

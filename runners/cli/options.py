@@ -400,6 +400,24 @@ def _add_validate(commands: argparse._SubParsersAction[Parser]) -> None:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a report that is in DIR")
     parser.add_argument("--quiet", action="store_true", help="no notes and no progress; the verdict remains")
+    _add_verdict(parser)
+    parser.add_argument(
+        "--limit",
+        type=values.whole_number(0),
+        default=200,
+        metavar="N",
+        help="most proteins, evenly spaced by length; 0 for all (default: %(default)s)",
+    )
+    add_max_length(parser)
+    add_device(parser)
+    parser.add_argument(
+        "--token-budget", type=values.whole_number(1), metavar="N", help="tokens computed together"
+    )
+    add_threads(parser)
+    add_read_rules(parser)
+
+
+def _add_verdict(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
         dest="dtypes",
@@ -424,20 +442,6 @@ def _add_validate(commands: argparse._SubParsersAction[Parser]) -> None:
         default="esm-packed",
         help="FP64 reference: our own path, or fair-esm if it is installed (default: %(default)s)",
     )
-    parser.add_argument(
-        "--limit",
-        type=values.whole_number(0),
-        default=200,
-        metavar="N",
-        help="most proteins, evenly spaced by length; 0 for all (default: %(default)s)",
-    )
-    add_max_length(parser)
-    add_device(parser)
-    parser.add_argument(
-        "--token-budget", type=values.whole_number(1), metavar="N", help="tokens computed together"
-    )
-    add_threads(parser)
-    add_read_rules(parser)
 
 
 def _add_report(commands: argparse._SubParsersAction[Parser]) -> None:
@@ -445,6 +449,7 @@ def _add_report(commands: argparse._SubParsersAction[Parser]) -> None:
         "report",
         help="make a report of benchmark results",
         description="Make a report of benchmark results: HTML, Markdown, CSV and figures.",
+        allow_abbrev=False,
     )
     kinds = parser.add_subparsers(dest="report", metavar="KIND", title="reports", required=True)
     speedup = add_command(

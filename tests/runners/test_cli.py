@@ -435,8 +435,8 @@ def test_info_on_fasta(fasta, capsys):
         "mean length": "380.2",
         "longer than 1022": "1",
     }
-    assert "line 8, d: gap '-'" in text
-    assert "line 9, a: the same ID" in text
+    assert "line 8, record 'd': gap '-'" in text
+    assert "line 9, record 'a': the same ID" in text
     assert names_in(fasta.parent) == ["in.fasta"]
 
 
@@ -656,7 +656,7 @@ def test_answers_in_a_terminal_without_unicode(tmp_path):
         env=os.environ | {"PYTHONIOENCODING": "ascii"},
     )
     assert run.returncode == 0, run.stderr
-    assert "line 2, \\xe9: '1' is not in" in run.stdout
+    assert "line 2, record '\\xe9': '1' is not in" in run.stdout
 
 
 @pytest.mark.parametrize("limit", [50, 1000, 20_000])
