@@ -149,7 +149,7 @@ def test_logits_are_checked_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_row_that_no_batch_computes_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """One protein twice and another not at all leave the number of rows as it should be."""
-    lay_out = importlib.import_module("peers").lay_out
+    lay_out = importlib.import_module("contenders.packages").lay_out
     unchecked = set(range(len(SEQUENCES))) - set(contest.checked_indices(SEQUENCES))
     lost, again = sorted(unchecked)[:2]
 
@@ -159,7 +159,7 @@ def test_a_row_that_no_batch_computes_is_noticed(monkeypatch: pytest.MonkeyPatch
             for members, batch in lay_out(*arguments)
         ]
 
-    monkeypatch.setattr("peers.lay_out", twice)
+    monkeypatch.setattr("contenders.packages.lay_out", twice)
     entry = contest.Entry("esm_packed", MODEL, WORKLOAD, TOTAL_TOKENS, "fp32", "packed", 256)
     with pytest.raises(AssertionError, match=rf"not finite.*\[{lost}\]"):
         contest.Contest().ready(entry)
