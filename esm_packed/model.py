@@ -131,6 +131,7 @@ class ESM2(nn.Module):
         Raises:
             CheckpointError: the checkpoint is missing, damaged or no ESM-2.
             BackendError: the attention backend cannot serve this device, dtype and head_dim.
+            TypeError: `device` is neither a name nor a `torch.device`.
             ValueError: the device or the precision mode is unknown or not to be had here.
         """
         device = resolve_device(device)

@@ -139,7 +139,7 @@ class Worker:
         ]
         return {
             "device": device_name(self.model.device),
-            "attention_backend": "sdpa, padded" if padded else self.model.attention_backend,
+            "attention_backend": LAYOUTS[self._request.layout].prepare(self.model).attention_backend,
             "versions": json.dumps(versions),
             "disabled": ", ".join(disabled),
         }
