@@ -5,7 +5,6 @@ from __future__ import annotations
 import operator
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, overload
 
@@ -92,7 +91,11 @@ def embed(
         rows = _embed_pack(model, [token_ids[index] for index in members], layers, per_residue)
         arrays.update(zip(members.tolist(), rows, strict=True))
 
-    for reason, indices in _recompute(model, token_ids, arrays, per_residue).items():
+    changed: dict[str, list[int]] = {}
+    for index, ids in enumerate(token_ids):
+        if not is_finite(arrays[index]):
+            changed.setdefault(_recompute(model, ids, arrays[index], per_residue), []).append(index)
+    for reason, indices in changed.items():
         warnings.warn(
             f"{len(indices)} of {len(token_ids)} sequences: the embedding is {reason}: {named(indices)}",
             stacklevel=2,
@@ -102,25 +105,6 @@ def embed(
         for number, resolved in asked.items()
     }
     return several if is_list else several[numbers[0]]
-
-
-def _recompute(
-    model: ESM2,
-    token_ids: Sequence[npt.NDArray[np.uint8]],
-    arrays: Mapping[int, Mapping[int, Rows]],
-    per_residue: bool,
-) -> dict[str, list[int]]:
-    """Replace in `arrays` what is not finite; what became of it, and of which sequences."""
-    changed: dict[str, list[int]] = {}
-    for index, ids in enumerate(token_ids):
-        rows = arrays[index]
-        if not is_finite(rows):
-            compute = partial(_embed_pack, token_ids=[ids], layers=list(rows), per_residue=per_residue)
-            _, reason = model.rescue.replace(
-                rows, lambda fp32, compute=compute: compute(fp32)[0], f"dtype {model.precision}"
-            )
-            changed.setdefault(reason, []).append(index)
-    return changed
 
 
 def predict_contacts(model: ESM2, sequence: str) -> Rows:
@@ -171,6 +155,18 @@ def _embed_pack(
         {layer: hidden_states[layer][start + 1 : end - 1].cpu().numpy().copy() for layer in layers}
         for start, end in pairwise(batch.cu_seqlens.tolist())
     ]
+
+
+def _recompute(
+    model: ESM2, token_ids: npt.NDArray[np.uint8], rows: Mapping[int, Rows], per_residue: bool
+) -> str:
+    """Replace the rows of a sequence, which are not finite; what became of them."""
+    _, reason = model.rescue.replace(
+        rows,
+        lambda fp32: _embed_pack(fp32, [token_ids], list(rows), per_residue)[0],
+        f"dtype {model.precision}",
+    )
+    return reason
 
 
 def _contacts(model: ESM2, token_ids: npt.NDArray[np.uint8]) -> Rows:
