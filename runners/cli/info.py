@@ -53,19 +53,19 @@ def describe(subject: str, *, list_all: bool = False, as_json: bool = False) -> 
     if subject != STDIN:
         _check_kind(path)
         if path.is_file() and h5py.is_hdf5(path):
-            _refuse(list_all, "--all", subject, "an output", "it lists the faults of a FASTA file")
+            _refuse(list_all, "--all", subject, "an output", "lists the faults of a FASTA file")
             return _describe_output(path, as_json)
         if (directory := _run_directory(path)) is not None:
-            _refuse(list_all, "--all", subject, "a run", "it lists the faults of a FASTA file")
+            _refuse(list_all, "--all", subject, "a run", "lists the faults of a FASTA file")
             state = run_state(directory)
             return _json({"kind": "run", **asdict(state)}) if as_json else state.lines()
     if subject == STDIN or (path.is_file() and not _is_model(subject)):
-        _refuse(as_json, "--json", subject, "a FASTA file", "it is for outputs and runs")
+        _refuse(as_json, "--json", subject, "a FASTA file", "is for outputs and runs")
         return _describe_fasta(subject, None if list_all else MOST_LISTED)
     if not _is_model(subject) and path.suffix and not path.exists():
         raise UsageError(f"{shorten(subject)}: there is no such file")
-    _refuse(as_json, "--json", subject, "a model", "it is for outputs and runs")
-    _refuse(list_all, "--all", subject, "a model", "it lists the faults of a FASTA file")
+    _refuse(as_json, "--json", subject, "a model", "is for outputs and runs")
+    _refuse(list_all, "--all", subject, "a model", "lists the faults of a FASTA file")
     return _describe_model(subject)
 
 
@@ -80,7 +80,9 @@ def _is_model(subject: str) -> bool:
 def _refuse(is_set: bool, option: str, subject: str, kind: str, purpose: str) -> None:
     """See that an option that has no meaning for this kind of subject is not set."""
     if is_set:
-        raise UsageError(f"info {option}: {shorten(subject)} is {kind}, and {purpose}; leave {option} out")
+        raise UsageError(
+            f"info {option}: {shorten(subject)} is {kind}, but {option} {purpose}; leave {option} out"
+        )
 
 
 def _check_kind(path: Path) -> None:

@@ -296,7 +296,7 @@ def test_all_is_for_the_faults_of_fasta(fasta: Path, capsys: pytest.CaptureFixtu
     for subject in ("demo", str(fasta.with_name("out.h5"))):
         capsys.readouterr()
         assert cli.main(["info", subject, "--all"]) == 2
-        assert "it lists the faults of a FASTA file; leave --all out" in capsys.readouterr().err
+        assert "but --all lists the faults of a FASTA file; leave --all out" in capsys.readouterr().err
     assert cli.main(["info", str(fasta), "--all"]) == 0
 
 
