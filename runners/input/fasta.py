@@ -112,8 +112,8 @@ class ParsedBlock:
 
     `name_begins` and `name_ends` (of the ID, bytes from the start of the block), `lengths` (residues) and
     `lines` (of the headers, counted from 0 in the block) are (n,) int64; `modified` is (n,) uint8, `Modified`
-    flags; `token_ids` is (sum of lengths,) uint8, where X stands for what is no residue. `faults` are ordered
-    by record and place, at most one of each kind for each record.
+    flags; `token_ids` is (sum of lengths,) uint8, where X stands for what is no residue. `num_lines` end in
+    the block. `faults` are ordered by record and place, at most one of each kind for each record.
     """
 
     block: bytes
@@ -121,6 +121,7 @@ class ParsedBlock:
     name_ends: Positions
     lengths: Positions
     lines: Positions
+    num_lines: int
     modified: npt.NDArray[np.uint8]
     token_ids: npt.NDArray[np.uint8]
     faults: list[Fault]
@@ -250,7 +251,7 @@ def parse_block(block: bytes, options: ReadOptions) -> ParsedBlock:
     With `invalid='x'` characters that get replaced are counted and are no faults.
     """
     text = np.frombuffer(block, dtype=np.uint8)
-    starts, header_ends, spaces, breaks = _find_records(block, text)
+    starts, header_ends, lines, spaces, line_ends = _find_records(block, text)
     ends = np.append(starts[1:], len(block))
     name_begins, name_ends = _find_names(block, starts + 1, header_ends, spaces, options.full_header)
 
@@ -290,12 +291,13 @@ def parse_block(block: bytes, options: ReadOptions) -> ParsedBlock:
         name_begins=name_begins,
         name_ends=name_ends,
         lengths=lengths,
-        lines=np.searchsorted(breaks, starts),
+        lines=lines,
+        num_lines=len(line_ends),
         modified=modified,
         token_ids=token_ids_of(codes),
         faults=_faults(
             block,
-            breaks,
+            line_ends,
             np.concatenate([nameless, empty, owners(suspects)]),
             np.concatenate([starts[nameless], starts[empty], suspects]),
             [("no ID after '>'", "")] * len(nameless) + [("the record has no residues", "")] * len(empty),
@@ -304,26 +306,33 @@ def parse_block(block: bytes, options: ReadOptions) -> ParsedBlock:
     )
 
 
-def _find_records(block: bytes, text: Codes) -> tuple[Positions, Positions, Positions, Positions]:
-    """Where records begin and their headers end; white space and, last, len(block); where lines end."""
+def _find_records(block: bytes, text: Codes) -> tuple[Positions, Positions, Positions, Positions, Positions]:
+    """Where records begin, where their headers end, in which lines; white space and, last, len(block); where
+    lines end."""
     spaces = np.flatnonzero(text <= ord(" "))  # all white space, in one pass, and control characters
     characters = text[spaces]
     line_ends = spaces[(characters == ord("\n")) | (characters == ord("\r"))]
     spaces = np.append(spaces[_IS_SPACE[characters]], len(block))
     following = line_ends[:-1] if line_ends.size and line_ends[-1] == len(block) - 1 else line_ends
     starts = np.append(0, following[text[following + 1] == ord(">")] + 1)
-    header_ends = np.append(line_ends, len(block))[np.searchsorted(line_ends, starts)]
+    lines = np.searchsorted(line_ends, starts)
+    header_ends = np.append(line_ends, len(block))[lines]
     if b"\r" in block:  # of CR LF only the second counts
         next_character = text[np.minimum(line_ends + 1, len(block) - 1)]
         line_ends = line_ends[(text[line_ends] == ord("\n")) | (next_character != ord("\n"))]
-    return starts, header_ends, spaces, line_ends
+        lines = np.searchsorted(line_ends, starts)
+    return starts, header_ends, lines, spaces, line_ends
 
 
 def _faults(
-    block: bytes, breaks: Positions, records: Positions, positions: Positions, reasons: list[tuple[str, str]]
+    block: bytes,
+    line_ends: Positions,
+    records: Positions,
+    positions: Positions,
+    reasons: list[tuple[str, str]],
 ) -> list[Fault]:
     """Faults at `positions` in `records`; those beyond the `reasons` given are of the characters there."""
-    lines = np.searchsorted(breaks, positions)
+    lines = np.searchsorted(line_ends, positions)
     reasons += [_character_fault(block, position) for position in positions[len(reasons) :].tolist()]
     return [
         Fault(int(records[fault]), int(lines[fault]), *reasons[fault])

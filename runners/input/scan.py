@@ -174,6 +174,7 @@ class _Input:
     ) -> None:
         self.path = path
         self.name = input_name(path)
+        self.line = 1  # in which the newest block begins
         self.num_read = 0  # bytes of text
         self._full_header = full_header
         self._chunk_size = chunk_size
@@ -205,8 +206,8 @@ class _Input:
             raise InputError(f"{self.name}: the file was changed while it was being read; start again")
         return InputFile(self.path, size, self._hashing.sha256.hexdigest())
 
-    def blocks(self) -> Iterator[tuple[int, bytes]]:
-        """The lines in which blocks of whole records begin, and the blocks.
+    def blocks(self) -> Iterator[bytes]:
+        """Blocks of whole records; whoever takes one adds its lines to `line`.
 
         Raises:
             UnreadableError: it, or the rest of it, is no FASTA.
@@ -217,19 +218,19 @@ class _Input:
                     f"{self.name}: compressed with {compression}; only gzip is read, unpack it first"
                 )
         has_records = False
-        for line, text in self._cut_text():
+        for text in self._cut_text():
             block = text if has_records else self._without_preamble(text)
             if block:
                 has_records = True
-                yield line + count_lines(text[: len(text) - len(block)]), block
+                yield block
         if not has_records:
             raise UnreadableError(
                 f"{self.name}: {'no records' if self._hashing.size else 'the file is empty'}"
             )
 
-    def error(self, line: int, block: bytes, fault: int, reason: str, hint: str = "") -> UnreadableError:
-        """The error for byte `fault` of the block that begins in `line`."""
-        line += count_lines(block[:fault])
+    def error(self, block: bytes, fault: int, reason: str, hint: str = "") -> UnreadableError:
+        """The error for byte `fault` of the newest block."""
+        line = self.line + count_lines(block[:fault])
         name = record_at(block, fault, self._full_header)
         record = "" if name is None else f", record {shorten(name)}"
         return UnreadableError(f"{self.name}, line {line}{record}: {reason}" + (f" ({hint})" if hint else ""))
@@ -240,15 +241,16 @@ class _Input:
         begin = first_record(text)
         fault = text_fault(text[:begin]) or preamble_fault(text[:begin])
         if fault is not None:
-            raise self.error(1, text, *fault)
+            raise self.error(text, *fault)
+        self.line += count_lines(text[:begin])
         return text[begin:]
 
     def _state(self) -> list[int] | None:
         return None if self._descriptor is None else file_state(os.fstat(self._descriptor))
 
-    def _cut_text(self) -> Iterator[tuple[int, bytes]]:
+    def _cut_text(self) -> Iterator[bytes]:
         """Cut the text in front of records."""
-        line, pending = 1, b""
+        pending = b""
         while True:
             try:
                 chunk = self._chunk()
@@ -256,7 +258,7 @@ class _Input:
                 kind = "truncated" if isinstance(error, EOFError) else "corrupt"
                 reason = f"the gzip data are {kind} soon after this"
                 hint = "copy or download the file again"
-                raise self.error(line, pending, len(pending), reason, hint) from error
+                raise self.error(pending, len(pending), reason, hint) from error
             if not chunk:
                 break
             self.num_read += len(chunk)
@@ -266,17 +268,17 @@ class _Input:
             if b"\r" in chunk or pending[searched : searched + 1] == b"\r":
                 cut = max(cut, pending.rfind(b"\r>", searched) + 1)
             if cut:
-                yield line, pending[:cut]
-                line, pending = line + count_lines(pending[:cut]), pending[cut:]
+                yield pending[:cut]
+                pending = pending[cut:]
             elif len(pending) > MAX_RECORD_BYTES:
                 reason = f"a record is longer than {MAX_RECORD_BYTES >> 20} MiB: these are no proteins"
                 if not pending.startswith(b">"):
                     reason = (
                         f"not FASTA: no '>' at the start of a line in the first {MAX_RECORD_BYTES >> 20} MiB"
                     )
-                raise self.error(line, pending, 0, reason)
+                raise self.error(pending, 0, reason)
         if pending:
-            yield line, pending
+            yield pending
 
     def _chunk(self) -> bytes:
         """The text that comes next; empty at the end."""
@@ -375,25 +377,27 @@ class Scan:
             self._judge()
 
     def _read(self, number: int, file: _Input) -> None:
-        for line, block in file.blocks():
+        for block in file.blocks():
             if self.is_dna and not self._is_survey and file.num_read > MOST_READ_OF_DNA:
                 num_read = file.num_read >> 20
                 raise UnreadableError(f"{file.name}: not read beyond {num_read} MiB, as it looks like DNA")
             unreadable = text_fault(block)
             if unreadable is not None:
                 if readable := record_begin(block, unreadable[0]):
-                    self._add(number, file.name, line, parse_block(block[:readable], self.options))
-                raise file.error(line, block, *unreadable)
-            self._add(number, file.name, line, parse_block(block, self.options))
+                    self._add(number, file, parse_block(block[:readable], self.options))
+                raise file.error(block, *unreadable)
+            parsed = parse_block(block, self.options)
+            self._add(number, file, parsed)
+            file.line += parsed.num_lines
 
-    def _add(self, number: int, name: str, line: int, parsed: ParsedBlock) -> None:
-        """Write down the records of a block that begins in `line` of an input."""
+    def _add(self, number: int, file: _Input, parsed: ParsedBlock) -> None:
+        """Write down the records of the newest block of an input."""
         is_sound = np.ones(len(parsed.lengths), dtype=np.bool_)
         is_sound[[fault.record for fault in parsed.faults]] = False
         self.num_found += len(is_sound)
         self.num_replaced += parsed.num_replaced
         problems = (
-            (fault, Problem(parsed.name(fault.record), name, line + fault.line, fault.reason))
+            (fault, Problem(parsed.name(fault.record), file.name, file.line + fault.line, fault.reason))
             for fault in parsed.faults
         )
         if self.options.invalid == "skip":
@@ -411,12 +415,12 @@ class Scan:
             tested = np.flatnonzero(is_sound)[: DNA_RECORDS - self._test.num_records]
             if len(tested):
                 record = int(tested[0])
-                first = Problem(parsed.name(record), name, line + int(parsed.lines[record]), "")
+                first = Problem(parsed.name(record), file.name, file.line + int(parsed.lines[record]), "")
                 self._test.add(number, first, len(tested), token_ids[: parsed.lengths[tested].sum()])
             if self._test.num_records == DNA_RECORDS:
                 self._judge()
         if kept.any():
-            self._write(line, parsed, np.where(is_sound, parsed.lengths, 0), kept, token_ids)
+            self._write(file.line, parsed, np.where(is_sound, parsed.lengths, 0), kept, token_ids)
 
     def _write(
         self,
