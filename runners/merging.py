@@ -11,7 +11,6 @@ from esm_packed.runners.holding import claimed, undisturbed
 from esm_packed.runners.output.merge import DamagedShardError, merge_run
 from esm_packed.runners.state.directory import RunDirectory
 from esm_packed.runners.state.run import Run
-from esm_packed.runners.system.memory import RowBuffers
 from esm_packed.runners.system.paths import resolved
 from esm_packed.runners.watch.console import Console
 
@@ -76,8 +75,7 @@ def merge_files(
             overwrite = True
         finished = run.finished(range(run.plan.num_shards))
         if partial:
-            buffers = RowBuffers()
-            if all(run.read(shard, buffers) is None for shard in finished):
+            if not any(run.is_whole(shard) for shard in finished):
                 return Merged(missing_shards=run.plan.num_shards)
         elif len(finished) < run.plan.num_shards:
             return Merged(missing_shards=run.plan.num_shards - len(finished))

@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from esm_packed.attention import WAITING_BACKENDS, select_backend
@@ -38,11 +37,10 @@ from esm_packed.runners.state.claims import Claim
 from esm_packed.runners.state.cut import ShardSize, cut_shards
 from esm_packed.runners.state.directory import WHOLE_RUN, RunDirectory
 from esm_packed.runners.state.plan import Plan, PlanError, differences, plan_hash
-from esm_packed.runners.state.request import STORE_DTYPES, EmbedRequest
+from esm_packed.runners.state.request import EmbedRequest
 from esm_packed.runners.state.run import IDENTIFYING_RULES, Run
 from esm_packed.runners.state.slices import Slice
 from esm_packed.runners.summary import Summary
-from esm_packed.runners.system.memory import RowBuffers
 from esm_packed.runners.system.paths import files_of, resolved
 from esm_packed.runners.watch.console import Console
 from esm_packed.runners.watch.watch import watching
@@ -206,7 +204,7 @@ class _Session:
             index.close()
             self.directory.adopt_index()
             index = self._opened_index = reopen_index(self.directory.index_path)
-        self.run = Run(self.directory, plan or self._new_plan(identity, index, layers), index)
+        self.run = Run(self.directory, plan or self._new_plan(identity, index), index)
         return True
 
     def engine(self) -> Engine:
@@ -224,8 +222,7 @@ class _Session:
         """
         run, request = self.run, self.request
         if verify:
-            buffers = RowBuffers()
-            left = [shard for shard in shards if run.read(shard, buffers) is None]
+            left = [shard for shard in shards if not run.is_whole(shard)]
         else:
             finished = set(run.finished(shards))
             left = [shard for shard in shards if shard not in finished]
@@ -373,7 +370,7 @@ class _Session:
                 raise UsageError(str(error)) from error
             return None
 
-    def _new_plan(self, identity: dict[str, Any], index: FastaIndex, layers: Sequence[int]) -> Plan:
+    def _new_plan(self, identity: dict[str, Any], index: FastaIndex) -> Plan:
         config = self.checkpoint.config
         uncut = Plan(
             identity,
@@ -390,7 +387,6 @@ class _Session:
             lengths,
             is_computed,
             config,
-            config.hidden_size * len(layers) * np.dtype(STORE_DTYPES[self.request.store_dtype]).itemsize,
             ShardSize.of_run(lengths, is_computed, config, self.device.type, uncut.token_budget),
         )
         plan = replace(uncut, starts=starts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -62,8 +63,6 @@ class InProcessEngine:
         self._request = request
         self._checkpoint = checkpoint
         self._device = device
-        self._loaded: Worker | None = None
-        self._watch: Watch | None = None
         self.times = StageTimes()
 
     def describe(self) -> str:
@@ -75,36 +74,25 @@ class InProcessEngine:
         default = DEFAULT_TOKEN_BUDGETS[self._device.type]
         if self._device.type != "cuda":
             return default
-        return measured_token_budget(self._worker().model, default)
+        return measured_token_budget(self._worker.model, default)
 
     def compute(self, run: Run, shards: Sequence[int], watch: Watch) -> None:
         """See `Engine`."""
-        worker = self._worker()
-        worker.begin(run)
-        assert worker.pipeline is not None
-        self._watch = watch
+
+        def states() -> list[WorkerState]:
+            return [WorkerState(0, str(self._device), pipeline.snapshot())]
+
+        worker = self._worker.open(run, lambda residues: watch.update(pipeline.times.residues, states))
+        pipeline = worker.pipeline
         try:
-            worker.compute(run, shards)
+            worker.compute(shards)
         finally:
-            self._watch = None
-            watch.write_log(self._states(), "end")
-            self.times.add(worker.pipeline.times)
+            watch.write_log(states(), "end")
+            self.times.add(pipeline.times)
 
+    @cached_property
     def _worker(self) -> Worker:
-        if self._loaded is None:
-            self._loaded = Worker(self._request, self._checkpoint, self._device, on_pack=self._on_pack)
-        return self._loaded
-
-    def _on_pack(self, residues: int) -> None:
-        assert self._loaded is not None
-        assert self._loaded.pipeline is not None
-        if self._watch is not None:
-            self._watch.update(self._loaded.pipeline.times.residues, self._states)
-
-    def _states(self) -> list[WorkerState]:
-        assert self._loaded is not None
-        assert self._loaded.pipeline is not None
-        return [WorkerState(0, str(self._device), self._loaded.pipeline.snapshot())]
+        return Worker(self._request, self._checkpoint, self._device)
 
     def __enter__(self) -> InProcessEngine:
         return self

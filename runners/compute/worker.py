@@ -1,4 +1,4 @@
-"""One device at work on a run: its model, its pipeline and its log."""
+"""One device at work: its model, and for a run its pipeline and its log."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import json
 import logging
 import os
 import platform
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import h5py
@@ -20,10 +20,11 @@ from esm_packed.errors import UsageError
 from esm_packed.layouts import LAYOUTS
 from esm_packed.model import ESM2, load_in_fp32
 from esm_packed.numerics import is_out_of_memory
-from esm_packed.runners.compute.pipeline import Pipeline
+from esm_packed.runners.compute.pipeline import OpenShard, PackTooLargeError, Pipeline
 from esm_packed.runners.state.request import STORE_DTYPES, EmbedRequest
-from esm_packed.runners.state.run import Run, ShardInput
-from esm_packed.runners.state.shard import Shard
+from esm_packed.runners.state.run import Run
+from esm_packed.runners.state.shard import ShardInput, ShardWriter
+from esm_packed.runners.state.slices import Slice
 from esm_packed.version import __version__
 
 THREADS_PER_CPU = 4
@@ -32,14 +33,13 @@ LEAST_MOST_THREADS = 64
 
 
 class Worker:
-    """Computes shards on one device.
+    """A model on a device, ready to compute shards.
 
     Args:
         request: how.
         checkpoint: of the model.
         device: where.
         rank: number of the worker among those of its run, for the log.
-        on_pack: told of residues as a pack of them is done.
 
     Raises:
         UsageError: the model does not fit into the memory of the device.
@@ -47,18 +47,11 @@ class Worker:
     """
 
     def __init__(
-        self,
-        request: EmbedRequest,
-        checkpoint: Checkpoint,
-        device: torch.device,
-        rank: int = 0,
-        on_pack: Callable[[int], None] = lambda residues: None,
+        self, request: EmbedRequest, checkpoint: Checkpoint, device: torch.device, rank: int = 0
     ) -> None:
         self.rank = rank
-        self._request = request
+        self.request = request
         self._checkpoint = checkpoint
-        self._on_pack = on_pack
-        self._log = logging.getLogger(f"{__name__}.{rank}")
         precision = request.precision(device)
         backend = select_backend(request.attention, device, precision, checkpoint.config.head_dim)
         try:
@@ -69,62 +62,24 @@ class Worker:
             raise UsageError(
                 f"{checkpoint.model_name} in {precision.name} does not fit into the memory of {device}"
             ) from error
-        self.pipeline: Pipeline | None = None
 
-    def begin(self, run: Run) -> None:
-        """Get ready to compute shards of `run`, whose plan fixes what is not left to the device."""
-        request, plan = self._request, run.plan
-        self._open_log(run.directory.logs_path)
-        self.pipeline = Pipeline(
-            self.model,
-            plan.layers,
-            STORE_DTYPES[request.store_dtype],
-            plan.token_budget,
-            self._load_fp32 if self.model.precision_mode.is_below_fp32 else None,
-            self._on_pack,
-            LAYOUTS[request.layout],
-            request.cuda_graphs,
-        )
-        self._log.info("works on %s: %s", run.directory.path, json.dumps(self.made_by))
+    def open(self, run: Run, on_pack: Callable[[int], None] = lambda residues: None) -> RunWorker:
+        """Get ready to compute shards of `run`.
 
-    def compute(self, run: Run, shards: Iterable[int]) -> None:
-        """Compute `shards`, in this order, and write each to its file."""
+        Args:
+            run: its plan fixes what is not left to the device.
+            on_pack: told of residues as a pack of them is done.
+        """
+        return RunWorker(self, run, on_pack)
 
-        def inputs() -> Iterable[ShardInput]:
-            for number in shards:
-                self._log.info("shard %d: begun", number)
-                yield run.input_of(number, self._request.fp32_compare)
-
-        def write(number: int, shard: Shard) -> None:
-            made = replace(shard, made_by=self.made_by)
-            run.write(number, made)
-            self._log.info("shard %d: finished, %d sequences", number, len(shard.status))
-
-        self._run(inputs(), write)
-
-    def compute_part(self, run: Run, shard: int, first: int, last: int) -> Shard:
-        """Compute the sequences [first, last) of those that a shard computes, without writing them."""
-        whole = run.input_of(shard)
-        self._log.info("shard %d: sequences %d to %d of it on their own", shard, first, last)
-        results: list[Shard] = []
-        self._run([ShardInput(shard, whole.token_ids[first:last])], lambda number, part: results.append(part))
-        return replace(results[0], made_by=self.made_by)
-
-    def _run(self, inputs: Iterable[ShardInput], write: Callable[[int, Shard], None]) -> None:
-        assert self.pipeline is not None
-        try:
-            self.pipeline.run(inputs, write)
-        except BaseException as error:
-            self._log.error("stopped: %s: %s", type(error).__name__, error)
-            raise
-        finally:
-            for handler in self._log.handlers:  # opens its file again when there is more to say
-                handler.close()
+    def load_fp32(self) -> ESM2:
+        """The model in FP32, beside the one at work."""
+        return load_in_fp32(self._checkpoint, self.model.device)
 
     @property
     def made_by(self) -> dict[str, str]:
         """What of the device and the programs a shard should remember."""
-        padded = self._request.layout == "padded"
+        padded = self.request.layout == "padded"
         versions = {
             "esm-packed": __version__,
             "torch": torch.__version__,
@@ -134,36 +89,108 @@ class Worker:
         }
         disabled = [
             name
-            for name, is_disabled in (("packing", padded), ("fp16", self._request.disable_fp16))
+            for name, is_disabled in (("packing", padded), ("fp16", self.request.disable_fp16))
             if is_disabled
         ]
         return {
             "device": device_name(self.model.device),
-            "attention_backend": LAYOUTS[self._request.layout].prepare(self.model).attention_backend,
+            "attention_backend": LAYOUTS[self.request.layout].prepare(self.model).attention_backend,
             "versions": json.dumps(versions),
             "disabled": ", ".join(disabled),
         }
 
+
+class RunWorker:
+    """A worker at work on a run: its pipeline and its log; see `Worker.open`.
+
+    Attributes:
+        run: the run.
+        pipeline: with what it has measured.
+    """
+
+    def __init__(self, worker: Worker, run: Run, on_pack: Callable[[int], None]) -> None:
+        request, plan = worker.request, run.plan
+        self.run = run
+        self._worker = worker
+        self._log = _open_log(run.directory.logs_path, worker.rank, request.part)
+        self.pipeline = Pipeline(
+            worker.model,
+            layers=plan.layers,
+            store_dtype=STORE_DTYPES[request.store_dtype],
+            token_budget=plan.token_budget,
+            in_fp32=self._load_fp32 if worker.model.precision_mode.is_below_fp32 else None,
+            on_pack=on_pack,
+            layout=LAYOUTS[request.layout],
+            cuda_graphs=request.cuda_graphs,
+        )
+        self._log.info("works on %s: %s", run.directory.path, json.dumps(worker.made_by))
+
+    def compute(self, shards: Iterable[int]) -> None:
+        """Compute `shards`, in this order, each to its file."""
+
+        def inputs() -> Iterator[ShardInput]:
+            for number in shards:
+                self._log.info("shard %d: begun", number)
+                yield self.run.input_of(number, self._worker.request.fp32_compare)
+
+        @contextmanager
+        def output(number: int) -> Iterator[ShardWriter]:
+            with self.run.output(number) as writer:
+                writer.made_by = self._worker.made_by
+                yield writer
+            self._log.info("shard %d: finished, %d sequences", number, writer.shape.num_items)
+
+        self._compute(inputs(), output)
+
+    def compute_part(self, shard: int, first: int, last: int) -> None:
+        """Compute the sequences [first, last) of those that a shard computes, to a file of their own."""
+
+        @contextmanager
+        def output(number: int) -> Iterator[ShardWriter]:
+            with self.run.part_output(number, first, last) as writer:
+                writer.made_by = self._worker.made_by
+                yield writer
+
+        self._log.info("shard %d: sequences %d to %d of it on their own", shard, first, last)
+        token_ids = self.run.input_of(shard).token_ids[first:last]
+        self._compute([ShardInput(shard, token_ids)], output)
+
+    def _compute(self, inputs: Iterable[ShardInput], output: OpenShard) -> None:
+        try:
+            self.pipeline.run(inputs, output)
+        except PackTooLargeError as error:
+            raise UsageError(
+                f"--reproducible: a pack of {error.tokens:,} tokens does not fit into the memory of "
+                f"{self._worker.model.device}, and packs must not be halved; choose a smaller --token-budget"
+            ) from error
+        except BaseException as error:
+            self._log.error("stopped: %s: %s", type(error).__name__, error)
+            raise
+        finally:
+            for handler in self._log.handlers:  # opens its file again when there is more to say
+                handler.close()
+
     def _load_fp32(self) -> ESM2:
-        """The model in FP32, beside the one at work."""
-        model = load_in_fp32(self._checkpoint, self.model.device)
+        model = self._worker.load_fp32()
         self._log.info("single sequences are computed anew in fp32 on %s", model.device)
         return model
 
-    def _open_log(self, folder: Path) -> None:
-        part = (
-            f"slice-{self._request.part.index}-of-{self._request.part.count}." if self._request.part else ""
-        )
-        for handler in self._log.handlers[:]:
-            handler.close()
-            self._log.removeHandler(handler)
-        handler = logging.FileHandler(
-            folder / f"{part}worker-{self.rank}.log", delay=True, encoding="utf-8", errors="backslashreplace"
-        )
-        handler.setFormatter(logging.Formatter(f"%(asctime)s rank {self.rank} %(message)s"))
-        self._log.addHandler(handler)
-        self._log.setLevel(logging.INFO)
-        self._log.propagate = False
+
+def _open_log(folder: Path, rank: int, part: Slice | None) -> logging.Logger:
+    """The log of a worker, in a file that is made when there is something to say."""
+    log = logging.getLogger(f"{__name__}.{rank}")
+    for handler in log.handlers[:]:
+        handler.close()
+        log.removeHandler(handler)
+    name = f"slice-{part.index}-of-{part.count}." if part else ""
+    handler = logging.FileHandler(
+        folder / f"{name}worker-{rank}.log", delay=True, encoding="utf-8", errors="backslashreplace"
+    )
+    handler.setFormatter(logging.Formatter(f"%(asctime)s rank {rank} %(message)s"))
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    return log
 
 
 def check_threads(threads: int | None) -> None:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
+from itertools import cycle, groupby
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,11 +20,23 @@ from esm_packed.runners.output.writer import EmbeddingWriter
 from esm_packed.runners.state.plan import Plan
 from esm_packed.runners.state.request import STORE_DTYPES
 from esm_packed.runners.state.run import Run
-from esm_packed.runners.state.shard import STATUS_COMPUTED, STATUS_NOT_COMPUTED, Shard, StoreError
+from esm_packed.runners.state.shard import (
+    STATUS_COMPUTED,
+    STATUS_NOT_COMPUTED,
+    Comparison,
+    ItemStatus,
+    Rows,
+    StoreError,
+    mean_of,
+)
 from esm_packed.runners.system.files import whole_or_nothing
-from esm_packed.runners.system.memory import RowBuffers, Rows
+from esm_packed.runners.system.queues import Ahead
 from esm_packed.runners.watch.console import Advance, Console
 
+BLOCKS_AHEAD = 4
+"""Blocks that are read and verified while the one before them is written."""
+
+_COPIES_AT_ONCE = 256
 MOST_COMMAND_BYTES = 16_384
 """Of the command in the output: all attributes together end at 64 KB."""
 
@@ -60,11 +76,10 @@ def merge_run(run: Run, console: Console, *, overwrite: bool, partial: bool = Fa
         raise StoreError(f"{error.filename}: {error.strerror}") from error
 
 
-def _merge_run(run: Run, console: Console, overwrite: bool, partial: bool) -> int:
+def _merge_run(run: Run, console: Console, overwrite: bool, is_partial: bool) -> int:
     plan, index, output = run.plan, run.index, run.directory.output
     store_dtype = STORE_DTYPES[plan.identity["store_dtype"]]
     total = index.num_records * plan.hidden_size * len(plan.layers) * np.dtype(store_dtype).itemsize
-    made_by: list[Mapping[str, str]] = []
     with (
         whole_or_nothing(output, run.directory.scratch_path, overwrite=overwrite) as temporary,
         EmbeddingWriter(
@@ -79,135 +94,190 @@ def _merge_run(run: Run, console: Console, overwrite: bool, partial: bool) -> in
         writer.write_problems(
             [StoredProblem(left.sequence_id, left.file, left.line, left.reason) for left in index.problems]
         )
-        num_missing = merge(run, _read_ahead(run, made_by, partial), writer, advance)
+        with Ahead(_blocks_of(run, is_partial), BLOCKS_AHEAD, "shard reader") as blocks:
+            made_by, num_missing = _append(run, blocks, writer, advance)
         writer.write_plan(plan.identity, plan.input_names)
         writer.write_attributes({**_attributes(plan, made_by), "complete": int(not num_missing)})
     return num_missing
 
 
-def _read_ahead(run: Run, made_by: list[Mapping[str, str]], partial: bool) -> Iterator[Shard]:
-    """All shards in their order, each read and verified while the one before it is written.
+@dataclass(frozen=True, eq=False)
+class _Shard:
+    """What is to be said of a shard beside its arrays."""
+
+    number: int
+    statuses: Mapping[int, ItemStatus]
+    comparisons: Mapping[int, Comparison] = field(default_factory=dict)
+    made_by: Mapping[str, str] = field(default_factory=dict)
+
+
+class _Block(NamedTuple):
+    """Embeddings in a layer of the items from `first` on of those that a shard computes."""
+
+    shard: _Shard
+    layer: int
+    first: int
+    rows: Rows
+
+
+def _blocks_of(run: Run, is_partial: bool) -> Iterator[_Block]:
+    """The blocks of all shards in their order, verified; later ones are read into the same memory.
 
     Args:
         run: whose shards they are.
-        made_by: collects what made them.
-        partial: rows of NaN come in the place of those that are not there or not whole.
+        is_partial: give rows of NaN in place of a shard that is not there or not whole.
 
     Raises:
-        DamagedShardError: one is not there or not whole, unless `partial`.
+        DamagedShardError: one is not there or not whole.
     """
-    buffers = RowBuffers(), RowBuffers()
-    last = run.plan.num_shards - 1
-    with ThreadPoolExecutor(1, "shard reader") as reader:
-        ahead = reader.submit(run.read, 0, buffers[0])
-        for number in range(last + 1):
-            shard = ahead.result()
-            if shard is None and not partial:
-                raise DamagedShardError(number)
-            if number < last:
-                ahead = reader.submit(run.read, number + 1, buffers[(number + 1) % 2])
-            if shard is None:
-                shard = _not_computed(run, number)
-            elif shard.made_by not in made_by:
-                made_by.append(shard.made_by)
-            yield shard
+    buffers: Iterator[bytearray] | None = None
+    for number in range(run.plan.num_shards):
+        if is_partial and not run.is_whole(number):
+            yield from _not_computed(run, number)
+            continue
+        reader = run.open_shard(number)
+        if reader is None:
+            raise DamagedShardError(number)
+        buffers = buffers or cycle([bytearray(reader.shape.block_bytes) for _ in range(BLOCKS_AHEAD + 2)])
+        shard = _Shard(number, reader.statuses, reader.comparisons, reader.made_by)
+        try:
+            with reader:
+                for layer in run.plan.layers:
+                    array = reader.shape.arrays[mean_of(layer)]
+                    for start, stop in reader.shape.blocks(array):
+                        yield _Block(shard, layer, start, reader.block(array, start, stop, next(buffers)))
+        except StoreError as error:
+            run.discard(number)
+            raise DamagedShardError(number) from error
 
 
-def _not_computed(run: Run, number: int) -> Shard:
+def _not_computed(run: Run, number: int) -> Iterator[_Block]:
     """What stands for a shard that is not there."""
-    num_rows = len(run.computed(number))
-    shape, dtype = (num_rows, run.plan.hidden_size), STORE_DTYPES[run.plan.identity["store_dtype"]]
-    return Shard(
-        np.full(num_rows, STATUS_NOT_COMPUTED, np.uint8),
-        {layer: np.full(shape, np.nan, dtype) for layer in run.plan.layers},
-        dict.fromkeys(range(num_rows), "not computed yet"),
-    )
+    shape = run.shape(number)
+    status = ItemStatus(STATUS_NOT_COMPUTED, "not computed yet")
+    shard = _Shard(number, dict.fromkeys(range(shape.num_items), status))
+    for layer in run.plan.layers:
+        array = shape.arrays[mean_of(layer)]
+        for start, stop in shape.blocks(array):
+            yield _Block(shard, layer, start, np.full((stop - start, array.columns), np.nan, array.dtype))
 
 
-def merge(run: Run, shards: Iterable[Shard], writer: EmbeddingWriter, advance: Advance) -> int:
+def _append(
+    run: Run, blocks: Iterable[_Block], writer: EmbeddingWriter, advance: Advance
+) -> tuple[list[Mapping[str, str]], int]:
     """Append all shards in input order, rows of copied records from where they were computed.
 
     Args:
         run: whose shards they are.
-        shards: all of them, in their order; each is used before the next is asked for.
+        blocks: of all shards, in their order; each is used before the next is asked for.
         writer: of the output.
         advance: told of bytes of embeddings written.
 
     Returns:
-        How many records are not computed.
+        What made the shards, and how many records are not computed.
     """
+    made_by: list[Mapping[str, str]] = []
     num_missing = 0
     reasons: dict[int, str] = {}
-    buffers = RowBuffers()
-    for number, shard in enumerate(shards):
-        start, stop = run.plan.records(number)
-        records = run.computed(number)
+    for shard, of_shard in groupby(blocks, key=attrgetter("shard")):
+        if shard.made_by and shard.made_by not in made_by:
+            made_by.append(shard.made_by)
+        start, stop = run.plan.records(shard.number)
+        records = run.computed(shard.number)
         sources = np.array(run.index.first_same[start:stop])
-        status, rows = shard.status, shard.embeddings
-        if len(records) < stop - start:
-            status, rows = _with_copies(shard, records, sources, start, writer, buffers)
-        sequence_ids = run.index.sequence_ids(start, stop)
-        writer.write_rows(
-            start,
-            sequence_ids=sequence_ids,
-            lengths=np.array(run.index.lengths[start:stop]),
-            embedded_lengths=run.embedded_lengths(start, stop),
-            status=status,
-            modified=run.index.modified(start, stop),
-            embeddings=rows,
-        )
-        reasons.update((int(records[row]), reason) for row, reason in shard.reasons.items())
-        writer.write_problems(
-            [
-                StoredProblem(sequence_ids[row], "", 0, reasons[int(sources[row])])
-                for row in np.flatnonzero(status != STATUS_COMPUTED).tolist()
-            ]
-        )
-        writer.write_comparisons(
-            [
-                StoredComparison(sequence_ids[int(records[row]) - start], comparison)
-                for row, comparison in shard.comparisons.items()
-            ]
-        )
-        num_missing += int(np.count_nonzero(status == STATUS_NOT_COMPUTED))
-        advance(sum(values.nbytes for values in rows.values()))
-    return num_missing
+        num_missing += _append_columns(run, shard, records, sources, reasons, writer)
+        for _, layer, first, rows in of_shard:
+            last = first + len(rows)
+            begin = int(records[first]) if first else start
+            end = int(records[last]) if last < len(records) else stop
+            step = 2 * len(rows) or _COPIES_AT_ONCE
+            for row in range(begin, end, step):
+                here = slice(row, min(row + step, end))
+                if end - begin > len(rows):
+                    earlier = partial(writer.embeddings, layer)
+                    copied = sources[here.start - start : here.stop - start]
+                    writer.write_embeddings(
+                        layer, row, _with_copies(rows, records[first:last], copied, earlier)
+                    )
+                else:
+                    writer.write_embeddings(layer, row, rows)
+            advance((end - begin) * rows.shape[1] * rows.itemsize)
+    return made_by, num_missing
+
+
+def _append_columns(
+    run: Run,
+    shard: _Shard,
+    records: npt.NDArray[np.int64],
+    sources: npt.NDArray[np.int64],
+    reasons: dict[int, str],
+    writer: EmbeddingWriter,
+) -> int:
+    """Append all of a shard but its embeddings.
+
+    Args:
+        run: whose shard it is.
+        shard: what is to be said of it.
+        records: (num_computed,) records that were computed.
+        sources: (num_records,) for each record of the shard the one that was computed in its place.
+        reasons: why records were not simply computed; those of this shard are added.
+        writer: of the output.
+
+    Returns:
+        How many of its records are not computed.
+    """
+    start, stop = run.plan.records(shard.number)
+    sequence_ids = run.index.sequence_ids(start, stop)
+    computed = np.full(len(records), STATUS_COMPUTED, np.uint8)
+    for item, each in shard.statuses.items():
+        computed[item] = each.status
+        reasons[int(records[item])] = each.reason
+    status = _with_copies(computed, records, sources, writer.status)
+    writer.write_rows(
+        start,
+        sequence_ids=sequence_ids,
+        lengths=np.array(run.index.lengths[start:stop]),
+        embedded_lengths=run.embedded_lengths(start, stop),
+        status=status,
+        modified=run.index.modified(start, stop),
+    )
+    writer.write_problems(
+        [
+            StoredProblem(sequence_ids[row], "", 0, reasons[int(sources[row])])
+            for row in np.flatnonzero(status != STATUS_COMPUTED).tolist()
+        ]
+    )
+    writer.write_comparisons(
+        [
+            StoredComparison(sequence_ids[int(records[item]) - start], comparison)
+            for item, comparison in shard.comparisons.items()
+        ]
+    )
+    return int(np.count_nonzero(status == STATUS_NOT_COMPUTED))
 
 
 def _with_copies(
-    shard: Shard,
+    values: npt.NDArray[Any],
     records: npt.NDArray[np.int64],
     sources: npt.NDArray[np.int64],
-    start: int,
-    writer: EmbeddingWriter,
-    buffers: RowBuffers,
-) -> tuple[npt.NDArray[np.uint8], Mapping[int, Rows]]:
-    """Status and rows of all records of a shard, the copied ones included.
+    earlier: Callable[[npt.NDArray[np.int64]], npt.NDArray[Any]],
+) -> npt.NDArray[Any]:
+    """Values of all records, the copied ones included.
 
     Args:
-        shard: what was computed of it.
-        records: (num_computed,) records that were computed.
-        sources: (num_records,) for each record of the shard the one that was computed in its place.
-        start: first record of the shard; sources before it are read from the output.
-        writer: of the output.
-        buffers: hold the rows.
+        values: (num_computed, ...) of `records`.
+        records: (num_computed,) that were computed, ascending.
+        sources: (n,) for each record the one that was computed in its place.
+        earlier: gives those of ascending records that are before `records` and in the output already.
     """
-    here = sources >= start
-    place = np.zeros(len(sources), np.int64)
-    place[here] = np.searchsorted(records, sources[here])
-    earlier, which = np.unique(sources[~here], return_inverse=True)
-    status = np.empty(len(sources), np.uint8)
-    status[here] = shard.status[place[here]]
-    if len(earlier):
-        status[~here] = writer.status(earlier)[which]
-    rows = {}
-    for layer, computed in shard.embeddings.items():
-        rows[layer] = buffers.rows(layer, (len(sources), computed.shape[1]), computed.dtype)
-        if len(records):
-            np.take(computed, place, axis=0, out=rows[layer], mode="clip")
-        if len(earlier):
-            rows[layer][~here] = writer.embeddings(layer, earlier)[which]
-    return status, rows
+    is_earlier = sources < records[0] if len(records) else np.ones(len(sources), np.bool_)
+    found = np.empty((len(sources), *values.shape[1:]), values.dtype)
+    if len(records):
+        np.take(values, np.searchsorted(records, sources), axis=0, out=found, mode="clip")
+    if is_earlier.any():
+        wanted, which = np.unique(sources[is_earlier], return_inverse=True)
+        found[is_earlier] = earlier(wanted)[which]
+    return found
 
 
 def _attributes(plan: Plan, made_by: Sequence[Mapping[str, str]]) -> dict[str, str | int]:

@@ -99,9 +99,8 @@ class EmbeddingWriter:
         embedded_lengths: npt.NDArray[np.int32],
         status: npt.NDArray[np.uint8],
         modified: npt.NDArray[np.uint8],
-        embeddings: Mapping[int, npt.NDArray[np.floating[Any]]],
     ) -> None:
-        """Fill the rows from `start` on.
+        """Fill the rows from `start` on, but for their embeddings.
 
         Args:
             start: first row.
@@ -110,7 +109,6 @@ class EmbeddingWriter:
             embedded_lengths: (n,) residues embedded.
             status: (n,) one of the STATUS values.
             modified: (n,) `Modified` flags.
-            embeddings: for each layer (n, hidden_size).
         """
         rows = slice(start, start + len(sequence_ids))
         with self._hdf5():
@@ -120,8 +118,11 @@ class EmbeddingWriter:
             self._columns["truncated"][rows] = embedded_lengths < lengths
             self._columns["status"][rows] = status
             self._columns["modified"][rows] = modified
-            for layer, dataset in self._embeddings.items():
-                dataset[rows] = embeddings[layer]
+
+    def write_embeddings(self, layer: int, start: int, rows: npt.NDArray[np.floating[Any]]) -> None:
+        """Fill (n, hidden_size) `rows` of a layer from `start` on."""
+        with self._hdf5():
+            self._embeddings[layer][start : start + len(rows)] = rows
 
     def embeddings(self, layer: int, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.floating[Any]]:
         """Embeddings written before, of ascending distinct `rows`."""

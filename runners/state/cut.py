@@ -12,9 +12,6 @@ from esm_packed.config import ESM2Config
 from esm_packed.packing import SPECIAL_TOKENS, plan_packs
 
 MAX_SHARD_RECORDS = 65_536
-MAX_SHARD_BYTES = 1 << 27
-"""Most embeddings a shard may hold, as they are kept in memory until it is written."""
-
 SHARD_SECONDS = 10.0
 REFERENCE_FLOPS = {"cpu": 5e10, "cuda": 2.5e14}
 """Operations in a second that shards are cut for: of a CPU thread, and of a GPU at half of its FP16 rate."""
@@ -106,7 +103,6 @@ def cut_shards(
     lengths: npt.NDArray[np.int32],
     is_computed: npt.NDArray[np.bool_],
     config: ESM2Config,
-    row_bytes: int,
     size: ShardSize,
 ) -> tuple[int, ...]:
     """Cut the records into contiguous shards that cost alike.
@@ -115,25 +111,23 @@ def cut_shards(
         lengths: (num_records,) residues that are embedded.
         is_computed: (num_records,) False for records whose embedding is copied from an earlier one.
         config: shape of the model.
-        row_bytes: size of a record's embeddings.
         size: of the shards. What is left at the end and fills no pack goes to the last one.
 
     Returns:
         First record of each shard, then the number of records.
     """
     num_records = len(lengths)
-    max_records = max(1, min(MAX_SHARD_RECORDS, MAX_SHARD_BYTES // row_bytes))
     starts = [0]
     window = 1 << 10
     while True:
         start = starts[-1]
         while True:
-            stop = min(start + window, start + max_records, num_records)
+            stop = min(start + window, start + MAX_SHARD_RECORDS, num_records)
             computed = is_computed[start:stop]
             tokens = np.where(computed, lengths[start:stop].astype(np.int64) + SPECIAL_TOKENS, 0)
             flops = np.where(computed, sequence_flops(lengths[start:stop].astype(np.int64), config), 0.0)
             is_enough = flops.sum() > size.flops and tokens.sum() > size.token_budget
-            if is_enough or stop in (start + max_records, num_records):
+            if is_enough or stop in (start + MAX_SHARD_RECORDS, num_records):
                 break
             window *= 2
         count = max(1, int(np.searchsorted(np.cumsum(flops), size.flops, side="right")))

@@ -5,7 +5,7 @@ OUT.h5.run/
     claim                   held by the one process that plans, admits, merges or cleans up
     plan.json               what the run is (see `plan`)
     index/                  the records of the inputs (see `index`); index.new/ until known to be the plan's
-    shards/00007.h5         finished work, each file whole or not there
+    shards/00007.shard      finished work, each file whole or not there
     slices/3-of-8.claim     held by a process that computes one slice of the shards
     logs/                   a log of each worker
     tmp/                    files that are being written; what killed processes left is swept
@@ -135,7 +135,7 @@ class RunDirectory:
 
     def shard_path(self, shard: int) -> Path:
         """Where a finished shard lies."""
-        return self.path / "shards" / f"{shard:05}.h5"
+        return self.path / "shards" / f"{shard:05}.shard"
 
     def finished(self, num_shards: int) -> list[int]:
         """Shards whose files are there; what they hold is checked when they are read."""

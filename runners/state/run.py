@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -11,28 +13,22 @@ import numpy.typing as npt
 from esm_packed.runners.input.index import FastaIndex, reopen_index
 from esm_packed.runners.state.directory import RunDirectory
 from esm_packed.runners.state.plan import Plan, PlanError
-from esm_packed.runners.state.shard import Shard, StoreError, read_shard, write_shard
-from esm_packed.runners.system.memory import RowBuffers
+from esm_packed.runners.state.request import STORE_DTYPES
+from esm_packed.runners.state.shard import (
+    Array,
+    ShardInput,
+    ShardReader,
+    ShardShape,
+    ShardWriter,
+    StoreError,
+    mean_of,
+    shard_output,
+)
 
 IDENTIFYING_RULES = ("invalid", "duplicates", "gaps", "full_header")
 """What of the rules for the input makes another run."""
 
 _BLOCK_RECORDS = 1 << 16
-
-
-@dataclass(frozen=True)
-class ShardInput:
-    """What a shard computes.
-
-    Args:
-        number: of the shard.
-        token_ids: the residues of each of its records.
-        compared: records, as places in `token_ids`, that are also computed in FP32 on their own.
-    """
-
-    number: int
-    token_ids: Sequence[npt.NDArray[np.uint8]]
-    compared: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -95,40 +91,72 @@ class Run:
         there = set(self.directory.finished(self.plan.num_shards))
         return [shard for shard in shards if shard in there]
 
-    def read(self, shard: int, buffers: RowBuffers | None = None) -> Shard | None:
-        """A finished shard; None, and its file removed, if there is none that can be trusted.
+    def shape(self, shard: int) -> ShardShape:
+        """What the file of a shard holds: the mean embeddings of the plan's layers."""
+        dtype = STORE_DTYPES[self.plan.identity["store_dtype"]]
+        arrays = [Array(mean_of(layer), dtype, self.plan.hidden_size) for layer in self.plan.layers]
+        start, stop = self.plan.records(shard)
+        return ShardShape(arrays, self.embedded_lengths(start, stop)[self.computed(shard) - start])
 
-        Args:
-            shard: its number.
-            buffers: as `store.read_shard` takes them.
-        """
+    def open_shard(self, shard: int) -> ShardReader | None:
+        """A finished shard, to be read; None, and its file removed, if there is none that can be trusted."""
         path = self.directory.shard_path(shard)
         try:
-            found = read_shard(path, shard, self.plan.hash, buffers)
-            if self._fits(found, len(self.computed(shard))):
-                return found
+            return ShardReader(path, shard, self.plan.hash, self.shape(shard))
         except FileNotFoundError:
             return None
         except StoreError:
-            pass
-        path.unlink(missing_ok=True)
-        return None
+            path.unlink(missing_ok=True)
+            return None
 
-    def _fits(self, shard: Shard, num_rows: int) -> bool:
-        """Whether a shard has a status, and a row for each layer, of `num_rows` records."""
-        shapes = {layer: rows.shape for layer, rows in shard.embeddings.items()}
-        return shard.status.shape == (num_rows,) and shapes == dict.fromkeys(
-            self.plan.layers, (num_rows, self.plan.hidden_size)
-        )
+    def is_whole(self, shard: int) -> bool:
+        """Whether a shard is finished and all of it can be trusted; if it cannot, its file is removed."""
+        reader = self.open_shard(shard)
+        if reader is None:
+            return False
+        try:
+            with reader:
+                reader.verify()
+        except StoreError:
+            self.discard(shard)
+            return False
+        return True
 
-    def write(self, number: int, shard: Shard) -> None:
-        """Write a shard, which is finished then.
+    def discard(self, shard: int) -> None:
+        """Remove the file of a shard, which is not finished then."""
+        self.directory.shard_path(shard).unlink(missing_ok=True)
+
+    def output(self, shard: int) -> AbstractContextManager[ShardWriter]:
+        """The file of a shard, to be filled; it is finished when the block ends well.
 
         Raises:
             OSError: the disk is full or fails.
         """
-        directory = self.directory
-        write_shard(directory.shard_path(number), directory.scratch_path, shard, number, self.plan.hash)
+        return self._output(self.directory.shard_path(shard), shard, self.shape(shard))
+
+    def part_output(self, shard: int, first: int, last: int) -> AbstractContextManager[ShardWriter]:
+        """A file for the items [first, last) of those that a shard computes, in the scratch folder."""
+        return self._output(self._part(shard, first, last), shard, self.shape(shard).part(first, last))
+
+    def take_part(self, shard: int, first: int, last: int, whole: ShardWriter) -> None:
+        """Move what `part_output` has filled to the file of the shard.
+
+        Raises:
+            StoreError: it is not there, or not what was written.
+        """
+        path, shape = self._part(shard, first, last), self.shape(shard).part(first, last)
+        try:
+            with ShardReader(path, shard, self.plan.hash, shape) as part:
+                whole.write_part(part, first)
+        except FileNotFoundError as error:
+            raise StoreError(f"{path}: was removed while it was in use; repeat the command") from error
+        path.unlink()
+
+    def _part(self, shard: int, first: int, last: int) -> Path:
+        return self.directory.scratch_path / f"{shard:05}.{first}-{last}.part"
+
+    def _output(self, path: Path, shard: int, shape: ShardShape) -> AbstractContextManager[ShardWriter]:
+        return shard_output(path, self.directory.scratch_path, shard, self.plan.hash, shape)
 
     def input_of(self, shard: int, num_compared: int = 0) -> ShardInput:
         """What computing a shard needs.

@@ -1,30 +1,47 @@
-"""The file of a finished shard, and what it holds."""
+"""A shard: what computing it needs, and the file of what was computed.
+
+    arrays      one behind the other, each of rows: one for each item, or as many as the item is long
+    manifest    JSON: the run and the shard, shapes, what there is to say of single items, checksums
+    trailer     length of the manifest (8 bytes, little-endian) and its SHA-256
+
+An item is what is computed as one thing, such as a sequence. The lengths of the items say where their rows
+lie, so rows are written as they come, in any order, and the file is never in memory as a whole. Each MiB of
+an array has a CRC-32, which is verified when it is read. It guards against accidents, not against somebody
+who alters the file on purpose, and takes half as long as SHA-256 does with the instructions for it.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import struct
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
-import h5py
 import numpy as np
 import numpy.typing as npt
 
 from esm_packed.errors import UserError
 from esm_packed.runners.system.files import open_regular, whole_or_nothing
-from esm_packed.runners.system.hdf5 import hdf5_output
-from esm_packed.runners.system.memory import RowBuffers, Rows
 
-SHARD_FORMAT = "esm-packed shard"
+SHARD_FORMAT = "esm-packed shard 2"
 STATUS_COMPUTED = 0
 STATUS_RECOMPUTED = 1
 STATUS_FAILED = 2
 STATUS_NOT_COMPUTED = 3
-_EMPTY_SHARD_BYTES = 8_192
+
+BLOCK_BYTES = 1 << 20
+_TRAILER = struct.Struct("<Q32s")
+_MANIFEST_BYTES = 1_024
+"""Of a shard in which nothing went wrong, without its checksums."""
+
+Rows = npt.NDArray[Any]
+Items = npt.NDArray[np.int64]
 
 
 class StoreError(UserError, ValueError):
@@ -45,105 +62,360 @@ class Comparison(NamedTuple):
     relative_error: float
 
 
-@dataclass(frozen=True)
-class Shard:
-    """What was computed of one shard of a run, a row for each record that was not left to a copy.
+class ItemStatus(NamedTuple):
+    """What became of an item that was not simply computed.
 
     Args:
-        status: (n,) uint8, STATUS values.
-        embeddings: layer to (n, hidden_size).
-        reasons: row to why it failed or was recomputed.
-        comparisons: sampled row to how it compares with FP32.
-        made_by: the device, attention backend and versions that computed it.
+        status: one of the STATUS values.
+        reason: why.
     """
 
-    status: npt.NDArray[np.uint8]
-    embeddings: Mapping[int, npt.NDArray[np.floating[Any]]]
-    reasons: Mapping[int, str]
-    comparisons: Mapping[int, Comparison] = field(default_factory=dict)
-    made_by: Mapping[str, str] = field(default_factory=dict)
+    status: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class ShardInput:
+    """What a shard computes.
+
+    Args:
+        number: of the shard.
+        token_ids: the residues of each of its items.
+        compared: items, as places in `token_ids`, that are also computed in FP32 on their own.
+    """
+
+    number: int
+    token_ids: Sequence[npt.NDArray[np.uint8]]
+    compared: Sequence[int] = ()
+
+
+class Array(NamedTuple):
+    """An array in a shard.
+
+    Args:
+        name: as `mean/33`.
+        dtype: of its values.
+        columns: values in a row.
+        is_ragged: whether item i has `lengths[i]` rows, not one.
+    """
+
+    name: str
+    dtype: str
+    columns: int
+    is_ragged: bool = False
+
+    @property
+    def row_bytes(self) -> int:
+        """Size of a row."""
+        return self.columns * np.dtype(self.dtype).itemsize
+
+    @property
+    def block_rows(self) -> int:
+        """Rows that share a checksum."""
+        return max(1, BLOCK_BYTES // self.row_bytes)
+
+
+def mean_of(layer: int) -> str:
+    """Name of the array with the mean embeddings of a layer."""
+    return f"mean/{layer}"
+
+
+class ShardShape:
+    """Where the rows of each item lie in the file of a shard.
+
+    Args:
+        arrays: in the order of the file.
+        lengths: (num_items,) rows of each item in the ragged arrays.
+    """
+
+    def __init__(self, arrays: Sequence[Array], lengths: npt.ArrayLike) -> None:
+        self.arrays = {array.name: array for array in arrays}
+        self._lengths = np.asarray(lengths, np.int64)
+        self.num_items = len(self._lengths)
+        self._starts = {
+            False: np.arange(self.num_items + 1),
+            True: np.concatenate([[0], np.cumsum(self._lengths)]),
+        }
+        self.block_bytes = max((array.block_rows * array.row_bytes for array in arrays), default=0)
+        ends = np.cumsum([self.num_rows(array) * array.row_bytes for array in arrays], dtype=np.int64)
+        self.array_bytes = int(ends[-1]) if len(ends) else 0
+        self._offsets: dict[str, int] = dict(zip(self.arrays, [0, *ends.tolist()], strict=False))
+
+    def starts(self, array: Array) -> Items:
+        """(num_items + 1,) first row of each item, and the number of rows."""
+        return self._starts[array.is_ragged]
+
+    def num_rows(self, array: Array) -> int:
+        """Rows of an array."""
+        return int(self.starts(array)[-1])
+
+    def offset(self, array: Array, row: int) -> int:
+        """Where a row begins in the file."""
+        return self._offsets[array.name] + row * array.row_bytes
+
+    def blocks(self, array: Array) -> Iterator[tuple[int, int]]:
+        """Rows [start, stop) of each block of an array; an array without rows is one block."""
+        num_rows = self.num_rows(array)
+        for start in range(0, max(1, num_rows), array.block_rows):
+            yield start, min(start + array.block_rows, num_rows)
+
+    def part(self, first: int, last: int) -> ShardShape:
+        """The shape of a shard of the items [first, last)."""
+        return ShardShape(list(self.arrays.values()), self._lengths[first:last])
+
+    def describe(self) -> list[list[str | int]]:
+        """Names, types and sizes of the arrays."""
+        return [[*array, self.num_items, self.num_rows(array)] for array in self.arrays.values()]
 
 
 def shards_bytes(
     num_shards: int, num_computed: int, hidden_size: int, num_layers: int, store_dtype: str
 ) -> int:
     """Size in bytes of the files of `num_shards` shards, in which `num_computed` sequences are computed."""
-    row = 1 + hidden_size * num_layers * np.dtype(store_dtype).itemsize
-    return num_shards * _EMPTY_SHARD_BYTES + num_computed * row
+    return (
+        num_shards * _MANIFEST_BYTES
+        + num_computed * hidden_size * num_layers * np.dtype(store_dtype).itemsize
+    )
 
 
-def write_shard(path: Path, scratch: Path, shard: Shard, number: int, plan: str) -> None:
-    """Write a finished shard: on disk whole, or not at all.
+class ShardWriter:
+    """The file of a shard while its items are computed, in any order; see `shard_output`.
+
+    Attributes:
+        made_by: the device, attention backend and versions that computed it; set before it is complete.
+    """
+
+    def __init__(self, file: BinaryIO, shape: ShardShape) -> None:
+        self.shape = shape
+        self.made_by: Mapping[str, str] = {}
+        self._file = file
+        self._is_written = np.zeros(shape.num_items, np.bool_)
+        self._statuses: dict[int, ItemStatus] = {}
+        self._comparisons: dict[int, Comparison] = {}
+
+    def write(
+        self,
+        items: Items,
+        rows: Mapping[str, Rows],
+        statuses: Mapping[int, ItemStatus] | None = None,
+        comparisons: Mapping[int, Comparison] | None = None,
+    ) -> None:
+        """Write the rows of some items.
+
+        Args:
+            items: (n,) their numbers.
+            rows: by name of the array: those of `items[0]`, then those of `items[1]`, and so on.
+            statuses: of items that were not simply computed.
+            comparisons: of sampled items.
+
+        Raises:
+            ValueError: there are not as many rows as the items have.
+            OSError: the disk is full or fails.
+        """
+        for array in self.shape.arrays.values():
+            self._write_array(array, items, np.ascontiguousarray(rows[array.name], array.dtype))
+        self._is_written[items] = True
+        self._statuses.update(statuses or {})
+        self._comparisons.update(comparisons or {})
+
+    def write_failed(self, item: int, reason: str) -> None:
+        """Write rows of NaN for an item that failed."""
+        rows = {}
+        for name, array in self.shape.arrays.items():
+            start, stop = self.shape.starts(array)[item : item + 2]
+            rows[name] = np.full((stop - start, array.columns), np.nan, array.dtype)
+        self.write(np.array([item]), rows, {item: ItemStatus(STATUS_FAILED, reason)})
+
+    def write_part(self, part: ShardReader, first: int) -> None:
+        """Take over all items of `part`, which are those from `first` on; a block at a time."""
+        buffer = bytearray(part.shape.block_bytes)
+        for array in self.shape.arrays.values():
+            begin = int(self.shape.starts(array)[first])
+            for start, stop in part.shape.blocks(array):
+                rows = part.block(array, start, stop, buffer)
+                _write_at(self._file, rows, self.shape.offset(array, begin + start))
+        self.made_by = self.made_by or part.made_by
+        self._is_written[first : first + part.shape.num_items] = True
+        self._statuses.update((first + item, status) for item, status in part.statuses.items())
+        self._comparisons.update((first + item, each) for item, each in part.comparisons.items())
+
+    def _write_array(self, array: Array, items: Items, rows: Rows) -> None:
+        starts = self.shape.starts(array)
+        bounds = np.concatenate([[0], np.cumsum(starts[items + 1] - starts[items])])
+        if rows.shape != (bounds[-1], array.columns):
+            raise ValueError(f"{array.name} of {len(items)} items: {rows.shape}, not {bounds[-1]} rows")
+        # neighbours are written with one call
+        firsts = np.flatnonzero(np.diff(items, prepend=-2) != 1)
+        limits = bounds[[*firsts, len(items)]].tolist()
+        for item, start, stop in zip(items[firsts].tolist(), limits, limits[1:], strict=False):
+            _write_at(self._file, rows[start:stop], self.shape.offset(array, int(starts[item])))
+
+    def complete(self, number: int, plan: str) -> None:
+        """Write checksums and notes behind the arrays.
+
+        Raises:
+            ValueError: an item has not been written.
+        """
+        if not self._is_written.all():
+            raise ValueError(f"shard {number}: {np.count_nonzero(~self._is_written)} items are not written")
+        shape, buffer = self.shape, bytearray(self.shape.block_bytes)
+        checksums = {
+            name: [
+                zlib.crc32(
+                    _read_at(self._file, buffer, shape.offset(array, start), (stop - start) * array.row_bytes)
+                )
+                for start, stop in shape.blocks(array)
+            ]
+            for name, array in shape.arrays.items()
+        }
+        manifest = json.dumps(
+            {
+                **_identity(number, plan),
+                "arrays": shape.describe(),
+                "statuses": self._statuses,
+                "comparisons": self._comparisons,
+                "made_by": dict(self.made_by),
+                "checksums": checksums,
+            }
+        ).encode()
+        trailer = _TRAILER.pack(len(manifest), hashlib.sha256(manifest).digest())
+        _write_at(self._file, np.frombuffer(manifest + trailer, np.uint8), shape.array_bytes)
+
+
+@contextmanager
+def shard_output(
+    path: Path, scratch: Path, number: int, plan: str, shape: ShardShape
+) -> Iterator[ShardWriter]:
+    """A shard to be filled: on disk whole when the block ends well, or not at all.
 
     Args:
         path: the file to make; one that is there is replaced.
         scratch: a folder on the same file system for the unfinished file.
-        shard: what it holds.
         number: of the shard in its plan.
         plan: hash of the plan.
+        shape: of the shard.
 
     Raises:
+        ValueError: an item is missing at the end.
         OSError: the disk is full or fails.
     """
-    with whole_or_nothing(path, scratch) as temporary:
-        with hdf5_output(temporary) as file:
-            file.attrs["format"] = SHARD_FORMAT
-            file.attrs["plan_hash"] = plan
-            file.attrs["shard"] = number
-            file.create_dataset("status", data=shard.status)
-            for layer, rows in shard.embeddings.items():
-                file.create_dataset(f"mean/{layer}", data=rows)
-            for name in ("reasons", "comparisons", "made_by"):
-                file.create_dataset(
-                    name, data=json.dumps(dict(getattr(shard, name))), dtype=h5py.string_dtype()
-                )
-        # HDF5 does not mind what stands behind its own end of a file.
-        with temporary.open("r+b") as raw:
-            digest = hashlib.file_digest(raw, "sha256").digest()
-            raw.write(digest)
+    with whole_or_nothing(path, scratch) as temporary, temporary.open("x+b", buffering=0) as file:
+        writer = ShardWriter(file, shape)
+        yield writer
+        writer.complete(number, plan)
 
 
-def read_shard(path: Path, number: int, plan: str, buffers: RowBuffers | None = None) -> Shard:
-    """Read a finished shard and see that it is what was written.
+class ShardReader:
+    """The file of a finished shard; each block is verified as it is read.
 
     Args:
-        path: its file.
+        path: the file.
         number: of the shard in its plan.
         plan: hash of the plan.
-        buffers: hold the embeddings, until the next shard is read into them; None for memory of their own.
+        shape: that the shard has.
+
+    Attributes:
+        statuses: of items that were not simply computed.
+        comparisons: sampled items and how they compare with FP32.
+        made_by: the device, attention backend and versions that computed it.
 
     Raises:
-        StoreError: it is cut short, altered, or another run's.
+        StoreError: it is cut short, altered, or another run's; `block` and `verify` raise it, too.
         FileNotFoundError: it is not there.
     """
-    with open_regular(path) as raw:
-        digest = hashlib.sha256()
-        remaining = max(0, os.fstat(raw.fileno()).st_size - digest.digest_size)
-        while remaining and (block := raw.read(min(remaining, 1 << 20))):
-            digest.update(block)
-            remaining -= len(block)
-        is_whole = raw.read() == digest.digest()
-    if not is_whole:  # HDF5 can hang on a damaged file, so it must not see one
-        raise StoreError(f"{path}: damaged or cut short")
-    with h5py.File(path, "r") as file:
-        attributes = dict(file.attrs)
-        if attributes != {"format": SHARD_FORMAT, "plan_hash": plan, "shard": number}:
-            raise StoreError(f"{path}: another shard, or another run's")
-        notes = {name: json.loads(file[name].asstr()[()]) for name in ("reasons", "comparisons", "made_by")}
-        return Shard(
-            status=file["status"][:],
-            embeddings={
-                int(layer): _read_rows(rows, int(layer), buffers or RowBuffers())
-                for layer, rows in file["mean"].items()
-            },
-            reasons={int(row): text for row, text in notes["reasons"].items()},
-            comparisons={int(row): Comparison(*values) for row, values in notes["comparisons"].items()},
-            made_by=notes["made_by"],
-        )
+
+    def __init__(self, path: Path, number: int, plan: str, shape: ShardShape) -> None:
+        self.shape = shape
+        self._path = path
+        self._file = open_regular(path)
+        try:
+            manifest = self._manifest()
+            if {name: manifest.get(name) for name in _identity(0, "")} != _identity(number, plan):
+                raise StoreError(f"{path}: another shard, or another run's")
+            if manifest["arrays"] != shape.describe():
+                raise StoreError(f"{path}: not the arrays of this run")
+        except BaseException:
+            self._file.close()
+            raise
+        self.statuses = {int(item): ItemStatus(*each) for item, each in manifest["statuses"].items()}
+        self.comparisons = {int(item): Comparison(*each) for item, each in manifest["comparisons"].items()}
+        self.made_by: dict[str, str] = manifest["made_by"]
+        self._checksums: dict[str, list[int]] = manifest["checksums"]
+
+    def _manifest(self) -> dict[str, Any]:
+        size = os.fstat(self._file.fileno()).st_size
+        length, digest = _TRAILER.unpack(self._bytes(size - _TRAILER.size, _TRAILER.size))
+        content = self._bytes(size - _TRAILER.size - length, length)
+        if hashlib.sha256(content).digest() != digest:
+            raise self._damaged()
+        manifest: dict[str, Any] = json.loads(content)
+        return manifest
+
+    def _bytes(self, offset: int, size: int) -> bytes:
+        if offset < 0 or len(content := os.pread(self._file.fileno(), size, offset)) < size:
+            raise self._damaged()
+        return content
+
+    def _damaged(self) -> StoreError:
+        return StoreError(f"{self._path}: damaged or cut short")
+
+    @property
+    def status(self) -> npt.NDArray[np.uint8]:
+        """(num_items,) STATUS values."""
+        status = np.full(self.shape.num_items, STATUS_COMPUTED, np.uint8)
+        for item, each in self.statuses.items():
+            status[item] = each.status
+        return status
+
+    def block(self, array: Array, start: int, stop: int, buffer: bytearray) -> Rows:
+        """Rows [start, stop) of an array, which are a block of it.
+
+        Args:
+            array: of the shape.
+            start: first row.
+            stop: the row behind the last one.
+            buffer: holds the rows until it is used again; of `shape.block_bytes`.
+        """
+        size = (stop - start) * array.row_bytes
+        content = _read_at(self._file, buffer, self.shape.offset(array, start), size)
+        if zlib.crc32(content) != self._checksums[array.name][start // array.block_rows]:
+            raise self._damaged()
+        return np.frombuffer(content, array.dtype).reshape(stop - start, array.columns)
+
+    def verify(self) -> None:
+        """See that all is what was written."""
+        buffer = bytearray(self.shape.block_bytes)
+        for array in self.shape.arrays.values():
+            for start, stop in self.shape.blocks(array):
+                self.block(array, start, stop, buffer)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def __enter__(self) -> ShardReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
-def _read_rows(dataset: Any, layer: int, buffers: RowBuffers) -> Rows:
-    rows = buffers.rows(layer, dataset.shape, dataset.dtype)
-    if dataset.size:
-        dataset.read_direct(rows)
-    return rows
+def _identity(number: int, plan: str) -> dict[str, Any]:
+    """What of a manifest tells whose it is."""
+    return {"format": SHARD_FORMAT, "plan_hash": plan, "shard": number}
+
+
+def _write_at(file: BinaryIO, rows: Rows, offset: int) -> None:
+    data = memoryview(rows.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
+    while data:
+        written = os.pwrite(file.fileno(), data, offset)
+        data, offset = data[written:], offset + written
+
+
+def _read_at(file: BinaryIO, buffer: bytearray, offset: int, size: int) -> memoryview:
+    """`size` bytes from `offset` on in `buffer`; less at the end of the file."""
+    view = memoryview(buffer)[:size]
+    done = 0
+    while done < size and (count := os.preadv(file.fileno(), [view[done:]], offset + done)):
+        done += count
+    return view[:done]

@@ -4,14 +4,8 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-import h5py
-
-from esm_packed.runners.system.signals import signals_deferred
 
 
 class FailureKeepingFile(io.RawIOBase):
@@ -82,19 +76,3 @@ class FailureKeepingFile(io.RawIOBase):
             except OSError as error:
                 self.failure = error
         return self._end
-
-
-@contextmanager
-def hdf5_output(path: Path) -> Iterator[Any]:
-    """A new HDF5 file; a failed write is raised as what it was when the block ends, or before."""
-    output = FailureKeepingFile(path)
-    try:
-        with signals_deferred():
-            try:
-                with h5py.File(output, "w") as file:
-                    yield file
-            finally:
-                output.close()
-    finally:
-        if output.failure is not None:
-            raise output.failure

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-SHARDS_AHEAD = 2
-"""Computed shards that wait to be written before computing waits for them."""
+RESULTS_AHEAD = 2
+"""Computed packs that wait to be written before computing waits for them."""
 
 STAGES = ("reading", "copying", "computing", "writing")
 
@@ -60,7 +60,7 @@ class Snapshot:
         times: so far.
         shard: being computed; None between shards.
         packs_waiting: laid out and ready.
-        shards_waiting: computed and not yet written.
+        results_waiting: packs that are computed and not yet written.
         memory_bytes: allocated on the device, None where it does not say.
         utilization: of the device in percent, None where it does not say.
     """
@@ -68,6 +68,6 @@ class Snapshot:
     times: StageTimes
     shard: int | None
     packs_waiting: int
-    shards_waiting: int
+    results_waiting: int
     memory_bytes: int | None
     utilization: int | None

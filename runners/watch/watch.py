@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import mode
 
 from esm_packed.runners.watch.console import Advance, Console, byte_size
-from esm_packed.runners.watch.metrics import SHARDS_AHEAD, STAGES, Snapshot, StageTimes
+from esm_packed.runners.watch.metrics import RESULTS_AHEAD, STAGES, Snapshot, StageTimes
 
 DISPLAY_SECONDS = 1.0
 LOG_SECONDS = 10.0
@@ -37,7 +37,7 @@ class WorkerState:
     @property
     def stage(self) -> str:
         """The stage that the others wait for: reading, computing or writing."""
-        if self.snapshot is not None and self.snapshot.shards_waiting >= SHARDS_AHEAD:
+        if self.snapshot is not None and self.snapshot.results_waiting >= RESULTS_AHEAD:
             return "writing"
         return "computing" if self.snapshot is not None and self.snapshot.packs_waiting else "reading"
 
@@ -158,7 +158,7 @@ def _worker_metrics(state: WorkerState) -> dict[str, object]:
         "state": "working" if state.snapshot.shard is not None else "idle",
         "shard": state.snapshot.shard,
         "packs_waiting": state.snapshot.packs_waiting,
-        "shards_waiting": state.snapshot.shards_waiting,
+        "results_waiting": state.snapshot.results_waiting,
         "stage_seconds": {stage: round(getattr(times, stage), 3) for stage in STAGES},
         "device_busy": round(times.busy, 4),
         "device_memory_bytes": state.snapshot.memory_bytes,

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from kept_shards import Shard, run_pipeline
 from packings import random_packing
 from workloads import token_lengths
 
@@ -17,8 +18,7 @@ from esm_packed.config import ESM2_MODELS, ESM2Config
 from esm_packed.graphs import GraphedESM2
 from esm_packed.layouts import LAYOUTS
 from esm_packed.runners.compute.pipeline import Pipeline
-from esm_packed.runners.state.run import ShardInput
-from esm_packed.runners.state.shard import Shard
+from esm_packed.runners.state.shard import ShardInput
 
 pytestmark = pytest.mark.gpu
 
@@ -115,10 +115,17 @@ def test_pipeline_with_graphs(token_ids: list[np.ndarray], cuda_device: torch.de
     for cuda_graphs in (False, True):
         shards: dict[int, Shard] = {}
         pipeline = Pipeline(
-            model, [3, 6], "float32", BUDGET, layout=LAYOUTS["fixed"], cuda_graphs=cuda_graphs
+            model,
+            layers=[3, 6],
+            store_dtype="float32",
+            token_budget=BUDGET,
+            layout=LAYOUTS["fixed"],
+            cuda_graphs=cuda_graphs,
         )
         inputs = [ShardInput(number, token_ids[number::4]) for number in range(4)]
-        pipeline.run(inputs, shards.__setitem__)
+        run_pipeline(
+            pipeline, inputs, shards.__setitem__, layers=[3, 6], hidden_size=model.config.hidden_size
+        )
         rows[cuda_graphs] = shards
     for number in range(4):
         for layer in (3, 6):

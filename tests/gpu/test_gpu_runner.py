@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from kept_shards import Shard, run_pipeline
 from workloads import token_lengths
 
 from esm_packed import ESM2
@@ -18,8 +19,7 @@ from esm_packed.runners.compute.budget import measured_token_budget
 from esm_packed.runners.compute.pipeline import Pipeline
 from esm_packed.runners.output.reader import EmbeddingReader
 from esm_packed.runners.session import EmbedRequest, embed_files
-from esm_packed.runners.state.run import ShardInput
-from esm_packed.runners.state.shard import STATUS_FAILED, STATUS_RECOMPUTED, Shard
+from esm_packed.runners.state.shard import STATUS_FAILED, STATUS_RECOMPUTED, ShardInput
 from esm_packed.runners.watch.console import Console
 
 pytestmark = pytest.mark.gpu
@@ -49,13 +49,14 @@ def relative_errors(rows: np.ndarray, truth: np.ndarray) -> np.ndarray:
     return np.linalg.norm(rows - truth, axis=1) / np.linalg.norm(truth, axis=1)
 
 
-def run_pipeline(model: ESM2, sequences: Sequence[str], **options: object) -> tuple[Pipeline, list[Shard]]:
+def embed_in_shards(model: ESM2, sequences: Sequence[str], **options: object) -> tuple[Pipeline, list[Shard]]:
     """Four shards through one pipeline."""
     token_ids = [encode(sequence) for sequence in sequences]
     inputs = [ShardInput(number, token_ids[number::4]) for number in range(4)]
     shards: dict[int, Shard] = {}
-    pipeline = Pipeline(model, [LAST], "float32", 8192, **options)  # type: ignore[arg-type]
-    pipeline.run(inputs, shards.__setitem__)
+    pipeline = Pipeline(model, layers=[LAST], store_dtype="float32", token_budget=8192, **options)  # type: ignore[arg-type]
+    hidden_size = model.config.hidden_size
+    run_pipeline(pipeline, inputs, shards.__setitem__, layers=[LAST], hidden_size=hidden_size)
     return pipeline, [shards[number] for number in range(4)]
 
 
@@ -65,7 +66,7 @@ def test_pipeline_gives_the_rows_of_the_model(
     cuda_device: torch.device, sequences: list[str], truth: np.ndarray, dtype: str, gate: float, layout: str
 ) -> None:
     model = ESM2.from_pretrained(MODEL, device=cuda_device, dtype=dtype)
-    pipeline, shards = run_pipeline(model, sequences, layout=LAYOUTS[layout])
+    pipeline, shards = embed_in_shards(model, sequences, layout=LAYOUTS[layout])
     for number, shard in enumerate(shards):
         assert relative_errors(shard.embeddings[LAST], truth[number::4]).max() <= gate
     times = pipeline.snapshot().times
@@ -82,7 +83,7 @@ def test_packs_in_flight_do_not_mix(
     rows = []
     for in_flight in (1, 2, 6):
         monkeypatch.setattr("esm_packed.runners.compute.pipeline.PACKS_IN_FLIGHT", in_flight)
-        _, shards = run_pipeline(model, sequences)
+        _, shards = embed_in_shards(model, sequences)
         rows.append(b"".join(shard.embeddings[LAST].tobytes() for shard in shards))
     assert rows[0] == rows[1] == rows[2]
 
@@ -90,12 +91,12 @@ def test_packs_in_flight_do_not_mix(
 def test_memory_that_runs_out_halves_packs(cuda_device: torch.device, sequences: list[str]) -> None:
     """With an allocator that may take little more than the weights."""
     model = ESM2.from_pretrained(MODEL, device=cuda_device, dtype="fp16")
-    _, expected = run_pipeline(model, sequences)
+    _, expected = embed_in_shards(model, sequences)
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(cuda_device).total_memory
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 40e6) / total, cuda_device)
     try:
-        pipeline, shards = run_pipeline(model, sequences)
+        pipeline, shards = embed_in_shards(model, sequences)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, cuda_device)
     assert pipeline.times.num_halved > 0
@@ -121,7 +122,7 @@ def test_what_overflows_is_recomputed_in_fp32(
 
     model.embed_packed = overflow  # type: ignore[method-assign,assignment]
     fp32 = ESM2.from_pretrained(MODEL, device=cuda_device, dtype="fp32")
-    _, shards = run_pipeline(model, sequences, in_fp32=lambda: fp32)
+    _, shards = embed_in_shards(model, sequences, in_fp32=lambda: fp32)
     assert shards[0].status[2] == STATUS_RECOMPUTED
     assert relative_errors(shards[0].embeddings[LAST][2:3], truth[8:9]).max() <= 1e-5
 

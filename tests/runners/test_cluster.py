@@ -36,7 +36,7 @@ from pathlib import Path
 from esm_packed.model import ESM2
 from esm_packed.runners.cli import main as cli
 from esm_packed.runners.state import cut
-from esm_packed.runners.compute import ray_engine
+from esm_packed.runners.compute import ray_engine, ray_worker
 
 cut.FLOPS_PER_SHARD["cpu"] = 3.5e8
 logs = Path(sys.argv[1])
@@ -50,7 +50,7 @@ def wait_for(name):
 
 # On beta a worker stops in its third shard until the test says go; those of alpha wait until then.
 HELD_WORKER = """
-class HeldWorker(ray_engine.RayWorker):
+class HeldWorker(ray_worker.RayWorker):
     computed = 0
     def compute(self, shard):
         self.computed += 1

@@ -254,7 +254,7 @@ def test_what_has_the_name_of_a_run_directory_and_is_none_is_left_alone(
     if kind == "folder":
         docs.rename(path)
         (path / "shards").mkdir()
-        (path / "shards" / "00000.h5").write_text(SECRET)
+        (path / "shards" / "00000.shard").write_text(SECRET)
     elif kind == "empty folder":
         path.mkdir()
     elif kind == "file":

@@ -9,6 +9,7 @@ import fair_esm_reference
 import numpy as np
 import pytest
 import torch
+from kept_shards import Shard, run_pipeline
 
 from esm_packed import ESM2, kernels
 from esm_packed.alphabet import encode
@@ -22,8 +23,7 @@ from esm_packed.runners.compute.pipeline import Pipeline
 from esm_packed.runners.output.reader import EmbeddingReader
 from esm_packed.runners.session import EmbedRequest, embed_files
 from esm_packed.runners.state.cut import FLOPS_PER_SHARD
-from esm_packed.runners.state.run import ShardInput
-from esm_packed.runners.state.shard import STATUS_COMPUTED, STATUS_FAILED, Shard
+from esm_packed.runners.state.shard import STATUS_COMPUTED, STATUS_FAILED, ShardInput
 from esm_packed.runners.summary import Summary
 from esm_packed.runners.watch.console import Console
 from esm_packed.runners.watch.metrics import StageTimes
@@ -91,7 +91,8 @@ def test_a_failed_row_is_not_compared() -> None:
     model.embed_packed = spoil  # type: ignore[method-assign]
     shards: list[Shard] = []
     inputs = ShardInput(0, [encode("M" * 10), encode("M" * 11)], compared=[0, 1])
-    Pipeline(model, [5], "float32", 64).run([inputs], lambda number, shard: shards.append(shard))
+    pipeline = Pipeline(model, layers=[5], store_dtype="float32", token_budget=64)
+    run_pipeline(pipeline, [inputs], lambda number, shard: shards.append(shard), layers=[5], hidden_size=96)
     assert shards[0].status.tolist() == [STATUS_FAILED, STATUS_COMPUTED]
     assert list(shards[0].comparisons) == [1]
 
@@ -231,7 +232,7 @@ def test_metrics(fasta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     worker_line = last["workers"][0]
     assert worker_line["tokens"] == sum(LENGTHS) + SPECIAL_TOKENS * len(LENGTHS)
     assert worker_line["sequences"] == len(LENGTHS)
-    assert {"packs_waiting", "shards_waiting", "device_memory_bytes", "stage_seconds"} <= worker_line.keys()
+    assert {"packs_waiting", "results_waiting", "device_memory_bytes", "stage_seconds"} <= worker_line.keys()
 
 
 def test_a_metrics_file_that_cannot_be_written_is_found_before_work(

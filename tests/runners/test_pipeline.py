@@ -13,14 +13,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kept_shards import Shard, run_pipeline
 
 from esm_packed.config import ESM2Config
 from esm_packed.packing import SPECIAL_TOKENS, PackedBatch, plan_packs
 from esm_packed.runners.compute import pipeline as pipeline_module
 from esm_packed.runners.compute.pipeline import PACKS_AHEAD, PACKS_IN_FLIGHT, Pipeline
-from esm_packed.runners.state.run import ShardInput
-from esm_packed.runners.state.shard import STATUS_COMPUTED, STATUS_FAILED, STATUS_RECOMPUTED, Shard
-from esm_packed.runners.watch.metrics import SHARDS_AHEAD
+from esm_packed.runners.state.shard import STATUS_COMPUTED, STATUS_FAILED, STATUS_RECOMPUTED, ShardInput
+from esm_packed.runners.system import queues
+from esm_packed.runners.watch.metrics import RESULTS_AHEAD
 
 HIDDEN_SIZE = 4
 TIMEOUT_SECONDS = 20.0
@@ -62,16 +63,20 @@ def expected_rows(shard: ShardInput) -> np.ndarray:
 
 
 def new_pipeline(model: Any, budget: int = 64, **options: Any) -> Pipeline:
-    return Pipeline(model, [1, 2], "float32", budget, **options)
+    return Pipeline(model, layers=[1, 2], **{"store_dtype": "float32", "token_budget": budget} | options)
 
 
-def run_in_time(pipeline: Pipeline, shards: Any, write: Callable[[int, Shard], None]) -> None:
+def run_in_time(
+    pipeline: Pipeline, shards: Any, write: Callable[[int, Shard], None], store_dtype: str = "float32"
+) -> None:
     """Run; a hang is a failure, and so is a thread that is left behind."""
     errors: list[BaseException] = []
 
     def run() -> None:
         try:
-            pipeline.run(shards, write)
+            run_pipeline(
+                pipeline, shards, write, layers=[1, 2], hidden_size=HIDDEN_SIZE, store_dtype=store_dtype
+            )
         except BaseException as error:
             errors.append(error)
 
@@ -101,8 +106,8 @@ def test_every_shard_is_written_once_in_order(
         assert number not in written
         written[number] = shard
 
-    pipeline = Pipeline(Model(), [1, 2], store_dtype, budget)  # type: ignore[arg-type]
-    run_in_time(pipeline, iter(shards), write)
+    pipeline = new_pipeline(Model(), budget, store_dtype=store_dtype)
+    run_in_time(pipeline, iter(shards), write, store_dtype)
     # a shard without a sequence to compute (copies only) is written, too: the run waits for its file
     assert list(written) == list(range(len(shards)))
     for number, shard in written.items():
@@ -244,8 +249,9 @@ def test_a_thread_that_cannot_start_ends_the_run(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("name", ["reader", "writer"])
 def test_a_thread_that_dies_ends_the_run(monkeypatch: pytest.MonkeyPatch, name: str, num_shards: int) -> None:
     """Without memory even the code that would hand its error over may fail."""
-    monkeypatch.setattr(Pipeline, {"reader": "_read", "writer": "_write"}[name], lambda *call: None)
-    monkeypatch.setattr(pipeline_module, "POLL_SECONDS", 0.05)
+    thread = {"reader": queues.Ahead, "writer": queues.Behind}[name]
+    monkeypatch.setattr(thread, "_run", lambda *call: None)
+    monkeypatch.setattr(queues, "POLL_SECONDS", 0.05)
     shards = [shard_input(number, [20, 30]) for number in range(num_shards)]
     with pytest.raises(MemoryError, match=f"the {name} thread"):
         run_in_time(new_pipeline(Model()), shards, lambda number, shard: None)
@@ -271,7 +277,7 @@ def test_a_slow_writer_holds_the_others_back() -> None:
 
     run_in_time(new_pipeline(Model()), shards(), write)
     assert written == 40
-    assert most_ahead <= PACKS_AHEAD + PACKS_IN_FLIGHT + SHARDS_AHEAD + 3
+    assert most_ahead <= PACKS_AHEAD + PACKS_IN_FLIGHT + RESULTS_AHEAD + 3
 
 
 def test_a_slow_device_holds_the_reader_back() -> None:

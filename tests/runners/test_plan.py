@@ -22,7 +22,6 @@ from esm_packed.numerics import PRECISIONS
 from esm_packed.packing import SPECIAL_TOKENS, pack, plan_packs
 from esm_packed.runners.state import cut
 from esm_packed.runners.state.cut import (
-    MAX_SHARD_BYTES,
     MAX_SHARD_RECORDS,
     ShardSize,
     cut_shards,
@@ -41,39 +40,37 @@ def costs(lengths: npt.NDArray[np.int32], is_computed: npt.NDArray[np.bool_]) ->
 records = st.lists(st.tuples(st.integers(1, 5000), st.booleans()), min_size=1, max_size=200)
 
 
-@given(records, st.floats(1.0, 1e13), st.sampled_from([1280, MAX_SHARD_BYTES // 3, 2 * MAX_SHARD_BYTES]))
+@given(records, st.floats(1.0, 1e13))
 def test_shards_cover_the_input_and_cost_alike(
-    records: list[tuple[int, bool]], flops_per_shard: float, row_bytes: int
+    records: list[tuple[int, bool]], flops_per_shard: float
 ) -> None:
     lengths = np.array([length for length, _ in records], np.int32)
     is_computed = np.array([computed for _, computed in records])
-    starts = cut_shards(lengths, is_computed, CONFIG, row_bytes, ShardSize(flops_per_shard))
+    starts = cut_shards(lengths, is_computed, CONFIG, ShardSize(flops_per_shard))
     assert starts[0] == 0
     assert starts[-1] == len(records)
     assert all(start < stop for start, stop in pairwise(starts))
     assert all(type(start) is int for start in starts), "JSON knows no numpy"
     flops = costs(lengths, is_computed)
-    most = max(1, MAX_SHARD_BYTES // row_bytes)
     for start, stop in pairwise(starts):
-        assert stop - start <= most
         cost = flops[start:stop].sum()
         # not more than asked for, but for a single record; and no room left for the next one
         assert cost <= flops_per_shard * (1 + 1e-9) or stop - start == 1
-        if stop < len(records) and stop - start < most:
+        if stop < len(records):
             assert cost + flops[stop] > flops_per_shard * (1 - 1e-9)
 
 
 def test_equal_records_are_cut_evenly() -> None:
     lengths = np.full(1000, 300, np.int32)
     flops = costs(lengths, np.ones(1000, np.bool_))
-    starts = cut_shards(lengths, np.ones(1000, np.bool_), CONFIG, 1280, ShardSize(flops[0] * 10.5))
+    starts = cut_shards(lengths, np.ones(1000, np.bool_), CONFIG, ShardSize(flops[0] * 10.5))
     assert set(np.diff(starts)) == {10}
 
 
 def test_a_shard_has_a_bounded_number_of_records() -> None:
     number = 2 * MAX_SHARD_RECORDS + 5
     lengths = np.ones(number, np.int32)
-    starts = cut_shards(lengths, np.ones(number, np.bool_), CONFIG, 4, ShardSize(1e30))
+    starts = cut_shards(lengths, np.ones(number, np.bool_), CONFIG, ShardSize(1e30))
     assert starts == (0, MAX_SHARD_RECORDS, 2 * MAX_SHARD_RECORDS, number)
 
 
@@ -82,7 +79,7 @@ def test_copies_cost_nothing_but_count_as_records(monkeypatch: pytest.MonkeyPatc
     is_computed = np.zeros(25, np.bool_)
     is_computed[0] = True
     lengths = np.full(25, 50, np.int32)
-    assert cut_shards(lengths, is_computed, CONFIG, 4, ShardSize(1e30)) == (0, 10, 20, 25)
+    assert cut_shards(lengths, is_computed, CONFIG, ShardSize(1e30)) == (0, 10, 20, 25)
 
 
 def uniref_like(number: int) -> npt.NDArray[np.int32]:
@@ -97,7 +94,7 @@ def cut_for(
     """(num_records,) tokens of proteins, and how they are cut into shards."""
     lengths, is_computed, config = uniref_like(number), np.ones(number, np.bool_), ESM2_MODELS[model]
     size = ShardSize.of_run(lengths, is_computed, config, device_type, token_budget)
-    starts = cut_shards(lengths, is_computed, config, config.hidden_size * 4, size)
+    starts = cut_shards(lengths, is_computed, config, size)
     assert starts[0] == 0
     assert starts[-1] == number
     assert all(start < stop for start, stop in pairwise(starts))
@@ -172,7 +169,7 @@ def test_copies_and_giants_among_whole_packs() -> None:
     is_computed = np.arange(30_000) % 3 > 0
     is_computed[::10_000] = True
     size = ShardSize.of_run(lengths, is_computed, CONFIG, "cuda", 16_384)
-    starts = cut_shards(lengths, is_computed, CONFIG, 1280, size)
+    starts = cut_shards(lengths, is_computed, CONFIG, size)
     assert (starts[0], starts[-1]) == (0, 30_000)
     assert all(start < stop for start, stop in pairwise(starts))
     assert len(starts) - 1 >= 64

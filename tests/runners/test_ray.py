@@ -20,11 +20,12 @@ import numpy as np
 import pytest
 from nursery import Result, names_in, shards_of, wait_until, write_fasta
 
-from esm_packed.errors import UsageError
+from esm_packed.errors import EngineError, UsageError
 from esm_packed.runners import session
 from esm_packed.runners.cli import main as cli
-from esm_packed.runners.compute import ray_engine
-from esm_packed.runners.compute.ray_engine import EngineError, RayEngine, RayWorker
+from esm_packed.runners.compute import ray_cluster, ray_schedule
+from esm_packed.runners.compute.ray_engine import RayEngine
+from esm_packed.runners.compute.ray_worker import RayWorker
 from esm_packed.runners.output.reader import EmbeddingReader
 from esm_packed.runners.session import EmbedRequest, embed_files
 from esm_packed.runners.state.cut import FLOPS_PER_SHARD
@@ -40,7 +41,7 @@ POISON_LENGTH = 77
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(FLOPS_PER_SHARD, "cpu", 3.5e8)
-    monkeypatch.setattr(ray_engine, "BACK_OFF_SECONDS", 0.05)
+    monkeypatch.setattr(ray_schedule, "BACK_OFF_SECONDS", 0.05)
     monkeypatch.setenv("ESM_PACKED_TESTS", str(os.getpid()))
 
 
@@ -78,9 +79,8 @@ class WaitingWorker(RayWorker):
     """Computes its first shard when the other worker has one, too."""
 
     def compute(self, shard: int) -> Any:
-        assert self._run is not None
-        folder = self._run.directory.output.parent
-        (folder / f"busy-{self._worker.rank}").touch()
+        folder = self._opened.run.directory.output.parent
+        (folder / f"busy-{self._rank}").touch()
         deadline = time.monotonic() + 300
         while not all((folder / f"busy-{rank}").exists() for rank in (0, 1)):
             assert time.monotonic() < deadline, "the other worker gets no shard"
@@ -128,10 +128,12 @@ class DoomedWorker(SlowWorker):
     """Does not get to the end of the run before one worker has been killed."""
 
     def compute(self, shard: int) -> Any:
-        assert self._run is not None
-        killed = self._run.directory.output.parent / "killed"
+        killed = self._opened.run.directory.output.parent / "killed"
         deadline = time.monotonic() + 300
-        while len(self._run.finished(range(self._run.plan.num_shards))) >= 8 and not killed.exists():
+        while (
+            len(self._opened.run.finished(range(self._opened.run.plan.num_shards))) >= 8
+            and not killed.exists()
+        ):
             assert time.monotonic() < deadline, "nothing is killed"
             time.sleep(0.02)
         return super().compute(shard)
@@ -261,13 +263,13 @@ class DeadlyWorker(RayWorker):
 def test_when_all_fails_the_run_ends_and_keeps_what_is_finished(
     fasta: Path, tmp_path: Path, expected: Result, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ray_engine, "MAX_FAILURES_IN_A_ROW", 2)
+    monkeypatch.setattr(ray_schedule, "MAX_FAILURES_IN_A_ROW", 2)
     output = tmp_path / "out.h5"
     with monkeypatch.context() as deadly:
         deadly.setattr(RayEngine, "worker_class", DeadlyWorker)
         with pytest.raises(EngineError, match="workers fail whatever they are given, last with: the process"):
             run(fasta, output, engine="ray", workers=1)
-    assert sorted(shards_of(output)) == ["00000.h5", "00001.h5"]
+    assert sorted(shards_of(output)) == ["00000.shard", "00001.shard"]
     assert not output.exists()
     run(fasta, output)
     assert Result.of(output) == expected
@@ -399,14 +401,14 @@ def test_no_worker_outlives_its_driver(
         "import sys, time\n"
         "from esm_packed.model import ESM2\n"
         "from esm_packed.runners.cli import main as cli\n"
-        "from esm_packed.runners.compute import ray_engine\n"
+        "from esm_packed.runners.compute import ray_engine, ray_worker\n"
         "from esm_packed.runners.state import cut\n"
         "import ray\n"
         "cut.FLOPS_PER_SHARD['cpu'] = 3.5e8\n"
-        "class SlowWorker(ray_engine.RayWorker):\n"
+        "class SlowWorker(ray_worker.RayWorker):\n"
         "    def compute(self, shard):\n"
         "        time.sleep(0.3)\n"
-        "        while len(self._run.finished(range(self._run.plan.num_shards))) >= 5:\n"
+        "        while len(self._opened.run.finished(range(self._opened.run.plan.num_shards))) >= 5:\n"
         "            time.sleep(0.1)  # until the driver has ended\n"
         "        return super().compute(shard)\n"
         "ray_engine.RayEngine.worker_class = SlowWorker\n"
@@ -453,9 +455,9 @@ def test_no_worker_outlives_its_driver(
 def test_no_worker_gets_more_threads_than_a_node_has(
     cores: list[int], num_workers: int, threads: int
 ) -> None:
-    assert ray_engine._threads_each(cores, num_workers) == threads
+    assert ray_cluster._threads_each(cores, num_workers) == threads
 
 
 def test_a_worker_that_cannot_be_reached_is_said_in_plain_words() -> None:
     error = ray.exceptions.ActorUnavailableError("The actor is temporarily unavailable: RpcError: 14", None)
-    assert str(ray_engine._root_cause(error)) == "the worker cannot be reached"
+    assert str(ray_schedule.root_cause(error)) == "the worker cannot be reached"

@@ -11,21 +11,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from esm_packed.errors import UsageError
-from esm_packed.runners.input.build import build_index
-from esm_packed.runners.input.fasta import ReadOptions
 from esm_packed.runners.state import claims
 from esm_packed.runners.state.claims import STALE_SECONDS, Claim, ClaimedError
 from esm_packed.runners.state.directory import MARKER, RunDirectory
-from esm_packed.runners.state.plan import Plan
-from esm_packed.runners.state.run import Run
-from esm_packed.runners.state.shard import Shard, StoreError, read_shard, write_shard
 
 
 @pytest.fixture
@@ -376,7 +369,7 @@ def test_slices_are_numbered_with_ascii_digits(directory: RunDirectory) -> None:
 
 
 def test_finished_shards_are_those_of_the_plan(directory: RunDirectory) -> None:
-    for name in ("00000.h5", "00002.h5", "00009.h5", ".00001.h5.abcd.tmp"):
+    for name in ("00000.shard", "00002.shard", "00009.shard", ".00001.shard.abcd.tmp"):
         (directory.path / "shards" / name).touch()
     assert directory.finished(3) == [0, 2]
     directory.forget_shards()
@@ -425,86 +418,3 @@ def test_a_log_that_has_another_name_elsewhere_is_refused(directory: RunDirector
     (directory.logs_path / "worker-0.log").hardlink_to(mine)
     with pytest.raises(UsageError, match="another name elsewhere"):
         directory.exists()
-
-
-def a_shard() -> Shard:
-    rows = np.random.default_rng(0).standard_normal((7, 12)).astype(np.float32)
-    status = np.array([0, 0, 1, 0, 2, 0, 0], np.uint8)
-    return Shard(status, {3: rows, 6: -rows}, {2: "recomputed", 4: "not finite"})
-
-
-def same(one: Shard, other: Shard) -> bool:
-    return (
-        one.status.tobytes() == other.status.tobytes()
-        and one.reasons == other.reasons
-        and one.embeddings.keys() == other.embeddings.keys()
-        and all(rows.tobytes() == other.embeddings[layer].tobytes() for layer, rows in one.embeddings.items())
-    )
-
-
-def test_a_shard_is_read_as_it_was_written(directory: RunDirectory) -> None:
-    path = directory.shard_path(3)
-    write_shard(path, directory.scratch_path, a_shard(), 3, "plan")
-    read = read_shard(path, 3, "plan")
-    assert same(read, a_shard())
-    assert read.reasons == a_shard().reasons
-    assert names_in(path.parent) == ["00003.h5"]
-    assert names_in(directory.scratch_path) == []
-    for number, plan in ((4, "plan"), (3, "another plan")):
-        with pytest.raises(StoreError, match="another run's"):
-            read_shard(path, number, plan)
-
-
-@pytest.mark.parametrize("change", ["rows", "status", "columns", "a layer less", "a layer more"])
-def test_a_shard_of_another_shape_is_not_that_of_the_plan(directory: RunDirectory, change: str) -> None:
-    """Whole and with the right checksum, as a mistake in a program would write it."""
-    fasta = directory.output.with_name("in.fa")
-    fasta.write_text("".join(f">{number}\nMKV{'A' * number}\n" for number in range(7)))
-    index = build_index([str(fasta)], directory.index_path, ReadOptions())
-    run = Run(directory, Plan({"layers": [3, 6]}, (), (0, 7), hidden_size=12), index)
-    shard = a_shard()
-    run.write(0, shard)
-    found = run.read(0)
-    assert found is not None
-    assert same(found, shard)
-    rows, status = dict(shard.embeddings), shard.status
-    if change == "rows":
-        rows[6] = rows[6][:6]
-    elif change == "status":
-        rows, status = {layer: values[:6] for layer, values in rows.items()}, status[:6]
-    elif change == "columns":
-        rows[3] = rows[3][:, :11]
-    elif change == "a layer less":
-        del rows[3]
-    else:
-        rows[4] = rows[3]
-    run.write(0, replace(shard, embeddings=rows, status=status))
-    assert run.read(0) is None
-    assert run.finished([0]) == [], "it would be taken for finished again"
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_a_shard_cut_short_or_altered_is_never_another_shard(directory: RunDirectory, seed: int) -> None:
-    """Whatever bytes a disk makes of a shard, it reads as what was written or is refused."""
-    path = directory.shard_path(3)
-    write_shard(path, directory.scratch_path, a_shard(), 3, "plan")
-    whole = path.read_bytes()
-    rng = np.random.default_rng(seed)
-    for _ in range(250):
-        content = bytearray(whole)
-        kind = rng.integers(3)
-        if kind == 0:
-            content = content[: rng.integers(len(whole))]
-        elif kind == 1:
-            for place in rng.integers(len(whole), size=rng.integers(1, 4)):
-                content[place] = rng.integers(256)
-        else:
-            start = int(rng.integers(len(whole)))
-            stop = min(len(whole), start + int(rng.integers(1, 4096)))
-            content[start:stop] = bytes(stop - start)
-        path.write_bytes(content)
-        try:
-            read = read_shard(path, 3, "plan")
-        except StoreError:
-            continue
-        assert same(read, a_shard())

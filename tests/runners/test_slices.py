@@ -304,7 +304,7 @@ def test_a_damaged_shard_of_another_slice_is_computed_by_who_merges(
 ) -> None:
     output = tmp_path / "out.h5"
     assert start(nursery, work, output, "--slice", "1/2").wait() == 0
-    shard = tmp_path / "out.h5.run" / "shards" / "00005.h5"
+    shard = tmp_path / "out.h5.run" / "shards" / "00005.shard"
     os.truncate(shard, shard.stat().st_size - 5)
     child = start(nursery, work, output, "--slice", "0/2")
     assert child.wait() == 0, child.output()
@@ -404,7 +404,7 @@ def test_merge_needs_all_shards_and_nothing_else(
     assert "there is no run to merge" in capsys.readouterr().err
     assert start(nursery, work, output, "--keep-run").wait() == 0
     output.unlink()
-    shard = tmp_path / "out.h5.run" / "shards" / "00002.h5"
+    shard = tmp_path / "out.h5.run" / "shards" / "00002.shard"
     content = shard.read_bytes()
     shard.unlink()
     assert cli.main(["merge", str(output)]) == 4

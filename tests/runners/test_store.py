@@ -41,8 +41,9 @@ def write_output(path: Path, num_sequences: int = 5, batch: int = 2, **changes) 
                 embedded_lengths=np.minimum(lengths[part], 12),
                 status=np.zeros(part.stop - part.start, np.uint8),
                 modified=np.arange(part.start, part.stop, dtype=np.uint8),
-                embeddings={layer: values[part] for layer, values in rows.items()},
             )
+            for layer, values in rows.items():
+                writer.write_embeddings(layer, start, values[part])
         writer.write_problems([StoredProblem("a", "in.fasta", 7, "gap")])
         writer.write_problems([StoredProblem("b", "\udcff.fasta", 2**40, "why not")])
         writer.write_plan(IDENTITY, ["in.fasta"])
@@ -167,8 +168,9 @@ try:
         for start in range(0, 2000, 500):
             writer.write_rows(
                 start, sequence_ids=["name"] * 500, lengths=numbers, embedded_lengths=numbers,
-                status=numbers.astype(np.uint8), modified=numbers.astype(np.uint8), embeddings={6: rows},
+                status=numbers.astype(np.uint8), modified=numbers.astype(np.uint8),
             )
+            writer.write_embeddings(6, start, rows)
         writer.write_plan({}, [])
 except OSError as error:
     sys.exit(50 if error.errno == errno.ENOSPC else 51)

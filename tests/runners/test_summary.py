@@ -26,7 +26,7 @@ from esm_packed.runners.compute.pipeline import PACKS_AHEAD
 from esm_packed.runners.state.cut import FLOPS_PER_SHARD
 from esm_packed.runners.watch import watch
 from esm_packed.runners.watch.console import Console
-from esm_packed.runners.watch.metrics import SHARDS_AHEAD, Snapshot, StageTimes
+from esm_packed.runners.watch.metrics import RESULTS_AHEAD, Snapshot, StageTimes
 from esm_packed.runners.watch.watch import WorkerState
 
 FASTA = ">a first\nMKTLLAGVSE\n>b second\nMKVLA\n>c\nMMMRPQ\n"
@@ -107,25 +107,25 @@ def test_other_names_are_accepted(fasta: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("packs_waiting", "shards_waiting", "stage"),
+    ("packs_waiting", "results_waiting", "stage"),
     [
         (0, 0, "reading"),
-        (0, SHARDS_AHEAD, "writing"),
+        (0, RESULTS_AHEAD, "writing"),
         (1, 0, "computing"),
-        (PACKS_AHEAD, SHARDS_AHEAD - 1, "computing"),
-        (PACKS_AHEAD, SHARDS_AHEAD, "writing"),
+        (PACKS_AHEAD, RESULTS_AHEAD - 1, "computing"),
+        (PACKS_AHEAD, RESULTS_AHEAD, "writing"),
     ],
 )
 def test_a_bar_shows_the_stage_that_the_others_wait_for(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     packs_waiting: int,
-    shards_waiting: int,
+    results_waiting: int,
     stage: str,
 ) -> None:
     monkeypatch.setattr(watch, "DISPLAY_SECONDS", 0.0)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    snapshot = Snapshot(StageTimes(), 0, packs_waiting, shards_waiting, None, None)
+    snapshot = Snapshot(StageTimes(), 0, packs_waiting, results_waiting, None, None)
     idle = Snapshot(StageTimes(), None, 1, 0, None, None)
     busy = [WorkerState(rank, "cpu", snapshot) for rank in range(2)]
     for states in (busy[:1], [*busy, WorkerState(2, "cpu", idle)]):

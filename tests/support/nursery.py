@@ -229,7 +229,7 @@ def shards_of(output: Path) -> dict[str, tuple[int, int]]:
     folder = output.with_name(f"{output.name}.run") / "shards"
     if not folder.exists():
         return {}
-    return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.glob("[0-9]*.h5")}
+    return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.glob("[0-9]*.shard")}
 
 
 def names_in(folder: Path) -> list[str]:

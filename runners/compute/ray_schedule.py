@@ -1,0 +1,271 @@
+"""Shards handed out as workers become free; what kills a worker is left out.
+
+A worker that dies is replaced. A shard that fails MAX_ATTEMPTS times is computed in parts; those that fail
+are halved until the sequence that fails alone is found. It is recorded as failed; everything else is kept.
+"""
+
+from __future__ import annotations
+
+import errno
+import time
+from collections import Counter, deque
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+from esm_packed.errors import EngineError, UserError
+from esm_packed.runners.compute.ray_cluster import RayCluster, Slot, Task
+from esm_packed.runners.state.run import Run
+from esm_packed.runners.watch.console import Console
+from esm_packed.runners.watch.metrics import StageTimes
+from esm_packed.runners.watch.watch import Watch, WorkerState
+
+MAX_ATTEMPTS = 3
+"""Failures of a shard, or of a single sequence, before it is split or given up."""
+
+BACK_OFF_SECONDS = 1.0
+"""Before the first repetition of a shard; doubled each time."""
+
+MAX_FAILURES_IN_A_ROW = 12
+"""Without anything that works in between: then it is not a sequence that is at fault."""
+
+MAX_FAILED_STARTS = 3
+NO_ROOM_SECONDS = 60.0
+"""How long the run waits for a node, after all that a worker fits on are gone."""
+
+POLL_SECONDS = 0.5
+LASTING_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.ENOENT)
+"""What would happen again with any shard, or for any worker."""
+
+
+class Schedule:
+    """Has the workers of a cluster compute shards.
+
+    Args:
+        cluster: where.
+        run: whose shards they are.
+        shards: their numbers.
+        watch: told how it goes.
+        console: for notes.
+
+    Attributes:
+        times: of all workers together.
+    """
+
+    def __init__(
+        self, cluster: RayCluster, run: Run, shards: Sequence[int], watch: Watch, console: Console
+    ) -> None:
+        self.times = StageTimes()
+        self._cluster = cluster
+        self._ray = cluster.ray
+        self._run = run
+        self._watch = watch
+        self._console = console
+        self._waiting = deque(map(Task, shards))
+        self._delayed: list[tuple[float, Task]] = []
+        self._attempts: Counter[Task] = Counter()
+        self._failures_in_a_row = 0
+        self._parts: dict[int, dict[Task, str | None]] = {}
+        """By shard: parts of it that are done, None, or a single sequence that failed, why."""
+        self._done_residues = 0
+        self._last_room = time.monotonic()
+
+    def run(self) -> None:
+        """Compute all shards.
+
+        Raises:
+            EngineError: workers cannot be started, or fail whatever they are given.
+        """
+        slots = self._cluster.slots
+        for slot in slots:
+            self._open(slot)
+        try:
+            while self._waiting or self._delayed or any(slot.task is not None for slot in slots):
+                self._hand_out()
+                self._look(POLL_SECONDS)
+                self._ask()
+                self._check_room()
+                in_flight = sum(_new_residues(slot) for slot in slots if slot.task is not None)
+                self._watch.update(self._done_residues + in_flight, self._states)
+        finally:
+            self._watch.write_log(self._states(), "end")
+
+    def _open(self, slot: Slot) -> None:
+        """Have a worker in `slot` that opens the run."""
+        self._cluster.start(slot)
+        slot.times, slot.snapshot, slot.asked = StageTimes(), None, None
+        slot.starting = slot.actor.open.remote(str(self._run.directory.output), self._run.plan.hash)
+
+    def _hand_out(self) -> None:
+        now = time.monotonic()
+        self._waiting.extendleft(task for ready, task in self._delayed if ready <= now)
+        self._delayed = [each for each in self._delayed if each[0] > now]
+        for slot in self._cluster.slots:
+            if not self._waiting:
+                return
+            if slot.starting is not None or slot.task is not None:
+                continue
+            task = slot.task = self._waiting.popleft()
+            if task.last is None:
+                slot.working = slot.actor.compute.remote(task.shard)
+            else:
+                slot.working = slot.actor.compute_part.remote(task.shard, task.first, task.last)
+
+    def _look(self, seconds: float) -> None:
+        """Wait for a worker that has started, finished or failed."""
+        slots = self._cluster.slots
+        pending = {slot.starting or slot.working: slot for slot in slots if slot.starting or slot.working}
+        if not pending:
+            time.sleep(seconds)
+            return
+        done, _ = self._ray.wait(list(pending), num_returns=1, timeout=seconds)
+        for reference in done:
+            slot = pending[reference]
+            try:
+                result = self._ray.get(reference)
+            except self._ray.exceptions.RayError as error:
+                self._failed(slot, error)
+            else:
+                if slot.starting is not None:
+                    slot.starting, slot.failed_starts = None, 0
+                    slot.name = result
+                else:
+                    self._finished(slot, result)
+
+    def _finished(self, slot: Slot, result: Any) -> None:
+        task = slot.task
+        assert task is not None
+        slot.task = slot.working = None
+        self._failures_in_a_row = 0
+        times: StageTimes = result
+        if task.last is not None:
+            self._keep_part(task, None)
+        self._done_residues += times.residues - slot.times.residues
+        self.times.add(_difference(times, slot.times))
+        slot.times = times
+        if slot.snapshot is not None:
+            slot.snapshot = replace(slot.snapshot, times=times, shard=None)
+
+    def _failed(self, slot: Slot, error: Exception) -> None:
+        cause = root_cause(error)
+        if is_lasting(cause):
+            raise cause
+        task, was_starting = slot.task, slot.starting is not None
+        self._replace(slot)
+        if was_starting:
+            slot.failed_starts += 1
+            if slot.failed_starts == MAX_FAILED_STARTS:
+                raise EngineError(f"worker {slot.rank} cannot be started: {cause}")
+            return
+        assert task is not None
+        self._attempts[task] += 1
+        self._failures_in_a_row += 1
+        attempts = self._attempts[task]
+        self._console.note(f"worker {slot.rank}: {task} failed: {cause}")
+        if self._failures_in_a_row > MAX_FAILURES_IN_A_ROW:
+            raise EngineError(f"workers fail whatever they are given, last with: {cause}")
+        num_sequences = self._sequences(task)
+        if not num_sequences:
+            raise EngineError(f"{task} fails, though it has nothing to compute: {cause}")
+        # a part is known to fail: only a single sequence gets the benefit of the doubt again
+        if attempts < MAX_ATTEMPTS and (task.last is None or num_sequences == 1):
+            self._delayed.append((time.monotonic() + BACK_OFF_SECONDS * 2 ** (attempts - 1), task))
+        elif num_sequences > 1:
+            middle = task.first + num_sequences // 2
+            last = task.first + num_sequences
+            # at the end: the half that works comes before the quarters of the other, so failures alternate
+            self._waiting += [Task(task.shard, task.first, middle), Task(task.shard, middle, last)]
+        else:
+            self._keep_part(Task(task.shard, task.first, task.first + 1), f"its worker failed: {cause}")
+
+    def _replace(self, slot: Slot) -> None:
+        with suppress(Exception):
+            self._ray.kill(slot.actor)
+        slot.actor = slot.working = slot.task = slot.starting = None
+        slot.name = "starting"
+        self._open(slot)
+
+    def _sequences(self, task: Task) -> int:
+        if task.last is not None:
+            return task.last - task.first
+        return len(self._run.computed(task.shard))
+
+    def _keep_part(self, task: Task, failure: str | None) -> None:
+        """Keep a part of a shard, and write the shard when it is complete.
+
+        Args:
+            task: the part.
+            failure: why it failed, a single sequence then; None if it is computed.
+        """
+        parts = self._parts.setdefault(task.shard, {})
+        parts[task] = failure
+        if sum(map(self._sequences, parts)) < len(self._run.computed(task.shard)):
+            return
+        with self._run.output(task.shard) as whole:
+            for part, reason in parts.items():
+                if reason is not None:
+                    whole.write_failed(part.first, reason)
+                else:
+                    self._run.take_part(part.shard, part.first, part.first + self._sequences(part), whole)
+        del self._parts[task.shard]
+
+    def _check_room(self) -> None:
+        """See that there is a worker, or may come to be one: Ray would wait for a new node for ever."""
+        now = time.monotonic()
+        if any(slot.starting is None for slot in self._cluster.slots) or self._cluster.has_room():
+            self._last_room = now
+        elif now - self._last_room >= NO_ROOM_SECONDS:
+            raise EngineError("no node of the cluster has room for a worker any more")
+
+    def _ask(self) -> None:
+        """Ask workers how it goes, without waiting for their answers."""
+        for slot in self._cluster.slots:
+            if slot.starting is not None:
+                continue
+            if slot.asked is not None:
+                ready, _ = self._ray.wait([slot.asked], timeout=0)
+                if not ready:
+                    continue
+                with suppress(self._ray.exceptions.RayError):
+                    snapshot = self._ray.get(slot.asked)
+                    # an answer from before the last task was finished says less than is known
+                    if snapshot is None or snapshot.times.residues >= slot.times.residues:
+                        slot.snapshot = snapshot
+            slot.asked = slot.actor.snapshot.remote()
+
+    def _states(self) -> list[WorkerState]:
+        return [WorkerState(slot.rank, slot.name, slot.snapshot) for slot in self._cluster.slots]
+
+
+def _new_residues(slot: Slot) -> int:
+    """Residues of the task in work that the worker has told of."""
+    if slot.snapshot is None:
+        return 0
+    return max(0, slot.snapshot.times.residues - slot.times.residues)
+
+
+def _difference(now: StageTimes, before: StageTimes) -> StageTimes:
+    return StageTimes(**{name: value - getattr(before, name) for name, value in vars(now).items()})
+
+
+def is_lasting(cause: BaseException) -> bool:
+    """Whether it would happen again with any shard, or for any worker."""
+    return isinstance(cause, UserError) or getattr(cause, "errno", None) in LASTING_ERRORS
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """What a worker raised, or that it died."""
+    while isinstance(cause := getattr(error, "cause", None), BaseException):
+        error = cause
+    if not type(error).__module__.startswith("ray."):
+        return error
+    from ray import exceptions
+
+    if isinstance(error, exceptions.ActorUnavailableError):
+        return RuntimeError("the worker cannot be reached")
+    has_died = isinstance(error, (exceptions.ActorDiedError, exceptions.WorkerCrashedError))
+    if has_died and not getattr(error, "actor_init_failed", False):
+        return RuntimeError("the process died")
+    lines = str(error).strip().splitlines()
+    return RuntimeError(lines[-1] if lines else type(error).__name__)

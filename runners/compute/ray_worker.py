@@ -1,0 +1,83 @@
+"""A worker on Ray, and what is known of one that fails."""
+
+from __future__ import annotations
+
+import os
+from functools import cached_property
+from pathlib import Path
+
+from esm_packed.checkpoints import load_checkpoint
+from esm_packed.config import DEFAULT_TOKEN_BUDGETS
+from esm_packed.errors import UsageError
+from esm_packed.numerics import resolve_device
+from esm_packed.runners.compute.budget import measured_token_budget
+from esm_packed.runners.compute.worker import RunWorker, Worker, device_name, set_threads
+from esm_packed.runners.state.directory import RunDirectory
+from esm_packed.runners.state.request import EmbedRequest
+from esm_packed.runners.state.run import Run
+from esm_packed.runners.watch.metrics import Snapshot, StageTimes
+
+
+class RayWorker:
+    """A `Worker` as an actor. Two threads: one computes, the other tells how it goes.
+
+    What can fail is left to the methods: Ray hands over what they raise, but only a text of what is raised
+    while an actor is made.
+
+    Args:
+        request: how to compute.
+        model_sha256: of the checkpoint that the driver opened.
+        device: where, as this process sees its devices.
+        rank: its number in the run.
+    """
+
+    _opened: RunWorker
+
+    def __init__(self, request: EmbedRequest, model_sha256: str, device: str, rank: int) -> None:
+        self._request = request
+        self._model_sha256 = model_sha256
+        self._device = device
+        self._rank = rank
+
+    @cached_property
+    def _worker(self) -> Worker:
+        set_threads(self._request.threads)
+        checkpoint = load_checkpoint(self._request.model)
+        if checkpoint.sha256 != self._model_sha256:
+            raise UsageError(
+                f"{self._request.model} is another model on {os.uname().nodename}: {checkpoint.sha256}"
+            )
+        return Worker(self._request, checkpoint, resolve_device(self._device), self._rank)
+
+    def token_budget(self) -> int:
+        """What the memory of its GPU holds."""
+        model = self._worker.model
+        return measured_token_budget(model, DEFAULT_TOKEN_BUDGETS[model.device.type])
+
+    def open(self, output: str, plan_hash: str) -> str:
+        """Open the run of `output`, before anything is computed; where this worker runs."""
+        directory = RunDirectory(Path(output))
+        if not directory.plan_path.exists():
+            raise UsageError(
+                f"{directory.path} is not on {os.uname().nodename}; all workers must share the folder "
+                "of the output"
+            )
+        run = Run.open(directory)
+        if run.plan.hash != plan_hash:
+            raise UsageError(f"{directory.path} holds another run on {os.uname().nodename}")
+        self._opened = self._worker.open(run)
+        return f"{device_name(self._worker.model.device)} on {os.uname().nodename}, process {os.getpid()}"
+
+    def compute(self, shard: int) -> StageTimes:
+        """Compute a shard and write it; what the worker has done so far."""
+        self._opened.compute([shard])
+        return self._opened.pipeline.times
+
+    def compute_part(self, shard: int, first: int, last: int) -> StageTimes:
+        """Compute the sequences [first, last) of a shard and write them; what the worker has done so far."""
+        self._opened.compute_part(shard, first, last)
+        return self._opened.pipeline.times
+
+    def snapshot(self) -> Snapshot:
+        """Where it is."""
+        return self._opened.pipeline.snapshot()
