@@ -6,7 +6,7 @@ import base64
 import csv
 import html
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,23 +102,97 @@ def _is_numeric(cells: Iterator[str]) -> bool:
     return bool(filled) and all(cell.lstrip("-+<").startswith(tuple("0123456789")) for cell in filled)
 
 
-def page_html(title: str, body: str) -> str:
-    """A whole HTML page that needs no other file.
+@dataclass(frozen=True)
+class Notice:
+    """A sentence that nobody overlooks.
+
+    Args:
+        text: plain text.
+        kind: `warning`, or a verdict, `passed` or `FAILED`.
+    """
+
+    text: str
+    kind: str = "warning"
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure, drawn when the page is written.
+
+    Args:
+        name: of its files, without a suffix.
+        caption: what it shows, for those who cannot see it.
+        draw: makes it.
+    """
+
+    name: str
+    caption: str
+    draw: Callable[[], Figure]
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a page.
+
+    Args:
+        title: heading; empty for what stands above all headings.
+        parts: what is below it; a string is a paragraph of plain text, an empty one is left out.
+    """
+
+    title: str
+    parts: Sequence[str | Notice | Table | Drawing]
+
+
+def write_page(title: str, sections: Iterable[Section], folder: Path, name: str) -> Path:
+    """Write a page as `name.html`, which needs no other file, and as `name.md` with its figures beside it.
 
     Args:
         title: plain text.
-        body: HTML.
+        sections: from top to bottom.
+        folder: exists; files of these names in it are replaced.
+        name: of the files.
+
+    Returns:
+        The HTML file.
+
+    Raises:
+        OSError: the folder cannot be written to.
     """
+    body, markdown = [], [f"# {title}"]
+    with figure_style():
+        for section in sections:
+            if section.title:
+                body.append(f"<h2>{html.escape(section.title)}</h2>")
+                markdown.append(f"## {section.title}")
+            for part in (part for part in section.parts if part):
+                as_html, as_markdown = _rendered(part, folder)
+                body.append(as_html)
+                markdown.append(as_markdown)
+    page = folder / f"{name}.html"
+    page.write_text(_page_html(title, "\n".join(body)), encoding="utf-8")
+    (folder / f"{name}.md").write_text("\n\n".join(markdown) + "\n", encoding="utf-8")
+    return page
+
+
+def _rendered(part: str | Notice | Table | Drawing, folder: Path) -> tuple[str, str]:
+    """As HTML and as Markdown."""
+    if isinstance(part, Table):
+        return part.html(), part.markdown()
+    if isinstance(part, Notice):
+        return f'<p class="{part.kind}">{html.escape(part.text)}</p>', f"**{part.text}**"
+    if isinstance(part, Drawing):
+        source = _save_figure(part.draw(), folder, part.name)
+        caption = html.escape(part.caption)
+        return f'<p><img alt="{caption}" src="{source}"></p>', f"![{part.caption}]({part.name}.png)"
+    return f"<p>{html.escape(part)}</p>", part
+
+
+def _page_html(title: str, body: str) -> str:
     title = html.escape(title)
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n'
         f"<style>{_STYLE}</style>\n</head>\n<body>\n<h1>{title}</h1>\n{body}\n</body>\n</html>\n"
     )
-
-
-def warning(text: str) -> str:
-    """A paragraph of plain `text` that nobody overlooks."""
-    return f'<p class="warning">{html.escape(text)}</p>'
 
 
 def check_matplotlib() -> None:
@@ -157,7 +231,7 @@ def figure_style() -> Iterator[None]:
         yield
 
 
-def save_figure(figure: Figure, directory: Path, name: str) -> str:
+def _save_figure(figure: Figure, directory: Path, name: str) -> str:
     """Write `name.png` and `name.svg` into `directory`.
 
     Returns:

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import html
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from esm_packed.reports.page import (
+    Drawing,
+    Notice,
     ReportError,
-    Table,
+    Section,
     check_matplotlib,
     figure_files,
-    figure_style,
-    page_html,
-    save_figure,
-    warning,
+    write_page,
 )
 from esm_packed.reports.speedup import figures
 from esm_packed.reports.speedup.results import (
@@ -52,9 +48,6 @@ from esm_packed.reports.speedup.tables import (
     times_text,
 )
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 TITLE = "esm-packed: speed"
 SUITES_SHOWN = (
     "model",
@@ -65,23 +58,6 @@ SUITES_SHOWN = (
     "packing",
     "end_to_end",
 )
-
-
-@dataclass(frozen=True)
-class Section:
-    """A part of the report.
-
-    Args:
-        title: heading.
-        text: sentences below it.
-        tables: its tables.
-        figure: name of its file and how to draw it, or None.
-    """
-
-    title: str
-    text: str
-    tables: Sequence[Table]
-    figure: tuple[str, Callable[[], Figure]] | None = None
 
 
 def report_files(folder: Path) -> list[Path]:
@@ -110,29 +86,8 @@ def write_report(path: Path, older: Sequence[Path], folder: Path) -> list[str]:
     try:
         sections = list(_sections(results, before))
         folder.mkdir(parents=True, exist_ok=True)
-        page, markdown = [], [f"# {TITLE}", ""]
-        if results.is_overloaded:
-            page.append(warning(_load_text(results)))
-            markdown += [f"**{_load_text(results)}**", ""]
-        with figure_style():
-            for section in sections:
-                page.append(f"<h2>{html.escape(section.title)}</h2>\n<p>{html.escape(section.text)}</p>")
-                markdown += [f"## {section.title}", "", section.text, ""]
-                if section.figure is not None:
-                    name, draw = section.figure
-                    source = save_figure(draw(), folder, name)
-                    page.append(f'<p><img alt="{html.escape(section.title)}" src="{source}"></p>')
-                    markdown += [f"![{section.title}]({name}.png)", ""]
-                for table in section.tables:
-                    page.append(table.html())
-                    markdown += [table.markdown(), ""]
-        files = {
-            "speedup.html": page_html(TITLE, "\n".join(page)),
-            "speedup.md": "\n".join(markdown),
-            "measurements.csv": measurements_table(results).csv(),
-        }
-        for name, text in files.items():
-            (folder / name).write_text(text, encoding="utf-8")
+        page = write_page(TITLE, sections, folder, "speedup")
+        (folder / "measurements.csv").write_text(measurements_table(results).csv(), encoding="utf-8")
     except OSError as error:
         raise ReportError(f"{error.filename or folder}: {error.strerror}") from error
     except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
@@ -140,7 +95,7 @@ def write_report(path: Path, older: Sequence[Path], folder: Path) -> list[str]:
             f"{path}: a record lacks what the report needs ({type(error).__name__}: {error}); write the file "
             "anew with this version's benchmarks"
         ) from error
-    return [*_headlines(results), f"report written to {folder / 'speedup.html'}"]
+    return [*_headlines(results), f"report written to {page}"]
 
 
 def _headlines(results: Results) -> Iterator[str]:
@@ -183,12 +138,16 @@ def _comparisons(results: Results) -> list[Comparison]:
 def _sections(results: Results, older: Sequence[Results]) -> Iterator[Section]:
     """The parts for which there are measurements."""
     on_gpu = results.on_gpu
+    if results.is_overloaded:
+        yield Section("", [Notice(_load_text(results))])
     yield Section(
         "Conditions",
-        f"{machine_name(results)}. Times are medians over all rounds of all blocks, with the 20th "
-        f"and 80th percentile if there are {MIN_BLOCKS} blocks; variants took turns, block by block, and "
-        "ratios are formed within a block. Tokens are useful ones: BOS, residues, EOS, never padding.",
-        [conditions_table(results)],
+        [
+            f"{machine_name(results)}. Times are medians over all rounds of all blocks, with the 20th "
+            f"and 80th percentile if there are {MIN_BLOCKS} blocks; variants took turns, block by block, and "
+            "ratios are formed within a block. Tokens are useful ones: BOS, residues, EOS, never padding.",
+            conditions_table(results),
+        ],
     )
     if comparisons := _comparisons(results):
         kinds = {
@@ -197,40 +156,53 @@ def _sections(results: Results, older: Sequence[Results]) -> Iterator[Section]:
         }
         yield Section(
             "Precision, and packed against padded",
-            "Times of whole forward passes over the same proteins. The last line of a group is the total "
-            "over all length classes, each scaled to the same number of tokens. Padded batches are sorted by "
-            "length, as fair-esm's esm-extract makes them, unless it says in input order. Fewer operations: "
-            "how many times as many floating-point operations, padding and attention included, the slower "
-            "side computes.",
-            [comparison_table(comparisons, expected=on_gpu)],
-            ("speedups", lambda: figures.speedups(kinds, expected=on_gpu)),
+            [
+                "Times of whole forward passes over the same proteins. The last line of a group is the total "
+                "over all length classes, each scaled to the same number of tokens. Padded batches are "
+                "sorted by length, as fair-esm's esm-extract makes them, unless it says in input order. "
+                "Fewer operations: how many times as many floating-point operations, padding and attention "
+                "included, the slower side computes.",
+                Drawing(
+                    "speedups",
+                    "Precision, and packed against padded",
+                    lambda: figures.speedups(kinds, expected=on_gpu),
+                ),
+                comparison_table(comparisons, expected=on_gpu),
+            ],
         )
     if forward := results.suite("model"):
         shares = [m.share(name) for m in forward for name in ("mfu_measured", "share_of_floor")]
         yield Section(
             "Every forward pass",
-            "MFU is the model's floating-point operations on useful tokens over time, as a share of the "
-            "matrix-multiplication rate measured in the same run, and of the datasheet's where that is "
-            "known. The floor is the time of these operations and of the bytes that must move, at the rates "
-            f"measured in the same run. Errors are of mean embeddings, to FP64.{_shares_text(shares)}",
-            [forward_table(results)],
-            ("forward", lambda: figures.forward_times(results)),
+            [
+                "MFU is the model's floating-point operations on useful tokens over time, as a share of the "
+                "matrix-multiplication rate measured in the same run, and of the datasheet's where that is "
+                "known. The floor is the time of these operations and of the bytes that must move, at the "
+                "rates measured in the same run. Errors are of mean embeddings, to FP64."
+                + _shares_text(shares),
+                Drawing("forward", "Every forward pass", lambda: figures.forward_times(results)),
+                forward_table(results),
+            ],
         )
     if comparisons := reproducible_comparisons(results):
         yield Section(
             "Reproducible mode",
-            "Packs filled up to one size, so that an embedding has the same bits in any company. The time "
-            "includes the padding that fills them.",
-            [comparison_table(comparisons)],
+            [
+                "Packs filled up to one size, so that an embedding has the same bits in any company. The "
+                "time includes the padding that fills them.",
+                comparison_table(comparisons),
+            ],
         )
     if results.suite("peers"):
         yield Section(
             "Beside other packages",
-            "Same weights, same proteins, each held against FP64 before it was timed. Colours are "
-            "precisions, others than esm-packed are hatched. Floors are what no arrangement of the model "
-            "does without.",
-            [rivals_table(results)],
-            ("rivals", lambda: figures.rivals(results)),
+            [
+                "Same weights, same proteins, each held against FP64 before it was timed. Colours are "
+                "precisions, others than esm-packed are hatched. Floors are what no arrangement of the model "
+                "does without.",
+                Drawing("rivals", "Beside other packages", lambda: figures.rivals(results)),
+                rivals_table(results),
+            ],
         )
     if kernels := results.suite("kernels"):
         trial = (
@@ -238,52 +210,63 @@ def _sections(results: Results, older: Sequence[Results]) -> Iterator[Section]:
         )
         yield Section(
             "Kernels",
-            f"Achieved rates over what the same machine reached in a copy or a matrix multiplication.{trial}"
-            + _shares_text(map(_share_of_ceiling, kernels)),
-            [kernels_table(kernels)],
-            ("roofline", lambda: figures.roofline(results)) if on_gpu else None,
+            [
+                "Achieved rates over what the same machine reached in a copy or a matrix multiplication."
+                + trial
+                + _shares_text(map(_share_of_ceiling, kernels)),
+                Drawing("roofline", "Kernels", lambda: figures.roofline(results)) if on_gpu else "",
+                kernels_table(kernels),
+            ],
         )
     if attention := results.suite("attention"):
         yield Section(
             "Attention",
-            "Every backend that serves here, over every distribution of lengths; floating-point "
-            "operations are those within sequences." + _shares_text(map(_share_of_ceiling, attention)),
-            [kernels_table(in_order(attention))],
-            ("attention", lambda: figures.attention(results)),
+            [
+                "Every backend that serves here, over every distribution of lengths; floating-point "
+                "operations are those within sequences." + _shares_text(map(_share_of_ceiling, attention)),
+                Drawing("attention", "Attention", lambda: figures.attention(results)),
+                kernels_table(in_order(attention)),
+            ],
         )
     if results.suite("packing"):
         yield Section(
             "Packing",
-            "What padded batches compute in vain, and what packs leave of their budget, which costs "
-            "nothing but another pack. Sorting a whole database leaves hardly anything to pad; a small "
-            "file, or batches in the order of the input, leave much.",
-            [packing_table(results)],
-            ("packing", lambda: figures.padding(results)),
+            [
+                "What padded batches compute in vain, and what packs leave of their budget, which costs "
+                "nothing but another pack. Sorting a whole database leaves hardly anything to pad; a small "
+                "file, or batches in the order of the input, leave much.",
+                Drawing("packing", "Packing", lambda: figures.padding(results)),
+                packing_table(results),
+            ],
         )
     if end_to_end := results.suite("end_to_end"):
         yield Section(
             "From FASTA to HDF5",
-            "The whole run with the model read from a file. Stages of the pipeline may overlap; other is "
-            "the time outside it: loading the model, indexing, planning, putting the output together."
-            + _shares_text(m.share("mfu_measured") for m in end_to_end),
-            [end_to_end_table(results)],
-            ("stages", lambda: figures.stages(results)),
+            [
+                "The whole run with the model read from a file. Stages of the pipeline may overlap; other is "
+                "the time outside it: loading the model, indexing, planning, putting the output together."
+                + _shares_text(m.share("mfu_measured") for m in end_to_end),
+                Drawing("stages", "From FASTA to HDF5", lambda: figures.stages(results)),
+                end_to_end_table(results),
+            ],
         )
     if scaling_series(results):
         yield Section(
             "Workers",
-            "Throughput by number of workers. Ray hands out whole shards: a run of seconds has too few of "
-            "them to show more than that it works.",
-            [scaling_table(results)],
-            ("scaling", lambda: figures.scaling(results)),
+            [
+                "Throughput by number of workers. Ray hands out whole shards: a run of seconds has too few "
+                "of them to show more than that it works.",
+                Drawing("scaling", "Workers", lambda: figures.scaling(results)),
+                scaling_table(results),
+            ],
         )
     every = results.measurements.values()
     if others := [m for m in every if m.suite not in SUITES_SHOWN and m.info.get("workers") is None]:
-        yield Section("Other benchmarks", "Times of what has no section of its own.", [other_table(others)])
+        yield Section("Other benchmarks", ["Times of what has no section of its own.", other_table(others)])
     for number, other in enumerate(older, 1):
         yield _change_section(results, other, f"change-{number}")
     if results.not_run:
-        yield Section("Not run", "What could not run, with the reason.", [not_run_table(results)])
+        yield Section("Not run", ["What could not run, with the reason.", not_run_table(results)])
 
 
 def _change_section(results: Results, older: Results, name: str) -> Section:
@@ -295,7 +278,7 @@ def _change_section(results: Results, older: Results, name: str) -> Section:
         text += f"{common - len(found)} benchmarks in both files did other work (tokens, sequences) there. "
     if not found:
         text += "None can be compared." if common else "It holds none of these benchmarks."
-        return Section(f"Change against {older.path.name}", text, [])
+        return Section(f"Change against {older.path.name}", [text])
     slower = sum(change.mark == "slower" for change in found)
     faster = sum(change.mark == "faster" for change in found)
     text += (
@@ -306,7 +289,9 @@ def _change_section(results: Results, older: Results, name: str) -> Section:
         text += " The machines differ: this compares them, too."
     return Section(
         f"Change against {older.path.name}",
-        text,
-        [changes_table(found)],
-        (name, lambda: figures.change(found)),
+        [
+            text,
+            Drawing(name, f"Change against {older.path.name}", lambda: figures.change(found)),
+            changes_table(found),
+        ],
     )

@@ -1,25 +1,23 @@
-"""The precision-validation report: a self-contained HTML page, its figures as PNG, all numbers as JSON."""
+"""The precision-validation report: the page, its tables and what is printed."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from html import escape
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from esm_packed.reports.page import Table, figure_files, figure_style, page_html, save_figure, warning
-from esm_packed.reports.validation.activations import FP16_MAX, OPERATIONS, RESIDUAL
+from esm_packed.reports.page import Drawing, Notice, Section, Table, figure_files, write_page
+from esm_packed.reports.validation.activations import FP16_MAX, OPERATIONS
 from esm_packed.reports.validation.errors import PathResult, finite_max, finite_median, finite_min
 from esm_packed.reports.validation.figures import FIGURES
+from esm_packed.reports.validation.numbers import as_json, proteins_table
 from esm_packed.reports.validation.run import Validation, by_length_class
 from esm_packed.reports.validation.verdict import CLASSICAL_NOTE, Verdict
 
-FORMAT_VERSION = 1
 WORST_SHOWN = 10
 
 _NONFINITE_NOTE = (
@@ -29,12 +27,12 @@ _NONFINITE_NOTE = (
 
 
 def write_report(validation: Validation, conditions: Mapping[str, str], folder: Path) -> list[Path]:
-    """Write `validation.html`, `validation.json`, and each figure as PNG and SVG into `folder`, which exists.
+    """Write the page as HTML and Markdown, the numbers as JSON and CSV, the figures as PNG and SVG.
 
     Args:
         validation: what was computed.
         conditions: what the page says about input and command, name to value.
-        folder: files of these names in it are replaced.
+        folder: exists; the files of `report_files` in it are replaced.
 
     Returns:
         The page and the JSON file.
@@ -42,88 +40,17 @@ def write_report(validation: Validation, conditions: Mapping[str, str], folder: 
     Raises:
         ImportError: matplotlib is not installed (`page.check_matplotlib` says so in a sentence).
     """
-    page, numbers, *_ = report_files(folder)
+    numbers = folder / "validation.json"
     numbers.write_text(json.dumps(as_json(validation, conditions), allow_nan=False), encoding="ascii")
-    images = {}
-    with figure_style():
-        for name, (draw, caption) in FIGURES.items():
-            source = save_figure(draw(validation), folder, name)
-            images[name] = f'<img alt="{escape(caption)}" src="{source}">'
-    body = _page_body(validation, conditions, images)
-    page.write_text(page_html(_title(validation), body), encoding="utf-8")
-    return [page, numbers]
+    (folder / "validation.csv").write_text(proteins_table(validation).csv(), encoding="utf-8")
+    title = f"Precision validation of {validation.checkpoint.model_name}"
+    return [write_page(title, _sections(validation, conditions), folder, "validation"), numbers]
 
 
 def report_files(folder: Path) -> list[Path]:
-    """What `write_report` may write to `folder`; the page and the JSON file come first."""
-    return [folder / "validation.html", folder / "validation.json", *figure_files(folder)]
-
-
-def as_json(validation: Validation, conditions: Mapping[str, str]) -> dict[str, Any]:
-    """All numbers, NaN and infinity as None; proteins are in one order everywhere."""
-    checkpoint, settings = validation.checkpoint, validation.settings
-    activations = validation.activations
-    last, layers = validation.reference.num_residues
-    return {
-        "verdict": validation.verdict,
-        "format": "esm-packed validation",
-        "format_version": FORMAT_VERSION,
-        "passed": validation.passed,
-        "model": {
-            "name": checkpoint.model_name,
-            "sha256": checkpoint.sha256,
-            "source": checkpoint.source,
-            "note": validation.weights_note,
-            **asdict(checkpoint.config),
-        },
-        "conditions": dict(conditions),
-        "environment": validation.environment,
-        "token_budget": settings.token_budget,
-        "reference": {
-            "name": validation.reference.name,
-            "residues_compared": last,
-            "residues_compared_in_each_layer": layers,
-        },
-        "verdicts": [
-            asdict(verdict) | {"worst_protein": validation.sequence_ids[verdict.worst_protein]}
-            for verdict in validation.verdicts
-        ],
-        "not_run": [{"what": what, "reason": reason} for what, reason in validation.not_run],
-        "proteins": {"sequence_ids": list(validation.sequence_ids), "lengths": list(validation.lengths)},
-        "activations": {
-            operation: [
-                {
-                    "layer": layer,
-                    "max_abs": activations.max_abs(operation, layer),
-                    "subnormal_share": activations.subnormal_share(operation, layer),
-                }
-                for layer in activations.layers_of(operation)
-            ]
-            for operation in (RESIDUAL, *OPERATIONS)
-        },
-        "paths": [
-            {
-                "mode": path.mode,
-                "layout": path.layout,
-                "backend": path.backend,
-                "means": {name: _numbers(values) for name, values in vars(path.means).items()},
-                "residues": {name: _numbers(values) for name, values in vars(path.residues).items()},
-                "mean_relative_l2_by_layer": [_numbers(row) for row in path.mean_by_layer],
-                "residues_relative_l2_by_layer": [_numbers(row) for row in path.residues_by_layer],
-                "first_nonfinite_layer": [
-                    int(column.int().argmax()) if column.any() else None for column in path.nonfinite.T
-                ],
-                "top1": path.top1,
-                "top10": path.top10,
-                "neighbours": path.neighbours,
-            }
-            for path in validation.paths
-        ],
-    }
-
-
-def _numbers(values: torch.Tensor) -> list[float | None]:
-    return [float(f"{value:.12g}") if math.isfinite(value) else None for value in values.tolist()]
+    """What `write_report` may write to `folder`."""
+    names = [f"validation.{suffix}" for suffix in ("html", "md", "json", "csv")]
+    return [*(folder / name for name in names), *figure_files(folder)]
 
 
 def summary_lines(validation: Validation) -> list[str]:
@@ -163,20 +90,73 @@ def _share(value: float | None) -> str:
     return "" if value is None else f"{value:.1%}"
 
 
-# The page
-
-
-def _title(validation: Validation) -> str:
-    return f"Precision validation of {validation.checkpoint.model_name}"
-
-
-def _page_body(validation: Validation, conditions: Mapping[str, str], images: Mapping[str, str]) -> str:
-    checkpoint = validation.checkpoint
+def _sections(validation: Validation, conditions: Mapping[str, str]) -> Iterator[Section]:
     last, in_each_layer = validation.reference.num_residues
     total = sum(validation.lengths)
+    yield Section(
+        "",
+        [
+            Notice(validation.verdict, _passed(validation.passed)),
+            f"{len(validation.lengths):,} proteins, {total:,} residues, compared with "
+            f"{_reference_text(validation)}.",
+            Notice(validation.weights_note) if validation.weights_note else "",
+        ],
+    )
+    yield Section(
+        "Verdict",
+        [
+            _verdict_table(validation),
+            "A mode passes when the mean embedding of every protein, on every path, keeps to the thresholds. "
+            + CLASSICAL_NOTE,
+            _NONFINITE_NOTE if any(verdict.num_nonfinite for verdict in validation.verdicts) else "",
+            _drawing("errors", validation),
+        ],
+    )
     compared = "all" if last == total else f"{last:,} of {total:,}"
-    neighbours = validation.paths[0].neighbours
-    conditions_table = Table(
+    yield Section(
+        "Every path",
+        [
+            _paths_table(validation),
+            "Relative L2 error and cosine of a protein's mean embedding, largest absolute error of a "
+            f"component, and the same over its residues ({compared} residues compared); proteins with NaN or "
+            "Inf in any layer; share of proteins whose nearest neighbour by cosine among these proteins is "
+            f"the reference's, and share of the {validation.paths[0].neighbours} nearest in common.",
+        ],
+    )
+    yield Section(
+        "By layer",
+        [
+            _drawing("layers", validation),
+            "Median (line) and maximum (upper edge) over the proteins. Layer 0 is the embedding, the last "
+            f"layer is after the final LayerNorm. Residues: {in_each_layer:,} in each layer, evenly spaced "
+            "in their proteins. What is not finite is left out.",
+        ],
+    )
+    yield Section("By length", [_drawing("lengths", validation), _length_table(validation)])
+    yield Section(
+        "Range of the activations",
+        [
+            _drawing("activations", validation),
+            _activations_table(validation),
+            "Of the FP64 path, over all tokens. FP16 ends at 65,504; headroom is that over the largest "
+            "magnitude, and below 1 FP16 overflows. The residual stream is never FP16; the rest is what the "
+            "mode fp16 stores in FP16. Below 6.1e-05 FP16 is subnormal and loses bits; below 3e-08 it is 0.",
+        ],
+    )
+    yield Section("Largest errors", [_worst_table(validation)])
+    yield Section("Conditions", [_conditions_table(validation, conditions)])
+    if validation.not_run:
+        yield Section("Not run", [Table(("what", "reason"), _grouped(validation.not_run))])
+
+
+def _drawing(name: str, validation: Validation) -> Drawing:
+    draw, caption = FIGURES[name]
+    return Drawing(name, caption, partial(draw, validation))
+
+
+def _conditions_table(validation: Validation, conditions: Mapping[str, str]) -> Table:
+    checkpoint = validation.checkpoint
+    return Table(
         ("", ""),
         [
             ("model", checkpoint.model_name),
@@ -187,59 +167,6 @@ def _page_body(validation: Validation, conditions: Mapping[str, str], images: Ma
             ("tokens in a pack", f"{validation.settings.token_budget:,}"),
         ],
     )
-    parts = [
-        f'<p class="{_passed(validation.passed)}">{escape(validation.verdict)}</p>',
-        _paragraph(
-            f"{len(validation.lengths):,} proteins, {total:,} residues, compared with "
-            f"{_reference_text(validation)}."
-        ),
-        warning(validation.weights_note) if validation.weights_note else "",
-        "<h2>Verdict</h2>",
-        _verdict_table(validation).html(),
-        _paragraph(
-            "A mode passes when the mean embedding of every protein, on every path, keeps to the thresholds. "
-            + CLASSICAL_NOTE
-        ),
-        _paragraph(_NONFINITE_NOTE) if any(verdict.num_nonfinite for verdict in validation.verdicts) else "",
-        images["errors"],
-        "<h2>Every path</h2>",
-        _paths_table(validation).html(),
-        _paragraph(
-            "Relative L2 error and cosine of a protein's mean embedding, largest absolute error of a "
-            f"component, and the same over its residues ({compared} residues compared); proteins with NaN or "
-            "Inf in any layer; share of proteins whose nearest neighbour by cosine among these proteins is "
-            f"the reference's, and share of the {neighbours} nearest in common."
-        ),
-        "<h2>By layer</h2>",
-        images["layers"],
-        _paragraph(
-            "Median (line) and maximum (upper edge) over the proteins. Layer 0 is the embedding, the last "
-            f"layer is after the final LayerNorm. Residues: {in_each_layer:,} in each layer, evenly spaced "
-            "in their proteins. What is not finite is left out."
-        ),
-        "<h2>By length</h2>",
-        images["lengths"],
-        _length_table(validation).html(),
-        "<h2>Range of the activations</h2>",
-        images["activations"],
-        _activations_table(validation).html(),
-        _paragraph(
-            "Of the FP64 path, over all tokens. FP16 ends at 65,504; headroom is that over the largest "
-            "magnitude, and below 1 FP16 overflows. The residual stream is never FP16; the rest is what the "
-            "mode fp16 stores in FP16. Below 6.1e-05 FP16 is subnormal and loses bits; below 3e-08 it is 0."
-        ),
-        "<h2>Largest errors</h2>",
-        _worst_table(validation).html(),
-        "<h2>Conditions</h2>",
-        conditions_table.html(),
-    ]
-    if validation.not_run:
-        parts += ["<h2>Not run</h2>", Table(("what", "reason"), _grouped(validation.not_run)).html()]
-    return "\n".join(part for part in parts if part)
-
-
-def _paragraph(text: str) -> str:
-    return f"<p>{escape(text)}</p>"
 
 
 def _reference_text(validation: Validation) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 import sys
@@ -29,7 +30,8 @@ from esm_packed.reports.page import ReportError
 from esm_packed.reports.validation import errors
 from esm_packed.reports.validation.activations import Activations
 from esm_packed.reports.validation.errors import Errors, PathResult, measure, rank_agreement
-from esm_packed.reports.validation.page import as_json, summary_lines, write_report
+from esm_packed.reports.validation.numbers import as_json
+from esm_packed.reports.validation.page import summary_lines, write_report
 from esm_packed.reports.validation.reference import Reference, compute_reference, spread
 from esm_packed.reports.validation.run import (
     Settings,
@@ -572,3 +574,18 @@ def test_a_single_protein_has_no_ranks(tmp_path: Path, stress: Checkpoint) -> No
     validation = validate(lambda: stress, IDS[:1], PROTEINS[:1], replace(SETTINGS, modes=("fp32",)))
     assert validation.paths[0].top1 is None
     write_report(validation, CONDITIONS, tmp_path)
+
+
+def test_csv_and_markdown_say_what_the_page_says(tmp_path: Path, validation: Validation) -> None:
+    write_report(validation, CONDITIONS, tmp_path)
+    with (tmp_path / "validation.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    expected = [(sequence_id, path.mode, path.path) for sequence_id in IDS for path in validation.paths]
+    assert [(row["sequence_id"], row["mode"], row["path"]) for row in rows] == expected
+    first = [row for row in rows if row["sequence_id"] == IDS[0]]
+    for row, path in zip(first, validation.paths, strict=True):
+        assert float(row["mean_relative_l2"]) == pytest.approx(float(path.means.relative_l2[0]), rel=1e-9)
+        assert float(row["residues_cosine"]) == pytest.approx(float(path.residues.cosine[0]), rel=1e-9)
+    markdown = (tmp_path / "validation.md").read_text()
+    assert markdown.index(validation.verdict) < markdown.index("## Verdict")
+    assert "![" in markdown and "](errors.png)" in markdown and "| mode | verdict |" in markdown
