@@ -19,6 +19,7 @@ from esm_packed.runners.input.duplicates import (
     ROW,
     Rows,
     confirm_firsts,
+    copies,
     hashes_of,
     records_with,
     sort_rows,
@@ -48,13 +49,9 @@ _FIRST_IDS = "first_ids.bin"
 _KEPT = "kept.bin"
 _NEXT_COPIES = "next_copies.bin"
 _STORED = (RECORDS, TOKENS, NAMES, FIRST_SAME)
-_TEMPORARY = (ID_HASHES, SEQUENCE_HASHES, _FIRST_IDS, _KEPT, _NEXT_COPIES)
 _CHUNK_BYTES = 1 << 22
 _ROWS_AT_ONCE = 1 << 17
-_IDS_AT_ONCE = 1 << 14
 _HINT_DUPLICATES = "--duplicates first keeps the first record of an ID, --duplicates rename adds __2, __3 ..."
-
-Firsts = npt.NDArray[np.int64]
 
 
 def build_index(
@@ -105,11 +102,11 @@ def build_index(
     metadata = {
         "options": asdict(options),
         "inputs": [{"file": file, "state": state} for file, state in scan.inputs],
-        "total_residues": _sum(records["length"]),
+        "total_residues": int(records["length"].sum(dtype=np.int64)),
         "num_identical": num_identical,
         "num_replaced": scan.num_replaced,
         "num_duplicates": ids.num_duplicates,
-        "mean_id_bytes": _sum(records["name_bytes"]) / len(records),
+        "mean_id_bytes": float(records["name_bytes"].mean()),
         "problems": [astuple(problem) for problem in problems],
         "files": {name: seal(work_dir / name, scan.checksums.get(name)) for name in _STORED},
     }
@@ -242,17 +239,12 @@ class _Ids:
             (self._work_dir / name).unlink(missing_ok=True)
 
     def _has(self, name: bytes, hash_halves: Sequence[int]) -> bool:
-        same_hash = records_with(self._sorted, *hash_halves)
-        return len(same_hash) > 0 and name in self._names.of(same_hash)
+        return name in self._names.of(records_with(self._sorted, *hash_halves))
 
     def _batches(self) -> Iterator[list[tuple[int, int, bytes]]]:
         """Batches of (record, first record of its ID, ID) of all whose ID an earlier one has, in order."""
-        for start in range(0, len(self.firsts), _IDS_AT_ONCE):
-            part = np.array(self.firsts[start : start + _IDS_AT_ONCE])
-            records = start + np.flatnonzero(part != np.arange(start, start + len(part)))
-            if len(records):
-                names = self._names.of(records)
-                yield list(zip(records.tolist(), part[records - start].tolist(), names, strict=True))
+        for records, firsts in copies(self.firsts):
+            yield list(zip(records.tolist(), firsts.tolist(), self._names.of(records), strict=True))
 
     def _duplicates(self) -> Iterator[tuple[int, int, Problem]]:
         """Each record whose ID an earlier one has, number of its input, and why it is left out or refused."""
@@ -278,12 +270,11 @@ class _Pieces:
         self._begin = begin
         self._size = size
 
-    def of(self, wanted: Positions) -> list[bytes]:
+    def of(self, wanted: Positions) -> Iterator[bytes]:
         """The pieces of these records."""
         rows = self._records[wanted]
-        begins = rows[self._begin].tolist()
-        sizes = rows[self._size].tolist()
-        return [self._content[begin : begin + size] for begin, size in zip(begins, sizes, strict=True)]
+        for begin, size in zip(rows[self._begin].tolist(), rows[self._size].tolist(), strict=True):
+            yield self._content[begin : begin + size]
 
     def close(self) -> None:
         self._content.close()
@@ -291,9 +282,7 @@ class _Pieces:
 
 def _clear(work_dir: Path) -> None:
     """Remove an earlier index, first what vouches for it; a process that has it open keeps its files."""
-    for name in (METADATA, *_STORED, *_TEMPORARY):
-        (work_dir / name).unlink(missing_ok=True)
-    for pattern in (f"{METADATA}.*", "*.bin.spare"):
+    for pattern in (METADATA, f"{METADATA}.*", "*.bin", "*.bin.spare"):
         for path in work_dir.glob(pattern):
             path.unlink()
 
@@ -325,15 +314,7 @@ def _find_identical(work_dir: Path) -> int:
     rows = np.asarray(np.memmap(work_dir / SEQUENCE_HASHES, dtype=ROW, mode="r"))
     firsts = write_firsts(rows, work_dir / FIRST_SAME)
     residues = _Pieces(work_dir / TOKENS, records, "token", "length")
-    num_identical = confirm_firsts(firsts, residues.of, records["length"])
+    num_identical = confirm_firsts(firsts, residues.of)
     residues.close()
     (work_dir / SEQUENCE_HASHES).unlink()
     return num_identical
-
-
-def _sum(values: npt.NDArray[np.int32]) -> int:
-    """Of a mapped column, a part at a time."""
-    return sum(
-        int(values[start : start + _ROWS_AT_ONCE].sum(dtype=np.int64))
-        for start in range(0, len(values), _ROWS_AT_ONCE)
-    )

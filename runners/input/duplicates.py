@@ -26,8 +26,7 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xFF51AFD7ED558CCD)
 _MIX_2 = np.uint64(0xC4CEB9FE1A85EC53)
 _HALF = np.uint64(32)
-_MAX_BATCH_BYTES = 1 << 21
-_MAX_BATCH_RECORDS = 1 << 14
+_RECORDS_AT_ONCE = 1 << 14
 
 Rows = npt.NDArray[Any]
 Hashes = npt.NDArray[np.uint64]
@@ -173,43 +172,29 @@ def write_firsts(rows: Rows, path: Path) -> npt.NDArray[np.int64]:
     return firsts
 
 
-def confirm_firsts(
-    firsts: npt.NDArray[np.int64],
-    read: Callable[[Positions], list[bytes]],
-    sizes: npt.NDArray[np.int32] | None = None,
-) -> int:
+def copies(firsts: Positions) -> Iterator[tuple[Positions, Positions]]:
+    """(records, their firsts) of those that have an earlier one, in order, some thousands at a time."""
+    for start in range(0, len(firsts), _RECORDS_AT_ONCE):
+        part = np.array(firsts[start : start + _RECORDS_AT_ONCE])
+        found = np.flatnonzero(part != np.arange(start, start + len(part)))
+        if found.size:
+            yield start + found, part[found]
+
+
+def confirm_firsts(firsts: Positions, read: Callable[[Positions], Iterator[bytes]]) -> int:
     """Correct `firsts` where items of one hash differ after all; how many records have an earlier equal one.
 
     Args:
         firsts: (n,) what `write_firsts` gave.
-        read: the items of these ascending record numbers.
-        sizes: (n,) bytes of the items, to bound what is read at a time; None for small ones.
+        read: the items of these record numbers, one after the other.
     """
     num_copies = 0
     others: dict[tuple[int, bytes], int] = {}  # the first record of each further item of a hash
-    for records, originals in _copies(firsts, sizes):
-        wanted = np.union1d(records, originals)
-        items = dict(zip(wanted.tolist(), read(wanted), strict=True))
-        for record, original in zip(records.tolist(), originals.tolist(), strict=True):
-            if items[record] != items[original]:
-                original = others.setdefault((original, items[record]), record)
+    for records, originals in copies(firsts):
+        pairs = zip(records.tolist(), originals.tolist(), read(records), read(originals), strict=True)
+        for record, original, item, first_item in pairs:
+            if item != first_item:
+                original = others.setdefault((original, item), record)
                 firsts[record] = original
             num_copies += record != original
     return num_copies
-
-
-def _copies(
-    firsts: npt.NDArray[np.int64], sizes: npt.NDArray[np.int32] | None
-) -> Iterator[tuple[Positions, Positions]]:
-    """(records, their firsts) of those that have an earlier one, in batches of bounded number and size."""
-    for start in range(0, len(firsts), _MAX_BATCH_RECORDS):
-        part = np.array(firsts[start : start + _MAX_BATCH_RECORDS])
-        copies = np.flatnonzero(part != np.arange(start, start + len(part)))
-        if not copies.size:
-            continue
-        cuts: npt.NDArray[np.intp] = np.empty(0, dtype=np.intp)
-        if sizes is not None:
-            filled = np.cumsum(sizes[start : start + len(part)][copies], dtype=np.int64) // _MAX_BATCH_BYTES
-            cuts = np.flatnonzero(np.diff(filled)) + 1
-        for batch in np.split(copies, cuts):
-            yield batch + start, part[batch]

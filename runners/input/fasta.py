@@ -353,7 +353,8 @@ def _trailing_stops(
     owner = owners(stops)
     is_last = np.append(owner[1:] != owner[:-1], True)[: len(stops)]
     stops, owner = stops[is_last], owner[is_last]
-    return stops[_count_present(absent, stops + 1, ends[owner]) == 0]
+    trailing: Positions = stops[_count_present(absent, stops + 1, ends[owner]) == 0]
+    return trailing
 
 
 def _find_names(

@@ -85,8 +85,7 @@ def test_identical_sequences_are_found_by_sorting_on_disk(
     )
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(hashes_module, "ROWS_IN_MEMORY", in_memory)
-        patch.setattr(hashes_module, "_MAX_BATCH_RECORDS", in_memory + 2)
-        patch.setattr(hashes_module, "_MAX_BATCH_BYTES", in_memory)
+        patch.setattr(hashes_module, "_RECORDS_AT_ONCE", in_memory + 2)
         if collide:
             patch.setattr(scan, "hashes_of", hashes_by_length)
         path = Path(folder, "a.fa")
