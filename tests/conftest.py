@@ -4,8 +4,10 @@ import importlib.util
 import os
 import signal
 
+import hypothesis
 import pytest
 import torch
+from hypothesis import settings
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -16,8 +18,17 @@ if HAS_TRITON and not torch.cuda.is_available():
 
     interpreter_bf16.install()
 
+# More examples: HYPOTHESIS_PROFILE=thorough. No deadline: the machine may be busy.
+settings.register_profile("quick", max_examples=25, deadline=None)
+settings.register_profile("thorough", max_examples=300, deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
+
 # Tests compute small tensors, often on a busy machine, where two threads mostly wait for each other.
 torch.set_num_threads(1)
+
+hypothesis.settings.register_profile("quick", max_examples=25, deadline=None)
+hypothesis.settings.register_profile("thorough", max_examples=500, deadline=None)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
 # A shell starts background jobs with Ctrl-C ignored, and every process started from here would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
