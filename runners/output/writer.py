@@ -121,8 +121,18 @@ class EmbeddingWriter:
 
     def write_embeddings(self, layer: int, start: int, rows: npt.NDArray[np.floating[Any]]) -> None:
         """Fill (n, hidden_size) `rows` of a layer from `start` on."""
+        dataset = self._embeddings[layer]
+        rows = np.ascontiguousarray(rows, dataset.dtype)
+        chunk_rows, stop = dataset.chunks[0], start + len(rows)
+        first = min(-(-start // chunk_rows) * chunk_rows, stop)
+        last = max(first, stop // chunk_rows * chunk_rows)
         with self._hdf5():
-            self._embeddings[layer][start : start + len(rows)] = rows
+            if start < first:
+                dataset[start:first] = rows[: first - start]
+            for row in range(first, last, chunk_rows):  # whole chunks need not be copied to HDF5's cache
+                dataset.id.write_direct_chunk((row, 0), rows[row - start : row - start + chunk_rows])
+            if last < stop:
+                dataset[last:stop] = rows[last - start :]
 
     def embeddings(self, layer: int, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.floating[Any]]:
         """Embeddings written before, of ascending distinct `rows`."""

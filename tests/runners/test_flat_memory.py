@@ -1,4 +1,4 @@
-"""The memory of a whole run does not grow with the number of records."""
+"""The memory of a whole run does not grow with the number of records, nor with the size of a shard."""
 
 from __future__ import annotations
 
@@ -79,3 +79,53 @@ def test_memory_is_flat(tmp_path: Path) -> None:
     larger = embed(tmp_path, 2_000_000)
     assert larger <= smaller + 64 * MIB
     assert larger <= 768 * MIB
+
+
+ONE_SHARD = """
+import resource, sys
+import torch
+from esm_packed.model import ESM2
+from esm_packed.runners.cli import main as cli
+from esm_packed.runners.state.cut import FLOPS_PER_SHARD
+
+def embed_packed(self, batch, layers):  # computing would take longer than all the rest
+    return {layer: torch.ones(batch.num_sequences, self.config.hidden_size) for layer in layers}
+
+FLOPS_PER_SHARD["cpu"] = 1e30
+ESM2.embed_packed = embed_packed
+assert cli.main(sys.argv[1:]) == 0
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+def peak_with_one_shard(folder: Path, number: int) -> int:
+    """Peak of resident memory of a run of one shard, with six layers, in bytes."""
+    fasta, output = folder / f"{number}.fasta", folder / f"{number}.h5"
+    write_fasta(fasta, number)
+    arguments = [
+        "embed",
+        fasta,
+        "-o",
+        output,
+        "--model",
+        "demo",
+        "--device",
+        "cpu",
+        "--threads",
+        "1",
+        "--keep-run",
+    ]
+    command = [sys.executable, "-c", ONE_SHARD, *map(str, arguments), "--quiet", "--layers", "0,1,2,3,4,5"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert len(list((folder / f"{number}.h5.run" / "shards").iterdir())) == 1
+    return int(done.stdout)
+
+
+def test_memory_does_not_grow_with_the_size_of_a_shard(tmp_path: Path) -> None:
+    """Neither while rows are computed and written nor while they are merged."""
+    small = peak_with_one_shard(tmp_path, 2_000)
+    large = peak_with_one_shard(tmp_path, 32_000)
+    shard_bytes = (tmp_path / "32000.h5.run" / "shards" / "00000.shard").stat().st_size
+    assert shard_bytes > 70 * MIB
+    assert large < small + 0.5 * shard_bytes
