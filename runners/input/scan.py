@@ -17,7 +17,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
@@ -111,8 +111,9 @@ class Faults:
     def listed(self) -> list[Listed]:
         """The first faults in input order; what ends the reading of an input is listed in any case."""
         ends = self._kept["unreadable"]
-        others = [fault for kind, kept in self._kept.items() if kind != "unreadable" for fault in kept]
-        return sorted(sorted(others, key=_place)[: self.most] + ends, key=_place)
+        others = [fault for kept in self._kept.values() if kept is not ends for fault in kept]
+        others.sort(key=lambda fault: fault[:2])
+        return sorted(others[: self.most] + ends, key=lambda fault: fault[:2])
 
     def error(self) -> InputError:
         """The error that lists them."""
@@ -126,10 +127,6 @@ class Faults:
                 f"and {self.count - len(lines):,} more; esm-packed info --all FILE lists all of a file"
             )
         return InputError(f"{self.count:,} faults in the input:", [*lines, *hints])
-
-
-def _place(fault: Listed) -> tuple[int, int]:
-    return fault.input, fault.line
 
 
 class _HashingReader(io.RawIOBase):
@@ -218,8 +215,15 @@ class _Input:
                     f"{self.name}: compressed with {compression}; only gzip is read, unpack it first"
                 )
         has_records = False
-        for text in self._cut_text():
-            block = text if has_records else self._without_preamble(text)
+        for block in self._cut_text():
+            if not has_records:
+                text = block.removeprefix(_BOM)
+                preamble = text[: first_record(text)]
+                fault = text_fault(preamble) or preamble_fault(preamble)
+                if fault is not None:
+                    raise self.error(text, *fault)
+                self.line += count_lines(preamble)
+                block = text[len(preamble) :]
             if block:
                 has_records = True
                 yield block
@@ -234,16 +238,6 @@ class _Input:
         name = record_at(block, fault, self._full_header)
         record = "" if name is None else f", record {shorten(name)}"
         return UnreadableError(f"{self.name}, line {line}{record}: {reason}" + (f" ({hint})" if hint else ""))
-
-    def _without_preamble(self, text: bytes) -> bytes:
-        """The first block of a file from its first record on; empty if there is none."""
-        text = text.removeprefix(_BOM)
-        begin = first_record(text)
-        fault = text_fault(text[:begin]) or preamble_fault(text[:begin])
-        if fault is not None:
-            raise self.error(text, *fault)
-        self.line += count_lines(text[:begin])
-        return text[begin:]
 
     def _state(self) -> list[int] | None:
         return None if self._descriptor is None else file_state(os.fstat(self._descriptor))
@@ -295,22 +289,6 @@ class _Input:
         return chunk
 
 
-@dataclass
-class _DnaTest:
-    """Residues of the first records; `first` is the number of the input and the place of the very first."""
-
-    first: tuple[int, Problem] | None = None
-    num_records: int = 0
-    num_residues: int = 0
-    num_nucleotides: int = 0
-
-    def add(self, number: int, first: Problem, num_records: int, token_ids: npt.NDArray[np.uint8]) -> None:
-        self.first = self.first or (number, first)
-        self.num_records += num_records
-        self.num_residues += len(token_ids)
-        self.num_nucleotides += count_nucleotides(token_ids)
-
-
 class Scan:
     """What the pass finds, and the files in which it leaves it.
 
@@ -348,8 +326,9 @@ class Scan:
         self.checksums = {name: Checksums() for name in (NAMES, TOKENS)}
         self._is_survey = is_survey
         self.is_dna = False
-        self._is_judged = options.force
-        self._test = _DnaTest()
+        self._num_tested = DNA_RECORDS if options.force else 0
+        self._num_residues = self._num_nucleotides = 0  # of the records tested
+        self._first: tuple[int, Problem] | None = None  # of these, without a reason
         self._stack = ExitStack()
         names = (RECORDS, NAMES, TOKENS, ID_HASHES, SEQUENCE_HASHES)
         self._files = {name: self._stack.enter_context((folder / name).open("wb")) for name in names}
@@ -411,13 +390,16 @@ class Scan:
         token_ids = parsed.token_ids
         if not is_sound.all():
             token_ids = token_ids[np.repeat(is_sound, parsed.lengths)]
-        if not self._is_judged:
-            tested = np.flatnonzero(is_sound)[: DNA_RECORDS - self._test.num_records]
-            if len(tested):
-                record = int(tested[0])
-                first = Problem(parsed.name(record), file.name, file.line + int(parsed.lines[record]), "")
-                self._test.add(number, first, len(tested), token_ids[: parsed.lengths[tested].sum()])
-            if self._test.num_records == DNA_RECORDS:
+        tested = np.flatnonzero(is_sound)[: DNA_RECORDS - self._num_tested]
+        if len(tested):
+            record = int(tested[0])
+            place = Problem(parsed.name(record), file.name, file.line + int(parsed.lines[record]), "")
+            self._first = self._first or (number, place)
+            residues = token_ids[: parsed.lengths[tested].sum()]
+            self._num_residues += len(residues)
+            self._num_nucleotides += count_nucleotides(residues)
+            self._num_tested += len(tested)
+            if self._num_tested == DNA_RECORDS:
                 self._judge()
         if kept.any():
             self._write(file.line, parsed, np.where(is_sound, parsed.lengths, 0), kept, token_ids)
@@ -460,13 +442,13 @@ class Scan:
 
     def _judge(self) -> None:
         """Add a fault if the tested records look like nucleotides; when enough of them, or all, are known."""
-        if self._is_judged or self._test.first is None:
+        if self._first is None:  # nothing was tested, or it was judged before
             return
-        self._is_judged = True
-        share = self._test.num_nucleotides / self._test.num_residues
+        number, first = self._first
+        self._first = None
+        share = self._num_nucleotides / self._num_residues
         self.is_dna = share > DNA_FRACTION
         if self.is_dna:
-            number, first = self._test.first
             reason = (
                 f"this looks like DNA or RNA: {100 * share:.0f}% of the residues in the first records "
                 f"(at most {DNA_RECORDS}) are A, C, G, T, U or N"
