@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import astuple, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from esm_packed.attention import WAITING_BACKENDS, select_backend
 from esm_packed.errors import UsageError
 from esm_packed.numerics import resolve_device
 from esm_packed.runners.compute.worker import check_threads
@@ -17,6 +19,7 @@ from esm_packed.runners.input.index import STDIN
 from esm_packed.runners.output.layout import output_bytes
 from esm_packed.runners.output.reader import EmbeddingReader
 from esm_packed.runners.state.directory import RunDirectory
+from esm_packed.runners.state.plan import differences, plan_hash
 from esm_packed.runners.state.request import STORE_DTYPES, EmbedRequest
 from esm_packed.runners.state.run import Run
 from esm_packed.runners.state.shard import StoreError, shards_bytes
@@ -35,10 +38,25 @@ OTHER_SUFFIXES = """
 
 @dataclass(frozen=True)
 class ExistingOutput:
-    """An esm-packed output: of which plan, and whether `merge --partial` has left rows out."""
+    """An esm-packed output: of which run, and whether `merge --partial` has left rows out."""
 
+    path: Path
     plan_hash: str
+    identity: Mapping[str, Any]
     is_complete: bool
+
+    def check_same(self, identity: Mapping[str, Any]) -> None:
+        """See that a run of `identity` makes this output.
+
+        Raises:
+            UsageError: names what differs.
+        """
+        if self.plan_hash != plan_hash(identity):
+            differing = differences(self.identity, identity)
+            raise UsageError(
+                f"{self.path}: exists already, made from other input or options ({differing}); "
+                "--overwrite replaces it"
+            )
 
 
 def check_output(output: Path, overwrite: bool) -> ExistingOutput | None:
@@ -73,7 +91,9 @@ def _check_output(output: Path, overwrite: bool) -> ExistingOutput | None:
     try:
         with EmbeddingReader(output) as reader:
             attributes = reader.attributes
-            return ExistingOutput(str(attributes["plan_hash"]), attributes.get("complete") == 1)
+            return ExistingOutput(
+                output, str(attributes["plan_hash"]), reader.plan["identity"], attributes.get("complete") == 1
+            )
     except (StoreError, OSError):
         raise UsageError(
             f"{output}: exists already and is not a whole esm-packed output; --overwrite replaces it"
@@ -129,6 +149,22 @@ def check_request(request: EmbedRequest) -> None:
             request.log_json.open("a").close()
         except OSError as error:
             raise UsageError(f"--log-json {request.log_json}: {error.strerror}") from error
+
+
+def check_device(request: EmbedRequest, device: torch.device) -> None:
+    """See that the attention backend and CUDA graphs are to be had on `device`.
+
+    Raises:
+        UsageError: CUDA graphs are not.
+        BackendError: the attention backend is not.
+    """
+    if request.cuda_graphs and (request.layout != "fixed" or device.type != "cuda"):
+        missing = "a GPU" if request.layout == "fixed" else "--reproducible, which makes packs of one size"
+        raise UsageError(f"--cuda-graphs needs {missing}")
+    if request.ray_address is None:
+        backend, _ = select_backend(request.attention, device, request.precision(device), head_dim=64)
+        if request.cuda_graphs and backend in WAITING_BACKENDS:
+            raise UsageError(f"--cuda-graphs: attention {backend!r} waits for the device; choose another one")
 
 
 def first_device(request: EmbedRequest) -> torch.device:

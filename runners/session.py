@@ -6,18 +6,15 @@ import shutil
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import torch
 
-from esm_packed.attention import WAITING_BACKENDS, select_backend
-from esm_packed.checkpoints import Checkpoint, load_checkpoint
+from esm_packed.checkpoints import load_checkpoint
 from esm_packed.config import DEFAULT_TOKEN_BUDGETS
 from esm_packed.errors import UsageError
 from esm_packed.runners.checks import (
     ExistingOutput,
+    check_device,
     check_output,
     check_paths,
     check_request,
@@ -27,18 +24,21 @@ from esm_packed.runners.checks import (
 )
 from esm_packed.runners.compute.engine import Engine, InProcessEngine
 from esm_packed.runners.holding import check_held, check_others, claimed, undisturbed
-from esm_packed.runners.input.build import build_index
-from esm_packed.runners.input.index import STDIN, FastaIndex, open_index, reopen_index
+from esm_packed.runners.input.index import FastaIndex, reopen_index
 from esm_packed.runners.output.changes import log_changes
-from esm_packed.runners.output.layout import FORMAT_VERSION
 from esm_packed.runners.output.merge import DamagedShardError, merge_run
-from esm_packed.runners.output.reader import EmbeddingReader
+from esm_packed.runners.planning import (
+    existing_plan,
+    is_continued,
+    new_plan,
+    open_or_build_index,
+    run_identity,
+)
 from esm_packed.runners.state.claims import Claim
-from esm_packed.runners.state.cut import ShardSize, cut_shards
 from esm_packed.runners.state.directory import WHOLE_RUN, RunDirectory
-from esm_packed.runners.state.plan import Plan, PlanError, differences, plan_hash
+from esm_packed.runners.state.plan import Plan, PlanError
 from esm_packed.runners.state.request import EmbedRequest
-from esm_packed.runners.state.run import IDENTIFYING_RULES, Run
+from esm_packed.runners.state.run import Run
 from esm_packed.runners.state.slices import Slice
 from esm_packed.runners.summary import Summary
 from esm_packed.runners.system.paths import files_of, resolved
@@ -66,13 +66,7 @@ def embed_files(request: EmbedRequest, console: Console) -> Summary:
     check_output(output, request.overwrite)
     check_request(request)
     device = first_device(request)
-    if request.cuda_graphs and (request.layout != "fixed" or device.type != "cuda"):
-        missing = "a GPU" if request.layout == "fixed" else "--reproducible, which makes packs of one size"
-        raise UsageError(f"--cuda-graphs needs {missing}")
-    if request.ray_address is None:  # fails before the input is read
-        backend, _ = select_backend(request.attention, device, request.precision(device), head_dim=64)
-        if request.cuda_graphs and backend in WAITING_BACKENDS:
-            raise UsageError(f"--cuda-graphs: attention {backend!r} waits for the device; choose another one")
+    check_device(request, device)
     directory = RunDirectory(output)
     with undisturbed(directory), ExitStack() as stack:
         session = _Session(request, directory, device, console, stack)
@@ -147,65 +141,46 @@ class _Session:
             shutil.rmtree(self.directory.new_index_path, ignore_errors=True)
 
     def _prepare(self, request: EmbedRequest, existing: ExistingOutput | None) -> bool:
-        index = self._opened_index = self._index()
+        directory = self.directory
+        index = self._opened_index = open_or_build_index(request, directory, self.claim, self.console)
         with self.console.byte_steps() as report:
             self.checkpoint = load_checkpoint(request.model, progress=report)
         check_paths(request, files_of(self.checkpoint))
-        config = self.checkpoint.config
-        layers = request.resolved_layers(config)
-        plan = self._existing_plan()
-        if request.token_budget is not None:
-            token_budget = request.token_budget
-        elif plan is not None:
-            token_budget = plan.token_budget
-        elif existing is not None:
-            with EmbeddingReader(self.directory.output) as reader:
-                token_budget = int(reader.plan["identity"].get("token_budget", 0))
-        elif request.layout == "fixed":  # what is measured may differ from run to run
-            token_budget = DEFAULT_TOKEN_BUDGETS[self.device.type]
-        else:
-            token_budget = self.engine().token_budget()
-        identity = run_identity(request, index, self.checkpoint, self.device, layers, token_budget)
-        self.summary = Summary(
-            output=request.output,
-            model_name=self.checkpoint.model_name,
-            model_sha256=self.checkpoint.sha256,
-            dtype=identity["dtype"],
-            device="",
-            token_budget=token_budget,
-            num_sequences=index.num_records,
-            num_residues=index.total_residues,
-            num_replaced=index.num_replaced,
-            num_duplicates=index.num_duplicates,
-            num_left_out=len(index.problems),
-            num_identical=index.num_identical,
-            num_to_compare=request.fp32_compare,
-        )
+        plan = existing_plan(directory, request.overwrite)
+        token_budget = self._token_budget(plan, existing)
+        identity = run_identity(request, index, self.checkpoint, self.device, token_budget)
+        self.summary = Summary.of_run(request, self.checkpoint, index, identity)
         if existing is not None:
-            if existing.plan_hash != plan_hash(identity):
-                with EmbeddingReader(self.directory.output) as reader:
-                    differing = differences(reader.plan["identity"], identity)
-                raise UsageError(
-                    f"{request.output}: exists already, made from other input or options ({differing}); "
-                    "--overwrite replaces it"
-                )
+            existing.check_same(identity)
             if existing.is_complete:
                 self._is_complete(existing.plan_hash)
                 return False
-        if plan is not None:
-            try:
-                plan.check_same(identity, self.directory.path)
-            except PlanError as error:
-                if not request.overwrite:
-                    raise UsageError(str(error)) from error
-                plan = None
+        if plan is not None and not is_continued(plan, identity, directory, request.overwrite):
+            plan = None
         check_held(self.claim)
-        if self.directory.new_index_path.exists():
+        if directory.new_index_path.exists():
             index.close()
-            self.directory.adopt_index()
-            index = self._opened_index = reopen_index(self.directory.index_path)
-        self.run = Run(self.directory, plan or self._new_plan(identity, index), index)
+            directory.adopt_index()
+            index = self._opened_index = reopen_index(directory.index_path)
+        if plan is None:
+            plan = new_plan(identity, index, self.checkpoint, self.device, directory, request.command)
+            check_held(self.claim)
+            directory.forget_shards()
+            plan.write(directory.plan_path, directory.scratch_path)
+        self.run = Run(directory, plan, index)
         return True
+
+    def _token_budget(self, plan: Plan | None, existing: ExistingOutput | None) -> int:
+        """Asked for, or that of the run or output that is there, or fixed, or measured."""
+        if self.request.token_budget is not None:
+            return self.request.token_budget
+        if plan is not None:
+            return plan.token_budget
+        if existing is not None:
+            return int(existing.identity.get("token_budget", 0))
+        if self.request.layout == "fixed":  # what is measured may differ from run to run
+            return DEFAULT_TOKEN_BUDGETS[self.device.type]
+        return self.engine().token_budget()
 
     def engine(self) -> Engine:
         """What computes, started when it is first needed."""
@@ -261,7 +236,7 @@ class _Session:
             existing = check_output(self.directory.output, overwrite=False)
         except UsageError:  # something else, which merging does not replace
             return False
-        return existing == ExistingOutput(self.run.plan.hash, is_complete=False)
+        return existing is not None and existing.plan_hash == self.run.plan.hash and not existing.is_complete
 
     def _say_what_is_saved(self, shards: Sequence[int], done: int) -> None:
         """Tell an interrupted user what the run has.
@@ -339,62 +314,6 @@ class _Session:
             self._opened_index.close()
         self.directory.remove()
 
-    def _index(self) -> FastaIndex:
-        request, path = self.request, self.directory.index_path
-        if STDIN not in request.inputs:
-            index = open_index(request.inputs, path, request.read)
-            if index is not None:
-                return index
-        if self.directory.live_slices():
-            raise UsageError(
-                f"{self.directory.path}: others are at work on this run, and {', '.join(request.inputs)} is "
-                "not what they read: name the same files in the same way, with the same input rules"
-            )
-        if self.directory.plan_path.exists():  # whose index must stay until this input is known to be its own
-            path = self.directory.new_index_path
-        with self.console.progress("reading", "B", _input_bytes(request.inputs)) as advance:
-
-            def advance_if_held(amount: int) -> None:
-                check_held(self.claim)  # or two processes would write one index
-                advance(amount)
-
-            return build_index(request.inputs, path, request.read, progress=advance_if_held)
-
-    def _existing_plan(self) -> Plan | None:
-        try:
-            return Plan.read(self.directory.plan_path)
-        except FileNotFoundError:
-            return None
-        except PlanError as error:
-            if not self.request.overwrite:
-                raise UsageError(str(error)) from error
-            return None
-
-    def _new_plan(self, identity: dict[str, Any], index: FastaIndex) -> Plan:
-        config = self.checkpoint.config
-        uncut = Plan(
-            identity,
-            tuple(file.path for file in index.inputs),
-            (0, index.num_records),
-            self.checkpoint.model_name,
-            config.hidden_size,
-            self.request.command,
-        )
-        run = Run(self.directory, uncut, index)
-        lengths = run.embedded_lengths(0, index.num_records)
-        is_computed = run.is_computed(0, index.num_records)
-        starts = cut_shards(
-            lengths,
-            is_computed,
-            config,
-            ShardSize.of_run(lengths, is_computed, config, self.device.type, uncut.token_budget),
-        )
-        plan = replace(uncut, starts=starts)
-        check_held(self.claim)
-        self.directory.forget_shards()
-        plan.write(self.directory.plan_path, self.directory.scratch_path)
-        return plan
-
     def _new_engine(self) -> Engine:
         request = self.request
         several = request.ray_address is not None or (request.workers or 1) > 1
@@ -406,32 +325,3 @@ class _Session:
         if several:
             raise UsageError("--engine in-process computes on one device; --engine ray on several")
         return InProcessEngine(request, self.checkpoint, self.device)
-
-
-def _input_bytes(inputs: Sequence[str]) -> int | None:
-    paths = [Path(path) for path in inputs]
-    return sum(path.stat().st_size for path in paths) if all(path.is_file() for path in paths) else None
-
-
-def run_identity(
-    request: EmbedRequest,
-    index: FastaIndex,
-    checkpoint: Checkpoint,
-    device: torch.device,
-    layers: Sequence[int],
-    token_budget: int,
-) -> dict[str, Any]:
-    """What makes two runs the same one; device, attention backend and versions may differ."""
-    return {
-        "format_version": FORMAT_VERSION,
-        "inputs": [{"size": file.size, "sha256": file.sha256} for file in index.inputs],
-        "model_sha256": checkpoint.sha256,
-        "dtype": request.precision(device).name,
-        "layout": request.layout,
-        "layers": list(layers),
-        "kinds": ["mean"],
-        "max_length": request.max_length,
-        "token_budget": token_budget,
-        **{name: getattr(request.read, name) for name in IDENTIFYING_RULES},
-        "store_dtype": request.store_dtype,
-    }

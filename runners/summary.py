@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from esm_packed.checkpoints import Checkpoint
 from esm_packed.runners.input.fasta import Modified, shorten
+from esm_packed.runners.input.index import FastaIndex
 from esm_packed.runners.output.reader import EmbeddingReader
+from esm_packed.runners.state.request import EmbedRequest
 from esm_packed.runners.state.shard import STATUS_FAILED, STATUS_RECOMPUTED, Comparison
 from esm_packed.runners.watch.console import byte_size, duration
 from esm_packed.runners.watch.metrics import STAGES, StageTimes
@@ -71,6 +75,27 @@ class Summary:
     part: str = ""
     missing_shards: int = 0
     """Shards of other slices that are not there yet, so that there is no output."""
+
+    @classmethod
+    def of_run(
+        cls, request: EmbedRequest, checkpoint: Checkpoint, index: FastaIndex, identity: Mapping[str, Any]
+    ) -> Summary:
+        """What is known before anything is computed."""
+        return cls(
+            output=request.output,
+            model_name=checkpoint.model_name,
+            model_sha256=checkpoint.sha256,
+            dtype=identity["dtype"],
+            device="",
+            token_budget=identity["token_budget"],
+            num_sequences=index.num_records,
+            num_residues=index.total_residues,
+            num_replaced=index.num_replaced,
+            num_duplicates=index.num_duplicates,
+            num_left_out=len(index.problems),
+            num_identical=index.num_identical,
+            num_to_compare=request.fp32_compare,
+        )
 
     @property
     def packing_efficiency(self) -> float:

@@ -1,0 +1,137 @@
+"""What a run is: its input indexed, its identity, its plan."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from esm_packed.checkpoints import Checkpoint
+from esm_packed.errors import UsageError
+from esm_packed.runners.holding import check_held
+from esm_packed.runners.input.build import build_index
+from esm_packed.runners.input.index import STDIN, FastaIndex, open_index
+from esm_packed.runners.output.layout import FORMAT_VERSION
+from esm_packed.runners.state.claims import Claim
+from esm_packed.runners.state.cut import ShardSize, cut_shards
+from esm_packed.runners.state.directory import RunDirectory
+from esm_packed.runners.state.plan import Plan, PlanError
+from esm_packed.runners.state.request import EmbedRequest
+from esm_packed.runners.state.run import IDENTIFYING_RULES, Run
+from esm_packed.runners.watch.console import Console
+
+
+def open_or_build_index(
+    request: EmbedRequest, directory: RunDirectory, claim: Claim, console: Console
+) -> FastaIndex:
+    """The index of the inputs: that of the run, if it is of these very files, or a new one.
+
+    Raises:
+        UsageError: the input is not what others at work on the run read.
+        InputError: a fault in a FASTA file.
+    """
+    path = directory.index_path
+    if STDIN not in request.inputs:
+        index = open_index(request.inputs, path, request.read)
+        if index is not None:
+            return index
+    if directory.live_slices():
+        raise UsageError(
+            f"{directory.path}: others are at work on this run, and {', '.join(request.inputs)} is "
+            "not what they read: name the same files in the same way, with the same input rules"
+        )
+    if directory.plan_path.exists():  # whose index must stay until this input is known to be its own
+        path = directory.new_index_path
+    with console.progress("reading", "B", _input_bytes(request.inputs)) as advance:
+
+        def advance_if_held(amount: int) -> None:
+            check_held(claim)  # or two processes would write one index
+            advance(amount)
+
+        return build_index(request.inputs, path, request.read, progress=advance_if_held)
+
+
+def _input_bytes(inputs: Sequence[str]) -> int | None:
+    paths = [Path(path) for path in inputs]
+    return sum(path.stat().st_size for path in paths) if all(path.is_file() for path in paths) else None
+
+
+def run_identity(
+    request: EmbedRequest,
+    index: FastaIndex,
+    checkpoint: Checkpoint,
+    device: torch.device,
+    token_budget: int,
+) -> dict[str, Any]:
+    """What makes two runs the same one; device, attention backend and versions may differ."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "inputs": [{"size": file.size, "sha256": file.sha256} for file in index.inputs],
+        "model_sha256": checkpoint.sha256,
+        "dtype": request.precision(device).name,
+        "layout": request.layout,
+        "layers": request.resolved_layers(checkpoint.config),
+        "kinds": ["mean"],
+        "max_length": request.max_length,
+        "token_budget": token_budget,
+        **{name: getattr(request.read, name) for name in IDENTIFYING_RULES},
+        "store_dtype": request.store_dtype,
+    }
+
+
+def existing_plan(directory: RunDirectory, overwrite: bool) -> Plan | None:
+    """The plan of the run that is there; None without one, or for a damaged one that may be replaced.
+
+    Raises:
+        UsageError: it is damaged.
+    """
+    try:
+        return Plan.read(directory.plan_path)
+    except FileNotFoundError:
+        return None
+    except PlanError as error:
+        if not overwrite:
+            raise UsageError(str(error)) from error
+        return None
+
+
+def is_continued(plan: Plan, identity: dict[str, Any], directory: RunDirectory, overwrite: bool) -> bool:
+    """Whether a run of `identity` continues `plan`; else it replaces it.
+
+    Raises:
+        UsageError: it differs and may not replace it.
+    """
+    try:
+        plan.check_same(identity, directory.path)
+    except PlanError as error:
+        if not overwrite:
+            raise UsageError(str(error)) from error
+        return False
+    return True
+
+
+def new_plan(
+    identity: dict[str, Any],
+    index: FastaIndex,
+    checkpoint: Checkpoint,
+    device: torch.device,
+    directory: RunDirectory,
+    command: str,
+) -> Plan:
+    """The plan of a new run, its records cut into shards."""
+    config = checkpoint.config
+    uncut = Plan(
+        identity,
+        tuple(file.path for file in index.inputs),
+        (0, index.num_records),
+        checkpoint.model_name,
+        config.hidden_size,
+        command,
+    )
+    run = Run(directory, uncut, index)
+    lengths, is_computed = run.embedded_lengths(0, index.num_records), run.is_computed(0, index.num_records)
+    size = ShardSize.of_run(lengths, is_computed, config, device.type, uncut.token_budget)
+    return replace(uncut, starts=cut_shards(lengths, is_computed, config, size))
