@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import fair_esm_reference
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from esm_packed.layouts import LAYOUTS
 from esm_packed.packing import check_packed, fill, pack
 
 SEQUENCES = ["MKTAYIAKQRQISFVKSHFSRQ", "M", "GS<mask>HMSL<mask>FD", "M<mask>", "ACDEFGHIKLMNPQRSTVWY"]
-NUM_ORDERS = 10
+NUM_ORDERS = 4
 
 
 def random_proteins(count: int, longest: int) -> list[np.ndarray]:
@@ -66,11 +68,10 @@ def test_filled_packs(num_residues: list[int], missing: int) -> None:
             fill(filled, batch.total_tokens)
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
-@pytest.mark.parametrize("num_threads", [1, 2])
-def test_fixed_layout_gives_the_same_bits_in_any_company(dtype: str, num_threads: int) -> None:
+@pytest.mark.parametrize("num_threads, dtype", [(1, "fp32"), (1, "fp16"), (1, "bf16"), (2, "fp32")])
+def test_fixed_layout_gives_the_same_bits_in_any_company(num_threads: int, dtype: str) -> None:
     model = ESM2.from_pretrained("demo", dtype=dtype, device="cpu")
-    token_ids = random_proteins(24, 70)
+    token_ids = random_proteins(12, 70)
     lengths = [len(ids) + 2 for ids in token_ids]
     rng = np.random.default_rng(0)
     threads = torch.get_num_threads()
@@ -114,7 +115,7 @@ def test_a_sequence_beyond_the_budget_fills_a_multiple_of_it() -> None:
     assert batch.max_seqlen == 52
 
 
-def test_filled_packs_keep_fair_esms_embeddings(tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_filled_packs_keep_fair_esms_embeddings(tmp_path: Path) -> None:
     path = fair_esm_reference.write_checkpoint(
         tmp_path / "esm2_small.pt", num_layers=2, num_heads=4, head_dim=16
     )

@@ -32,7 +32,7 @@ class Case:
     truth: dict[str, torch.Tensor]
 
 
-@pytest.fixture(scope="module", params=[16, 24, 32], ids=lambda head_dim: f"head_dim{head_dim}")
+@pytest.fixture(scope="module")
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     path = tmp_path_factory.mktemp("checkpoint") / f"esm2_head_dim{request.param}.pt"
     fair_esm_reference.write_checkpoint(
@@ -68,7 +68,19 @@ def by_triton(case: Case, dtype: str, device: torch.device) -> dict[str, torch.T
     return {name: tensor.cpu() for name, tensor in (layers | means | {"logits": output.logits}).items()}
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+QUICK = [(16, "fp16"), (24, "fp32"), (32, "bf16")]
+"""Each head_dim and each dtype once; each of the others takes 3 s in the interpreter."""
+
+
+@pytest.mark.parametrize(
+    "case, dtype",
+    [
+        pytest.param(head_dim, dtype, marks=() if (head_dim, dtype) in QUICK else pytest.mark.slow)
+        for head_dim in (16, 24, 32)
+        for dtype in ("fp32", "fp16", "bf16")
+    ],
+    indirect=["case"],
+)
 def test_the_model_is_within_twice_the_error_of_fair_esm(
     case: Case, dtype: str, triton_device: torch.device
 ) -> None:
