@@ -4,7 +4,6 @@ import importlib.util
 import os
 import signal
 
-import hypothesis
 import pytest
 import torch
 from hypothesis import settings
@@ -25,10 +24,6 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
 # Tests compute small tensors, often on a busy machine, where two threads mostly wait for each other.
 torch.set_num_threads(1)
-
-hypothesis.settings.register_profile("quick", max_examples=25, deadline=None)
-hypothesis.settings.register_profile("thorough", max_examples=500, deadline=None)
-hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
 # A shell starts background jobs with Ctrl-C ignored, and every process started from here would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
