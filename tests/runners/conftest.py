@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from nursery import Nursery, Work, undisturbed
 
 from esm_packed.model import ESM2
 from esm_packed.packing import PackedBatch
@@ -35,3 +36,25 @@ def without_computing(monkeypatch: pytest.MonkeyPatch) -> None:
         return {layer: torch.ones(batch.num_sequences, self.config.hidden_size) for layer in layers}
 
     monkeypatch.setattr(ESM2, "embed_packed", ones)
+
+
+@pytest.fixture(scope="session")
+def nursery() -> Iterator[Nursery]:
+    nursery = Nursery()
+    yield nursery
+    nursery.close()
+
+
+@pytest.fixture(scope="session")
+def many_shards(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Work:
+    # not so small that a shard holds copies only
+    work = undisturbed(nursery, tmp_path_factory.mktemp("many"), 60, 30, 1e8)
+    assert 20 <= work.num_shards <= 40
+    return work
+
+
+@pytest.fixture(scope="session")
+def few_shards(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Work:
+    work = undisturbed(nursery, tmp_path_factory.mktemp("few"), 12, 40, 1.6e8)
+    assert 3 <= work.num_shards <= 10
+    return work

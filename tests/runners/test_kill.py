@@ -10,22 +10,12 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from nursery import (
-    SLOW,
-    Nursery,
-    Result,
-    Work,
-    names_in,
-    shards_of,
-    undisturbed,
-    wait_until,
-)
+from nursery import SLOW, Nursery, Result, Work, names_in, shards_of, wait_until
 
 from esm_packed.runners.cli import main as cli
 from esm_packed.runners.output.reader import EmbeddingReader
@@ -61,29 +51,6 @@ def main_and_count(arguments):
         os.write(2, f"steps {{len(steps)}}\\n".encode())
 cli.main = main_and_count
 """
-
-
-@pytest.fixture(scope="module")
-def nursery() -> Iterator[Nursery]:
-    nursery = Nursery()
-    nursery.ask({"wait": 0, "seconds": 0})  # answers when everything is imported
-    yield nursery
-    nursery.close()
-
-
-@pytest.fixture(scope="module")
-def many_shards(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Work:
-    # not so small that a shard holds copies only
-    work = undisturbed(nursery, tmp_path_factory.mktemp("many"), 120, 100, 3.5e8)
-    assert work.num_shards >= 30
-    return work
-
-
-@pytest.fixture(scope="module")
-def few_shards(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Work:
-    work = undisturbed(nursery, tmp_path_factory.mktemp("few"), 12, 40, 1.6e8)
-    assert 3 <= work.num_shards <= 10
-    return work
 
 
 def continue_to_the_end(nursery: Nursery, work: Work, output: Path) -> None:
@@ -133,7 +100,7 @@ def litter_in(folder: Path) -> list[str]:
 
 
 def test_killed_at_random_moments(nursery: Nursery, many_shards: Work, tmp_path: Path) -> None:
-    kill_at_random(nursery, many_shards, tmp_path / "run", 8, seed=1)
+    kill_at_random(nursery, many_shards, tmp_path / "run", 4, seed=1)
 
 
 @pytest.mark.slow
@@ -186,7 +153,7 @@ def kill_at_steps(nursery: Nursery, work: Work, folder: Path, only: str, steps: 
 
 @pytest.mark.parametrize("only", ["claim", "plan.json", "shards/", "/index", "/tmp/", ".out.h5.run"])
 def test_killed_at_a_step_on_disk(nursery: Nursery, few_shards: Work, tmp_path: Path, only: str) -> None:
-    kill_at_steps(nursery, few_shards, tmp_path, only, 3)
+    kill_at_steps(nursery, few_shards, tmp_path, only, 2)
 
 
 @pytest.mark.slow
@@ -248,7 +215,7 @@ def test_damage_to_a_killed_run_is_found(nursery: Nursery, many_shards: Work, tm
     assert litter_in(tmp_path) == [], "temporary files of killed processes are left"
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[]", b'{"format": 1}', b'{"format": 99}'])
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b'{"format": 99}'])
 def test_a_damaged_plan_is_refused_and_can_be_overwritten(
     nursery: Nursery, few_shards: Work, tmp_path: Path, content: bytes
 ) -> None:
@@ -293,7 +260,7 @@ def test_what_a_killed_command_for_another_input_left_is_never_used(
     other.write_text("\n".join(proteins) + "\n")
     step = 0
     while step < 60:  # more than there are
-        step += 4
+        step += 9
         place = tmp_path / str(step) / "out.h5"
         shutil.copytree(output.parent, place.parent)
         patch = DIE_AT_STEP.format(step=step, only="out.h5.run")
@@ -408,7 +375,7 @@ def test_an_unfinished_run_of_other_input_is_kept_when_an_older_command_is_repea
 FOREIGN = {"host": "elsewhere.example", "pid": 1, "process_started": "1", "since": "then", "token": "0"}
 
 
-@pytest.mark.parametrize("content", [json.dumps(FOREIGN), "", "garbage", "[]", "null", '{"host": null}'])
+@pytest.mark.parametrize("content", [json.dumps(FOREIGN), "", '{"host": null}'])
 def test_a_fresh_claim_of_somebody_else_is_respected_and_an_old_one_taken_over(
     nursery: Nursery, few_shards: Work, tmp_path: Path, content: str
 ) -> None:
@@ -442,8 +409,7 @@ def test_a_claim_of_this_host_without_a_process_is_taken_over_at_once(
         assert "internal error" not in child.output()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("seconds", [0.0, 0.35])
+@pytest.mark.parametrize("number, seconds", [(signal.SIGTERM, 0.0), (signal.SIGINT, 0.35)])
 def test_interrupted(
     nursery: Nursery, many_shards: Work, tmp_path: Path, number: signal.Signals, seconds: float
 ) -> None:
@@ -549,7 +515,7 @@ os.pwrite = pwrite
 """
 
 
-@pytest.mark.parametrize("size", [0, 60_000, 100_000])
+@pytest.mark.parametrize("size", [0, 30_000])
 def test_space_that_runs_out_and_comes_back(
     nursery: Nursery, many_shards: Work, tmp_path: Path, size: int
 ) -> None:
@@ -584,7 +550,7 @@ def test_full_file_system_is_continued_when_there_is_space(
         output = disk / "out.h5"
         (disk / "logs").symlink_to(tmp_path)  # so that nothing but the run takes space
         most_finished = 0
-        for room in (0, 8, 24, 64, 120, 200, 300, 400, 600, 1000, 2000):
+        for room in (0, 24, 64, 120, 200, 400, 2000):
             free = shutil.disk_usage(disk).free + (ballast.stat().st_size if ballast.exists() else 0)
             ballast.unlink(missing_ok=True)
             with ballast.open("wb") as file:
@@ -627,7 +593,7 @@ def test_the_second_of_two_processes_is_refused(nursery: Nursery, many_shards: W
 def test_of_two_processes_started_together_one_computes(
     nursery: Nursery, few_shards: Work, tmp_path: Path
 ) -> None:
-    for attempt in range(3):
+    for attempt in range(2):
         folder = tmp_path / str(attempt)
         folder.mkdir()
         output = folder / "out.h5"
@@ -646,12 +612,12 @@ def test_a_process_that_comes_while_another_ends_is_told_so(
     nursery: Nursery, few_shards: Work, tmp_path: Path
 ) -> None:
     """The run directory may go at any moment; that is never an internal error."""
-    for attempt in range(5):
+    for attempt in range(3):
         folder = tmp_path / str(attempt)
         folder.mkdir()
         output = folder / "out.h5"
         first = nursery.start(few_shards.fasta, output, flops_per_shard=few_shards.flops_per_shard)
-        time.sleep(few_shards.seconds * (0.3 + 0.15 * attempt))
+        time.sleep(few_shards.seconds * (0.4 + 0.2 * attempt))
         second = nursery.start(few_shards.fasta, output, flops_per_shard=few_shards.flops_per_shard)
         codes = [first.wait(), second.wait()]
         assert codes[0] == 0, first.output()

@@ -8,7 +8,6 @@ import shutil
 import signal
 import socket
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +19,6 @@ from nursery import (
     Work,
     names_in,
     shards_of,
-    undisturbed,
     wait_until,
 )
 
@@ -112,19 +110,9 @@ def test_what_a_live_slice_writes_is_not_swept_away(tmp_path: Path) -> None:
     assert not directory.live_slices()
 
 
-@pytest.fixture(scope="module")
-def nursery() -> Iterator[Nursery]:
-    nursery = Nursery()
-    nursery.ask({"wait": 0, "seconds": 0})
-    yield nursery
-    nursery.close()
-
-
-@pytest.fixture(scope="module")
-def work(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Work:
-    work = undisturbed(nursery, tmp_path_factory.mktemp("whole"), 120, 100, 3.5e8)
-    assert work.num_shards >= 30
-    return work
+@pytest.fixture
+def work(many_shards: Work) -> Work:
+    return many_shards
 
 
 # Computes some packs, and the others only when the test says so, however slow or fast the machine is.

@@ -21,61 +21,6 @@ from esm_packed.runners.output.reader import EmbeddingReader
 MODEL = "demo"
 WAIT_SECONDS = 120.0
 
-# Importing torch takes longer than the runs here, so one process imports it and forks the others. Each is a
-# real process with a life, a pid and a death of its own.
-NURSERY = """
-import faulthandler, json, os, signal, sys, time, traceback
-import torch
-from dataclasses import replace
-from esm_packed.model import ESM2
-from esm_packed.runners.cli import main as cli
-from esm_packed.runners import session
-from esm_packed.runners.output import merge as merging
-from esm_packed.runners.compute import pipeline
-from esm_packed.runners.state import cut
-from esm_packed.runners.state import directory as rundir
-from esm_packed.runners.state import run as shards
-from esm_packed.runners.output import writer
-from esm_packed.runners.state import shard
-from esm_packed.runners.compute import worker
-torch.set_num_threads(1)
-ESM2.from_pretrained("demo", device="cpu")
-
-def live(job):
-    streams = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(nothing, 0), os.dup2(streams, 1), os.dup2(streams, 2)
-    faulthandler.register(signal.SIGUSR1, all_threads=True)
-    cut.FLOPS_PER_SHARD["cpu"] = job["flops_per_shard"]
-    original = session.embed_files
-    changes = {name: tuple(value) if isinstance(value, list) else value
-               for name, value in job["changes"].items()}
-    session.embed_files = lambda request, console: original(replace(request, **changes), console)
-    exec(job["patch"], globals())
-    return cli.main(job["arguments"])
-
-for line in sys.stdin:
-    job = json.loads(line)
-    if "wait" not in job:
-        pid = os.fork()
-        if pid == 0:
-            code = 99
-            try:
-                code = live(job)
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush(), sys.stderr.flush()
-                os._exit(code)
-        answer = pid
-    else:
-        deadline, answer = time.monotonic() + job["seconds"], None
-        while answer is None and time.monotonic() < deadline:
-            ended, status = os.waitpid(job["wait"], os.WNOHANG)
-            answer = os.waitstatus_to_exitcode(status) if ended else time.sleep(0.005)
-    print(json.dumps(answer), flush=True)
-"""
-
 # Computes as slowly as a large model would, so that others have the time to interfere.
 SLOW = """
 original_embed = ESM2.embed_packed
@@ -116,13 +61,18 @@ class Child:
 
 
 class Nursery:
-    """Starts processes that have everything imported already."""
+    """Starts processes that have everything imported already: that takes longer than the runs here.
+
+    One process imports and forks the others. Each is a real process with a life and a death of its own.
+    """
 
     def __init__(self) -> None:
+        server = Path(__file__).with_name("fork_server.py")
         self._process = subprocess.Popen(
-            [sys.executable, "-c", NURSERY], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, str(server)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         self._number = 0
+        self.ask({"wait": 0, "seconds": 0})  # answers when everything is imported
 
     def ask(self, job: dict[str, Any]) -> Any:
         assert self._process.stdin is not None
@@ -164,9 +114,8 @@ class Nursery:
         return Child(self, self.ask(job), log)
 
     def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(timeout=30)
+        self._process.kill()  # an orderly end of torch takes seconds
+        self._process.wait()
 
 
 def write_fasta(path: Path, number: int, length: int, seed: int = 0) -> Path:
