@@ -543,14 +543,15 @@ import sys
 from pathlib import Path
 import torch
 from esm_packed.config import ESM2Config
-from esm_packed.runners import session
+from esm_packed.numerics import PRECISIONS
+from esm_packed.runners import planning, session
 from esm_packed.runners.state import cut
 from esm_packed.runners.compute import worker
 from esm_packed.runners.watch.console import Console
 
 class Model:
     config = ESM2Config(5, 96, 6)
-    attention_backend, precision = "none", "fp32"
+    attention_backend, precision_mode = "none", PRECISIONS["fp32"]
     device = torch.device("cpu")
     peak = 0
     def embed_packed(self, batch, layers):
@@ -560,10 +561,10 @@ class Model:
 
 # small shards, so that even the shorter input is many of them
 cut.MAX_SHARD_RECORDS = 4096
-session.build_index = functools.partial(session.build_index, chunk_size=1 << 18)
+planning.build_index = functools.partial(planning.build_index, chunk_size=1 << 18)
 for number in (100_000, 600_000):
     model = Model()
-    worker.Worker._load = lambda *call: model
+    worker.ESM2.from_checkpoint = lambda *call: model
     fasta = Path(sys.argv[1], "in.fasta")
     with fasta.open("w") as file:
         for record in range(number):
