@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -133,16 +134,16 @@ def tensors_in(arguments: dict[str, Any]) -> list[torch.Tensor]:
     return [value for value in arguments.values() if isinstance(value, torch.Tensor)]
 
 
-def calls_of(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> list[dict[str, Any]]:
-    """The arguments that each call of one operation gets within `transformer_layer`."""
+@cache
+def layer_calls(device: torch.device, dtype: torch.dtype) -> list[tuple[str, dict[str, Any]]]:
+    """Each call within `transformer_layer`: the operation, and its arguments."""
     calls = []
 
     def recorded(operation: str) -> Callable[..., Any]:
         function: Callable[..., Any] = getattr(kernels, operation)
 
         def call(**arguments: Any) -> Any:
-            if operation == name:
-                calls.append(copied(arguments))
+            calls.append((operation, copied(arguments)))
             return function(**arguments)
 
         return call
@@ -150,6 +151,11 @@ def calls_of(name: str, device: torch.device, dtype: torch.dtype = torch.float32
     operations = SimpleNamespace(**{operation: recorded(operation) for operation in OPERATIONS})
     transformer_layer(operations, *batch_of([3, 17, 5], device), model_tensors(device, dtype))
     return calls
+
+
+def calls_of(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> list[dict[str, Any]]:
+    """Copies of the arguments that each call of one operation gets within `transformer_layer`."""
+    return [copied(arguments) for operation, arguments in layer_calls(device, dtype) if operation == name]
 
 
 def registered(name: str) -> Any:
@@ -170,7 +176,17 @@ class Dispatched(TorchDispatchMode):
 
 
 @all_operations
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "device, dtype",
+    [
+        ("pytorch", torch.float64),
+        ("triton", torch.float16),
+        pytest.param("pytorch", torch.float16, marks=pytest.mark.slow),  # 3 s, and 7 s in the interpreter
+        pytest.param("triton", torch.float32, marks=pytest.mark.slow),
+    ],
+    indirect=["device"],
+    ids=str,
+)
 def test_opcheck(name: str, dtype: torch.dtype, device: torch.device) -> None:
     """What an operation modifies, returns and promises to the compiler agrees with what it does."""
     calls = calls_of(name, device, dtype)
@@ -211,7 +227,9 @@ def test_eager_calls_bypass_the_dispatcher(name: str, device: torch.device) -> N
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "device, dtype", [("pytorch", torch.float32), ("triton", torch.float16)], indirect=["device"], ids=str
+)
 def test_a_layer_compiles_whole_and_once_for_all_shapes(dtype: torch.dtype, device: torch.device) -> None:
     """The first shape may be taken for the only one; from the second on all are served."""
     backend = CompileCounterWithBackend("aot_eager")
