@@ -30,13 +30,14 @@ from workloads import RESIDUE_COUNTS, proteins, write_fasta
 
 from esm_packed.checkpoints import Checkpoint, load_checkpoint
 from esm_packed.config import DEFAULT_TOKEN_BUDGETS, ESM2_MODELS, ESM2Config
-from esm_packed.layouts import LAYOUTS, Layout
+from esm_packed.layouts import LAYOUTS
 from esm_packed.model import ESM2
 from esm_packed.packing import SPECIAL_TOKENS
+from esm_packed.runners.compute.device import Device, Launched
 from esm_packed.runners.compute.worker import Worker
 from esm_packed.runners.input.build import build_index
 from esm_packed.runners.output.merge import merge_run
-from esm_packed.runners.session import run_identity
+from esm_packed.runners.planning import run_identity
 from esm_packed.runners.state.cut import ShardSize, cut_shards, sequence_flops
 from esm_packed.runners.state.directory import RunDirectory
 from esm_packed.runners.state.plan import Plan
@@ -146,8 +147,8 @@ def index_and_plan(
     index = build_index(request.inputs, directory.index_path, request.read)
     parts["indexing"] = time.perf_counter() - begin
     begin = time.perf_counter()
-    layers = [config.num_layers]
-    identity = run_identity(request, index, checkpoint, CPU, layers, TOKEN_BUDGET)
+    identity = run_identity(request, index, checkpoint, CPU, TOKEN_BUDGET)
+    identity["layers"] = [config.num_layers]
     uncut = Plan(identity, request.inputs, (0, index.num_records), checkpoint.model_name, config.hidden_size)
     run = Run(directory, uncut, index)
     lengths = run.embedded_lengths(0, index.num_records)
@@ -205,7 +206,7 @@ def test_overhead(
 
     results, forward_seconds, forward_processor_seconds = timed_forward(worker, plan())
     recalled = cycle(results)  # packs come in the same order again
-    monkeypatch.setattr(Layout, "embed", lambda layout, model, batch, layers: next(recalled))
+    monkeypatch.setattr(Device, "launch", lambda device, batch: Launched(next(recalled)))
     processor_seconds = 0.0
     times = StageTimes()
 
