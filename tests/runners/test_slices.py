@@ -31,8 +31,8 @@ ARRAY = {f"SLURM_ARRAY_TASK_{name}": value for name, value in zip(
 )}  # fmt: skip
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 8, 40])
-@pytest.mark.parametrize("num_shards", [1, 2, 7, 30])
+@pytest.mark.parametrize("count", [1, 3, 40])
+@pytest.mark.parametrize("num_shards", [1, 7, 30])
 def test_slices_share_all_shards(count: int, num_shards: int) -> None:
     parts = [list(Slice(index, count).shards(num_shards)) for index in range(count)]
     assert sorted(shard for part in parts for shard in part) == list(range(num_shards))
@@ -132,7 +132,7 @@ ESM2.embed_packed = held_embed
 
 def start(nursery: Nursery, work: Work, output: Path, *options: str, held: bool = False) -> Child:
     """A process that works on `work`; if `held`, it stops half-way until `release`."""
-    patch = HELD.format(packs=15, go=str(go_of(output))) if held else ""
+    patch = HELD.format(packs=5, go=str(go_of(output))) if held else ""
     return nursery.start(work.fasta, output, *options, flops_per_shard=work.flops_per_shard, patch=patch)
 
 
@@ -169,7 +169,7 @@ def test_in_any_order_one_after_another(
     check_end(work, output)
 
 
-@pytest.mark.parametrize("count", [2, 5, 50])
+@pytest.mark.parametrize("count", [2, 40])
 def test_all_at_once(nursery: Nursery, work: Work, tmp_path: Path, count: int) -> None:
     output = tmp_path / "out.h5"
     indices = list(range(count))
@@ -268,7 +268,7 @@ def kill_slices(nursery: Nursery, work: Work, folder: Path, kills: int, seed: in
 
 
 def test_slices_killed_at_random_moments(nursery: Nursery, work: Work, tmp_path: Path) -> None:
-    kill_slices(nursery, work, tmp_path / "run", 6, seed=1)
+    kill_slices(nursery, work, tmp_path / "run", 4, seed=1)
 
 
 @pytest.mark.slow
