@@ -94,17 +94,7 @@ def validate_file(request: ValidateRequest, console: Console) -> tuple[list[str]
         checkpoint = load_checkpoint(request.model, progress=report)
     replaced = {f"--output: {path.name}": path for path in report_files(request.output)}
     check_apart(replaced, [*([request.fasta] if request.fasta != STDIN else []), *files_of(checkpoint)])
-    with tempfile.TemporaryDirectory(prefix="esm-packed-") as work_dir:
-        with console.progress("reading", "B", None) as advance:
-            index = build_index([request.fasta], Path(work_dir), request.read, progress=advance)
-        chosen, rule = choose(index, request.limit)
-        sequence_ids = [index.sequence_ids(record, record + 1)[0] for record in chosen]
-        token_ids = [index.token_ids(record, record + 1, request.max_length)[0] for record in chosen]
-        file = index.inputs[0]
-    num_residues = sum(map(len, token_ids))
-    num_truncated = sum(
-        len(ids) < length for ids, length in zip(token_ids, index.lengths[:][chosen].tolist(), strict=True)
-    )
+    sample = _read_sample(request, console)
 
     def load() -> Checkpoint:
         return load_checkpoint(request.model)
@@ -112,26 +102,26 @@ def validate_file(request: ValidateRequest, console: Console) -> tuple[list[str]
     passes = num_passes(checkpoint.config, settings)
     _make_folder(request.output)
     try:
-        seconds = estimate_seconds(checkpoint.config, token_ids, settings)
+        seconds = estimate_seconds(checkpoint.config, sample.token_ids, settings)
         console.note(
-            f"validating {checkpoint.model_name} on {len(chosen):,} proteins, {num_residues:,} residues, "
+            f"validating {checkpoint.model_name} on {sample.described}, "
             f"{passes} times: about {duration(seconds)} (--limit, --max-length and --dtype make it shorter)"
         )
-        with console.progress("validating", "residues", passes * num_residues) as advance:
-            validation = validate(load, sequence_ids, token_ids, settings, advance)
+        with console.progress("validating", "residues", passes * sample.num_residues) as advance:
+            validation = validate(load, sample.sequence_ids, sample.token_ids, settings, advance)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
         raise UsageError(
             f"{request.model} does not fit into the memory of {settings.device} with "
-            f"{settings.token_budget:,} tokens and proteins of {max(map(len, token_ids)):,} residues; "
+            f"{settings.token_budget:,} tokens and proteins of {max(map(len, sample.token_ids)):,} residues; "
             "--token-budget and --max-length take less"
         ) from error
 
     conditions = {
-        "proteins": f"{request.fasta} (sha256 {file.sha256}), {rule}",
-        "truncated": f"{num_truncated:,} to their first {request.max_length:,} residues"
-        if num_truncated
+        "proteins": f"{request.fasta} (sha256 {sample.sha256}), {sample.rule}",
+        "truncated": f"{sample.num_truncated:,} to their first {request.max_length:,} residues"
+        if sample.num_truncated
         else "none",
         "command": request.command,
         "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
@@ -142,12 +132,44 @@ def validate_file(request: ValidateRequest, console: Console) -> tuple[list[str]
     except OSError as error:
         raise UsageError(f"{request.output}: the report cannot be written: {error.strerror}") from error
     lines = [
-        f"{checkpoint.model_name} on {len(chosen):,} proteins ({rule}), against {settings.reference} in fp64",
+        f"{checkpoint.model_name} on {len(sample.token_ids):,} proteins ({sample.rule}), against "
+        f"{settings.reference} in fp64",
         *summary_lines(validation),
         *(f"written: {path}" for path in written),
         validation.verdict,
     ]
     return lines, validation.passed
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """Proteins of a file, cut to the length that is computed, and how they were chosen."""
+
+    sequence_ids: list[str]
+    token_ids: list[npt.NDArray[np.uint8]]
+    num_truncated: int
+    rule: str
+    sha256: str
+
+    @property
+    def num_residues(self) -> int:
+        return sum(map(len, self.token_ids))
+
+    @property
+    def described(self) -> str:
+        return f"{len(self.token_ids):,} proteins, {self.num_residues:,} residues"
+
+
+def _read_sample(request: ValidateRequest, console: Console) -> _Sample:
+    with tempfile.TemporaryDirectory(prefix="esm-packed-") as work_dir:
+        with console.progress("reading", "B", None) as advance:
+            index = build_index([request.fasta], Path(work_dir), request.read, progress=advance)
+        chosen, rule = choose(index, request.limit)
+        sequence_ids = [index.sequence_ids(record, record + 1)[0] for record in chosen]
+        token_ids = [index.token_ids(record, record + 1, request.max_length)[0] for record in chosen]
+        lengths = index.lengths[:][chosen].tolist()
+        num_truncated = sum(len(ids) < length for ids, length in zip(token_ids, lengths, strict=True))
+        return _Sample(sequence_ids, token_ids, num_truncated, rule, index.inputs[0].sha256)
 
 
 def choose(index: FastaIndex, limit: int) -> tuple[list[int], str]:

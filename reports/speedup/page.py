@@ -137,7 +137,6 @@ def _comparisons(results: Results) -> list[Comparison]:
 
 def _sections(results: Results, older: Sequence[Results]) -> Iterator[Section]:
     """The parts for which there are measurements."""
-    on_gpu = results.on_gpu
     if results.is_overloaded:
         yield Section("", [Notice(_load_text(results))])
     yield Section(
@@ -149,6 +148,21 @@ def _sections(results: Results, older: Sequence[Results]) -> Iterator[Section]:
             conditions_table(results),
         ],
     )
+    yield from _precision_section(results)
+    yield from _forward_sections(results)
+    yield from _kernel_sections(results)
+    yield from _run_sections(results)
+    every = results.measurements.values()
+    if others := [m for m in every if m.suite not in SUITES_SHOWN and m.info.get("workers") is None]:
+        yield Section("Other benchmarks", ["Times of what has no section of its own.", other_table(others)])
+    for number, other in enumerate(older, 1):
+        yield _change_section(results, other, f"change-{number}")
+    if results.not_run:
+        yield Section("Not run", ["What could not run, with the reason.", not_run_table(results)])
+
+
+def _precision_section(results: Results) -> Iterator[Section]:
+    on_gpu = results.on_gpu
     if comparisons := _comparisons(results):
         kinds = {
             "other precisions over FP32": [*precision_comparisons(results), *combined_comparisons(results)],
@@ -170,6 +184,9 @@ def _sections(results: Results, older: Sequence[Results]) -> Iterator[Section]:
                 comparison_table(comparisons, expected=on_gpu),
             ],
         )
+
+
+def _forward_sections(results: Results) -> Iterator[Section]:
     if forward := results.suite("model"):
         shares = [m.share(name) for m in forward for name in ("mfu_measured", "share_of_floor")]
         yield Section(
@@ -204,6 +221,10 @@ def _sections(results: Results, older: Sequence[Results]) -> Iterator[Section]:
                 rivals_table(results),
             ],
         )
+
+
+def _kernel_sections(results: Results) -> Iterator[Section]:
+    on_gpu = results.on_gpu
     if kernels := results.suite("kernels"):
         trial = (
             "" if on_gpu else " This is a CPU: tiny sizes of plain PyTorch, which show that the code runs."
@@ -228,6 +249,9 @@ def _sections(results: Results, older: Sequence[Results]) -> Iterator[Section]:
                 kernels_table(in_order(attention)),
             ],
         )
+
+
+def _run_sections(results: Results) -> Iterator[Section]:
     if results.suite("packing"):
         yield Section(
             "Packing",
@@ -260,13 +284,6 @@ def _sections(results: Results, older: Sequence[Results]) -> Iterator[Section]:
                 scaling_table(results),
             ],
         )
-    every = results.measurements.values()
-    if others := [m for m in every if m.suite not in SUITES_SHOWN and m.info.get("workers") is None]:
-        yield Section("Other benchmarks", ["Times of what has no section of its own.", other_table(others)])
-    for number, other in enumerate(older, 1):
-        yield _change_section(results, other, f"change-{number}")
-    if results.not_run:
-        yield Section("Not run", ["What could not run, with the reason.", not_run_table(results)])
 
 
 def _change_section(results: Results, older: Results, name: str) -> Section:

@@ -11,6 +11,7 @@ import torch
 
 from esm_packed.reports.page import Table
 from esm_packed.reports.validation.activations import OPERATIONS, RESIDUAL
+from esm_packed.reports.validation.errors import PathResult
 from esm_packed.reports.validation.run import Validation
 
 FORMAT_VERSION = 1
@@ -58,24 +59,25 @@ def as_json(validation: Validation, conditions: Mapping[str, str]) -> dict[str, 
             ]
             for operation in (RESIDUAL, *OPERATIONS)
         },
-        "paths": [
-            {
-                "mode": path.mode,
-                "layout": path.layout,
-                "backend": path.backend,
-                "means": {name: _numbers(values) for name, values in vars(path.means).items()},
-                "residues": {name: _numbers(values) for name, values in vars(path.residues).items()},
-                "mean_relative_l2_by_layer": [_numbers(row) for row in path.mean_by_layer],
-                "residues_relative_l2_by_layer": [_numbers(row) for row in path.residues_by_layer],
-                "first_nonfinite_layer": [
-                    int(column.int().argmax()) if column.any() else None for column in path.nonfinite.T
-                ],
-                "top1": path.top1,
-                "top10": path.top10,
-                "neighbours": path.neighbours,
-            }
-            for path in validation.paths
+        "paths": [_path_as_json(path) for path in validation.paths],
+    }
+
+
+def _path_as_json(path: PathResult) -> dict[str, Any]:
+    return {
+        "mode": path.mode,
+        "layout": path.layout,
+        "backend": path.backend,
+        "means": {name: _numbers(values) for name, values in vars(path.means).items()},
+        "residues": {name: _numbers(values) for name, values in vars(path.residues).items()},
+        "mean_relative_l2_by_layer": [_numbers(row) for row in path.mean_by_layer],
+        "residues_relative_l2_by_layer": [_numbers(row) for row in path.residues_by_layer],
+        "first_nonfinite_layer": [
+            int(column.int().argmax()) if column.any() else None for column in path.nonfinite.T
         ],
+        "top1": path.top1,
+        "top10": path.top10,
+        "neighbours": path.neighbours,
     }
 
 

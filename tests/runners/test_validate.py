@@ -65,7 +65,14 @@ def test_the_demo_passes_and_is_called_the_demo(
     assert data["conditions"]["truncated"] == "1 to their first 100 residues"
     page = (request.output / "validation.html").read_text()
     assert "the weights of the demo" in page and request.command in page
-    assert {path.suffix for path in request.output.iterdir()} == {".html", ".json", ".png", ".svg"}
+    assert {path.suffix for path in request.output.iterdir()} == {
+        ".html",
+        ".md",
+        ".json",
+        ".csv",
+        ".png",
+        ".svg",
+    }
 
 
 def test_a_stricter_threshold_fails(request_for: ValidateRequest) -> None:
