@@ -9,10 +9,10 @@ from itertools import count
 from pathlib import Path
 
 from esm_packed.errors import UsageError
+from esm_packed.files import is_out_of_space
 from esm_packed.runners.state.claims import Claim, ClaimedError, describe_holder, holder_of
 from esm_packed.runners.state.directory import WHOLE_RUN, RunDirectory
 from esm_packed.runners.state.slices import Slice
-from esm_packed.runners.system.files import is_out_of_space
 from esm_packed.runners.watch.console import Console
 
 MOST_REMOVALS = 1000

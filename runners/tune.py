@@ -9,7 +9,6 @@ import importlib.util
 import itertools
 import json
 import math
-import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +23,7 @@ from tqdm import tqdm
 
 from esm_packed.config import ESM2_MODELS
 from esm_packed.errors import UsageError
+from esm_packed.files import whole_or_nothing
 from esm_packed.kernels import launch
 from esm_packed.kernels.cases import Arguments, Case, Results
 from esm_packed.kernels.launch import Settings
@@ -335,12 +335,8 @@ def save_outcome(path: Path, facts: Mapping[str, Any], outcome: Outcome) -> None
         "dropped": outcome.dropped,
     }
     content = json.dumps({**facts, "settings": settings, "measured": measured}, indent=1)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with whole_or_nothing(path) as temporary:
         temporary.write_text(content + "\n", encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _rounded(value: float | None) -> float | None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import hashlib
 import logging
-import os
 import pickle
 import re
 import zipfile
@@ -36,6 +35,7 @@ from esm_packed.checkpoints.names import Checkpoint, Stated, canonical, tensor_s
 from esm_packed.checkpoints.random import random_checkpoint
 from esm_packed.config import ESM2_MODELS, LAYER_NORM_EPS, ESM2Config
 from esm_packed.errors import CheckpointError
+from esm_packed.files import whole_or_nothing
 from esm_packed.numerics import is_out_of_memory
 
 logger = logging.getLogger(__name__)
@@ -336,15 +336,9 @@ def _writable(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
 
 
 def _save(data: Any, path: Path) -> None:
-    temporary = path.with_name(f"{path.name}.part")
     try:
         # Through a file object: given a path, torch.save writes its name into the file and the bytes differ.
-        with temporary.open("wb") as file:
+        with whole_or_nothing(path) as temporary, temporary.open("wb") as file:
             torch.save(data, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f"cannot write {path}: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)

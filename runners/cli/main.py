@@ -106,7 +106,7 @@ def _report(error: Exception, remedy: str, show_traceback: bool) -> int:
         return EXIT_FAILED
     import traceback
 
-    from esm_packed.runners.system.files import is_out_of_space
+    from esm_packed.files import is_out_of_space
 
     if is_out_of_space(error):
         reason = error.strerror if isinstance(error, OSError) else str(error)

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from esm_packed.files import open_regular, sync
 from esm_packed.runners.input.fasta import InputError
-from esm_packed.runners.system.files import open_regular, sync
 
 METADATA = "index.json"
 """The file that vouches for all others of an index."""

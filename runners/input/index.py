@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from esm_packed.files import open_regular, read_regular, whole_or_nothing
 from esm_packed.runners.input.blocks import METADATA, Rows, SealedFile
 from esm_packed.runners.input.fasta import InputError, Modified, ReadOptions, shorten
-from esm_packed.runners.system.files import open_regular, read_regular, whole_or_nothing
 
 STDIN = "-"
 

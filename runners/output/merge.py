@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from esm_packed.files import whole_or_nothing
 from esm_packed.layouts import LAYOUTS
 from esm_packed.runners.output.layout import StoredComparison, StoredProblem
 from esm_packed.runners.output.writer import EmbeddingWriter
@@ -29,7 +30,6 @@ from esm_packed.runners.state.shard import (
     StoreError,
     mean_of,
 )
-from esm_packed.runners.system.files import whole_or_nothing
 from esm_packed.runners.system.queues import Ahead
 from esm_packed.runners.watch.console import Advance, Console
 

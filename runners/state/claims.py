@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from esm_packed.runners.system.files import read_regular
+from esm_packed.files import read_regular
 
 HEARTBEAT_SECONDS = 30.0
 STALE_SECONDS = 600.0

@@ -29,9 +29,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from esm_packed.errors import UsageError
+from esm_packed.files import read_regular, sync
 from esm_packed.runners.state.claims import Claim, is_live
 from esm_packed.runners.state.slices import Slice
-from esm_packed.runners.system.files import read_regular, sync
 
 WHOLE_RUN = "the whole run"
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from esm_packed.errors import UserError
-from esm_packed.runners.system.files import read_regular, whole_or_nothing
+from esm_packed.files import read_regular, whole_or_nothing
 
 PLAN_FORMAT = 1
 

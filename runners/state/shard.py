@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from esm_packed.errors import UserError
-from esm_packed.runners.system.files import open_regular, whole_or_nothing
+from esm_packed.files import open_regular, whole_or_nothing
 
 SHARD_FORMAT = "esm-packed shard 2"
 STATUS_COMPUTED = 0

@@ -41,19 +41,19 @@ def is_out_of_space(error: BaseException | None) -> bool:
 
 
 @contextmanager
-def whole_or_nothing(path: Path, scratch: Path, *, overwrite: bool = True) -> Iterator[Path]:
+def whole_or_nothing(path: Path, scratch: Path | None = None, *, overwrite: bool = True) -> Iterator[Path]:
     """A name to write under; moved to `path` when the block ends well, removed when it does not.
 
     Args:
         path: the file to make.
-        scratch: a folder on the same file system for the unfinished file.
+        scratch: a folder on the same file system for the unfinished file; None for that of `path`.
         overwrite: replace a file that is there by then; without it another run's output is never lost.
 
     Raises:
         FileExistsError: `path` has come to exist meanwhile and may not be replaced.
         OSError: a folder cannot be written to, or the file system fails while data are flushed.
     """
-    temporary = scratch / f"{path.name}.{secrets.token_hex(4)}"
+    temporary = (scratch or path.parent) / f".{path.name}.{secrets.token_hex(4)}"
     try:
         yield temporary
         sync(temporary)

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
+from esm_packed.files import is_out_of_space, open_regular, read_regular, whole_or_nothing
 from esm_packed.runners.input.build import build_index
 from esm_packed.runners.input.fasta import ReadOptions
 from esm_packed.runners.state.plan import Plan
-from esm_packed.runners.system.files import is_out_of_space, open_regular, read_regular, whole_or_nothing
 
 needs_proc = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux's /proc")
 
