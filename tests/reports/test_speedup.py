@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -22,6 +23,7 @@ import pytest
 
 from esm_packed.reports import page
 from esm_packed.reports.page import ReportError
+from esm_packed.reports.speedup import figures as speedup_figures
 from esm_packed.reports.speedup import results
 from esm_packed.reports.speedup import tables as speedup
 from esm_packed.reports.speedup.page import write_report
@@ -50,9 +52,50 @@ def write_json(path: Path, content: dict[str, Any]) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def gpu_like(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_json(tmp_path_factory.mktemp("results") / "gpu.json", GPU_LIKE.make())
+
+
+@dataclass(frozen=True)
+class Written:
+    """A report on disk, and its lines for the terminal."""
+
+    folder: Path
+    lines: list[str]
+
+
+@pytest.fixture(scope="module")
+def cpu_report(tmp_path_factory: pytest.TempPathFactory) -> Written:
+    pytest.importorskip("matplotlib")
+    folder = tmp_path_factory.mktemp("cpu")
+    return Written(folder, write_report(CPU_RESULTS, [], folder))
+
+
+@pytest.fixture(scope="module")
+def gpu_report(gpu_like: Path, tmp_path_factory: pytest.TempPathFactory) -> Written:
+    """Of the GPU-like file against a slower one, twice."""
+    pytest.importorskip("matplotlib")
+    folder = tmp_path_factory.mktemp("gpu")
+    slower = write_json(folder / "slower.json", GPU_LIKE.make(slower=1.5, seed=1))
+    return Written(folder, write_report(gpu_like, [slower, slower], folder))
+
+
 @pytest.fixture
-def gpu_like(tmp_path: Path) -> Path:
-    return write_json(tmp_path / "gpu.json", GPU_LIKE.make())
+def no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports whose text is looked at hold one small figure in place of each of theirs."""
+    figure = pytest.importorskip("matplotlib.figure")
+    for name in (
+        "speedups",
+        "forward_times",
+        "rivals",
+        "roofline",
+        "attention",
+        "padding",
+        "stages",
+        "scaling",
+    ):
+        monkeypatch.setattr(speedup_figures, name, lambda *_, **__: figure.Figure((1, 1), dpi=10))
 
 
 def check_pictures(folder: Path, names: set[str]) -> None:
@@ -80,31 +123,26 @@ def check_page(folder: Path, num_pictures: int) -> str:
     return text
 
 
-def test_a_cpu_run(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    lines = write_report(CPU_RESULTS, [], tmp_path / "report")
+def test_a_cpu_run(cpu_report: Written) -> None:
     names = {"speedups", "forward", "rivals", "attention", "packing", "stages"}
-    check_pictures(tmp_path / "report", names)
-    text = check_page(tmp_path / "report", len(names))
+    check_pictures(cpu_report.folder, names)
+    text = check_page(cpu_report.folder, len(names))
     machine = json.loads(CPU_RESULTS.read_text())["machine_info"]
     for shown in (machine["cpu_model"], machine["torch"], machine["git_commit"], "pytest benchmarks"):
         assert shown in text
     assert "peak memory" not in text  # a CPU run knows none
-    assert any("packed over padded, FP32" in line for line in lines)
-    with (tmp_path / "report" / "measurements.csv").open() as file:
+    assert any("packed over padded, FP32" in line for line in cpu_report.lines)
+    with (cpu_report.folder / "measurements.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == len(results.read_results(CPU_RESULTS).measurements)
     assert {row["peak_memory_bytes"] for row in rows} == {""}
     assert all(float(row["seconds_p20"]) <= float(row["seconds_median"]) for row in rows)
 
 
-def test_a_gpu_like_file_and_an_older_one(tmp_path: Path, gpu_like: Path) -> None:
-    pytest.importorskip("matplotlib")
-    slower = write_json(tmp_path / "slower.json", GPU_LIKE.make(slower=1.5, seed=1))
-    write_report(slower, [gpu_like, gpu_like], tmp_path)
+def test_a_gpu_like_file_and_an_older_one(gpu_report: Written) -> None:
     names = {"speedups", "forward", "rivals", "roofline", "attention", "packing", "stages", "scaling"}
-    check_pictures(tmp_path, names | {"change-1", "change-2"})
-    text = check_page(tmp_path, len(names) + 2)
+    check_pictures(gpu_report.folder, names | {"change-1", "change-2"})
+    text = check_page(gpu_report.folder, len(names) + 2)
     assert "peak memory" in text
     assert "faesm in fp16: synthetic" in text
 
@@ -193,8 +231,8 @@ def test_one_block_gives_no_mark(tmp_path: Path) -> None:
     assert {change.mark for change in results.changes(*files)} == {""}
 
 
+@pytest.mark.usefixtures("no_drawing")
 def test_an_older_file_without_common_benchmarks(tmp_path: Path, gpu_like: Path) -> None:
-    pytest.importorskip("matplotlib")
     """Equal names do not make equal work: the GPU-like file counts other tokens."""
     small, large = results.read_results(CPU_RESULTS), results.read_results(gpu_like)
     assert small.measurements.keys() & large.measurements.keys()
@@ -290,8 +328,8 @@ def test_without_matplotlib_it_says_what_to_install(
     assert not (tmp_path / "report").exists()
 
 
+@pytest.mark.usefixtures("no_drawing")
 def test_the_command(tmp_path: Path, gpu_like: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("matplotlib")
     arguments = ["report", "speedup", str(CPU_RESULTS), str(gpu_like), "-o", str(tmp_path / "out")]
     assert cli.main(arguments) == 0
     assert f"report written to {tmp_path / 'out' / 'speedup.html'}" in capsys.readouterr().out
@@ -366,8 +404,8 @@ def test_a_damaged_record_is_named(
         write_report(write_json(tmp_path / "x.json", content), [], tmp_path / "report")
 
 
+@pytest.mark.usefixtures("no_drawing")
 def test_suites_without_a_section_are_listed(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     published = Path(__file__).parents[2] / "reports" / "published" / "cpu-amd-epyc-2-cores"
     write_report(published / "runner-merge.json", [], tmp_path)
     assert "| runner | merge copy |" in (tmp_path / "speedup.md").read_text()
@@ -396,9 +434,9 @@ def test_operations_saved_stand_beside_the_speedup(gpu_like: Path) -> None:
     }
 
 
+@pytest.mark.usefixtures("no_drawing")
 @pytest.mark.parametrize(("load", "is_warned"), [(2.0, False), (3.4, True)])
 def test_a_load_above_the_cores_stands_at_the_top(tmp_path: Path, load: float, is_warned: bool) -> None:
-    pytest.importorskip("matplotlib")
     content = json.loads(CPU_RESULTS.read_text())
     content["machine_info"]["load_average"] = load
     lines = write_report(write_json(tmp_path / "x.json", content), [], tmp_path)
@@ -410,8 +448,8 @@ def test_a_load_above_the_cores_stands_at_the_top(tmp_path: Path, load: float, i
         assert page.index(text) < page.index("<h2>") and markdown.index(text) < markdown.index("## ")
 
 
+@pytest.mark.usefixtures("no_drawing")
 def test_a_share_above_all_is_explained(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     for name, share in (("below", 0.9), ("above", 1.2)):
         content = GPU_LIKE.make()
         for each in content["benchmarks"]:
@@ -422,14 +460,12 @@ def test_a_share_above_all_is_explained(tmp_path: Path) -> None:
         assert ("A share above 100%" in text) == (name == "above")
 
 
-def test_the_expectation_is_marked_on_a_gpu_only(tmp_path: Path, gpu_like: Path) -> None:
-    pytest.importorskip("matplotlib")
-    lines = write_report(gpu_like, [], tmp_path / "gpu")
+def test_the_expectation_is_marked_on_a_gpu_only(cpu_report: Written, gpu_report: Written) -> None:
     assert any(
-        "FP16 over FP32, packed: " in line and "expected 1.5x to 1.8x: above" in line for line in lines
+        "FP16 over FP32, packed: " in line and "expected 1.5x to 1.8x: above" in line
+        for line in gpu_report.lines
     )
-    assert "| expected 1.5x to 1.8x |" in (tmp_path / "gpu" / "speedup.md").read_text()
-    assert "1.5x to 1.8x" in (tmp_path / "gpu" / "speedups.svg").read_text()
-    lines = write_report(CPU_RESULTS, [], tmp_path / "cpu")
-    assert "1.8x" not in "\n".join(lines) + (tmp_path / "cpu" / "speedup.md").read_text()
-    assert "1.5x to 1.8x" not in (tmp_path / "cpu" / "speedups.svg").read_text()
+    assert "| expected 1.5x to 1.8x |" in (gpu_report.folder / "speedup.md").read_text()
+    assert "1.5x to 1.8x" in (gpu_report.folder / "speedups.svg").read_text()
+    assert "1.8x" not in "\n".join(cpu_report.lines) + (cpu_report.folder / "speedup.md").read_text()
+    assert "1.5x to 1.8x" not in (cpu_report.folder / "speedups.svg").read_text()

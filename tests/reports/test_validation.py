@@ -55,6 +55,7 @@ SETTINGS = Settings(CPU, TOKEN_BUDGET)
 rng = np.random.default_rng(0)
 PROTEINS = [rng.integers(4, 24, length).astype(np.uint8) for length in LENGTHS]
 IDS = [f"protein{number}" for number in range(len(LENGTHS))]
+CONDITIONS = {"proteins": "a<b>.fasta", "command": "esm-packed validate"}
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +71,14 @@ def reference(stress: Checkpoint) -> Reference:
 @pytest.fixture(scope="module")
 def validation(stress: Checkpoint) -> Validation:
     return validate(lambda: stress, IDS, PROTEINS, SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def report(validation: Validation, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of its files."""
+    folder = tmp_path_factory.mktemp("report")
+    write_report(validation, CONDITIONS, folder)
+    return folder
 
 
 def fp32_model(checkpoint: Checkpoint) -> ESM2:
@@ -534,21 +543,17 @@ def test_a_verdict_holds_for_a_device_and_its_backends(monkeypatch: pytest.Monke
 # The page
 
 
-CONDITIONS = {"proteins": "a<b>.fasta", "command": "esm-packed validate"}
-
-
-def test_the_page_needs_no_other_file(tmp_path: Path, validation: Validation) -> None:
-    page, numbers = write_report(validation, CONDITIONS, tmp_path)
-    text = page.read_text()
+def test_the_page_needs_no_other_file(report: Path, validation: Validation) -> None:
+    text = (report / "validation.html").read_text()
     assert text.count("<img ") == text.count('src="data:image/svg+xml;base64,') == 4
     assert not re.findall(r'(?:src|href)="(?!data:)', text)
     assert "does not separate right from wrong models" in text.replace("\n", " ")
     assert "These are stress weights" in text and "a&lt;b&gt;.fasta" in text
     for name in ("errors", "layers", "lengths", "activations"):
-        assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+        assert (report / f"{name}.png").stat().st_size > 10_000
     verdict = "passed on CPU, SDPA; GPU kernels not validated"
     assert re.search(r"</h1>\s*<p[^>]*>" + verdict, text)
-    data = json.loads(numbers.read_text(), parse_constant=pytest.fail)
+    data = json.loads((report / "validation.json").read_text(), parse_constant=pytest.fail)
     assert next(iter(data.items())) == ("verdict", verdict)
     assert data["proteins"] == {"sequence_ids": IDS, "lengths": LENGTHS}
     assert data["model"]["note"].startswith("These are stress weights")
@@ -576,9 +581,8 @@ def test_a_single_protein_has_no_ranks(tmp_path: Path, stress: Checkpoint) -> No
     write_report(validation, CONDITIONS, tmp_path)
 
 
-def test_csv_and_markdown_say_what_the_page_says(tmp_path: Path, validation: Validation) -> None:
-    write_report(validation, CONDITIONS, tmp_path)
-    with (tmp_path / "validation.csv").open(newline="") as file:
+def test_csv_and_markdown_say_what_the_page_says(report: Path, validation: Validation) -> None:
+    with (report / "validation.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     expected = [(sequence_id, path.mode, path.path) for sequence_id in IDS for path in validation.paths]
     assert [(row["sequence_id"], row["mode"], row["path"]) for row in rows] == expected
@@ -586,6 +590,6 @@ def test_csv_and_markdown_say_what_the_page_says(tmp_path: Path, validation: Val
     for row, path in zip(first, validation.paths, strict=True):
         assert float(row["mean_relative_l2"]) == pytest.approx(float(path.means.relative_l2[0]), rel=1e-9)
         assert float(row["residues_cosine"]) == pytest.approx(float(path.residues.cosine[0]), rel=1e-9)
-    markdown = (tmp_path / "validation.md").read_text()
+    markdown = (report / "validation.md").read_text()
     assert markdown.index(validation.verdict) < markdown.index("## Verdict")
     assert "![" in markdown and "](errors.png)" in markdown and "| mode | verdict |" in markdown
