@@ -82,7 +82,7 @@ def test_the_runners_overhead_is_measured(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["--workload", "tiny"], "'tiny' is none of uniref, viral"),
-        (["--dtype", "fp8"], "'fp8' is none of fp32"),
+        pytest.param(["--dtype", "fp8"], "'fp8' is none of fp32", marks=pytest.mark.slow),  # 3 s
     ],
 )
 def test_an_unknown_name_is_refused(arguments: list[str], message: str) -> None:

@@ -64,9 +64,14 @@ def options() -> Any:
     return SimpleNamespace(getoption=values.get)
 
 
-@pytest.fixture
-def contest() -> Any:
+def new_contest() -> Any:
     return importlib.import_module("contenders.contest").Contest()
+
+
+@pytest.fixture(scope="module")
+def contest() -> Any:
+    """Its models are loaded, and its truths computed, once for all tests that leave them as they are."""
+    return new_contest()
 
 
 @pytest.fixture
@@ -156,11 +161,11 @@ def test_preparation_would_be_noticed(prepares: Callable[[], Any], strict: Stric
     assert packing.plan_packs([3], 10)[0].tolist() == [0]
 
 
-def test_another_attention_backend_is_noticed(contest: Any, options: Any, strict: StrictBenchmark) -> None:
+def test_another_attention_backend_is_noticed() -> None:
     """A pass that goes around the backend that it names fails before it is timed."""
     module = importlib.import_module("contenders.contest")
     entry = module.Entry("esm_packed", MODEL, "uniref", 400, "fp32", "packed", 1024)
-    provider = contest.ready(entry).provider
+    provider = new_contest().ready(entry).provider
     another = provider.model.with_attention(("reference", packed_attention))
     provider.computing.embed_packed = another.embed_packed
     with (
@@ -170,8 +175,8 @@ def test_another_attention_backend_is_noticed(contest: Any, options: Any, strict
         provider.run()
 
 
-def test_wrong_numbers_are_not_timed(contest: Any, options: Any, strict: StrictBenchmark) -> None:
-    bench = importlib.import_module("bench_model")
+def test_wrong_numbers_are_not_timed(options: Any, strict: StrictBenchmark) -> None:
+    bench, contest = importlib.import_module("bench_model"), new_contest()
     model = contest.model(MODEL, "fp32")
     model.embedding.weight.mul_(1.01)
     with pytest.raises(AssertionError, match="relative_error to FP64 is"):
