@@ -9,7 +9,6 @@ import pty
 import re
 import shutil
 import struct
-import subprocess
 import sys
 import termios
 from contextlib import suppress
@@ -19,6 +18,7 @@ from typing import Any
 
 import h5py
 import pytest
+from nursery import Nursery, wait_until
 
 from esm_packed.model import ESM2
 from esm_packed.runners.cli import main as cli
@@ -170,22 +170,20 @@ def test_long_ids_stand_in_lines_of_their_own(fasta: Path, capsys: pytest.Captur
 
 
 @pytest.mark.parametrize("columns", [40, 80])
-def test_the_bar_fits_its_terminal(fasta: Path, columns: int) -> None:
+def test_the_bar_fits_its_terminal(nursery: Nursery, fasta: Path, columns: int) -> None:
     """On a terminal of its own, of this width."""
-    script = "import sys; from esm_packed.runners.cli.main import main; sys.exit(main())"
     ours, its = pty.openpty()
     fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    arguments = ["embed", str(fasta), "-o", str(fasta.with_name("out.h5")), "--model", "demo"]
-    with subprocess.Popen(
-        [sys.executable, "-c", script, *arguments, "--device", "cpu"], stdout=subprocess.DEVNULL, stderr=its
-    ) as process:
-        os.close(its)
-        shown = b""
-        with suppress(OSError):  # how Linux says that the other side is closed
-            while more := os.read(ours, 1 << 16):
-                shown += more
+    patch = f"os.dup2(os.open({os.ttyname(its)!r}, os.O_RDWR | os.O_NOCTTY), 2); print('ready', flush=True)"
+    child = nursery.start(fasta, fasta.with_name("out.h5"), patch=patch)
+    wait_until(lambda: "ready" in child.output())
+    os.close(its)
+    shown = b""
+    with suppress(OSError):  # how Linux says that the other side is closed
+        while more := os.read(ours, 1 << 16):
+            shown += more
     os.close(ours)
-    assert process.returncode == 0
+    assert child.wait() == 0
     bars = [text for text in re.split("[\r\n]+", shown.decode()) if text.startswith("embedding: ")]
     assert bars and all(len(bar) < columns for bar in bars)
     ends = ("left", "reading", "computing") if columns < 60 else ("]",)
@@ -247,7 +245,7 @@ def test_info_names_what_was_out_of_the_ordinary(fasta: Path, capsys: pytest.Cap
 
 
 def test_a_command_longer_than_an_attribute(fasta: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert embed(fasta, *["--max-length", "5"] * 10_000) == 0
+    assert embed(fasta, "--layers", ",".join(["5"] * 40_000)) == 0
     capsys.readouterr()
     command = information(capsys, fasta.with_name("out.h5"))["attributes"]["command"]
     assert command.startswith("esm-packed embed ")
