@@ -160,6 +160,7 @@ def test_the_demos_values_are_those_of_fair_esm() -> None:
         np.testing.assert_allclose(stored[key], array, rtol=0, atol=THRESHOLDS["fp64"].relative_l2 + 1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not GOLDENS.exists(), reason=f"{GOLDENS} is not here")
 def test_published_values_are_those_of_their_sources() -> None:
     known, stored = check.load_golden(), load_file(check.VALUES_FILE)

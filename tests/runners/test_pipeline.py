@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from kept_shards import Shard, run_pipeline
 
@@ -95,7 +95,6 @@ lengths_of_shards = st.lists(st.lists(st.integers(1, 90), min_size=0, max_size=1
 
 
 @given(lengths_of_shards, st.integers(1, 100), st.sampled_from(["float32", "float16"]))
-@settings(deadline=None, max_examples=60)
 def test_every_shard_is_written_once_in_order(
     lengths: list[list[int]], budget: int, store_dtype: str
 ) -> None:
@@ -331,7 +330,6 @@ OUT_OF_MEMORY = [
     st.integers(8, 70),
     st.sampled_from(OUT_OF_MEMORY),
 )
-@settings(deadline=None, max_examples=60)
 def test_packs_that_do_not_fit_are_halved_until_they_do(
     lengths: list[int], room: int, error: Exception
 ) -> None:
