@@ -192,7 +192,7 @@ def gpu_activities(run: Callable[[], object]) -> list[str] | None:
     return [
         event.name
         for event in profile.events()
-        if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation
+        if event.device_type.name == "CUDA" and not event.is_user_annotation
     ]
 
 
@@ -219,7 +219,7 @@ def machine_info(command: Sequence[str]) -> dict[str, Any]:
         "tf32": {
             "matmul_fp32_precision": getattr(matmul, "fp32_precision", None),
             "fp16_reduced_precision_reduction": matmul.allow_fp16_reduced_precision_reduction,
-            "flash_sdp": cuda.flash_sdp_enabled(),
+            "flash_sdp": cuda.flash_sdp_enabled(),  # type: ignore[no-untyped-call]
         },
         "command": " ".join(["pytest", *command]),
         "git_commit": _git_commit(),

@@ -31,7 +31,7 @@ def folder_of(module: str) -> str | None:
 
 def imports_of(path: Path) -> set[str]:
     """Absolute names of all modules a file imports, at its top or inside functions."""
-    names = set()
+    names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)

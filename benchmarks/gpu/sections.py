@@ -202,7 +202,7 @@ def _profile(function: Callable[[], object]) -> Any:
             torch.cuda.synchronize()
         totals: dict[str, list[float]] = {}
         for event in profile.events():
-            if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation:
+            if event.device_type.name == "CUDA" and not event.is_user_annotation:
                 entry = totals.setdefault(event.name[:120], [0.0, 0])
                 entry[0] += event.time_range.elapsed_us()
                 entry[1] += 1

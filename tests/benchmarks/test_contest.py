@@ -267,8 +267,8 @@ def test_the_largest_error_has_either_sign(monkeypatch: pytest.MonkeyPatch) -> N
     ).embeddings
     entry = contest.Entry("fair_esm", MODEL, WORKLOAD, TOTAL_TOKENS, "fp16", "padded", 256)
     as_rival(monkeypatch)
-    monkeypatch.setattr(contest.Contest, "model", lambda self, name, dtype: model)
     model = contest.ESM2.from_pretrained(MODEL, dtype="fp32", device="cpu")
+    monkeypatch.setattr(contest.Contest, "model", lambda self, name, dtype: model)
     monkeypatch.setattr(contest.EsmPacked, "embeddings", lambda provider: embeddings(provider) - 0.01)
     errors = contest.Contest().ready(entry).errors
     assert errors["max_error"] == pytest.approx(0.01, rel=1e-3)

@@ -17,7 +17,7 @@ SEQUENCES = ["MKV", "M" * 40, "AC", "K" * 25, "LWY"]
 
 def echo(provider: type[Any], forward: Any) -> Any:
     """A provider whose hidden states are the token ids."""
-    made = provider.__new__(provider)
+    made: Any = object.__new__(provider)
     made.model = SimpleNamespace(forward_representation=forward, num_layers=1)
     made._forward = forward
     made.token_budget = 50

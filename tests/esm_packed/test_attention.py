@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from tolerances import assert_as_close_as_pytorch, relative_error
 
 from esm_packed import attention
+from esm_packed.kernels import dispatch
 from esm_packed.kernels.reference import packed_attention
 from esm_packed.numerics import PRECISIONS
 
@@ -79,7 +80,7 @@ def test_a_backend_that_cannot_serve_says_why_and_what_would(name: str, reason: 
 def test_a_missing_package_says_how_to_install_it(
     monkeypatch: pytest.MonkeyPatch, name: str, how: str
 ) -> None:
-    monkeypatch.setattr(attention.importlib.util, "find_spec", lambda module: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda module: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     with pytest.raises(attention.BackendError, match=f"is not installed: .*{re.escape(how)}"):
         attention.select_backend(name, torch.device("cuda"), PRECISIONS["bf16"], 64)
@@ -120,7 +121,7 @@ def test_obstacles_on_a_gpu(
 def test_auto_on_a_gpu(monkeypatch: pytest.MonkeyPatch, mode: str, expected: str) -> None:
     """FP32 and TF32, which no FlashAttention computes, are packed all the same."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(attention.dispatch, "TRITON_DEVICES", {"cuda"})
+    monkeypatch.setattr(dispatch, "TRITON_DEVICES", {"cuda"})
     name, attend = attention.select_backend("auto", torch.device("cuda"), PRECISIONS[mode], 64)
     assert name == expected
     if name == "triton":
@@ -132,7 +133,7 @@ def test_a_gpu_older_than_sm_80_takes_sdpa(monkeypatch: pytest.MonkeyPatch, mode
     """There our Triton attention spills hundreds of registers, and no FlashAttention runs."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
-    monkeypatch.setattr(attention.dispatch, "TRITON_DEVICES", {"cuda"})
+    monkeypatch.setattr(dispatch, "TRITON_DEVICES", {"cuda"})
     device = torch.device("cuda")
     name, attend = attention.select_backend("auto", device, PRECISIONS[mode], 64)
     assert (name, attend) == ("sdpa", attention.sdpa_attention)
@@ -145,7 +146,7 @@ def test_a_gpu_older_than_sm_80_takes_sdpa(monkeypatch: pytest.MonkeyPatch, mode
 
 
 def test_without_triton_fp32_on_a_gpu_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention.dispatch, "TRITON_DEVICES", set())
+    monkeypatch.setattr(dispatch, "TRITON_DEVICES", set())
     device = torch.device("cuda")
     assert attention.select_backend("auto", device, PRECISIONS["fp32"], 64)[0] == "sdpa"
     with pytest.raises(attention.BackendError, match="Triton is not installed: pip install triton"):
@@ -180,7 +181,7 @@ def test_flash_attn_is_called_with_its_own_spelling(
 ) -> None:
     calls: list[dict[str, Any]] = []
     monkeypatch.setitem(sys.modules, "flash_attn", stand_in(calls, returns_tuple))
-    monkeypatch.setattr(attention.importlib.metadata, "version", lambda name: version)
+    monkeypatch.setattr("importlib.metadata.version", lambda name: version)
     attend = attention.BACKENDS["flash2"].load(PRECISIONS["fp16"])
     (query, key, value), cu_seqlens = packed_qkv([5, 9], 16, torch.float32)
     actual = attend(query, key, value, cu_seqlens, 9, 0.25)

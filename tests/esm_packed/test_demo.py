@@ -54,7 +54,7 @@ def train_demo() -> ModuleType:
 
 
 @pytest.fixture(scope="module")
-def checkpoint() -> dict[str, Any]:
+def checkpoint() -> Any:
     """The demo file as `weights_only` reads it."""
     with torch.serialization.safe_globals([argparse.Namespace]):
         return torch.load(DEMO / "esm2_demo.pt", weights_only=True)

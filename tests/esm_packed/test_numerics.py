@@ -5,7 +5,7 @@ import torch
 
 from esm_packed.numerics import PRECISIONS, matmul_precision, resolve_precision
 
-CUDA_MATMUL, CPU_MATMUL = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+CUDA_MATMUL, CPU_MATMUL = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
 
 
 def switches() -> tuple[object, ...]:

@@ -6,6 +6,7 @@ import copy
 import pickle
 import warnings
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,7 +43,7 @@ def overflowing() -> Checkpoint:
 
 
 def changed(checkpoint: Checkpoint, tensors: Mapping[str, torch.Tensor]) -> Checkpoint:
-    return Checkpoint("changed", CONFIG, dict(checkpoint.tensors) | tensors, "", "")
+    return Checkpoint("changed", CONFIG, {**checkpoint.tensors, **tensors}, "", "")
 
 
 SEQUENCES = proteins(*[8] * 6, 250, 250)
@@ -54,7 +55,7 @@ def test_what_overflows_is_recomputed_and_named(
     overflowing: Checkpoint, per_residue: bool, token_budget: int
 ) -> None:
     model, truth = model_of(overflowing, "fp16"), model_of(overflowing, "fp32")
-    options = {"per_residue": per_residue, "token_budget": token_budget}
+    options: dict[str, Any] = {"per_residue": per_residue, "token_budget": token_budget}
     pattern = r"^2 of 8 sequences: .*not finite \(dtype fp16\); .*fp32: sequences\[6\], sequences\[7\]$"
     with pytest.warns(UserWarning, match=pattern) as caught:
         arrays = model.embed(SEQUENCES, **options)
@@ -151,7 +152,7 @@ def test_no_room_on_the_device_means_the_cpu(
     original = ESM2.from_checkpoint
     tried = []
 
-    def from_checkpoint(checkpoint: Checkpoint, device: torch.device, *others: object) -> ESM2:
+    def from_checkpoint(checkpoint: Checkpoint, device: torch.device, *others: Any) -> ESM2:
         tried.append(device)
         if device.type != "cpu":
             raise torch.OutOfMemoryError("out of memory")

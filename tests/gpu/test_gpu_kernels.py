@@ -109,7 +109,7 @@ def gpu_events(function: Callable[[], object]) -> list[str]:
     return [
         event.name
         for event in profile.events()
-        if event.device_type == torch.autograd.DeviceType.CUDA
+        if event.device_type.name == "CUDA"
         and not event.is_user_annotation
         and event.name not in OVERHEAD_EVENTS
     ]
@@ -316,8 +316,8 @@ def test_offsets_of_attention_beyond_int32(cuda_device: torch.device) -> None:
     assert out.numel() > INT32_ELEMENTS
     for rows, lengths in ((slice(0, 1000), [1000]), (slice(-1307, None), [1000, 7, 300])):
         part = Workload(w.shape, lengths, cuda_device)
-        doubles = (tensor[rows].double() for tensor in (query, key, value))
-        expected = reference.packed_attention(*doubles, part.cu_seqlens, 1000, 0.125)
+        q, k, v = (tensor[rows].double() for tensor in (query, key, value))
+        expected = reference.packed_attention(q, k, v, part.cu_seqlens, 1000, 0.125)
         assert_small_error(out[rows], expected)
 
 
@@ -405,14 +405,16 @@ def test_nan_stays_in_its_sequence(dtype: torch.dtype, cuda_device: torch.device
     """Rows of the other sequences keep their very bits in attention and pooling."""
     w = Workload(MODEL_SIZES["650M"], [3, 64, 65, 200, 3, 1000, 17], cuda_device)
     qkv = w.randn(w.total_tokens, 3, 20, 64, dtype=dtype)
-    clean = kernels.packed_attention(*qkv.unbind(1), w.cu_seqlens, w.max_seqlen, 0.125)
+    query, key, value = qkv.unbind(1)
+    clean = kernels.packed_attention(query, key, value, w.cu_seqlens, w.max_seqlen, 0.125)
     bounds = w.cu_seqlens.tolist()
     for poisoned in (0, 2, 5, 6):
         rows = slice(bounds[poisoned], bounds[poisoned + 1])
         bad = qkv.clone()
         bad[rows] = float("nan")
         bad[rows.start, 2] = float("inf")
-        out = kernels.packed_attention(*bad.unbind(1), w.cu_seqlens, w.max_seqlen, 0.125)
+        query, key, value = bad.unbind(1)
+        out = kernels.packed_attention(query, key, value, w.cu_seqlens, w.max_seqlen, 0.125)
         others = torch.ones(w.total_tokens, dtype=torch.bool, device=cuda_device)
         others[rows] = False
         assert torch.equal(out[others], clean[others])

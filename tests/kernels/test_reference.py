@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -60,7 +62,7 @@ def test_rotary_is_that_of_fair_esm_and_spares_values(head_dim: int, dtype: torc
     position_ids = torch.cat([torch.arange(length) for length in LENGTHS]).int()
     qkv = torch.randn(sum(LENGTHS), 3, 4, head_dim, dtype=torch.float64).to(dtype)
 
-    def rotated_by_fair_esm(dtype: torch.dtype) -> torch.Tensor:
+    def rotated_by_fair_esm(dtype: torch.dtype) -> Any:
         tables = torch.cat((angles, angles), -1)[position_ids]
         query_key = qkv[:, :2].to(dtype).permute(1, 2, 0, 3)
         rotated = apply_rotary_pos_emb(
@@ -143,7 +145,8 @@ def test_packed_attention_is_sdpa_of_each_sequence(head_dim: int) -> None:
     actual = reference.packed_attention(query, key, value, cu_seqlens_of(LENGTHS), max(LENGTHS), 0.3)
     splits = (tensor.split(LENGTHS) for tensor in (query, key, value))
     for rows, *alone in zip(actual.split(LENGTHS), *splits, strict=True):
-        expected = F.scaled_dot_product_attention(*(t.transpose(0, 1) for t in alone), scale=0.3)
+        q, k, v = (tensor.transpose(0, 1) for tensor in alone)
+        expected = F.scaled_dot_product_attention(q, k, v, scale=0.3)
         assert relative_error(rows, expected.transpose(0, 1)) <= 1e-14
 
 

@@ -53,7 +53,9 @@ def make(slower: float = 1.0, seed: int = SEED) -> dict[str, Any]:
     def add(suite: str, test: str, seconds: float, params: dict[str, Any], **info: Any) -> None:
         for block in range(BLOCKS):
             rounds = [seconds * rng.uniform(0.97, 1.03) for _ in range(3)]
-            filled = dict.fromkeys(_FIELDS) | {"suite": suite, "block": block, "sequences": 400} | info
+            filled: dict[str, Any] = (
+                dict.fromkeys(_FIELDS) | {"suite": suite, "block": block, "sequences": 400} | info
+            )
             filled |= {"useful_tokens": USEFUL_TOKENS, "seconds": sorted(rounds)[1]}
             filled["tokens_per_second"] = USEFUL_TOKENS / filled["seconds"]
             every = {"block": block, **params}

@@ -19,6 +19,11 @@ def measurement(blocks: Mapping[int, Sequence[float]], name: str = "test_x", **i
     return Measurement((name,), {"suite": "model"} | info, blocks)
 
 
+def spread(middle: Any, low: Any, high: Any, blocks: int) -> Spread:
+    """Of numbers, or of what equals those nearby."""
+    return Spread(middle, low, high, blocks)
+
+
 def file_of(*measurements: Measurement) -> Results:
     return Results(Path("x.json"), "", {}, {m.key: m for m in measurements}, [])
 
@@ -28,7 +33,7 @@ def test_times_are_the_median_of_all_rounds() -> None:
     one = measurement(
         {0: [30.0, 1.0], 1: [2.0], 2: [4.0, 3.0]}, useful_tokens=12, bytes=None, seconds=2.0, mfu=0.3
     )
-    assert one.seconds == Spread(3.0, pytest.approx(1.8), pytest.approx(9.2), blocks=3)
+    assert one.seconds == spread(3.0, pytest.approx(1.8), pytest.approx(9.2), blocks=3)
     assert one.block_medians == {0: 15.5, 1: 2.0, 2: 3.5}
     assert one.tokens_per_second == one.rate("useful_tokens") == 4.0
     assert one.rate("bytes") is None
@@ -42,7 +47,7 @@ def test_a_ratio_is_the_median_of_those_of_the_blocks() -> None:
     fast = measurement({0: [5.0], 1: [1.0], 2: [4.0], 3: [1.0]})
     # 2, 5 and 3 in the blocks of both
     assert results.ratio(slow, fast) == Spread(3.0, 2.0, 5.0, blocks=3)
-    assert results.ratio(fast, slow) == Spread(
+    assert results.ratio(fast, slow) == spread(
         pytest.approx(1 / 3), pytest.approx(1 / 5), pytest.approx(1 / 2), blocks=3
     )
     assert results.ratio(measurement({7: [1.0]}), fast) is None
@@ -69,7 +74,7 @@ def test_a_class_weighs_the_same_whatever_was_measured_of_it() -> None:
         (measurement({0: [80.0]}, useful_tokens=1000), measurement({0: [20.0]}, useful_tokens=1000)),
         (measurement({0: [1.0]}, useful_tokens=100), measurement({0: [1.0]}, useful_tokens=100)),
     ]
-    assert total_ratio(pairs) == Spread(*[pytest.approx(3.0)] * 3, blocks=1)
+    assert total_ratio(pairs) == spread(*[pytest.approx(3.0)] * 3, blocks=1)
 
 
 def test_a_total_is_the_median_of_the_blocks_that_all_have() -> None:
@@ -92,15 +97,25 @@ def test_a_total_is_the_median_of_the_blocks_that_all_have() -> None:
 
 def test_a_total_has_time_rates_and_memory_of_all_classes() -> None:
     """100 tokens in 8 s and 300 in 3 s are 200 and 200 in 16 and 2 s; the larger memory is needed."""
-    first = {"useful_tokens": 100, "sequences": 10, "computed_flops": 5.0, "peak_memory_bytes": 7}
-    second = {"useful_tokens": 300, "sequences": 3, "computed_flops": 9.0, "peak_memory_bytes": 6}
+    first: dict[str, Any] = {
+        "useful_tokens": 100,
+        "sequences": 10,
+        "computed_flops": 5.0,
+        "peak_memory_bytes": 7,
+    }
+    second: dict[str, Any] = {
+        "useful_tokens": 300,
+        "sequences": 3,
+        "computed_flops": 9.0,
+        "peak_memory_bytes": 6,
+    }
     one, other = measurement({0: [8.0]}, **first), measurement({0: [3.0]}, **second)
     total = results.total(
         [(one, measurement({0: [4.0]}, **first)), (other, measurement({0: [1.5]}, **second))]
     )
     assert total is not None
     slow, fast = total
-    assert slow.blocks == {0: [pytest.approx(18.0)]} and fast.blocks == {0: [pytest.approx(9.0)]}
+    assert dict(slow.blocks) == {0: pytest.approx([18.0])} and dict(fast.blocks) == {0: pytest.approx([9.0])}
     assert slow.tokens_per_second == pytest.approx(400 / 18)
     assert slow.rate("sequences") == pytest.approx(22 / 18)  # 20 of the first class and 2 of the second
     assert slow.info["computed_flops"] == pytest.approx(16.0)
@@ -114,7 +129,7 @@ def test_a_change_is_how_many_times_as_long_it_takes_now() -> None:
     now = measurement({0: [10.0], 1: [12.0], 2: [14.0]})
     before = measurement({0: [4.0], 1: [3.0], 2: [5.0]})
     (slower,) = results.changes(file_of(now), file_of(before))
-    assert slower.times == Spread(3.0, 2.0, pytest.approx(14 / 3), blocks=3)
+    assert slower.times == spread(3.0, 2.0, pytest.approx(14 / 3), blocks=3)
     assert slower.mark == "slower"
     (faster,) = results.changes(file_of(before), file_of(now))
     assert faster.times.middle == pytest.approx(1 / 3)
@@ -137,7 +152,7 @@ def test_changes_begin_with_what_became_slowest() -> None:
 
 @pytest.mark.parametrize("amount", ["sequences", "useful_tokens", "flops", "bytes"])
 def test_other_work_is_not_compared(amount: str) -> None:
-    now, before = measurement({0: [1.0]}, **{amount: 5}), measurement({0: [1.0]}, **{amount: 6})
+    now, before = (measurement({0: [1.0]}, "test_x", **{amount: work}) for work in (5, 6))
     assert results.changes(file_of(now), file_of(before)) == []
     assert len(results.changes(file_of(now), file_of(now))) == 1
 
@@ -371,14 +386,19 @@ def shown(table: page.Table, row: int = 0) -> dict[str, str]:
 )
 def test_what_a_kernel_shows(ceiling: str, achieved: str, roof: str) -> None:
     rate = 4e11 if ceiling == "copy" else 4e12
-    names = {
+    names: dict[str, Any] = {
         "operation": "layer_norm",
         "model": "8M",
         "workload": "uniref",
         "dtype": "fp16",
         "provider": "ours",
     }
-    amounts = {"bytes": 6e11, "flops": 6e12, "ceiling_name": ceiling, "ceiling_per_second": rate}
+    amounts: dict[str, Any] = {
+        "bytes": 6e11,
+        "flops": 6e12,
+        "ceiling_name": ceiling,
+        "ceiling_per_second": rate,
+    }
     one = measurement({0: [2.0]}, **names, **amounts, relative_error=2e-4)
     assert shown(speedup.kernels_table([one])) == {
         "operation": "layer_norm",

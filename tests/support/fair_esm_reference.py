@@ -79,7 +79,8 @@ def faithful(dtype: torch.dtype) -> Iterator[None]:
         return F.softmax(x, dim, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
 
     def rotate_in_table_precision(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        return rotate(x.to(cos.dtype), cos, sin).to(x.dtype)
+        rotated: torch.Tensor = rotate(x.to(cos.dtype), cos, sin)
+        return rotated.to(x.dtype)
 
     esm.multihead_attention.utils_softmax = softmax_in_own_precision
     esm.rotary_embedding.apply_rotary_pos_emb = rotate_in_table_precision

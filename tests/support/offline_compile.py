@@ -74,8 +74,8 @@ def compile_all(
     for capability in capabilities:
         stub = StubDriver(capability)
         driver.set_active(stub)
-        launch.capability = lambda device, capability=capability: capability
-        launch.num_multiprocessors = lambda device: 132
+        launch.capability = lambda device, capability=capability: capability  # type: ignore[assignment]
+        launch.num_multiprocessors = lambda device: 132  # type: ignore[assignment]
         for config in models:
             for name, case, arguments in calls(config, dtypes):
                 if (only and case.name not in only) or capability < case.since:

@@ -33,7 +33,7 @@ def resources(cubin: bytes) -> dict[str, Any]:
         usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
         code = _tool("nvdisasm", "-c", file.name)
     registers, stack, local = (
-        int(re.search(rf"\b{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL")
+        int(re.findall(rf"\b{name}:(\d+)", usage)[0]) for name in ("REG", "STACK", "LOCAL")
     )
     widths: Counter[int] = Counter()
     for modifiers in re.findall(r"\b(?:LDG|STG|LDGSTS)((?:\.\w+)*)", code):

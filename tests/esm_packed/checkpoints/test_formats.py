@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import subprocess
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Mapping
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_files import CONFIG, Tensors, fair_file, hub_config, hub_names, without, write_bin_shards
+from loading_memory import measured
 from safetensors.torch import save_file
 
 from esm_packed.checkpoints import (
@@ -286,43 +286,6 @@ def test_own_frequencies_stay(tmp_path: Path, tensors: Tensors) -> None:
 
 # Memory
 
-_MEMORY_SCRIPT = """
-import re, sys
-from pathlib import Path
-import torch
-from esm_packed.checkpoints import load_checkpoint
-
-def kilobytes(field):
-    return int(re.search(rf"{field}:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
-
-torch.ones(10).sum()
-for path in sys.argv[1:]:
-    anonymous, file_backed, peak = kilobytes("RssAnon"), kilobytes("RssFile"), 0
-    checkpoint = load_checkpoint(path)
-    total = 0.0
-    for tensor in checkpoint.tensors.values():
-        total += tensor.sum().item()
-        peak = max(peak, kilobytes("RssAnon") - anonymous)
-    print(peak, kilobytes("RssFile") - file_backed, total)
-    del checkpoint, tensor
-"""
-
-
-_LIMITED_SCRIPT = """
-import re, resource, sys
-from pathlib import Path
-from esm_packed.checkpoints import CheckpointError, load_checkpoint
-
-load_checkpoint("demo")
-size = int(re.search(r"VmSize:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
-resource.setrlimit(resource.RLIMIT_AS, (size + 20_000_000, resource.RLIM_INFINITY))
-for path in sys.argv[1:]:
-    try:
-        load_checkpoint(path)
-    except CheckpointError as error:
-        print(error)
-"""
-
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
 def test_no_memory_is_no_damage(tmp_path: Path) -> None:
@@ -331,31 +294,25 @@ def test_no_memory_is_no_damage(tmp_path: Path) -> None:
     torch.save(random, files[0])
     torch.save(random, files[1], _use_new_zipfile_serialization=False)
     save_file(random, files[2])
-    run = subprocess.run(
-        [sys.executable, "-c", _LIMITED_SCRIPT, *files], capture_output=True, text=True, check=True
-    )
-    assert run.stdout.splitlines() == [
+    assert measured("in_20_megabytes", *files) == [
         f"{file} does not fit into the memory that this process may use" for file in files
     ]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
 def test_reading_copies_nothing(tmp_path: Path) -> None:
-    config = ESM2Config(6, 820, 10)
+    config = ESM2Config(6, 520, 10)
     random = dict(RandomTensors(config))
     files = [tmp_path / "esm2_large.pt", tmp_path / "large.safetensors", tmp_path / "large.bin"]
     save_fair_esm((config, random), files[0])
     save_file(random, files[1])
     torch.save(random, files[2])
-    run = subprocess.run(
-        [sys.executable, "-c", _MEMORY_SCRIPT, *files], capture_output=True, text=True, check=True
-    )
     totals = set()
-    for path, line in zip(files, run.stdout.splitlines(), strict=True):
-        size = path.stat().st_size / 1024
-        assert size > 180_000
+    for path, line in zip(files, measured("of_reading", *files), strict=True):
+        size = path.stat().st_size
+        assert size > 70e6
         anonymous, file_backed, total = line.split()
-        assert int(anonymous) < 0.1 * size, f"{path.name}: {anonymous} KiB of anonymous memory"
+        assert int(anonymous) < 0.1 * size, f"{path.name}: {anonymous} bytes of anonymous memory"
         assert int(file_backed) > 0.8 * size, "the whole file was read"
         totals.add(round(float(total), 2))
     assert len(totals) == 1
