@@ -1,6 +1,8 @@
 """The operations of ESM-2 on packed tensors; they know tensors, not proteins.
 
 On a GPU they are Triton kernels, elsewhere plain PyTorch, which `reference` holds and documents.
+
+`kernels/x.py` is imported as `esm_packed.kernels.x`.
 """
 
 from __future__ import annotations
