@@ -70,7 +70,7 @@ def test_a_record_left_out_is_no_duplicate(tmp_path: Path) -> None:
     assert read(tmp_path, b">a\nMJ\n>a\nMK\n", invalid="skip")[1] == [("a", "MK")]
 
 
-@settings(max_examples=2 * settings.default.max_examples)
+@settings(max_examples=2 * settings().max_examples)
 @given(
     sequences=st.lists(st.text("MKV", min_size=1, max_size=3), min_size=1, max_size=40),
     in_memory=st.sampled_from([1, 2, 5, 1 << 20]),
@@ -96,7 +96,7 @@ def test_identical_sequences_are_found_by_sorting_on_disk(
         assert [decode(sequence) for sequence in made.token_ids(0, len(sequences))] == sequences
 
 
-@settings(max_examples=2 * settings.default.max_examples)
+@settings(max_examples=2 * settings().max_examples)
 @given(
     values=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=60),
     in_memory=st.integers(1, 9),
@@ -133,7 +133,7 @@ def test_identical_sequences_over_several_files_and_left_out_records(tmp_path: P
     assert made.num_identical == 3
 
 
-@settings(max_examples=4 * settings.default.max_examples)
+@settings(max_examples=4 * settings().max_examples)
 @given(pieces=st.lists(st.binary(max_size=20), min_size=1, max_size=30), gap=st.binary(max_size=9))
 def test_hashes_depend_on_the_piece_alone(pieces: list[bytes], gap: bytes) -> None:
     text, begins, ends = gap, [], []

@@ -244,7 +244,7 @@ OPTIONS = st.builds(
 )
 
 
-@settings(max_examples=5 * settings.default.max_examples)
+@settings(max_examples=5 * settings().max_examples)
 @given(
     files=st.lists(fasta_like(), min_size=1, max_size=2), options=OPTIONS, chunk=st.sampled_from(CHUNK_SIZES)
 )
@@ -258,7 +258,7 @@ def test_reads_fasta_like_text_as_the_slow_parser_does(
     compare(files, options, chunk)
 
 
-@settings(max_examples=4 * settings.default.max_examples)
+@settings(max_examples=4 * settings().max_examples)
 @given(data=FRAGMENTS, options=OPTIONS, chunk=st.sampled_from(CHUNK_SIZES))
 def test_reads_any_bytes_as_the_slow_parser_does(data: bytes, options: ReadOptions, chunk: int) -> None:
     compare([data], options, chunk)
