@@ -45,6 +45,12 @@ def request_for(tmp_path: Path) -> ValidateRequest:
     return ValidateRequest("demo", str(tmp_path / "in.fasta"), tmp_path / "report", device="cpu")
 
 
+@pytest.fixture
+def without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To save them takes longer than to compute; for tests that are not about the page."""
+    monkeypatch.setattr("esm_packed.reports.page._save_figure", lambda figure, directory, name: "")
+
+
 def test_the_demo_passes_and_is_called_the_demo(
     request_for: ValidateRequest, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -75,6 +81,7 @@ def test_the_demo_passes_and_is_called_the_demo(
     }
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_a_stricter_threshold_fails(request_for: ValidateRequest) -> None:
     request = replace(request_for, dtypes=("bf16",), thresholds={"bf16": Threshold(1e-4)}, limit=3)
     lines, passed = validate_file(request, QUIET)
@@ -85,6 +92,7 @@ def test_a_stricter_threshold_fails(request_for: ValidateRequest) -> None:
     assert data["passed"] is False and data["verdicts"][0]["threshold"]["relative_l2"] == 1e-4
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_fair_esm_as_the_reference(request_for: ValidateRequest) -> None:
     pytest.importorskip("esm.model.esm2", reason="fair-esm 2.0.0 is not installed")
     lines, passed = validate_file(replace(request_for, reference="fair-esm", dtypes=("fp64", "fp32")), QUIET)
@@ -94,6 +102,7 @@ def test_fair_esm_as_the_reference(request_for: ValidateRequest) -> None:
     assert worst["fp64"] < 1e-12 and worst["fp32"] < 2e-6
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_a_report_is_replaced_only_when_asked(request_for: ValidateRequest) -> None:
     request = replace(request_for, dtypes=("fp32",), limit=2)
     validate_file(request, QUIET)
@@ -156,6 +165,7 @@ def test_the_sample_is_distinct_and_spread_over_the_lengths(tmp_path: Path) -> N
     assert len(choose(index, 99)[0]) == 99
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_what_overflows_in_fp16_is_found_and_embedded_in_fp32(tmp_path: Path) -> None:
     """The report counts it, and the rows `embed` makes of it are those of the FP32 model."""
     lengths = [8, 250, 8, 9, 200, 10, 250, 7]
@@ -190,6 +200,7 @@ def test_what_overflows_in_fp16_is_found_and_embedded_in_fp32(tmp_path: Path) ->
     assert (errors[~overflows] > 1e-5).all(), "these are FP16's own"
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_torch_runs_on_one_thread_where_asked(request_for: ValidateRequest) -> None:
     before = torch.get_num_threads()
     try:
