@@ -27,7 +27,7 @@ test: $(VENV)/test.stamp
 	$(BIN)/ruff format --check .
 	rm -rf build/typed build/lib
 	$(INSTALL) --no-deps --target build/typed .
-	cd build/typed && $(abspath $(BIN))/mypy --config-file $(abspath pyproject.toml) -p esm_packed
+	MYPYPATH=build/typed:tests/support:benchmarks $(BIN)/mypy --explicit-package-bases build/typed/esm_packed tests
 	$(BIN)/pytest $(PYTEST_ARGS)
 
 $(BIN)/python:

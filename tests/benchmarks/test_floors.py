@@ -9,6 +9,7 @@ from typing import Any
 import floors
 import pytest
 import torch
+from contenders.packages import lay_out
 from floors import MATMULS, AttentionFloor, MatmulFloor
 
 from esm_packed.model import ESM2
@@ -25,7 +26,7 @@ def model() -> ESM2:
 @pytest.fixture
 def pack_tokens() -> list[int]:
     """Tokens of each pack, of which there are several of different sizes."""
-    packs = floors.lay_out(SEQUENCES, TOKEN_BUDGET)
+    packs = lay_out(SEQUENCES, TOKEN_BUDGET)
     tokens = [batch.total_tokens for _, batch in packs]
     assert sum(tokens) == sum(len(sequence) + 2 for sequence in SEQUENCES)
     assert len(set(tokens)) > 2
@@ -51,7 +52,7 @@ def test_matmuls_of_every_pack_and_layer(best: bool, model: ESM2, pack_tokens: l
         (rows, id(linear)) for rows, linear in product(pack_tokens, linears)
     ]
     flops = sum(2 * rows * linear.weight.numel() for rows, linear in calls)
-    assert flops == 24 * len(model.layers) * model.config.hidden_size**2 * sum(pack_tokens)
+    assert flops == 24 * model.config.num_layers * model.config.hidden_size**2 * sum(pack_tokens)
 
 
 @pytest.mark.parametrize("multiply", [floors._mm, floors._onednn])
@@ -108,5 +109,5 @@ def test_attention_of_every_pack_and_layer(model: ESM2, pack_tokens: list[int]) 
 
     floor.attend = counted
     floor.run()
-    batches = [batch.cu_seqlens.diff().tolist() for _, batch in floors.lay_out(SEQUENCES, TOKEN_BUDGET)]
+    batches = [batch.cu_seqlens.diff().tolist() for _, batch in lay_out(SEQUENCES, TOKEN_BUDGET)]
     assert seen == [lengths for lengths in batches for _ in range(model.config.num_layers)]

@@ -141,7 +141,7 @@ def test_only_regular_files_are_read(tmp_path: Path, kind: str) -> None:
     elif kind == "folder":
         path.mkdir()
     else:
-        path.symlink_to({"link": target, "dangling": tmp_path / "nothing", "device": "/dev/zero"}[kind])
+        path.symlink_to({"link": target, "dangling": tmp_path / "nothing", "device": Path("/dev/zero")}[kind])
     for read in (open_regular, read_regular):
         with pytest.raises(OSError):
             read(path)

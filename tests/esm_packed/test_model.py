@@ -18,7 +18,13 @@ from esm_packed import ESM2
 from esm_packed import model as model_module
 from esm_packed.alphabet import encode
 from esm_packed.attention import sdpa_attention, select_backend
-from esm_packed.checkpoints import Checkpoint, CheckpointError, load_checkpoint, save_fair_esm
+from esm_packed.checkpoints import (
+    Checkpoint,
+    CheckpointError,
+    RandomTensors,
+    load_checkpoint,
+    save_fair_esm,
+)
 from esm_packed.config import ESM2Config
 from esm_packed.numerics import PRECISIONS, DType, Precision
 from esm_packed.packing import pack
@@ -349,8 +355,7 @@ def test_the_residual_stream_holds_more_than_fp16_can() -> None:
 def test_loading_holds_the_model_and_one_tensor_more(tmp_path: Path, dtype: str) -> None:
     config = ESM2Config(6, 1000, 10)
     path = tmp_path / "esm2_large.pt"
-    random = load_checkpoint("random:esm2_t6_8M_UR50D").tensors
-    save_fair_esm((config, type(random)(config)), path)
+    save_fair_esm((config, RandomTensors(config)), path)
     (line,) = measured("of_model", path, dtype)
     peak, model_size = map(int, line.split())
     hidden = config.hidden_size

@@ -18,7 +18,8 @@ from esm_packed.packing import PackedBatch
 from esm_packed.runners.compute.budget import measured_token_budget
 from esm_packed.runners.compute.pipeline import Pipeline
 from esm_packed.runners.output.reader import EmbeddingReader
-from esm_packed.runners.session import EmbedRequest, embed_files
+from esm_packed.runners.session import embed_files
+from esm_packed.runners.state.request import EmbedRequest
 from esm_packed.runners.state.shard import STATUS_FAILED, STATUS_RECOMPUTED, ShardInput
 from esm_packed.runners.watch.console import Console
 
@@ -46,7 +47,8 @@ def truth(sequences: list[str]) -> np.ndarray:
 
 
 def relative_errors(rows: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    return np.linalg.norm(rows - truth, axis=1) / np.linalg.norm(truth, axis=1)
+    errors: np.ndarray = np.linalg.norm(rows - truth, axis=1) / np.linalg.norm(truth, axis=1)
+    return errors
 
 
 def embed_in_shards(model: ESM2, sequences: Sequence[str], **options: object) -> tuple[Pipeline, list[Shard]]:
@@ -120,7 +122,7 @@ def test_what_overflows_is_recomputed_in_fp32(
         rows[LAST][batch.cu_seqlens.diff() == spoiled] = torch.inf
         return rows
 
-    model.embed_packed = overflow  # type: ignore[method-assign,assignment]
+    model.embed_packed = overflow  # type: ignore[method-assign]
     fp32 = ESM2.from_pretrained(MODEL, device=cuda_device, dtype="fp32")
     _, shards = embed_in_shards(model, sequences, in_fp32=lambda: fp32)
     assert shards[0].status[2] == STATUS_RECOMPUTED

@@ -74,7 +74,7 @@ def test_a_class_weighs_the_same_whatever_was_measured_of_it() -> None:
         (measurement({0: [80.0]}, useful_tokens=1000), measurement({0: [20.0]}, useful_tokens=1000)),
         (measurement({0: [1.0]}, useful_tokens=100), measurement({0: [1.0]}, useful_tokens=100)),
     ]
-    assert total_ratio(pairs) == spread(*[pytest.approx(3.0)] * 3, blocks=1)
+    assert total_ratio(pairs) == spread(pytest.approx(3.0), pytest.approx(3.0), pytest.approx(3.0), blocks=1)
 
 
 def test_a_total_is_the_median_of_the_blocks_that_all_have() -> None:

@@ -6,7 +6,7 @@ import csv
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import accumulate, cycle, pairwise
 from pathlib import Path
@@ -99,7 +99,7 @@ def with_tensors(checkpoint: Checkpoint, **changed: torch.Tensor) -> Checkpoint:
 
 
 def boundary_shifted(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> tuple[ESM2, Layout]:
-    def lay_out(token_ids: list[np.ndarray], token_budget: int) -> PackedBatch:
+    def lay_out(token_ids: Sequence[np.ndarray], token_budget: int) -> PackedBatch:
         batch = pack(token_ids)
         batch.cu_seqlens[1:-1] -= 1
         return replace(batch, max_seqlen=batch.max_seqlen + (len(token_ids) > 1))
@@ -296,8 +296,8 @@ def test_fp16_overflow_is_detected() -> None:
 
 
 def path_result(relative_l2: list[float], cosine: list[float]) -> PathResult:
-    numbers = torch.tensor([relative_l2, cosine], dtype=torch.float64)
-    errors = Errors(*numbers, torch.zeros(len(cosine)))
+    l2, cosines = torch.tensor([relative_l2, cosine], dtype=torch.float64)
+    errors = Errors(l2, cosines, torch.zeros(len(cosine)))
     nothing = torch.empty(0)
     return PathResult("fp16", "packed", "sdpa", errors, errors, nothing, nothing, nothing, None, None, 0)
 
