@@ -426,7 +426,7 @@ def scale_ray(workers: int, sequences: Sequence[str], fasta: Path, stack: ExitSt
     flops_per_shard = sequence_flops(lengths, checkpoint.config).sum() / SCALING_SHARDS
     run = index_and_plan(request, checkpoint, checkpoint.config, flops_per_shard, {})
     engine = stack.enter_context(RayEngine(request, CPU, (), checkpoint, QUIET))
-    watch = stack.enter_context(watching(QUIET, workers, None, sum(map(len, sequences)), TOKEN_BUDGET))
+    watch = stack.enter_context(watching(QUIET, workers, None, sum(map(len, sequences))))
     logs = [run.directory.logs_path / f"worker-{rank}.log" for rank in range(workers)]
     while not all(log.exists() and "finished" in log.read_text() for log in logs):
         engine.compute(run, range(workers), watch)

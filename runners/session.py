@@ -218,9 +218,7 @@ class _Session:
             f"{run.plan.model_name} ({run.plan.identity['dtype']}) on {self.summary.device}"
         )
         total = sum(run.residues(shard) for shard in shards)
-        with watching(
-            self.console, engine.num_workers, self.request.log_json, total, run.plan.token_budget
-        ) as watch:
+        with watching(self.console, engine.num_workers, self.request.log_json, total) as watch:
             try:
                 engine.compute(run, shards, watch)
             except KeyboardInterrupt:

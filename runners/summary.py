@@ -97,11 +97,6 @@ class Summary:
             num_to_compare=request.fp32_compare,
         )
 
-    @property
-    def packing_efficiency(self) -> float:
-        """Tokens over (packs x budget), without the packs of one sequence longer than the budget."""
-        return self.stages.packing_efficiency(self.token_budget)
-
     def read_output(self) -> None:
         """Take from the output what only it knows, work of earlier processes included."""
         with EmbeddingReader(self.output) as reader:
@@ -121,7 +116,7 @@ class Summary:
     def warnings(self) -> list[str]:
         """What in the run deserves a look."""
         found = []
-        efficiency = self.packing_efficiency
+        efficiency = self.stages.packing_efficiency
         if self.stages.packs >= JUDGED_PACKS and efficiency < 0.85:
             level = "error" if efficiency < 0.8 else "warning"
             found.append(
@@ -216,7 +211,7 @@ class Summary:
             shares = ", ".join(f"{stage} {getattr(stages, stage) / wall:.0%}" for stage in STAGES)
             lines |= {
                 "packs": f"{stages.packs:,} of up to {self.token_budget:,} tokens{overlong}",
-                "packing efficiency": f"{self.packing_efficiency:.1%}",
+                "packing efficiency": f"{self.stages.packing_efficiency:.1%}",
                 "stages": f"{shares} of the time; {stages.bottleneck} was the slowest",
             }
         return lines

@@ -281,6 +281,7 @@ class Pipeline:
             times.overlong_packs += 1
         else:
             times.tokens_in_budget += tokens
+            times.token_room += self._token_budget
 
     def _write(self, open_shard: OpenShard, results: Iterator[_Result]) -> None:
         with ExitStack() as stack:

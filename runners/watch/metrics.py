@@ -27,6 +27,8 @@ class StageTimes:
     """Packs of one sequence that is longer than the budget."""
     tokens_in_budget: int = 0
     """Tokens of sequences in the other packs, padding not counted."""
+    token_room: int = 0
+    """Tokens that the other packs have room for."""
     packs_queued: int = 0
     """Packs that were ready when one was taken, summed over packs: near zero, the device waited for packs."""
     num_halved: int = 0
@@ -36,10 +38,10 @@ class StageTimes:
         for name, value in vars(other).items():
             setattr(self, name, getattr(self, name) + value)
 
-    def packing_efficiency(self, token_budget: int) -> float:
+    @property
+    def packing_efficiency(self) -> float:
         """Tokens over (packs x budget) without overlong packs; 1 if there is no other."""
-        packs = self.packs - self.overlong_packs
-        return self.tokens_in_budget / (packs * token_budget) if packs else 1.0
+        return self.tokens_in_budget / self.token_room if self.token_room else 1.0
 
     @property
     def busy(self) -> float:

@@ -63,7 +63,6 @@ class Watch:
         show: shows a line for each worker; None if there is only one.
         log: file for metrics, a JSON object in each line; None for none.
         total: residues to compute.
-        token_budget: tokens in a pack.
     """
 
     def __init__(
@@ -73,14 +72,12 @@ class Watch:
         show: Callable[[Sequence[str]], None] | None,
         log: Path | None,
         total: int,
-        token_budget: int,
     ) -> None:
         self._console = console
         self._advance = advance
         self._show = show
         self._log = log
         self._total = total
-        self._token_budget = token_budget
         self._done = 0
         self._begin = self._last_shown = time.monotonic()
         self._last_logged = float("-inf")
@@ -137,7 +134,7 @@ class Watch:
             "eta_seconds": round((self._total - self._done) / rate, 1) if rate else None,
             "tokens_per_second": round(times.tokens / elapsed, 1) if elapsed > 0 else 0.0,
             "sequences_per_second": round(times.sequences / elapsed, 2) if elapsed > 0 else 0.0,
-            "packing_efficiency": round(times.packing_efficiency(self._token_budget), 4),
+            "packing_efficiency": round(times.packing_efficiency, 4),
             "workers": [_worker_metrics(state) for state in states],
         }
         try:
@@ -168,11 +165,9 @@ def _worker_metrics(state: WorkerState) -> dict[str, object]:
 
 
 @contextmanager
-def watching(
-    console: Console, num_workers: int, log: Path | None, total: int, token_budget: int
-) -> Iterator[Watch]:
+def watching(console: Console, num_workers: int, log: Path | None, total: int) -> Iterator[Watch]:
     """A `Watch` for as long as `total` residues are computed."""
     with ExitStack() as stack:
         advance = stack.enter_context(console.progress("embedding", "residues", total))
         show = stack.enter_context(console.lines(num_workers)) if num_workers > 1 else None
-        yield Watch(console, advance, show, log, total, token_budget)
+        yield Watch(console, advance, show, log, total)

@@ -87,7 +87,7 @@ def test_rows_come_in_input_order_and_equal_each_sequence_alone(fasta, sequences
     assert summary.stages.residues == summary.num_residues == sum(LENGTHS)
     assert summary.stages.tokens == sum(LENGTHS) + 2 * len(LENGTHS)
     assert summary.stages.overlong_packs == 0
-    assert 0.5 < summary.packing_efficiency <= 1
+    assert 0.5 < summary.stages.packing_efficiency <= 1
     assert names_in(fasta.parent) == ["in.fasta", "out.h5"]
 
 
@@ -512,7 +512,7 @@ def test_real_proteins_fill_the_packs(tmp_path, monkeypatch, without_computing):
     shutil.copy(DATA / "mycoplasma_every_16th.fasta", tmp_path / "in.fasta")
     summary, reader = run(tmp_path / "in.fasta", token_budget=3200)
     assert reader.num_sequences == 30
-    assert summary.packing_efficiency > 0.98
+    assert summary.stages.packing_efficiency > 0.98
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")

@@ -279,11 +279,17 @@ def summary_with(**stages: float) -> Summary:
 @pytest.mark.parametrize(
     "stages, expected",
     [
-        ({"packs": 100, "tokens_in_budget": 8600}, []),
-        ({"packs": 100, "tokens_in_budget": 8400}, ["packing warning: packs are only 84% full"]),
-        ({"packs": 100, "tokens_in_budget": 7900}, ["packing error: packs are only 79% full"]),
-        ({"packs": 120, "overlong_packs": 20, "tokens_in_budget": 8600}, []),
-        ({"packs": 10, "tokens_in_budget": 500}, []),
+        ({"packs": 100, "token_room": 10000, "tokens_in_budget": 8600}, []),
+        (
+            {"packs": 100, "token_room": 10000, "tokens_in_budget": 8400},
+            ["packing warning: packs are only 84% full"],
+        ),
+        (
+            {"packs": 100, "token_room": 10000, "tokens_in_budget": 7900},
+            ["packing error: packs are only 79% full"],
+        ),
+        ({"packs": 120, "overlong_packs": 20, "token_room": 10000, "tokens_in_budget": 8600}, []),
+        ({"packs": 10, "token_room": 1000, "tokens_in_budget": 500}, []),
         ({"wall": 100.0, "computing": 81.0}, []),
         ({"wall": 100.0, "computing": 79.0, "reading": 50.0}, ["device idle (mild): it computed only 79%"]),
         ({"wall": 100.0, "computing": 49.0, "writing": 60.0}, ["device idle (critical)"]),

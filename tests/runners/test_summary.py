@@ -129,7 +129,7 @@ def test_a_bar_shows_the_stage_that_the_others_wait_for(
     idle = Snapshot(StageTimes(), None, 1, 0, None, None)
     busy = [WorkerState(rank, "cpu", snapshot) for rank in range(2)]
     for states in (busy[:1], [*busy, WorkerState(2, "cpu", idle)]):
-        with watch.watching(Console(), len(states), None, 100, 64) as watched:
+        with watch.watching(Console(), len(states), None, 100) as watched:
             watched.update(10, lambda states=states: states)
         shown = capsys.readouterr().err
         assert re.findall(r"residues/s, (\w+)\]", shown)[-1] == stage
