@@ -37,10 +37,9 @@ from esm_packed.runners.compute.device import Device, Launched
 from esm_packed.runners.compute.worker import Worker
 from esm_packed.runners.input.build import build_index
 from esm_packed.runners.output.merge import merge_run
-from esm_packed.runners.planning import run_identity
-from esm_packed.runners.state.cut import ShardSize, cut_shards, sequence_flops
+from esm_packed.runners.planning import new_plan, run_identity
+from esm_packed.runners.state.cut import sequence_flops
 from esm_packed.runners.state.directory import RunDirectory
-from esm_packed.runners.state.plan import Plan
 from esm_packed.runners.state.request import EmbedRequest
 from esm_packed.runners.state.run import Run
 from esm_packed.runners.state.shard import mean_of
@@ -149,13 +148,8 @@ def index_and_plan(
     begin = time.perf_counter()
     identity = run_identity(request, index, checkpoint, CPU, TOKEN_BUDGET)
     identity["layers"] = [config.num_layers]
-    uncut = Plan(identity, request.inputs, (0, index.num_records), checkpoint.model_name, config.hidden_size)
-    run = Run(directory, uncut, index)
-    lengths = run.embedded_lengths(0, index.num_records)
-    is_computed = run.is_computed(0, index.num_records)
-    size = ShardSize.of_run(lengths, is_computed, config, device_type, TOKEN_BUDGET)
-    starts = cut_shards(lengths, is_computed, config, size)
-    plan = replace(uncut, starts=starts)
+    shaped = replace(checkpoint, config=config)
+    plan = new_plan(identity, index, shaped, torch.device(device_type), directory, "")
     plan.write(directory.plan_path, directory.scratch_path)
     parts["planning"] = time.perf_counter() - begin
     return Run(directory, plan, index)
