@@ -10,6 +10,7 @@ import fair_esm_reference
 import numpy as np
 import pytest
 import torch
+from fair_esm_reference import end_to_end
 from tolerances import relative_error
 
 from esm_packed import ESM2
@@ -62,16 +63,6 @@ a_head_dim = pytest.mark.parametrize("case", [24], indirect=True, ids=lambda dim
 """For what does not depend on it."""
 
 
-def tensors_of(results: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """fair-esm's results of single sequences, laid end to end as ours are."""
-    layers = range(NUM_LAYERS + 1)
-    return (
-        {f"layer {layer}": torch.cat([r["representations"][layer] for r in results]) for layer in layers}
-        | {f"mean {layer}": torch.stack([r["mean"][layer] for r in results]) for layer in layers}
-        | {"logits": torch.cat([r["logits"] for r in results])}
-    )
-
-
 def ours(model: ESM2, batch: PackedBatch) -> dict[str, torch.Tensor]:
     layers = range(NUM_LAYERS + 1)
     output = model.forward_packed(
@@ -87,7 +78,7 @@ def ours(model: ESM2, batch: PackedBatch) -> dict[str, torch.Tensor]:
 
 def test_fp64_is_fair_esm(case: Case) -> None:
     model = ESM2.from_pretrained(case.checkpoint, dtype="fp64", device="cpu")
-    expected = tensors_of(case.truth)
+    expected = end_to_end(case.truth)
     for name, actual in ours(model, case.batch()).items():
         assert actual.dtype == torch.float64
         assert relative_error(actual, expected[name]) <= 1e-10, name
@@ -95,7 +86,7 @@ def test_fp64_is_fair_esm(case: Case) -> None:
 
 def test_fp32_is_as_close_to_the_truth_as_fair_esm(case: Case) -> None:
     model = ESM2.from_pretrained(case.checkpoint, dtype="fp32", device="cpu")
-    truth, fair = tensors_of(case.truth), tensors_of(case.fair("fp32"))
+    truth, fair = end_to_end(case.truth), end_to_end(case.fair("fp32"))
     for name, actual in ours(model, case.batch()).items():
         assert relative_error(actual, truth[name]) <= 1.5 * relative_error(fair[name], truth[name]), name
 
@@ -104,7 +95,7 @@ def test_fp32_is_as_close_to_the_truth_as_fair_esm(case: Case) -> None:
 def test_half_types_are_within_twice_the_error_of_fair_esm(case: Case, dtype: str) -> None:
     model = ESM2.from_pretrained(case.checkpoint, dtype=dtype, device="cpu")
     # The last protein is left out: fair-esm takes 10 s for 1,300 residues in a half type on a CPU.
-    truth, fair = tensors_of(case.truth[:-1]), tensors_of(case.fair(dtype, -1))
+    truth, fair = end_to_end(case.truth[:-1]), end_to_end(case.fair(dtype, -1))
     for name, actual in ours(model, case.batch(-1)).items():
         assert relative_error(actual, truth[name]) <= 2 * relative_error(fair[name], truth[name]), name
 
@@ -161,4 +152,4 @@ def test_recomputed_inv_freq_is_another_model(case: Case) -> None:
     head_dim = model.config.head_dim
     model.rotary.inv_freq = 1 / 10000 ** (torch.arange(0, head_dim, 2).double() / head_dim)
     actual = ours(model, case.batch())
-    assert relative_error(actual["mean 3"], tensors_of(case.truth)["mean 3"]) > 1e-7
+    assert relative_error(actual["mean 3"], end_to_end(case.truth)["mean 3"]) > 1e-7

@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 import torch
 from loading_memory import measured
+from models import model_of
 
 import esm_packed
 from esm_packed import ESM2
 from esm_packed import model as model_module
 from esm_packed.alphabet import encode
-from esm_packed.attention import sdpa_attention, select_backend
+from esm_packed.attention import sdpa_attention
 from esm_packed.checkpoints import (
     Checkpoint,
     CheckpointError,
@@ -26,7 +27,7 @@ from esm_packed.checkpoints import (
     save_fair_esm,
 )
 from esm_packed.config import ESM2Config
-from esm_packed.numerics import PRECISIONS, DType, Precision
+from esm_packed.numerics import PRECISIONS, DType
 from esm_packed.packing import pack
 from esm_packed.runners.state.request import EmbedRequest
 
@@ -34,12 +35,6 @@ from esm_packed.runners.state.request import EmbedRequest
 @pytest.fixture(scope="module")
 def demo() -> ESM2:
     return ESM2.from_pretrained("demo", device="cpu")
-
-
-def model_of(checkpoint: Checkpoint, precision: Precision) -> ESM2:
-    device = torch.device("cpu")
-    backend = select_backend("auto", device, precision, checkpoint.config.head_dim)
-    return ESM2.from_checkpoint(checkpoint, device, precision, backend)
 
 
 def test_the_package_lists_what_it_offers() -> None:

@@ -11,24 +11,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from models import model_of
 
 from esm_packed import ESM2
 from esm_packed import model as model_module
 from esm_packed.attention import select_backend
 from esm_packed.checkpoints import Checkpoint
 from esm_packed.config import ESM2Config
-from esm_packed.numerics import PRECISIONS
 from esm_packed.rescue import Rescue
 from esm_packed.stress import stress_checkpoint
 
 CONFIG = ESM2Config(4, 96, 4)
 CPU = torch.device("cpu")
-
-
-def model_of(checkpoint: Checkpoint, mode: str) -> ESM2:
-    precision = PRECISIONS[mode]
-    backend = select_backend("auto", CPU, precision, checkpoint.config.head_dim)
-    return ESM2.from_checkpoint(checkpoint, CPU, precision, backend)
 
 
 def proteins(*lengths: int) -> list[str]:

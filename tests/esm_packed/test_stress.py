@@ -7,12 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from models import model_of
 
-from esm_packed import ESM2
-from esm_packed.attention import select_backend
 from esm_packed.checkpoints import RandomTensors, load_checkpoint, save_fair_esm, tensor_shapes
 from esm_packed.config import ESM2_MODELS, ESM2Config
-from esm_packed.numerics import PRECISIONS
 from esm_packed.packing import pack
 from esm_packed.stress import seeded_kind, stress_checkpoint
 
@@ -23,12 +21,6 @@ CPU = torch.device("cpu")
 def proteins(*lengths: int) -> list[np.ndarray]:
     rng = np.random.default_rng(0)
     return [rng.integers(4, 24, length).astype(np.uint8) for length in lengths]
-
-
-def model_of(checkpoint, mode: str) -> ESM2:
-    precision = PRECISIONS[mode]
-    backend = select_backend("auto", CPU, precision, checkpoint.config.head_dim)
-    return ESM2.from_checkpoint(checkpoint, CPU, precision, backend)
 
 
 def test_seeded_and_complete() -> None:

@@ -43,12 +43,8 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 def by_fair_esm(checkpoint: Path, dtype: str, sequences: list[str]) -> dict[str, torch.Tensor]:
     """fair-esm's results of single sequences, laid end to end as ours are."""
-    results = fair_esm_reference.run(fair_esm_reference.load(checkpoint, DTYPES[dtype]), sequences)
-    return (
-        {f"layer {layer}": torch.cat([r["representations"][layer] for r in results]) for layer in LAYERS}
-        | {f"mean {layer}": torch.stack([r["mean"][layer] for r in results]) for layer in LAYERS}
-        | {"logits": torch.cat([r["logits"] for r in results])}
-    )
+    model = fair_esm_reference.load(checkpoint, DTYPES[dtype])
+    return fair_esm_reference.end_to_end(fair_esm_reference.run(model, sequences))
 
 
 def by_triton(case: Case, dtype: str, device: torch.device) -> dict[str, torch.Tensor]:

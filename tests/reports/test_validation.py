@@ -16,15 +16,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from models import model_of
 from tokens import decode
 
 from esm_packed import ESM2, kernels
-from esm_packed.attention import select_backend
 from esm_packed.checkpoints import Checkpoint, load_checkpoint, save_fair_esm
 from esm_packed.config import ESM2Config
 from esm_packed.kernels import dispatch
 from esm_packed.layouts import LAYOUTS, Layout
-from esm_packed.numerics import PRECISIONS
 from esm_packed.packing import PackedBatch, pack
 from esm_packed.reports.page import ReportError
 from esm_packed.reports.validation import errors
@@ -34,8 +33,8 @@ from esm_packed.reports.validation.numbers import as_json
 from esm_packed.reports.validation.page import summary_lines, write_report
 from esm_packed.reports.validation.reference import Reference, compute_reference, spread
 from esm_packed.reports.validation.run import (
-    Settings,
     Validation,
+    ValidationSettings,
     by_length_class,
     estimate_seconds,
     num_passes,
@@ -43,14 +42,15 @@ from esm_packed.reports.validation.run import (
     verdict_line,
     weights_note,
 )
-from esm_packed.reports.validation.verdict import THRESHOLDS, Threshold, judge, passes_classical_pair
+from esm_packed.reports.validation.thresholds import THRESHOLDS, Threshold
+from esm_packed.reports.validation.verdict import judge, passes_classical_pair
 from esm_packed.stress import stress_checkpoint
 
 CPU = torch.device("cpu")
 CONFIG = ESM2Config(6, 128, 4)
 TOKEN_BUDGET = 400
 LENGTHS = [5, 300, 80, 1, 41, 90, 120, 7, 60, 3, 33, 70, 25]
-SETTINGS = Settings(CPU, TOKEN_BUDGET)
+SETTINGS = ValidationSettings(CPU, TOKEN_BUDGET)
 
 rng = np.random.default_rng(0)
 PROTEINS = [rng.integers(4, 24, length).astype(np.uint8) for length in LENGTHS]
@@ -81,12 +81,6 @@ def report(validation: Validation, tmp_path_factory: pytest.TempPathFactory) -> 
     return folder
 
 
-def fp32_model(checkpoint: Checkpoint) -> ESM2:
-    precision = PRECISIONS["fp32"]
-    backend = select_backend("sdpa", CPU, precision, checkpoint.config.head_dim)
-    return ESM2.from_checkpoint(checkpoint, CPU, precision, backend)
-
-
 # Wrong models
 
 
@@ -104,7 +98,7 @@ def boundary_shifted(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) ->
         batch.cu_seqlens[1:-1] -= 1
         return replace(batch, max_seqlen=batch.max_seqlen + (len(token_ids) > 1))
 
-    return fp32_model(checkpoint), replace(PACKED, lay_out=lay_out)
+    return model_of(checkpoint, "fp32"), replace(PACKED, lay_out=lay_out)
 
 
 def eos_pooled(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> tuple[ESM2, Layout]:
@@ -113,28 +107,28 @@ def eos_pooled(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> tuple
         return torch.stack([hidden_states[start + 1 : end].mean(0) for start, end in bounds])
 
     monkeypatch.setattr("esm_packed.kernels.segment_mean", segment_mean)
-    return fp32_model(checkpoint), PACKED
+    return model_of(checkpoint, "fp32"), PACKED
 
 
 def recomputed_inv_freq(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> tuple[ESM2, Layout]:
     exponents = torch.arange(0, CONFIG.head_dim, 2).float() / CONFIG.head_dim
     names = {name: 1.0 / 10000**exponents for name in checkpoint.tensors if name.endswith("inv_freq")}
-    return fp32_model(with_tensors(checkpoint, **names)), PACKED
+    return model_of(with_tensors(checkpoint, **names), "fp32"), PACKED
 
 
 def no_token_dropout(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> tuple[ESM2, Layout]:
-    return fp32_model(replace(checkpoint, config=replace(CONFIG, token_dropout=False))), PACKED
+    return model_of(replace(checkpoint, config=replace(CONFIG, token_dropout=False)), "fp32"), PACKED
 
 
 def tanh_gelu(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> tuple[ESM2, Layout]:
     monkeypatch.setattr(
         "esm_packed.kernels.linear_gelu", lambda x, w, b: F.gelu(F.linear(x, w, b), approximate="tanh")
     )
-    return fp32_model(checkpoint), PACKED
+    return model_of(checkpoint, "fp32"), PACKED
 
 
 def angles_in_fp16(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> tuple[ESM2, Layout]:
-    model = fp32_model(checkpoint)
+    model = model_of(checkpoint, "fp32")
     angles = torch.outer(torch.arange(1026).half(), model.rotary.inv_freq.half())
     model.rotary.cos, model.rotary.sin = angles.cos().float(), angles.sin().float()
     return model, PACKED
@@ -150,7 +144,7 @@ def tf32_in_fp32(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> tup
     monkeypatch.setattr(
         "esm_packed.kernels.linear_gelu", lambda x, w, b: F.gelu(F.linear(tf32(x), tf32(w), b))
     )
-    return fp32_model(checkpoint), PACKED
+    return model_of(checkpoint, "fp32"), PACKED
 
 
 WRONG: list[Variant] = [
@@ -212,7 +206,7 @@ def test_errors_are_those_of_embed_against_fair_esm(stress: Checkpoint, referenc
     pytest.importorskip("esm.model.esm2", reason="fair-esm 2.0.0 is not installed")
     fair_esm, _ = compute_reference("fair-esm", stress, CPU, PROTEINS)
     torch.testing.assert_close(reference.means, fair_esm.means, rtol=0, atol=1e-11)
-    model = fp32_model(stress)
+    model = model_of(stress, "fp32")
     path = measure(model, PACKED, PROTEINS, fair_esm, token_budget=1)
     for protein, sequence in enumerate(map(decode, PROTEINS)):
         expected = fair_esm.means[-1, protein].numpy()
@@ -232,7 +226,7 @@ def test_errors_are_those_of_embed_against_fair_esm(stress: Checkpoint, referenc
 
 def test_errors_of_every_layer(stress: Checkpoint, reference: Reference) -> None:
     """Formed again from the model's layers; packs of one, so that the bits are the same."""
-    model, layers = fp32_model(stress), range(CONFIG.num_layers + 1)
+    model, layers = model_of(stress, "fp32"), range(CONFIG.num_layers + 1)
     path = measure(model, PACKED, PROTEINS, reference, token_budget=1)
     for protein, ids in enumerate(PROTEINS[:5]):
         batch = pack([ids])
@@ -462,7 +456,7 @@ def test_activations_are_those_of_fair_esm(stress: Checkpoint, validation: Valid
 
 def test_recording_leaves_nothing_behind(stress: Checkpoint) -> None:
     before = {name: getattr(kernels, name) for name in kernels.__all__}
-    model = fp32_model(stress)
+    model = model_of(stress, "fp32")
     with pytest.raises(RuntimeError, match="stop"), Activations(model).recorded():
         raise RuntimeError("stop")
     assert {name: getattr(kernels, name) for name in kernels.__all__} == before

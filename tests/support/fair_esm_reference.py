@@ -111,6 +111,16 @@ def run(model: FairESM2, sequences: Sequence[str]) -> list[dict[str, Any]]:
     return results
 
 
+def end_to_end(results: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """What `run` returns, with the rows of all sequences one after the other, as packed ones are."""
+    layers = list(results[0]["representations"])
+    return (
+        {f"layer {layer}": torch.cat([r["representations"][layer] for r in results]) for layer in layers}
+        | {f"mean {layer}": torch.stack([r["mean"][layer] for r in results]) for layer in layers}
+        | {"logits": torch.cat([r["logits"] for r in results])}
+    )
+
+
 def random_sequences(
     lengths: Sequence[int], seed: int, letters: str = "LAGVSERTIDPKQNFYMHWCXBUZO"
 ) -> list[str]:
