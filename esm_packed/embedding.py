@@ -22,7 +22,7 @@ from esm_packed.rescue import is_finite, named
 if TYPE_CHECKING:
     from esm_packed.model import ESM2
 
-Rows = npt.NDArray[np.float32]
+Embeddings = npt.NDArray[np.float32]
 
 
 @overload
@@ -33,7 +33,7 @@ def embed(
     layer: int = -1,
     per_residue: bool = False,
     token_budget: int | None = None,
-) -> list[Rows]: ...
+) -> list[Embeddings]: ...
 
 
 @overload
@@ -44,7 +44,7 @@ def embed(
     layer: Sequence[int],
     per_residue: bool = False,
     token_budget: int | None = None,
-) -> dict[int, list[Rows]]: ...
+) -> dict[int, list[Embeddings]]: ...
 
 
 def embed(
@@ -54,7 +54,7 @@ def embed(
     layer: int | Sequence[int] = -1,
     per_residue: bool = False,
     token_budget: int | None = None,
-) -> list[Rows] | dict[int, list[Rows]]:
+) -> list[Embeddings] | dict[int, list[Embeddings]]:
     """Embed proteins.
 
     What is not finite is computed again in FP32, and is NaN if it is not finite there either.
@@ -86,7 +86,7 @@ def embed(
     token_ids = _encode_all(sequences)
     if token_budget is None:
         token_budget = DEFAULT_TOKEN_BUDGETS[model.device.type]
-    arrays: dict[int, dict[int, Rows]] = {}
+    arrays: dict[int, dict[int, Embeddings]] = {}
     for members in plan_packs([len(ids) + SPECIAL_TOKENS for ids in token_ids], token_budget):
         rows = _embed_pack(model, [token_ids[index] for index in members], layers, per_residue)
         arrays.update(zip(members.tolist(), rows, strict=True))
@@ -107,7 +107,7 @@ def embed(
     return several if is_list else several[numbers[0]]
 
 
-def predict_contacts(model: ESM2, sequence: str) -> Rows:
+def predict_contacts(model: ESM2, sequence: str) -> Embeddings:
     """Probability that two residues touch, from the attention maps of all layers (Rao et al. 2021).
 
     Computed again in FP32 if it is not finite, and NaN if it is not finite there either.
@@ -142,7 +142,7 @@ def predict_contacts(model: ESM2, sequence: str) -> Rows:
 
 def _embed_pack(
     model: ESM2, token_ids: Sequence[npt.NDArray[np.uint8]], layers: Sequence[int], per_residue: bool
-) -> list[dict[int, Rows]]:
+) -> list[dict[int, Embeddings]]:
     """Of each sequence: layer to its mean, or to a row for each residue."""
     batch = pack(token_ids).to(model.device)
     if not per_residue:
@@ -158,7 +158,7 @@ def _embed_pack(
 
 
 def _recompute(
-    model: ESM2, token_ids: npt.NDArray[np.uint8], rows: Mapping[int, Rows], per_residue: bool
+    model: ESM2, token_ids: npt.NDArray[np.uint8], rows: Mapping[int, Embeddings], per_residue: bool
 ) -> str:
     """Replace the rows of a sequence, which are not finite; what became of them."""
     _, reason = model.rescue.replace(
@@ -169,7 +169,7 @@ def _recompute(
     return reason
 
 
-def _contacts(model: ESM2, token_ids: npt.NDArray[np.uint8]) -> Rows:
+def _contacts(model: ESM2, token_ids: npt.NDArray[np.uint8]) -> Embeddings:
     head = model.contact_head
     assert head is not None
     collect = AttentionMaps()

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 SEQUENCES_NAMED = 20
 """Most sequences that a warning names."""
 
-Rows = npt.NDArray[np.floating[Any]]
+Embeddings = npt.NDArray[np.floating[Any]]
 
 
 class Rescue:
@@ -38,7 +38,7 @@ class Rescue:
         return None if self._load is None else self._load()
 
     def replace(
-        self, rows: Mapping[int, Rows], compute: Callable[[ESM2], Mapping[int, Rows]], where: str
+        self, rows: Mapping[int, Embeddings], compute: Callable[[ESM2], Mapping[int, Embeddings]], where: str
     ) -> tuple[bool, str]:
         """Overwrite `rows` by what FP32 gives, or by NaN if that is not finite either.
 
@@ -68,7 +68,7 @@ class Rescue:
         return False, reason
 
 
-def is_finite(rows: Mapping[int, Rows]) -> bool:
+def is_finite(rows: Mapping[int, Embeddings]) -> bool:
     """Whether there is neither NaN nor Inf in any layer of `rows`."""
     return all(bool(np.isfinite(row).all()) for row in rows.values())
 

@@ -20,7 +20,7 @@ from esm_packed.errors import UsageError
 from esm_packed.model import ESM2
 from esm_packed.numerics import PRECISIONS, Precision, is_out_of_memory, resolve_device, resolve_precision
 from esm_packed.packing import pack
-from esm_packed.reports.validation.verdict import THRESHOLDS
+from esm_packed.reports.validation.thresholds import THRESHOLDS
 from esm_packed.runners.compute.worker import set_threads
 from esm_packed.runners.watch.console import Console
 

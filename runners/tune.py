@@ -29,7 +29,7 @@ from esm_packed.kernels.cases import Arguments, Case, Results
 from esm_packed.kernels.launch import Settings
 from esm_packed.kernels.timing import Rounds, num_buffers
 from esm_packed.numerics import PRECISIONS, matmul_precision, resolve_device
-from esm_packed.runners.tuning_problems import Problem, problems
+from esm_packed.runners.tuning_problems import TuningProblem, problems
 from esm_packed.runners.watch.console import Console, duration
 from esm_packed.version import __version__
 
@@ -111,7 +111,7 @@ class Outcome:
 
 
 def search(
-    problem: Problem,
+    problem: TuningProblem,
     tuned: dict[str, Settings],
     timer: Timer,
     num_buffers: Callable[[int], int],
@@ -145,7 +145,7 @@ def _put(tuned: dict[str, Settings], key: str, settings: Settings | None) -> Non
 
 
 def _search(
-    problem: Problem,
+    problem: TuningProblem,
     put: Callable[[Settings | None], None],
     timer: Timer,
     num_buffers: Callable[[int], int],
@@ -250,7 +250,7 @@ def time_in_turns(device: torch.device, trials: Sequence[Trial], rounds: int, /)
 
 
 def search_all(
-    work: Sequence[Problem],
+    work: Sequence[TuningProblem],
     tuned: dict[str, Settings],
     timer: Timer,
     num_buffers: Callable[[int], int],

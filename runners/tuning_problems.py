@@ -22,7 +22,7 @@ LENGTH_QUANTILES = (
 
 
 @dataclass(frozen=True)
-class Problem:
+class TuningProblem:
     """One entry of the tuned settings: a kernel at a size, in a dtype.
 
     Args:
@@ -55,9 +55,9 @@ def sample_lengths(tokens: int) -> list[int]:
 
 def problems(
     configs: Sequence[ESM2Config], precisions: Sequence[Precision], tokens: int, device: torch.device
-) -> list[Problem]:
+) -> list[TuningProblem]:
     """Every kernel at every size and dtype that these models use in these modes on this device, each once."""
-    found: dict[str, Problem] = {}
+    found: dict[str, TuningProblem] = {}
     lengths = sample_lengths(tokens)
     for config, precision, case in itertools.product(configs, precisions, CASES.values()):
         if case.candidates is None or not _uses(precision, case, launch.capability(device)):
@@ -69,7 +69,7 @@ def problems(
         for residual_dtype in residual_dtypes:
             key = case.settings_key(config, dtype, residual_dtype)
             arguments = partial(case.arguments, workload, dtype, residual_dtype)
-            found.setdefault(key, Problem(key, case, precision, candidates, arguments))
+            found.setdefault(key, TuningProblem(key, case, precision, candidates, arguments))
     return list(found.values())
 
 

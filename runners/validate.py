@@ -18,12 +18,12 @@ from esm_packed.reports.page import check_matplotlib
 from esm_packed.reports.validation.page import report_files, summary_lines, write_report
 from esm_packed.reports.validation.run import (
     MODES,
-    Settings,
+    ValidationSettings,
     estimate_seconds,
     num_passes,
     validate,
 )
-from esm_packed.reports.validation.verdict import Threshold
+from esm_packed.reports.validation.thresholds import Threshold
 from esm_packed.runners.compute.worker import set_threads
 from esm_packed.runners.input.build import build_index
 from esm_packed.runners.input.fasta import ReadOptions
@@ -190,7 +190,7 @@ def choose(index: FastaIndex, limit: int) -> tuple[list[int], str]:
     return sorted(by_length[picks].tolist()), rule
 
 
-def _settings(request: ValidateRequest) -> Settings:
+def _settings(request: ValidateRequest) -> ValidationSettings:
     set_threads(request.threads)
     try:
         device = resolve_device(request.device)
@@ -208,7 +208,7 @@ def _settings(request: ValidateRequest) -> Settings:
         if dtype not in request.dtypes:
             raise UsageError(f"--threshold {dtype}: that precision is not computed; --dtype lists them")
     budget = request.token_budget or min(DEFAULT_TOKEN_BUDGETS[device.type], MOST_TOKENS)
-    return Settings(device, budget, request.dtypes, request.thresholds, request.reference)
+    return ValidationSettings(device, budget, request.dtypes, request.thresholds, request.reference)
 
 
 def _check_folder(request: ValidateRequest) -> None:

@@ -12,9 +12,9 @@ from esm_packed.reports.speedup.results import (
     FP16_EXPECTATION,
     STAGES,
     Change,
-    Comparison,
     Measurement,
     Results,
+    Speedup,
     Spread,
     achieved,
     in_order,
@@ -107,7 +107,7 @@ def _style(dtype: str, layout: str, *, is_larger: bool = False, is_combined: boo
     return {"marker": marker, "color": colour, "markerfacecolor": face, "markersize": 7 if is_combined else 5}
 
 
-def speedups(kinds: Mapping[str, Sequence[Comparison]], *, expected: bool = False) -> Figure:
+def speedups(kinds: Mapping[str, Sequence[Speedup]], *, expected: bool = False) -> Figure:
     """How many times as fast, by lengths, with the range over blocks: models are rows, kinds are columns.
 
     Args:

@@ -17,9 +17,9 @@ from esm_packed.reports.page import (
 from esm_packed.reports.speedup import figures
 from esm_packed.reports.speedup.results import (
     MIN_BLOCKS,
-    Comparison,
     Measurement,
     Results,
+    Speedup,
     achieved,
     changes,
     combined_comparisons,
@@ -131,7 +131,7 @@ def _share_of_ceiling(kernel: Measurement) -> float:
     return achieved(kernel) / float(kernel.info["ceiling_per_second"])
 
 
-def _comparisons(results: Results) -> list[Comparison]:
+def _comparisons(results: Results) -> list[Speedup]:
     return [*precision_comparisons(results), *layout_comparisons(results), *combined_comparisons(results)]
 
 

@@ -247,7 +247,7 @@ def _sum(measurements: Sequence[Measurement], blocks: Sequence[int], tokens: flo
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Speedup:
     """Two variants of a forward pass that differ in one thing.
 
     Args:
@@ -276,7 +276,7 @@ class Comparison:
         return "below" if self.times.middle < low else "above" if self.times.middle > high else "within"
 
 
-def precision_comparisons(results: Results) -> list[Comparison]:
+def precision_comparisons(results: Results) -> list[Speedup]:
     """Every other precision over FP32, in the same layout, at the same and at a larger budget."""
     return _compare(
         results,
@@ -286,7 +286,7 @@ def precision_comparisons(results: Results) -> list[Comparison]:
     )
 
 
-def layout_comparisons(results: Results) -> list[Comparison]:
+def layout_comparisons(results: Results) -> list[Speedup]:
     """Packed over padded, sorted and in input order, in the same precision and at the same budget."""
     orders = {"padded": "", "padded_unsorted": " in input order"}
     return _compare(
@@ -297,7 +297,7 @@ def layout_comparisons(results: Results) -> list[Comparison]:
     )
 
 
-def combined_comparisons(results: Results) -> list[Comparison]:
+def combined_comparisons(results: Results) -> list[Speedup]:
     """Packed in half precision over padded in FP32: both steps together."""
     return _compare(
         results,
@@ -309,7 +309,7 @@ def combined_comparisons(results: Results) -> list[Comparison]:
     )
 
 
-def reproducible_comparisons(results: Results) -> list[Comparison]:
+def reproducible_comparisons(results: Results) -> list[Speedup]:
     """Packs of one size over packs as they come, and CUDA graphs over single launches."""
 
     def is_base(info: Info, other: Info) -> bool:
@@ -337,10 +337,10 @@ def _compare(
     is_base: Callable[[Info, Info], bool],
     name: Callable[[Info, Info], str],
     suite: str = "model",
-) -> list[Comparison]:
+) -> list[Speedup]:
     forward = results.suite(suite)
     base_budgets = {m.info["token_budget"] for m in forward if m.info["dtype"] == "fp32"}
-    groups: dict[tuple[str, str], dict[str, Comparison]] = {}
+    groups: dict[tuple[str, str], dict[str, Speedup]] = {}
     for fast in in_order(forward):
         info = fast.info
         if not is_judged(info):
@@ -353,14 +353,14 @@ def _compare(
                 continue
             what = name(info, slow.info) + (f", packs of {info['token_budget']:,}" if own_budget else "")
             if times := ratio(slow, fast):
-                comparison = Comparison(what, info["model"], info["workload"], slow, fast, times)
+                comparison = Speedup(what, info["model"], info["workload"], slow, fast, times)
                 groups.setdefault((what, info["model"]), {})[info["workload"]] = comparison
-    found: list[Comparison] = []
+    found: list[Speedup] = []
     for (what, model), by_workload in groups.items():
         found += by_workload.values()
         pairs = [(c.slow, c.fast) for c in by_workload.values()]
         if len(pairs) > 1 and (both := total(pairs)) and (times := ratio(*both)):
-            found.append(Comparison(what, model, "all", *both, times))
+            found.append(Speedup(what, model, "all", *both, times))
     return found
 
 

@@ -11,9 +11,9 @@ from esm_packed.reports.speedup.results import (
     MIN_BLOCKS,
     STAGES,
     Change,
-    Comparison,
     Measurement,
     Results,
+    Speedup,
     Spread,
     achieved,
     in_order,
@@ -99,7 +99,7 @@ def _rate(value: float | None, unit: str) -> str:
     return f"{value:.3g} {unit}"
 
 
-def comparison_table(comparisons: Sequence[Comparison], *, expected: bool = False) -> Table:
+def comparison_table(comparisons: Sequence[Speedup], *, expected: bool = False) -> Table:
     """Times of both variants, the ratio, and what else changes.
 
     Args:

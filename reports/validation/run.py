@@ -24,7 +24,8 @@ from esm_packed.reports.page import ReportError
 from esm_packed.reports.validation.activations import Activations
 from esm_packed.reports.validation.errors import PathResult, measure
 from esm_packed.reports.validation.reference import Reference, compute_reference
-from esm_packed.reports.validation.verdict import THRESHOLDS, Threshold, Verdict, judge
+from esm_packed.reports.validation.thresholds import THRESHOLDS, Threshold
+from esm_packed.reports.validation.verdict import Verdict, judge
 from esm_packed.stress import seeded_kind
 from esm_packed.version import __version__
 
@@ -37,7 +38,7 @@ LENGTH_CLASSES = ((1, 100), (101, 250), (251, 500), (501, 1022), (1023, None))
 
 
 @dataclass(frozen=True)
-class Settings:
+class ValidationSettings:
     """What to validate, and against what.
 
     Args:
@@ -78,7 +79,7 @@ class Validation:
 
     checkpoint: Checkpoint
     weights_note: str | None
-    settings: Settings
+    settings: ValidationSettings
     sequence_ids: Sequence[str]
     lengths: Sequence[int]
     reference: Reference
@@ -111,7 +112,7 @@ def validate(
     load: Callable[[], Checkpoint],
     sequence_ids: Sequence[str],
     token_ids: Sequence[TokenIds],
-    settings: Settings,
+    settings: ValidationSettings,
     advance: Callable[[int], None] = lambda residues: None,
 ) -> Validation:
     """Compute `token_ids` in every mode and on every path, and compare with the reference.
@@ -186,7 +187,7 @@ def verdict_line(verdicts: Sequence[Verdict], paths: Sequence[PathResult], devic
 Runs = list[tuple[Precision, list[tuple[str, str]]]]
 
 
-def plan_runs(config: ESM2Config, settings: Settings) -> tuple[Runs, list[tuple[str, str]]]:
+def plan_runs(config: ESM2Config, settings: ValidationSettings) -> tuple[Runs, list[tuple[str, str]]]:
     """The (layout, attention backend) pairs of each mode, and what cannot run with the reason.
 
     Raises:
@@ -214,14 +215,16 @@ def plan_runs(config: ESM2Config, settings: Settings) -> tuple[Runs, list[tuple[
     return runs, not_run
 
 
-def num_passes(config: ESM2Config, settings: Settings) -> int:
+def num_passes(config: ESM2Config, settings: ValidationSettings) -> int:
     """How many times `validate` computes every protein."""
     runs, _ = plan_runs(config, settings)
     references = 2 if settings.reference == "fair-esm" else 1
     return references + sum(len(pairs) for _, pairs in runs)
 
 
-def estimate_seconds(config: ESM2Config, token_ids: Sequence[TokenIds], settings: Settings) -> float:
+def estimate_seconds(
+    config: ESM2Config, token_ids: Sequence[TokenIds], settings: ValidationSettings
+) -> float:
     """About how long `validate` computes, from one layer of random weights timed on a few of the proteins."""
     one_layer = ESM2Config(1, config.hidden_size, config.num_heads, config.token_dropout)
     checkpoint = Checkpoint("", one_layer, RandomTensors(one_layer), "", "")

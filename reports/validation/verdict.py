@@ -1,4 +1,4 @@
-"""When a precision mode passes: thresholds on the mean embedding of every protein."""
+"""Whether a precision mode passes."""
 
 from __future__ import annotations
 
@@ -8,34 +8,13 @@ from dataclasses import dataclass
 import torch
 
 from esm_packed.reports.validation.errors import PathResult, finite_max, finite_min
+from esm_packed.reports.validation.thresholds import Threshold
 
 CLASSICAL_NOTE = (
     "The classical pair, cosine >= 0.999 for 99% of the proteins and >= 0.995 for all, is a label only: it "
     "does not separate right from wrong models. EOS pooled, recomputed rotary frequencies, angles in FP16 "
     "and tanh GELU all pass it."
 )
-
-
-@dataclass(frozen=True)
-class Threshold:
-    """What the mean embedding of every protein must keep to.
-
-    Args:
-        relative_l2: at most; of the difference from the reference.
-        cosine: at least, with the reference; None asks for nothing.
-    """
-
-    relative_l2: float
-    cosine: float | None = None
-
-
-THRESHOLDS = {
-    "fp64": Threshold(1e-10),
-    "fp32": Threshold(1e-5),
-    "tf32": Threshold(5e-3, 0.99999),
-    "fp16": Threshold(5e-3, 0.99999),
-    "bf16": Threshold(3e-2, 0.9995),
-}
 
 
 @dataclass(frozen=True)

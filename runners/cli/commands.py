@@ -196,7 +196,7 @@ def tune(options: argparse.Namespace) -> int:
 
 
 def validate(options: argparse.Namespace) -> int:
-    from esm_packed.reports.validation.verdict import THRESHOLDS, Threshold
+    from esm_packed.reports.validation.thresholds import THRESHOLDS, Threshold
     from esm_packed.runners.input.fasta import ReadOptions
     from esm_packed.runners.validate import ValidateRequest, validate_file
     from esm_packed.runners.watch.console import Console

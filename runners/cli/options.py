@@ -12,6 +12,7 @@ from esm_packed.config import (
     ESM2_MODELS,
     REFERENCES,
 )
+from esm_packed.reports.validation.thresholds import THRESHOLDS
 from esm_packed.runners.cli import commands as run
 from esm_packed.runners.cli import values
 from esm_packed.runners.cli.parser import (
@@ -59,14 +60,25 @@ examples:
 Settings that compute wrong numbers are dropped, and only those that save over 2% of a kernel's time are kept.
 Each kernel's are written as soon as they are found; what the file has for other kernels remains."""
 
-_VALIDATE_EPILOG = """\
+
+def _thresholds() -> str:
+    return "\n".join(
+        f"  {mode}  relative L2 at most {threshold.relative_l2:g}"
+        + (f", cosine at least {threshold.cosine:g}" if threshold.cosine else "")
+        for mode, threshold in THRESHOLDS.items()
+    )
+
+
+_VALIDATE_EPILOG = f"""\
 examples:
   esm-packed validate esm2_t33_650M_UR50D proteins.fasta -o report
   esm-packed validate my-finetune.pt proteins.fasta -o report --dtype fp16,bf16 --threshold fp16=1e-3
   esm-packed validate demo proteins.fasta -o report --reference fair-esm --limit 20
 
 A mode passes when the mean embedding of every protein, on every path, is as close to the FP64 reference as
-its threshold asks, in relative L2 and cosine: fp32 1e-5; tf32 and fp16 5e-3, 0.99999; bf16 3e-2, 0.9995.
+its threshold asks:
+{_thresholds()}
+
 Figures need matplotlib: pip install 'matplotlib>=3.8'
 
 exit codes: 0 every mode that ran passes, 1 one fails, 2 wrong input or option, 4 interrupted"""

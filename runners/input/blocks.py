@@ -136,7 +136,7 @@ class SealedFile:
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
-class Rows:
+class StoredRows:
     """Rows of one dtype in a sealed file, read as they are asked for.
 
     Args:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from esm_packed.runners.input.blocks import METADATA, seal
 from esm_packed.runners.input.duplicates import (
     ROW,
-    Rows,
+    HashRows,
     confirm_firsts,
     copies,
     hashes_of,
@@ -180,7 +180,7 @@ class _Ids:
         self._mapped = np.memmap(work_dir / RECORDS, dtype=RECORD, mode="r+")
         self.records = np.asarray(self._mapped)  # single elements of a memmap itself are slow to reach
         sort_rows(work_dir / ID_HASHES)
-        self._sorted: Rows = np.asarray(np.memmap(work_dir / ID_HASHES, dtype=ROW, mode="r"))
+        self._sorted: HashRows = np.asarray(np.memmap(work_dir / ID_HASHES, dtype=ROW, mode="r"))
         self.firsts = write_firsts(self._sorted, work_dir / _FIRST_IDS)
         self._names = _Pieces(work_dir / NAMES, self.records, "name", "name_bytes")
         self.num_duplicates = confirm_firsts(self.firsts, self._names.of)

@@ -28,7 +28,7 @@ _MIX_2 = np.uint64(0xC4CEB9FE1A85EC53)
 _HALF = np.uint64(32)
 _RECORDS_AT_ONCE = 1 << 14
 
-Rows = npt.NDArray[Any]
+HashRows = npt.NDArray[Any]
 Hashes = npt.NDArray[np.uint64]
 Positions = npt.NDArray[np.int64]
 
@@ -65,7 +65,7 @@ def hashes_of(text: bytes, begins: Positions, ends: Positions) -> Hashes:
     return hashes
 
 
-def hash_rows(hashes: Hashes, first_record: int) -> Rows:
+def hash_rows(hashes: Hashes, first_record: int) -> HashRows:
     """`ROW`s of (n, 2) hashes that belong to consecutive records."""
     rows = np.empty(len(hashes), dtype=ROW)
     rows["high"] = hashes[:, 0]
@@ -99,7 +99,7 @@ def sort_rows(path: Path) -> None:
     spare_path.unlink()
 
 
-def _order(rows: Rows) -> npt.NDArray[np.intp]:
+def _order(rows: HashRows) -> npt.NDArray[np.intp]:
     """The order of `rows` by hash; equal hashes stay as they are."""
     high = np.ascontiguousarray(rows["high"])
     order = np.argsort(high)  # several times as fast as a stable sort, and almost all are different
@@ -116,7 +116,7 @@ def _chunks(begin: int, end: int) -> Iterator[slice]:
         yield slice(start, min(start + ROWS_IN_MEMORY, end))
 
 
-def _distribute(rows: Rows, spare: Rows, begin: int, end: int, digit: int) -> list[int]:
+def _distribute(rows: HashRows, spare: HashRows, begin: int, end: int, digit: int) -> list[int]:
     """Order rows [begin, end) by one byte of their hash; where the parts of equal bytes begin, and `end`."""
     column = digit ^ 7  # little-endian halves: the highest byte is the last
 
@@ -142,7 +142,7 @@ def _distribute(rows: Rows, spare: Rows, begin: int, end: int, digit: int) -> li
     return bounds
 
 
-def records_with(rows: Rows, high: int, low: int) -> Positions:
+def records_with(rows: HashRows, high: int, low: int) -> Positions:
     """The records of this hash in sorted `rows`, ascending."""
     begin = bisect_left(rows["high"], high)
     same_high = rows[begin : bisect_right(rows["high"], high, begin)]
@@ -150,7 +150,7 @@ def records_with(rows: Rows, high: int, low: int) -> Positions:
     return found
 
 
-def write_firsts(rows: Rows, path: Path) -> npt.NDArray[np.int64]:
+def write_firsts(rows: HashRows, path: Path) -> npt.NDArray[np.int64]:
     """For each record the first one of the same hash, from sorted `rows`; a mapped file, made at `path`."""
     firsts = np.asarray(np.memmap(path, dtype=np.int64, mode="w+", shape=rows.shape))
     for part in _chunks(0, len(rows)):

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from esm_packed.files import open_regular, read_regular, whole_or_nothing
-from esm_packed.runners.input.blocks import METADATA, Rows, SealedFile
+from esm_packed.runners.input.blocks import METADATA, SealedFile, StoredRows
 from esm_packed.runners.input.fasta import InputError, Modified, ReadOptions, shorten
 
 STDIN = "-"
@@ -98,10 +98,10 @@ class FastaIndex:
 
     def __init__(self, work_dir: Path, metadata: dict[str, Any]) -> None:
         self._files = {name: SealedFile(work_dir / name, seal) for name, seal in metadata["files"].items()}
-        self._records = Rows(self._files[RECORDS], RECORD)
+        self._records = StoredRows(self._files[RECORDS], RECORD)
         self.num_records = len(self._records)
-        self.lengths = Rows(self._files[RECORDS], RECORD, "length")
-        self.first_same = Rows(self._files[FIRST_SAME], np.dtype(np.int64))
+        self.lengths = StoredRows(self._files[RECORDS], RECORD, "length")
+        self.first_same = StoredRows(self._files[FIRST_SAME], np.dtype(np.int64))
         self.total_residues: int = metadata["total_residues"]
         self.num_identical: int = metadata["num_identical"]
         self.num_replaced: int = metadata["num_replaced"]

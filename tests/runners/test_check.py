@@ -17,7 +17,7 @@ from esm_packed.checkpoints.download import OFFICIAL_FILES
 from esm_packed.checkpoints.formats import DEMO_FILE
 from esm_packed.config import ESM2_MODELS
 from esm_packed.numerics import PRECISIONS
-from esm_packed.reports.validation.verdict import THRESHOLDS
+from esm_packed.reports.validation.thresholds import THRESHOLDS
 from esm_packed.runners import check
 from esm_packed.runners.cli.main import main
 

@@ -25,7 +25,7 @@ from esm_packed.numerics import PRECISIONS
 from esm_packed.runners import tune
 from esm_packed.runners.cli import main as cli
 from esm_packed.runners.tune import Outcome, Trial
-from esm_packed.runners.tuning_problems import Problem, problems, sample_lengths
+from esm_packed.runners.tuning_problems import TuningProblem, problems, sample_lengths
 from esm_packed.runners.watch.console import Console
 
 CONFIG = ESM2Config(num_layers=1, hidden_size=64, num_heads=2)
@@ -69,12 +69,12 @@ def configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "configs"
 
 
-def problem_of(kernel: str, device: torch.device, precision: str = "fp16") -> Problem:
+def problem_of(kernel: str, device: torch.device, precision: str = "fp16") -> TuningProblem:
     found = problems([CONFIG], [PRECISIONS[precision]], 40, device)
     return next(problem for problem in found if problem.key.startswith(f"{kernel}/"))
 
 
-def search(problem: Problem, tuned: dict[str, Settings], timer: tune.Timer) -> Outcome:
+def search(problem: TuningProblem, tuned: dict[str, Settings], timer: tune.Timer) -> Outcome:
     return tune.search(problem, tuned, timer, lambda num_bytes: 2)
 
 
@@ -482,7 +482,7 @@ def test_the_command_from_its_options_to_the_table(
 ) -> None:
     asked: list[Any] = []
 
-    def few_problems(models: Any, precisions: Any, tokens: int, device: torch.device) -> list[Problem]:
+    def few_problems(models: Any, precisions: Any, tokens: int, device: torch.device) -> list[TuningProblem]:
         asked.append((models, [precision.name for precision in precisions], tokens, device))
         return [replace(problem_of("bias_gelu_", triton_device), candidates=[best])]
 

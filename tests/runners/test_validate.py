@@ -17,7 +17,7 @@ from esm_packed.checkpoints import save_fair_esm
 from esm_packed.config import ESM2Config
 from esm_packed.errors import UsageError
 from esm_packed.reports.page import ReportError
-from esm_packed.reports.validation.verdict import Threshold
+from esm_packed.reports.validation.thresholds import Threshold
 from esm_packed.runners.cli import commands
 from esm_packed.runners.cli import main as cli
 from esm_packed.runners.input.build import build_index
