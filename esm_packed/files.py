@@ -53,7 +53,8 @@ def whole_or_nothing(path: Path, scratch: Path | None = None, *, overwrite: bool
         FileExistsError: `path` has come to exist meanwhile and may not be replaced.
         OSError: a folder cannot be written to, or the file system fails while data are flushed.
     """
-    temporary = (scratch or path.parent) / f".{path.name}.{secrets.token_hex(4)}"
+    unfinished = f"{path.name}.{secrets.token_hex(4)}"
+    temporary = scratch / unfinished if scratch is not None else path.with_name(f".{unfinished}")
     try:
         yield temporary
         sync(temporary)

@@ -24,7 +24,8 @@ from esm_packed.runners.checks import (
 )
 from esm_packed.runners.compute.engine import Engine, InProcessEngine
 from esm_packed.runners.holding import check_held, check_others, claimed, undisturbed
-from esm_packed.runners.input.index import FastaIndex, reopen_index
+from esm_packed.runners.input.fasta import DamagedIndexError
+from esm_packed.runners.input.index import STDIN, FastaIndex, reopen_index
 from esm_packed.runners.output.changes import log_changes
 from esm_packed.runners.output.merge import DamagedShardError, merge_run
 from esm_packed.runners.planning import (
@@ -68,6 +69,19 @@ def embed_files(request: EmbedRequest, console: Console) -> Summary:
     device = first_device(request)
     check_device(request, device)
     directory = RunDirectory(output)
+    try:
+        summary = _embed(request, directory, device, console)
+    except DamagedIndexError as error:
+        can_read = bool(request.inputs) and STDIN not in request.inputs
+        if not can_read or directory.live_slices():  # others use the index
+            raise
+        console.note(f"{error}; this one does")
+        summary = _embed(request, directory, device, console)
+    summary.seconds = time.monotonic() - begin
+    return summary
+
+
+def _embed(request: EmbedRequest, directory: RunDirectory, device: torch.device, console: Console) -> Summary:
     with undisturbed(directory), ExitStack() as stack:
         session = _Session(request, directory, device, console, stack)
         if request.part is None:
@@ -77,7 +91,6 @@ def embed_files(request: EmbedRequest, console: Console) -> Summary:
                     session.finish()
         else:
             _embed_slice(session, request.part)
-    session.summary.seconds = time.monotonic() - begin
     return session.summary
 
 
@@ -165,7 +178,10 @@ class _Session:
         if plan is None:
             plan = new_plan(identity, index, self.checkpoint, self.device, directory, request.command)
             check_held(self.claim)
-            directory.forget_shards()
+            if dropped := directory.forget_shards():
+                self.console.note(
+                    f"{directory.path}: {dropped:,} shards of a run that is given up are removed"
+                )
             plan.write(directory.plan_path, directory.scratch_path)
         self.run = Run(directory, plan, index)
         return True

@@ -64,6 +64,8 @@ class RunState:
             lines.append(f"begun by: {self.command}")
         if self.num_shards is None or self.num_records is None:
             return [f"{self.run}: no plan yet, the input is being read", *lines]
+        if self.num_shards_finished == self.num_shards:
+            lines.append(f"esm-packed merge {self.output} puts them together")
         if self.shards_per_minute is not None:
             lines.insert(
                 0,

@@ -35,7 +35,7 @@ def write_report(validation: Validation, conditions: Mapping[str, str], folder: 
         folder: exists; the files of `report_files` in it are replaced.
 
     Returns:
-        The page and the JSON file.
+        HTML, Markdown, JSON and CSV.
 
     Raises:
         ImportError: matplotlib is not installed (`page.check_matplotlib` says so in a sentence).
@@ -44,13 +44,17 @@ def write_report(validation: Validation, conditions: Mapping[str, str], folder: 
     numbers.write_text(json.dumps(as_json(validation, conditions), allow_nan=False), encoding="ascii")
     (folder / "validation.csv").write_text(proteins_table(validation).csv(), encoding="utf-8")
     title = f"Precision validation of {validation.checkpoint.model_name}"
-    return [write_page(title, _sections(validation, conditions), folder, "validation"), numbers]
+    write_page(title, _sections(validation, conditions), folder, "validation")
+    return _pages(folder)
 
 
 def report_files(folder: Path) -> list[Path]:
-    """What `write_report` may write to `folder`."""
-    names = [f"validation.{suffix}" for suffix in ("html", "md", "json", "csv")]
-    return [*(folder / name for name in names), *figure_files(folder)]
+    """What `write_report` may write to `folder`, the page first."""
+    return [*_pages(folder), *figure_files(folder)]
+
+
+def _pages(folder: Path) -> list[Path]:
+    return [folder / f"validation.{suffix}" for suffix in ("html", "md", "json", "csv")]
 
 
 def summary_lines(validation: Validation) -> list[str]:

@@ -12,10 +12,11 @@ import numpy as np
 import numpy.typing as npt
 
 from esm_packed.files import open_regular, sync
-from esm_packed.runners.input.fasta import InputError
+from esm_packed.runners.input.fasta import DamagedIndexError
 
 METADATA = "index.json"
 """The file that vouches for all others of an index."""
+READ_AGAIN = "repeat the command that began the run, which reads the inputs again"
 BLOCK_BYTES = 1 << 18
 _CHECKSUM = np.dtype("<u4")
 _ROWS_AT_ONCE = 1 << 16
@@ -108,8 +109,8 @@ class SealedFile:
         """Bytes [begin, end), 0 <= begin <= end <= num_bytes.
 
         Raises:
-            InputError: the file was damaged or cut short. What vouches for the index is removed then, so that
-                the same command makes it again.
+            DamagedIndexError: the file was damaged or cut short. What vouches for the index is removed then,
+                so that it is made again.
         """
         first, last = begin // BLOCK_BYTES, -(-end // BLOCK_BYTES)
         start = first * BLOCK_BYTES
@@ -121,10 +122,7 @@ class SealedFile:
         ]
         if len(content) < stop - start or checksums != self._table[first:last]:
             self.path.with_name(METADATA).unlink(missing_ok=True)
-            raise InputError(
-                f"{self.path}: damaged or cut short; repeat the command that began the run, which reads the "
-                "inputs again"
-            )
+            raise DamagedIndexError(f"{self.path}: damaged or cut short; {READ_AGAIN}")
         return content[begin - start : end - start]
 
     def _read(self, begin: int, end: int) -> bytes:
@@ -158,7 +156,7 @@ class StoredRows:
         """The rows of a slice without a step, in memory of their own.
 
         Raises:
-            InputError: the file was damaged or cut short.
+            DamagedIndexError: the file was damaged or cut short.
         """
         start, stop, _ = rows.indices(len(self))
         values = np.empty(max(0, stop - start), self.dtype)

@@ -35,6 +35,7 @@ INVALID = INVALID_ID
 """The code of any other character that is not in ESM-2's alphabet."""
 
 _HINT_INVALID = "--invalid x replaces such characters by X, --invalid skip leaves such records out"
+_HINT_EMPTY = "--invalid skip leaves out records without residues"
 _COMMENT_LINE = re.compile(rb"[\r\n];[^\r\n]*")
 _IS_SPACE = np.zeros(ord(" ") + 1, dtype=np.bool_)
 _IS_SPACE[list(b" \t\n\r\v\f")] = True
@@ -60,6 +61,11 @@ class Modified(IntFlag):
 
 class InputError(UserError, ValueError):
     """A fault in a FASTA file."""
+
+
+class DamagedIndexError(InputError):
+    """The index of the inputs is not what was written; the inputs can be read again."""
+
 
 
 @dataclass(frozen=True)
@@ -300,7 +306,8 @@ def parse_block(block: bytes, options: ReadOptions) -> ParsedBlock:
             line_ends,
             np.concatenate([nameless, empty, owners(suspects)]),
             np.concatenate([starts[nameless], starts[empty], suspects]),
-            [("no ID after '>'", "")] * len(nameless) + [("the record has no residues", "")] * len(empty),
+            [("no ID after '>'", "")] * len(nameless)
+            + [("the record has no residues", _HINT_EMPTY)] * len(empty),
         ),
         num_replaced=num_replaced,
     )

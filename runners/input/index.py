@@ -21,8 +21,8 @@ import numpy as np
 import numpy.typing as npt
 
 from esm_packed.files import open_regular, read_regular, whole_or_nothing
-from esm_packed.runners.input.blocks import METADATA, SealedFile, StoredRows
-from esm_packed.runners.input.fasta import InputError, Modified, ReadOptions, shorten
+from esm_packed.runners.input.blocks import METADATA, READ_AGAIN, SealedFile, StoredRows
+from esm_packed.runners.input.fasta import DamagedIndexError, Modified, ReadOptions, shorten
 
 STDIN = "-"
 
@@ -221,12 +221,12 @@ def reopen_index(work_dir: Path) -> FastaIndex:
     """The index in `work_dir`, whatever it was made from and whatever has become of that.
 
     Raises:
-        InputError: none can be read.
+        DamagedIndexError: none can be read.
     """
     try:
         return FastaIndex(work_dir, _read_metadata(work_dir))
     except _NO_INDEX:
-        raise InputError(f"{work_dir}: there is no whole index of the inputs") from None
+        raise DamagedIndexError(f"{work_dir}: damaged or missing; {READ_AGAIN}") from None
 
 
 def file_state(status: os.stat_result) -> list[int]:

@@ -181,10 +181,12 @@ class RunDirectory:
         shutil.rmtree(self.index_path)
         self.new_index_path.rename(self.index_path)
 
-    def forget_shards(self) -> None:
-        """Remove all shards: they belong to no plan, or to one that is given up."""
-        for entry in (self.path / "shards").iterdir():
+    def forget_shards(self) -> int:
+        """Remove all shards, which belong to no plan, or to one that is given up; how many there were."""
+        entries = list((self.path / "shards").iterdir())
+        for entry in entries:
             entry.unlink(missing_ok=True)
+        return len(entries)
 
     def remove(self) -> None:
         """Delete the directory with all it holds, if it is there. Call it with the claim held."""

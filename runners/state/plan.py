@@ -133,7 +133,13 @@ class Plan:
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """What differs between the identities of two runs, with both values; empty if nothing does."""
     return "; ".join(
-        f"{name} was {before.get(name)!r}, now {now.get(name)!r}"
+        f"{name} was {_shown(name, before.get(name))}, now {_shown(name, now.get(name))}"
         for name in sorted(before.keys() | now.keys())
         if before.get(name) != now.get(name)
     )
+
+
+def _shown(name: str, value: Any) -> str:
+    if name != "inputs" or not isinstance(value, list):
+        return repr(value)
+    return ", ".join(f"{each['size']:,} bytes with sha256 {each['sha256'][:12]}..." for each in value)

@@ -117,7 +117,7 @@ def test_what_vouches_for_an_index_gets_its_name_last(
     *data, metadata, name, folder = steps
     names = ("first_same.bin", "names.bin", "records.bin", "tokens.bin")
     assert sorted(data) == [("flush", name) for name in names]
-    assert (metadata[0], metadata[1].startswith(".index.json.")) == ("flush", True)
+    assert (metadata[0], metadata[1].startswith("index.json.")) == ("flush", True)
     assert (name, folder) == (("name", "index.json"), ("flush", "index"))
 
 

@@ -565,7 +565,7 @@ def test_what_is_not_finite_is_null_and_shown(tmp_path: Path) -> None:
     assert data["paths"][0]["means"]["relative_l2"] == [None] * 4
     assert data["paths"][0]["first_nonfinite_layer"] == [1] * 4
     assert data["verdicts"][0]["worst_relative_l2"] is None and data["passed"] is False
-    page, _ = write_report(validation, CONDITIONS, tmp_path)
+    page, *_ = write_report(validation, CONDITIONS, tmp_path)
     assert "overflows" in page.read_text() and "computes it again in FP32" in page.read_text()
 
 

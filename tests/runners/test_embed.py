@@ -161,7 +161,7 @@ def test_standard_input_is_not_needed_again(tmp_path, fasta, sequences, monkeypa
         with pytest.raises(KeyboardInterrupt):
             run(fasta, inputs=("-",), output=output)
     pipe(text + b">more\nMKV\n")
-    with pytest.raises(UsageError, match=r"inputs was .* now "):
+    with pytest.raises(UsageError, match=r"inputs was .* bytes with sha256 .* now "):
         run(fasta, inputs=("-",), output=output)
     rest = pipe(text)
     _, reader = run(fasta, inputs=(), output=output)
@@ -368,6 +368,41 @@ def test_an_unfinished_run_of_other_options_is_kept(fasta, model, monkeypatch):
         run(fasta, max_length=10)
     run(fasta, max_length=10, overwrite=True)
     assert names_in(fasta.parent) == ["in.fasta", "out.h5"]
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "names.bin", "records.bin", "first_same.bin"])
+def test_a_damaged_index_is_made_again_by_the_same_command(fasta, model, monkeypatch, name):
+    monkeypatch.setitem(FLOPS_PER_SHARD, "cpu", 1.0)
+    _, undamaged = run(fasta, output=fasta.parent / "reference.h5")
+    with monkeypatch.context() as stopped:
+        stopped.setattr(session, "merge_run", lambda *call, **options: pytest.fail("stopped"))
+        with pytest.raises(pytest.fail.Exception):
+            run(fasta)
+    run_folder = fasta.parent / "out.h5.run"
+    (run_folder / "shards" / "00004.shard").unlink()
+    content = bytearray((run_folder / "index" / name).read_bytes())
+    content[len(content) // 4] ^= 1
+    (run_folder / "index" / name).write_bytes(content)
+    notes = []
+    monkeypatch.setattr(Console, "note", lambda console, text: notes.append(text))
+    _, reader = run(fasta)
+    assert any(f"{name}: damaged" in note for note in notes)
+    assert reader.sequence_ids() == undamaged.sequence_ids()
+    np.testing.assert_array_equal(reader.embeddings(), undamaged.embeddings())
+
+
+def test_shards_whose_plan_is_gone_are_not_dropped_in_silence(fasta, model, monkeypatch):
+    monkeypatch.setitem(FLOPS_PER_SHARD, "cpu", 1.0)
+    with monkeypatch.context() as stopped:
+        stopped.setattr(session, "merge_run", lambda *call, **options: pytest.fail("stopped"))
+        with pytest.raises(pytest.fail.Exception):
+            run(fasta)
+    (fasta.parent / "out.h5.run" / "plan.json").unlink()
+    shards = list((fasta.parent / "out.h5.run" / "shards").iterdir())
+    notes = []
+    monkeypatch.setattr(Console, "note", lambda console, text: notes.append(text))
+    run(fasta)
+    assert any(f"{len(shards)} shards of a run that is given up are removed" in note for note in notes)
 
 
 @pytest.mark.parametrize("damage", ["cut short", "altered", "another shard", "gone"])

@@ -48,6 +48,7 @@ def test_an_error_lists_the_faults_of_all_inputs(tmp_path: Path, chunk_size: int
         "  --force goes on",
         "  --gaps drop removes gaps",
         "  --duplicates first keeps the first record of an ID, --duplicates rename adds __2, __3 ...",
+        "  --invalid skip leaves out records without residues",
     ]
 
 
