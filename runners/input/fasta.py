@@ -67,7 +67,6 @@ class DamagedIndexError(InputError):
     """The index of the inputs is not what was written; the inputs can be read again."""
 
 
-
 @dataclass(frozen=True)
 class ReadOptions:
     """How to go on where the default is to stop with an error.

@@ -31,8 +31,41 @@ from esm_packed.runners.system.hdf5 import FailureKeepingFile
 from esm_packed.runners.system.signals import signals_deferred
 
 
+class _Appended:
+    """A data set that is written from its first row to its last, in whole chunks, which pass HDF5 by."""
+
+    def __init__(self, dataset: Any) -> None:
+        self._dataset = dataset
+        self._chunk = np.zeros(dataset.chunks, dataset.dtype)
+        self.num_rows = 0
+
+    def append(self, rows: npt.NDArray[np.floating[Any]]) -> None:
+        rows = np.ascontiguousarray(rows, self._chunk.dtype)
+        size, total = len(self._chunk), len(self._dataset)
+        done = 0
+        while done < len(rows):
+            begin = self.num_rows % size
+            part = rows[done : done + size - begin]
+            if len(part) < size:
+                self._chunk[begin : begin + len(part)] = part
+            done += len(part)
+            self.num_rows += len(part)
+            if self.num_rows % size == 0:
+                whole = part if len(part) == size else self._chunk
+                self._dataset.id.write_direct_chunk((self.num_rows - size, 0), whole)
+            elif self.num_rows == total:  # beyond the data set the last chunk is of no consequence
+                self._dataset.id.write_direct_chunk((total - total % size, 0), self._chunk)
+
+    def read(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.floating[Any]]:
+        """Of ascending distinct `rows`; the last ones may not be in the data set yet."""
+        num_written = self.num_rows - self.num_rows % len(self._chunk)
+        within = int(np.searchsorted(rows, num_written))
+        written = self._dataset[rows[:within]]
+        return np.concatenate([written, self._chunk[rows[within:] - num_written]])
+
+
 class EmbeddingWriter:
-    """Writes an output file of a known number of rows, in any order of row ranges.
+    """Writes an output file of a known number of rows: columns in any order, embeddings from first to last.
 
     Args:
         path: the file to create; it must not exist.
@@ -76,7 +109,9 @@ class EmbeddingWriter:
             f"{flag.value} {flag.label}" for flag in Modified
         )
         self._embeddings = {
-            layer: self._create(dataset_of(layer, layers), num_sequences, (hidden_size,), store_dtype)
+            layer: _Appended(
+                self._create(dataset_of(layer, layers), num_sequences, (hidden_size,), store_dtype)
+            )
             for layer in layers
         }
         self._append("problems", PROBLEM, ())
@@ -120,25 +155,17 @@ class EmbeddingWriter:
             self._columns["modified"][rows] = modified
 
     def write_embeddings(self, layer: int, start: int, rows: npt.NDArray[np.floating[Any]]) -> None:
-        """Fill (n, hidden_size) `rows` of a layer from `start` on."""
-        dataset = self._embeddings[layer]
-        rows = np.ascontiguousarray(rows, dataset.dtype)
-        chunk_rows, stop = dataset.chunks[0], start + len(rows)
-        first = min(-(-start // chunk_rows) * chunk_rows, stop)
-        last = max(first, stop // chunk_rows * chunk_rows)
+        """Fill (n, hidden_size) `rows` of a layer from `start` on, where the last ones ended."""
+        layer_output = self._embeddings[layer]
+        if start != layer_output.num_rows:
+            raise ValueError(f"rows from {start} on, not {layer_output.num_rows}")
         with self._hdf5():
-            if start < first:
-                dataset[start:first] = rows[: first - start]
-            for row in range(first, last, chunk_rows):  # whole chunks need not be copied to HDF5's cache
-                dataset.id.write_direct_chunk((row, 0), rows[row - start : row - start + chunk_rows])
-            if last < stop:
-                dataset[last:stop] = rows[last - start :]
+            layer_output.append(rows)
 
     def embeddings(self, layer: int, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.floating[Any]]:
         """Embeddings written before, of ascending distinct `rows`."""
         with self._hdf5():
-            values: npt.NDArray[np.floating[Any]] = self._embeddings[layer][rows]
-        return values
+            return self._embeddings[layer].read(rows)
 
     def status(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
         """Status written before, of ascending distinct `rows`."""

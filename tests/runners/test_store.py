@@ -23,7 +23,7 @@ def names_in(folder: Path) -> list[str]:
 
 
 def write_output(path: Path, num_sequences: int = 5, batch: int = 2, **changes) -> dict[int, np.ndarray]:
-    """An output with layers 1 and 6, written in batches from the last to the first."""
+    """An output with layers 1 and 6, written in batches."""
     shape = {"hidden_size": 8, "layers": [1, 6], "store_dtype": "float32"} | changes
     rng = np.random.default_rng(0)
     rows = {
@@ -32,7 +32,7 @@ def write_output(path: Path, num_sequences: int = 5, batch: int = 2, **changes) 
     }
     lengths = np.arange(10, 10 + num_sequences, dtype=np.int32)
     with EmbeddingWriter(path, num_sequences=num_sequences, **shape) as writer:
-        for start in reversed(range(0, num_sequences, batch)):
+        for start in range(0, num_sequences, batch):
             part = slice(start, min(start + batch, num_sequences))
             writer.write_rows(
                 start,
@@ -79,6 +79,26 @@ def test_what_is_written_is_read_back(tmp_path, store_dtype):
         ]
         assert reader.plan == {"identity": IDENTITY, "input_names": ["in.fasta"]}
         assert reader.attributes["plan_hash"] == plan_hash(IDENTITY)
+
+
+@pytest.mark.parametrize("batch", [1, 7, 64, 65, 200, 1000])
+def test_embeddings_are_appended_whatever_the_chunks(tmp_path: Path, batch: int) -> None:
+    """A chunk holds 64 rows of 1,024 columns; what is not in the file yet is read back, too."""
+    values = np.random.default_rng(1).standard_normal((500, 1024)).astype(np.float32)
+    path = tmp_path / "out.h5"
+    with EmbeddingWriter(
+        path, num_sequences=500, hidden_size=1024, layers=[3], store_dtype="float32"
+    ) as writer:
+        for start in range(0, 500, batch):
+            writer.write_embeddings(3, start, values[start : start + batch])
+            written = min(start + batch, 500)
+            rows = np.unique(np.array([0, written // 2, written - 1]))
+            np.testing.assert_array_equal(writer.embeddings(3, rows), values[rows])
+        with pytest.raises(ValueError, match="rows from 7 on, not 500"):
+            writer.write_embeddings(3, 7, values[:1])
+    with h5py.File(path) as file:
+        assert file["embeddings"].chunks == (64, 1024)
+        np.testing.assert_array_equal(file["embeddings"][:], values)
 
 
 def test_layout_is_the_documented_one(tmp_path):
