@@ -72,15 +72,7 @@ def operation(
         with torch.cuda.device(tensor.device):  # Triton launches on the current device
             return launcher()(*args, **kwargs)
 
-    mutates = tuple(mutates)
-    schema = torch.library.infer_schema(eager, mutates_args=mutates)
-    registered: Any = torch.library.custom_op(f"esm_packed::{name}", run, mutates_args=mutates, schema=schema)
-    signature = inspect.signature(eager)
-
-    def fake(*args: P.args, **kwargs: P.kwargs) -> R | None:
-        return like(SimpleNamespace(**signature.bind(*args, **kwargs).arguments)) if like else None
-
-    registered.register_fake(fake)
+    registered = _registered(eager, run, like, tuple(mutates))
 
     @wraps(eager)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -91,3 +83,20 @@ def operation(
 
     _operations[name] = call
     return call
+
+
+def _registered(
+    eager: Callable[P, R], run: Callable[P, R], like: Callable[[Any], R] | None, mutates: tuple[str, ...]
+) -> Any:
+    """`run` as an operation of torch with the signature of `eager`."""
+    schema = torch.library.infer_schema(eager, mutates_args=mutates)
+    registered: Any = torch.library.custom_op(
+        f"esm_packed::{eager.__name__}", run, mutates_args=mutates, schema=schema
+    )
+    signature = inspect.signature(eager)
+
+    def fake(*args: P.args, **kwargs: P.kwargs) -> R | None:
+        return like(SimpleNamespace(**signature.bind(*args, **kwargs).arguments)) if like else None
+
+    registered.register_fake(fake)
+    return registered

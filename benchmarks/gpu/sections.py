@@ -9,7 +9,7 @@ import argparse
 import json
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -120,19 +120,7 @@ def model_speed(device: torch.device, save: Save, seconds: float) -> None:
         workload = Workload(model.config, lengths, device)
         batch = PackedBatch(workload.input_ids, workload.cu_seqlens, workload.max_seqlen)
         flops = forward_flops(model.config, lengths)
-        variants: dict[str, Callable[[], object]] = {}
-        for mode in modes:
-            for attention in ("auto", "triton", "sdpa"):
-                try:
-                    backend, attend = select_backend(attention, device, MODES[mode], model.config.head_dim)
-                except BackendError as error:
-                    found["variants"][f"{mode} {attention}"] = {"error": str(error)}
-                    continue
-                if attention == "auto":
-                    found.setdefault("auto_backends", {})[mode] = backend
-                computing = model.with_attention((backend, attend))
-                computing.precision_mode = MODES[mode]
-                variants.setdefault(f"{mode} {backend}", partial(_forward, computing, batch))
+        variants = _variants(model, modes, batch, found)
         times: dict[str, list[float]] = {variant: [] for variant in variants}
         for round_number in range(5):
             for variant, forward in variants.items():
@@ -161,10 +149,30 @@ def model_speed(device: torch.device, save: Save, seconds: float) -> None:
         if dtype == "fp16":
             found["kernels_of_one_forward"] = _profile(partial(_forward, model, batch))
             save(found)
-        del model, variants, computing
+        del model, variants
         if device.type == "cuda":
             torch.cuda.empty_cache()
     _small_model(device, found, save)
+
+
+def _variants(
+    model: ESM2, modes: Sequence[str], batch: PackedBatch, found: dict[str, Any]
+) -> dict[str, Callable[[], object]]:
+    """A forward pass for each mode and attention backend that serves it; the others go to `found`."""
+    variants: dict[str, Callable[[], object]] = {}
+    for mode in modes:
+        for attention in ("auto", "triton", "sdpa"):
+            try:
+                backend = select_backend(attention, model.device, MODES[mode], model.config.head_dim)
+            except BackendError as error:
+                found["variants"][f"{mode} {attention}"] = {"error": str(error)}
+                continue
+            if attention == "auto":
+                found.setdefault("auto_backends", {})[mode] = backend[0]
+            computing = model.with_attention(backend)
+            computing.precision_mode = MODES[mode]
+            variants.setdefault(f"{mode} {backend[0]}", partial(_forward, computing, batch))
+    return variants
 
 
 def _forward(model: ESM2, batch: PackedBatch) -> object:
