@@ -20,7 +20,7 @@ from esm_packed.runners.state.cut import ShardSize, cut_shards
 from esm_packed.runners.state.directory import RunDirectory
 from esm_packed.runners.state.plan import Plan, PlanError
 from esm_packed.runners.state.request import EmbedRequest
-from esm_packed.runners.state.run import IDENTIFYING_RULES, Run
+from esm_packed.runners.state.run import Run, input_identity
 from esm_packed.runners.watch.console import Console
 
 
@@ -69,7 +69,7 @@ def run_identity(
     """What makes two runs the same one; device, attention backend and versions may differ."""
     return {
         "format_version": FORMAT_VERSION,
-        "inputs": [{"size": file.size, "sha256": file.sha256} for file in index.inputs],
+        **input_identity(index),
         "model_sha256": checkpoint.sha256,
         "dtype": request.precision(device).name,
         "layout": request.layout,
@@ -77,7 +77,6 @@ def run_identity(
         "kinds": ["mean"],
         "max_length": request.max_length,
         "token_budget": token_budget,
-        **{name: getattr(request.read, name) for name in IDENTIFYING_RULES},
         "store_dtype": request.store_dtype,
     }
 

@@ -75,7 +75,7 @@ def embed_files(request: EmbedRequest, console: Console) -> Summary:
         can_read = bool(request.inputs) and STDIN not in request.inputs
         if not can_read or directory.live_slices():  # others use the index
             raise
-        console.note(f"{error}; this one does")
+        console.note(f"{error.what}; reading the inputs again")
         summary = _embed(request, directory, device, console)
     summary.seconds = time.monotonic() - begin
     return summary

@@ -16,7 +16,6 @@ from esm_packed.runners.input.fasta import DamagedIndexError
 
 METADATA = "index.json"
 """The file that vouches for all others of an index."""
-READ_AGAIN = "repeat the command that began the run, which reads the inputs again"
 BLOCK_BYTES = 1 << 18
 _CHECKSUM = np.dtype("<u4")
 _ROWS_AT_ONCE = 1 << 16
@@ -122,7 +121,7 @@ class SealedFile:
         ]
         if len(content) < stop - start or checksums != self._table[first:last]:
             self.path.with_name(METADATA).unlink(missing_ok=True)
-            raise DamagedIndexError(f"{self.path}: damaged or cut short; {READ_AGAIN}")
+            raise DamagedIndexError(f"{self.path}: damaged or cut short")
         return content[begin - start : end - start]
 
     def _read(self, begin: int, end: int) -> bytes:

@@ -64,7 +64,18 @@ class InputError(UserError, ValueError):
 
 
 class DamagedIndexError(InputError):
-    """The index of the inputs is not what was written; the inputs can be read again."""
+    """The index of the inputs is not what was written; the inputs can be read again.
+
+    Args:
+        what: the file or folder, and what is wrong with it.
+    """
+
+    def __init__(self, what: str) -> None:
+        super().__init__(what)
+        self.what = what
+
+    def __str__(self) -> str:
+        return f"{self.what}; repeat the command that began the run, which reads the inputs again"
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from esm_packed.files import open_regular, read_regular, whole_or_nothing
-from esm_packed.runners.input.blocks import METADATA, READ_AGAIN, SealedFile, StoredRows
+from esm_packed.runners.input.blocks import METADATA, SealedFile, StoredRows
 from esm_packed.runners.input.fasta import DamagedIndexError, Modified, ReadOptions, shorten
 
 STDIN = "-"
@@ -226,7 +226,7 @@ def reopen_index(work_dir: Path) -> FastaIndex:
     try:
         return FastaIndex(work_dir, _read_metadata(work_dir))
     except _NO_INDEX:
-        raise DamagedIndexError(f"{work_dir}: damaged or missing; {READ_AGAIN}") from None
+        raise DamagedIndexError(f"{work_dir}: damaged or missing") from None
 
 
 def file_state(status: os.stat_result) -> list[int]:

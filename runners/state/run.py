@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +32,14 @@ IDENTIFYING_RULES = ("invalid", "duplicates", "gaps", "full_header")
 _BLOCK_RECORDS = 1 << 16
 
 
+def input_identity(index: FastaIndex) -> dict[str, Any]:
+    """What of the inputs, and of the rules for them, tells two runs apart."""
+    return {
+        "inputs": [{"size": file.size, "sha256": file.sha256} for file in index.inputs],
+        **{name: getattr(index.options, name) for name in IDENTIFYING_RULES},
+    }
+
+
 @dataclass(frozen=True)
 class Run:
     """A run under way: where it is worked on, what is to be done, and the records of its inputs."""
@@ -49,12 +58,8 @@ class Run:
             OSError: there is none.
         """
         run = cls(directory, Plan.read(directory.plan_path), reopen_index(directory.index_path))
-        found = {
-            "inputs": [{"size": file.size, "sha256": file.sha256} for file in run.index.inputs],
-            **{name: getattr(run.index.options, name) for name in IDENTIFYING_RULES},
-        }
         if run.index.num_records != run.plan.starts[-1] or any(
-            run.plan.identity[name] != value for name, value in found.items()
+            run.plan.identity[name] != value for name, value in input_identity(run.index).items()
         ):
             raise PlanError(
                 f"{directory.index_path}: not the index of this plan; repeat the command that began the run"
@@ -106,7 +111,7 @@ class Run:
         except FileNotFoundError:
             return None
         except StoreError:
-            path.unlink(missing_ok=True)
+            self.discard(shard)
             return None
 
     def is_whole(self, shard: int) -> bool:

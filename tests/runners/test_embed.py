@@ -370,21 +370,32 @@ def test_an_unfinished_run_of_other_options_is_kept(fasta, model, monkeypatch):
     assert names_in(fasta.parent) == ["in.fasta", "out.h5"]
 
 
-@pytest.mark.parametrize("name", ["tokens.bin", "names.bin", "records.bin", "first_same.bin"])
-def test_a_damaged_index_is_made_again_by_the_same_command(fasta, model, monkeypatch, name):
-    monkeypatch.setitem(FLOPS_PER_SHARD, "cpu", 1.0)
-    _, undamaged = run(fasta, output=fasta.parent / "reference.h5")
+def stop_before_merging(fasta: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave a run of which all shards are finished."""
     with monkeypatch.context() as stopped:
         stopped.setattr(session, "merge_run", lambda *call, **options: pytest.fail("stopped"))
         with pytest.raises(pytest.fail.Exception):
             run(fasta)
+
+
+def notes_of(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Collects what is said from now on."""
+    notes: list[str] = []
+    monkeypatch.setattr(Console, "note", lambda console, text: notes.append(text))
+    return notes
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "names.bin", "records.bin", "first_same.bin"])
+def test_a_damaged_index_is_made_again_by_the_same_command(fasta, model, monkeypatch, name):
+    monkeypatch.setitem(FLOPS_PER_SHARD, "cpu", 1.0)
+    _, undamaged = run(fasta, output=fasta.parent / "reference.h5")
+    stop_before_merging(fasta, monkeypatch)
     run_folder = fasta.parent / "out.h5.run"
     (run_folder / "shards" / "00004.shard").unlink()
     content = bytearray((run_folder / "index" / name).read_bytes())
     content[len(content) // 4] ^= 1
     (run_folder / "index" / name).write_bytes(content)
-    notes = []
-    monkeypatch.setattr(Console, "note", lambda console, text: notes.append(text))
+    notes = notes_of(monkeypatch)
     _, reader = run(fasta)
     assert any(f"{name}: damaged" in note for note in notes)
     assert reader.sequence_ids() == undamaged.sequence_ids()
@@ -393,14 +404,10 @@ def test_a_damaged_index_is_made_again_by_the_same_command(fasta, model, monkeyp
 
 def test_shards_whose_plan_is_gone_are_not_dropped_in_silence(fasta, model, monkeypatch):
     monkeypatch.setitem(FLOPS_PER_SHARD, "cpu", 1.0)
-    with monkeypatch.context() as stopped:
-        stopped.setattr(session, "merge_run", lambda *call, **options: pytest.fail("stopped"))
-        with pytest.raises(pytest.fail.Exception):
-            run(fasta)
+    stop_before_merging(fasta, monkeypatch)
     (fasta.parent / "out.h5.run" / "plan.json").unlink()
     shards = list((fasta.parent / "out.h5.run" / "shards").iterdir())
-    notes = []
-    monkeypatch.setattr(Console, "note", lambda console, text: notes.append(text))
+    notes = notes_of(monkeypatch)
     run(fasta)
     assert any(f"{len(shards)} shards of a run that is given up are removed" in note for note in notes)
 
@@ -409,10 +416,7 @@ def test_shards_whose_plan_is_gone_are_not_dropped_in_silence(fasta, model, monk
 def test_a_damaged_shard_is_computed_again(fasta, model, monkeypatch, damage):
     monkeypatch.setitem(FLOPS_PER_SHARD, "cpu", 1.0)
     _, undamaged = run(fasta, output=fasta.parent / "reference.h5")
-    with monkeypatch.context() as stopped:
-        stopped.setattr(session, "merge_run", lambda *call, **options: pytest.fail("stopped"))
-        with pytest.raises(pytest.fail.Exception):
-            run(fasta)
+    stop_before_merging(fasta, monkeypatch)
     shard = fasta.parent / "out.h5.run" / "shards" / "00004.shard"
     content = bytearray(shard.read_bytes())
     if damage == "cut short":
