@@ -27,10 +27,6 @@ COLUMN_KINDS = {
 }
 
 
-def dataset_of(layer: int, layers: Sequence[int]) -> str:
-    return "embeddings" if layer == layers[-1] else f"mean/{layer}"
-
-
 _CHUNK_BYTES = 1 << 18
 RECORDS_IN_CHUNK = 1024
 _REFERENCE_BYTES = 16

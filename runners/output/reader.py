@@ -25,8 +25,8 @@ from esm_packed.runners.output.layout import (
     PROBLEM,
     StoredComparison,
     StoredProblem,
-    dataset_of,
 )
+from esm_packed.runners.output.names import dataset_of
 from esm_packed.runners.state.plan import plan_hash
 from esm_packed.runners.state.shard import Comparison, StoreError
 
@@ -88,7 +88,7 @@ class EmbeddingReader:
         self._expect("sequence_ids", "text", (self._num_sequences,))
         self._hidden_size = self._dataset("embeddings").shape[1]
         for layer in layers:
-            self._expect(dataset_of(layer, layers), "f2 f4", (self._num_sequences, self._hidden_size))
+            self._expect(dataset_of("mean", layer, layers), "f2 f4", (self._num_sequences, self._hidden_size))
         for name, record in (("problems", PROBLEM), ("fp32_compare", COMPARISON)):
             if name in self._file or record is PROBLEM:
                 self._expect_records(name, record)
@@ -211,7 +211,7 @@ class EmbeddingReader:
         self, layer: int | None = None, start: int = 0, stop: int | None = None
     ) -> npt.NDArray[np.floating[Any]]:
         """(stop - start, hidden_size) embeddings of one layer (the last one kept unless named)."""
-        dataset = self._file[dataset_of(self.layers[-1] if layer is None else layer, self.layers)]
+        dataset = self._file[dataset_of("mean", layer, self.layers)]
         with self._reading():
             rows: npt.NDArray[np.floating[Any]] = dataset[start:stop]
         return rows

@@ -24,8 +24,8 @@ from esm_packed.runners.output.layout import (
     StoredComparison,
     StoredProblem,
     chunk_rows,
-    dataset_of,
 )
+from esm_packed.runners.output.names import dataset_of
 from esm_packed.runners.state.plan import plan_hash
 from esm_packed.runners.system.hdf5 import FailureKeepingFile
 from esm_packed.runners.system.signals import signals_deferred
@@ -110,7 +110,7 @@ class EmbeddingWriter:
         )
         self._embeddings = {
             layer: _Appended(
-                self._create(dataset_of(layer, layers), num_sequences, (hidden_size,), store_dtype)
+                self._create(dataset_of("mean", layer, layers), num_sequences, (hidden_size,), store_dtype)
             )
             for layer in layers
         }

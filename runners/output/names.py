@@ -1,0 +1,36 @@
+"""What an output may hold, and the names of the data sets it is in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+POOLED = ("mean", "max", "bos")
+"""Kinds with one row for each sequence and layer."""
+RAGGED = ("per_residue", "logits", "logits_all")
+"""Kinds with one row for each residue; `starts` says where those of a sequence begin."""
+KINDS = (*POOLED, *RAGGED, "unmasked_nll")
+PER_LAYER = (*POOLED, "per_residue")
+"""Kinds that there are of each layer."""
+AMINO_ACIDS = "LAGVSERTDIPKQNFYMHWC"
+"""The columns of `logits`; those of `logits_all` are all tokens of the alphabet."""
+
+
+def dataset_of(kind: str, layer: int | None, layers: Sequence[int]) -> str:
+    """Name of the data set that holds a kind, of a layer where the kind has layers.
+
+    Args:
+        kind: one of `KINDS`.
+        layer: one of `layers`; None stands for the last one.
+        layers: the layers kept; the mean of the last one is `embeddings`.
+    """
+    if kind not in PER_LAYER:
+        return kind
+    layer = layers[-1] if layer is None else layer
+    return "embeddings" if kind == "mean" and layer == layers[-1] else f"{kind}/{layer}"
+
+
+def datasets_of(kinds: Sequence[str], layers: Sequence[int]) -> Iterator[tuple[str, str]]:
+    """Each kind with the name of each of its data sets."""
+    for kind in kinds:
+        for layer in layers if kind in PER_LAYER else (None,):
+            yield kind, dataset_of(kind, layer, layers)
