@@ -19,6 +19,7 @@ from nursery import names_in, wait_until
 from esm_packed import config
 from esm_packed.attention import BACKENDS
 from esm_packed.config import ESM2_MODELS
+from esm_packed.errors import UsageError
 from esm_packed.model import ESM2
 from esm_packed.numerics import PRECISIONS
 from esm_packed.runners import session
@@ -303,8 +304,8 @@ def test_internal_errors_hide_the_traceback_unless_asked(fasta, capsys, monkeypa
 
 def test_too_little_space_is_found_before_computing(fasta, capsys, monkeypatch):
     monkeypatch.setattr(ESM2, "embed_packed", lambda *call: pytest.fail("computed"))
-    usage = session.shutil.disk_usage(fasta.parent)._replace(free=1000)
-    monkeypatch.setattr(session.shutil, "disk_usage", lambda folder: usage)
+    usage = shutil.disk_usage(fasta.parent)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
     assert cli.main(embed_arguments(fasta, fasta.parent)) == 5
     assert_one_line_error(capsys.readouterr().err, "out of space", "1.0 kB are free")
     assert names_in(fasta.parent) == ["in.fasta", "out.h5.run"]
@@ -718,7 +719,7 @@ def test_too_little_memory_is_said_in_a_line(fasta, capsys, monkeypatch, error):
 
 def test_a_mistake_that_mentions_memory_stays_one(fasta, capsys, monkeypatch):
     def fail(*_, **__):
-        raise session.UsageError("the model does not fit: out of memory")
+        raise UsageError("the model does not fit: out of memory")
 
     monkeypatch.setattr("esm_packed.runners.session.embed_files", fail)
     assert cli.main(embed_arguments(fasta, fasta.parent)) == terminal.EXIT_USAGE

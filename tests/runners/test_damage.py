@@ -11,7 +11,7 @@ import shutil
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -359,7 +359,9 @@ def test_long_names_of_the_output(nursery: Nursery, few_shards: Work, tmp_path: 
 HARMS = [delete, empty, truncate]
 
 
-def harm_each_path(nursery: Nursery, work: Work, folder: Path, harms: list[Callable[[Path], None]]) -> None:
+def harm_each_path(
+    nursery: Nursery, work: Work, folder: Path, harms: Sequence[Callable[[Path], None]]
+) -> None:
     """Each folder and each file of a run at work in turn; then the same command puts all right."""
     faults = []
     count = 0

@@ -488,8 +488,9 @@ def test_the_dna_check_ends_at_record_100_however_the_file_is_cut(tmp_path: Path
 
 def test_unknown_options_are_refused() -> None:
     for name in ("invalid", "duplicates", "gaps"):
+        options: dict[str, Any] = {name: "maybe"}
         with pytest.raises(ValueError, match=f"{name} must be one of .*; got 'maybe'"):
-            ReadOptions(**{name: "maybe"})
+            ReadOptions(**options)
 
 
 def test_gzip_is_told_by_content(tmp_path: Path) -> None:

@@ -11,13 +11,14 @@ from pathlib import Path
 
 import pytest
 
+import esm_packed
 from esm_packed.errors import UsageError
 from esm_packed.runners.cli import main as cli
 from esm_packed.runners.state.directory import RunDirectory
 from esm_packed.runners.system.paths import check_apart
 
 PROTEINS = ">a\nMKTAYIAKQR\n>b\nGSHMSLFDFFK\n"
-DEMO = Path(__import__("esm_packed").__file__).parent / "demo"
+DEMO = Path(esm_packed.__path__[0]) / "demo"
 
 
 @pytest.fixture

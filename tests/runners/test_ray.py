@@ -21,14 +21,15 @@ import pytest
 from nursery import Result, names_in, shards_of, wait_until, write_fasta
 
 from esm_packed.errors import EngineError, UsageError
-from esm_packed.runners import session
 from esm_packed.runners.cli import main as cli
 from esm_packed.runners.compute import ray_cluster, ray_schedule
 from esm_packed.runners.compute.ray_engine import RayEngine
 from esm_packed.runners.compute.ray_worker import RayWorker
 from esm_packed.runners.output.reader import EmbeddingReader
-from esm_packed.runners.session import EmbedRequest, embed_files
+from esm_packed.runners.session import embed_files
 from esm_packed.runners.state.cut import FLOPS_PER_SHARD
+from esm_packed.runners.state.request import EmbedRequest
+from esm_packed.runners.summary import Summary
 from esm_packed.runners.watch.console import Console
 
 os.environ.setdefault("RAY_AUTH_TOKEN", "of these tests")  # or Ray leaves one in the home folder
@@ -52,7 +53,7 @@ def request_for(fasta: Path, output: Path, **changes: Any) -> EmbedRequest:
     return replace(request, **changes)
 
 
-def run(fasta: Path, output: Path, **changes: Any) -> session.Summary:
+def run(fasta: Path, output: Path, **changes: Any) -> Summary:
     return embed_files(request_for(fasta, output, **changes), Console(quiet=True))
 
 
@@ -230,10 +231,10 @@ class PoisonedWorker(RayWorker):
         model = self._worker.model
         original = model.embed_packed
 
-        def embed_packed(batch: Any, layers: Any) -> Any:
+        def embed_packed(batch: Any, *rest: Any, **options: Any) -> Any:
             if (batch.cu_seqlens.diff() == POISON_LENGTH + 2).any():
                 self.end()
-            return original(batch, layers)
+            return original(batch, *rest, **options)
 
         model.embed_packed = embed_packed  # type: ignore[method-assign]
 

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -101,7 +102,7 @@ def test_a_draft_that_is_swept_away_leaves_no_claim(
 def test_a_requeued_job_takes_its_own_claim_over(
     directory: RunDirectory,
     monkeypatch: pytest.MonkeyPatch,
-    holder: dict[str, object],
+    holder: dict[str, Any],
     environment: dict[str, str],
     is_free: bool,
 ) -> None:

@@ -16,11 +16,12 @@ import pytest
 import torch
 
 from esm_packed import kernels
-from esm_packed.config import ESM2Config
+from esm_packed.config import ESM2_MODELS, ESM2Config
 from esm_packed.errors import UsageError
 from esm_packed.kernels import launch
 from esm_packed.kernels.cases import Arguments
 from esm_packed.kernels.launch import Settings
+from esm_packed.kernels.timing import num_buffers
 from esm_packed.numerics import PRECISIONS
 from esm_packed.runners import tune
 from esm_packed.runners.cli import main as cli
@@ -83,7 +84,8 @@ def test_every_kernel_of_a_precision_is_searched(precision: str, triton_device: 
     keys = [problem.key for problem in problems([CONFIG], [PRECISIONS[precision]], 40, triton_device)]
     half = precision in ("fp16", "bf16")
     expected = {
-        "embed_tokens", "layer_norm", "add_layer_norm_", "rotary_qk_", "bias_gelu_", "segment_mean",
+        "embed_tokens", "layer_norm", "add_layer_norm_", "rotary_qk_", "bias_gelu_",
+        "segment_mean", "segment_max",
         *({"fp32": ["packed_attention", "packed_attention_tf32x3"], "tf32": ["packed_attention_tf32"]}
           .get(precision, ["packed_attention", "gemm_bias_gelu", "linear_gelu"])),
     }  # fmt: skip
@@ -138,7 +140,8 @@ def test_gpus_before_sm_80_tune_what_they_run(
     monkeypatch.setattr(launch, "capability", lambda device: 75)
     names = {problem.case.name for problem in problems([CONFIG], [PRECISIONS[precision]], 40, triton_device)}
     assert names == {
-        "embed_tokens", "layer_norm", "add_layer_norm_", "rotary_qk_", "bias_gelu_", "segment_mean"
+        "embed_tokens", "layer_norm", "add_layer_norm_", "rotary_qk_", "bias_gelu_",
+        "segment_mean", "segment_max"
     }  # fmt: skip
 
 
@@ -434,13 +437,13 @@ def test_without_a_gpu_or_triton_one_line_says_so(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(tune.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     assert cli.main(["tune"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("esm-packed: error: ")
     assert "finds no CUDA device" in line
 
-    monkeypatch.setattr(tune.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert cli.main(["tune"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "Triton is not installed" in line
@@ -499,9 +502,7 @@ def test_the_command_from_its_options_to_the_table(
     output = tmp_path / "mine.json"
     options = ["--model", "esm2_t6_8M_UR50D", "--dtype", "fp16,fp32", "--tokens", "2048", "-o", str(output)]
     assert cli.main(["tune", "--device", "cuda:1", *options]) == 0
-    assert asked == [
-        ([tune.ESM2_MODELS["esm2_t6_8M_UR50D"]], ["fp16", "fp32"], 2048, torch.device("cuda", 1))
-    ]
+    assert asked == [([ESM2_MODELS["esm2_t6_8M_UR50D"]], ["fp16", "fp32"], 2048, torch.device("cuda", 1))]
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split() == [
         "bias_gelu_/256/float16", "40.0", "us", "30.0", "us", "25.0%",
@@ -518,7 +519,7 @@ def test_the_command_from_its_options_to_the_table(
     assert (content["gpu"], content["capability"], content["tokens"]) == (GPU, "9.0", 2048)
 
     assert cli.main(["tune", "--model", "all"]) == 0
-    assert asked[1][0] == list(tune.ESM2_MODELS.values())
+    assert asked[1][0] == list(ESM2_MODELS.values())
     assert capsys.readouterr().out.splitlines()[-1] == f"written to {launch.config_path(GPU)}"
     assert cli.main(["tune", "--device", "cpu"]) == 2
     assert "choose cuda" in capsys.readouterr().err
@@ -538,7 +539,7 @@ def test_on_a_gpu(cuda_device: torch.device) -> None:
                     replace(problem, candidates=problem.candidates[::6]),
                     live,
                     timer,
-                    partial(tune.num_buffers, device=cuda_device),
+                    partial(num_buffers, device=cuda_device),
                 )
                 assert outcome.heuristic_us is not None, problem.key
                 assert outcome.tuned_us is not None

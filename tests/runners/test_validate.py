@@ -6,6 +6,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,12 +19,12 @@ from esm_packed.config import ESM2Config
 from esm_packed.errors import UsageError
 from esm_packed.reports.page import ReportError
 from esm_packed.reports.validation.thresholds import Threshold
-from esm_packed.runners.cli import commands
 from esm_packed.runners.cli import main as cli
 from esm_packed.runners.input.build import build_index
 from esm_packed.runners.input.fasta import InputError, ReadOptions
 from esm_packed.runners.output.reader import EmbeddingReader
 from esm_packed.runners.state.shard import STATUS_COMPUTED, STATUS_RECOMPUTED
+from esm_packed.runners.system.terminal import EXIT_COMPLETE
 from esm_packed.runners.validate import ValidateRequest, choose, validate_file
 from esm_packed.runners.watch.console import Console
 from esm_packed.stress import stress_checkpoint
@@ -124,7 +125,7 @@ def test_a_report_is_replaced_only_when_asked(request_for: ValidateRequest) -> N
     ],
 )
 def test_mistakes_are_named_before_anything_is_written(
-    request_for: ValidateRequest, change: dict[str, object], error: type[Exception], message: str
+    request_for: ValidateRequest, change: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
         validate_file(replace(request_for, **change), QUIET)
@@ -188,9 +189,7 @@ def test_what_overflows_in_fp16_is_found_and_embedded_in_fp32(tmp_path: Path) ->
 
     output = tmp_path / "out.h5"
     options = ["--model", str(path), "--device", "cpu", "--dtype", "fp16", "--quiet"]
-    assert (
-        cli.main(["embed", str(tmp_path / "in.fasta"), "-o", str(output), *options]) == commands.EXIT_COMPLETE
-    )
+    assert cli.main(["embed", str(tmp_path / "in.fasta"), "-o", str(output), *options]) == EXIT_COMPLETE
     with EmbeddingReader(output) as reader:
         rows, status = reader.embeddings(), reader.column("status")
     assert status.tolist() == np.where(overflows, STATUS_RECOMPUTED, STATUS_COMPUTED).tolist()

@@ -38,7 +38,7 @@ def live(job: dict[str, Any]) -> int:
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     cut.FLOPS_PER_SHARD["cpu"] = job["flops_per_shard"]
     original = session.embed_files
-    changes = {
+    changes: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in job["changes"].items()
     }
     session.embed_files = lambda request, console: original(replace(request, **changes), console)

@@ -10,14 +10,18 @@ import re
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from esm_packed.config import ESM2Config
+from esm_packed.model import ESM2
 from esm_packed.numerics import PRECISIONS
 from esm_packed.packing import PackedBatch
-from esm_packed.runners import planning, session
-from esm_packed.runners.compute import worker
+from esm_packed.runners import planning
+from esm_packed.runners.input.build import build_index
+from esm_packed.runners.session import embed_files
 from esm_packed.runners.state import cut
+from esm_packed.runners.state.request import EmbedRequest
 from esm_packed.runners.watch.console import Console
 
 
@@ -37,18 +41,17 @@ class Model:
 
 
 def main(folder: Path, numbers: list[int]) -> None:
-    cut.MAX_SHARD_RECORDS = 4096  # so that even the shortest input is many shards
-    planning.build_index = functools.partial(planning.build_index, chunk_size=1 << 18)
+    patches = pytest.MonkeyPatch()
+    patches.setattr(cut, "MAX_SHARD_RECORDS", 4096)  # so that even the shortest input is many shards
+    patches.setattr(planning, "build_index", functools.partial(build_index, chunk_size=1 << 18))
     for number in numbers:
         model = Model()
-        worker.ESM2.from_checkpoint = lambda *call, model=model: model
+        patches.setattr(ESM2, "from_checkpoint", lambda *call, model=model: model)
         fasta = folder / "in.fasta"
         with fasta.open("w") as file:
             file.writelines(f">protein{record}\nMKTLLAGVSE\n" for record in range(number))
-        request = session.EmbedRequest(
-            (str(fasta),), folder / "out.h5", model="demo", device="cpu", overwrite=True
-        )
-        session.embed_files(request, Console(quiet=True))
+        request = EmbedRequest((str(fasta),), folder / "out.h5", model="demo", device="cpu", overwrite=True)
+        embed_files(request, Console(quiet=True))
         print(model.peak)
 
 
