@@ -15,6 +15,9 @@ TOKENS: tuple[str, ...] = (
     "X", "B", "U", "Z", "O", ".", "-", "<null_1>", "<mask>",
 )  # fmt: skip
 VOCAB_SIZE = len(TOKENS)
+AMINO_ACID_IDS = slice(TOKENS.index("L"), TOKENS.index("C") + 1)
+AMINO_ACIDS = TOKENS[AMINO_ACID_IDS]
+"""The 20 of the genetic code, in the order of their tokens."""
 
 BOS_ID = TOKENS.index("<cls>")
 PAD_ID = TOKENS.index("<pad>")

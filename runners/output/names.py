@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-POOLED = ("mean", "max", "bos")
+from esm_packed import outputs
+
+POOLED = tuple(name for name, kind in outputs.KINDS.items() if kind.has_layers and not kind.is_ragged)
 """Kinds with one row for each sequence and layer."""
-RAGGED = ("per_residue", "logits", "logits_all")
+RAGGED = tuple(name for name, kind in outputs.KINDS.items() if kind.is_ragged)
 """Kinds with one row for each residue; `starts` says where those of a sequence begin."""
-KINDS = (*POOLED, *RAGGED, "unmasked_nll")
-PER_LAYER = (*POOLED, "per_residue")
+KINDS = tuple(outputs.KINDS)
+PER_LAYER = tuple(name for name, kind in outputs.KINDS.items() if kind.has_layers)
 """Kinds that there are of each layer."""
-AMINO_ACIDS = "LAGVSERTDIPKQNFYMHWC"
+AMINO_ACIDS = "".join(outputs.AMINO_ACIDS)
 """The columns of `logits`; those of `logits_all` are all tokens of the alphabet."""
 
 
