@@ -94,14 +94,29 @@ def _packed_attention(w: Workload) -> Callable[..., Any]:
     return lambda *, input_precision, **arguments: sdpa_attention(**arguments)
 
 
+def _is_residue(w: Workload) -> torch.Tensor:
+    return (w.position_ids > 0) & (w.position_ids < (w.cu_seqlens.diff()[w.sequence] - 1))
+
+
 def _segment_mean(w: Workload) -> Callable[..., Any]:
     sequence = w.sequence
-    is_residue = (w.position_ids > 0) & (w.position_ids < (w.cu_seqlens.diff()[sequence] - 1))
-    weight = is_residue.float()[:, None]
+    weight = _is_residue(w).float()[:, None]
 
     def pool(hidden_states: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
         sums = torch.zeros(len(cu_seqlens) - 1, hidden_states.shape[1], device=hidden_states.device)
         return sums.index_add_(0, sequence, hidden_states.float() * weight) / (cu_seqlens.diff() - 2)[:, None]
+
+    return pool
+
+
+def _segment_max(w: Workload) -> Callable[..., Any]:
+    index = w.sequence[:, None].expand(-1, w.shape.hidden_size)
+    left_out = ~_is_residue(w)[:, None]
+
+    def pool(hidden_states: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+        residues = hidden_states.float().masked_fill(left_out, -torch.inf)
+        maxima = residues.new_full((len(cu_seqlens) - 1, residues.shape[1]), -torch.inf)
+        return maxima.scatter_reduce_(0, index, residues, "amax")
 
     return pool
 
@@ -113,6 +128,7 @@ _BASELINES: dict[str, Callable[[Workload], Callable[..., Any]]] = {
     "linear_gelu": lambda w: plain_linear_gelu,
     "packed_attention": _packed_attention,
     "segment_mean": _segment_mean,
+    "segment_max": _segment_max,
 }
 """By operation; the references of the others do not wait."""
 

@@ -7,6 +7,8 @@ On a GPU they are Triton kernels, elsewhere plain PyTorch, which `reference` hol
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from esm_packed.kernels import matmul, reference
@@ -23,8 +25,17 @@ __all__ = [
     "packed_attention",
     "rotary_qk_",
     "rotary_qk_packed_",
+    "segment_max",
     "segment_mean",
 ]
+
+
+def _pooled(a: Any) -> torch.Tensor:
+    return a.hidden_states.new_empty(
+        a.cu_seqlens.shape[0] - 1,
+        a.hidden_states.shape[1],
+        dtype=reference.statistics_dtype(a.hidden_states.dtype),
+    )
 
 
 embed_tokens = operation(
@@ -58,12 +69,5 @@ linear_gelu = operation(
     lambda a: a.hidden_states.new_empty(a.hidden_states.shape[0], a.weight.shape[0]),
 )
 bias_gelu_ = operation(reference.bias_gelu_, "gelu", mutates=["hidden_states"])
-segment_mean = operation(
-    reference.segment_mean,
-    "pooling",
-    lambda a: a.hidden_states.new_empty(
-        a.cu_seqlens.shape[0] - 1,
-        a.hidden_states.shape[1],
-        dtype=reference.statistics_dtype(a.hidden_states.dtype),
-    ),
-)
+segment_mean = operation(reference.segment_mean, "pooling", _pooled)
+segment_max = operation(reference.segment_max, "pooling", _pooled)

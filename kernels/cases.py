@@ -332,6 +332,16 @@ def _elements(w: Workload) -> int:
     return w.total_tokens * w.shape.hidden_size
 
 
+def _pooling_case(name: str) -> Case:
+    return Case(
+        name,
+        "pooling",
+        _pooling,
+        lambda w, dtype, residual: _elements(w) * dtype.itemsize + 4 * w.num_sequences * w.shape.hidden_size,
+        candidates=lambda pooling, shape, dtype: pooling.CANDIDATES,
+    )
+
+
 def _attention_case(input_precision: str, dtypes: tuple[torch.dtype, ...], max_error: float) -> Case:
     return Case(
         "packed_attention" + ("" if input_precision == "ieee" else f"_{input_precision}"),
@@ -396,15 +406,8 @@ CASES: dict[str, Case] = {
             size="ffn_size",
             candidates=lambda gelu, shape, dtype: gelu.CANDIDATES,
         ),
-        Case(
-            "segment_mean",
-            "pooling",
-            _pooling,
-            lambda w, dtype, residual: (
-                _elements(w) * dtype.itemsize + 4 * w.num_sequences * w.shape.hidden_size
-            ),
-            candidates=lambda pooling, shape, dtype: pooling.CANDIDATES,
-        ),
+        _pooling_case("segment_mean"),
+        _pooling_case("segment_max"),
         _attention_case("ieee", ALL_DTYPES, 0.0),
         _attention_case("tf32", (FLOAT32,), 5e-3),
         _attention_case("tf32x3", (FLOAT32,), 1e-5),

@@ -1,4 +1,4 @@
-"""Mean over the residues of every packed sequence."""
+"""Mean and maximum over the residues of every packed sequence."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from esm_packed.kernels.launch import Settings, check_contiguous, grid, launch_s
 
 
 @triton.jit
-def _segment_mean_kernel(
+def _segment_pool_kernel(
     hidden_states_ptr,  # (total_tokens, HIDDEN_SIZE)
     cu_seqlens_ptr,  # (num_sequences + 1,)
-    means_ptr,  # (num_sequences, HIDDEN_SIZE)
+    pooled_ptr,  # (num_sequences, HIDDEN_SIZE)
     HIDDEN_SIZE: tl.constexpr,
+    REDUCTION: tl.constexpr,  # "mean" or "max"
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -22,27 +23,46 @@ def _segment_mean_kernel(
     first = tl.load(cu_seqlens_ptr + sequence) + 1
     last = tl.load(cu_seqlens_ptr + sequence + 1) - 1
     dim = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-    total = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
+    neutral: tl.constexpr = float("-inf") if REDUCTION == "max" else 0.0
+    pooled = tl.full([BLOCK_T, BLOCK_N], neutral, tl.float32)
     for block in range(first, last, BLOCK_T):
         token = block + tl.arange(0, BLOCK_T)
         mask = (token < last)[:, None] & (dim < HIDDEN_SIZE)
         offset = token.to(tl.int64)[:, None] * HIDDEN_SIZE + dim
-        total += tl.load(hidden_states_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-    mean = tl.sum(total, axis=0)[None, :] / tl.maximum(last - first, 0).to(tl.float32)
-    tl.store(means_ptr + sequence.to(tl.int64) * HIDDEN_SIZE + dim, mean, mask=dim < HIDDEN_SIZE)
+        values = tl.load(hidden_states_ptr + offset, mask=mask, other=neutral).to(tl.float32)
+        if REDUCTION == "max":
+            pooled = tl.maximum(pooled, values, propagate_nan=tl.PropagateNan.ALL)
+        else:
+            pooled += values
+    if REDUCTION == "max":
+        # `tl.max` passes over NaN.
+        is_nan = tl.max((pooled != pooled).to(tl.int32), axis=0) > 0
+        result = tl.where(is_nan, float("nan"), tl.max(pooled, axis=0))[None, :]
+    else:
+        result = tl.sum(pooled, axis=0)[None, :] / tl.maximum(last - first, 0).to(tl.float32)
+    tl.store(pooled_ptr + sequence.to(tl.int64) * HIDDEN_SIZE + dim, result, mask=dim < HIDDEN_SIZE)
 
 
 def segment_mean(hidden_states: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
     """See `reference.segment_mean`; contiguous, else ValueError; FP32 accumulation in a fixed order."""
+    return _segment_pool("mean", hidden_states, cu_seqlens)
+
+
+def segment_max(hidden_states: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+    """See `reference.segment_max`; contiguous, else ValueError."""
+    return _segment_pool("max", hidden_states, cu_seqlens)
+
+
+def _segment_pool(reduction: str, hidden_states: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
     hidden_size = hidden_states.shape[1]
     num_sequences = cu_seqlens.numel() - 1
     check_contiguous(hidden_states=hidden_states, cu_seqlens=cu_seqlens)
-    means = torch.empty(num_sequences, hidden_size, dtype=torch.float32, device=hidden_states.device)
-    settings = launch_settings("segment_mean", hidden_size, hidden_states, _HEURISTIC)
-    _segment_mean_kernel[(num_sequences, triton.cdiv(hidden_size, settings["BLOCK_N"]))](
-        hidden_states, cu_seqlens, means, HIDDEN_SIZE=hidden_size, **settings
+    pooled = torch.empty(num_sequences, hidden_size, dtype=torch.float32, device=hidden_states.device)
+    settings = launch_settings(f"segment_{reduction}", hidden_size, hidden_states, _HEURISTIC)
+    _segment_pool_kernel[(num_sequences, triton.cdiv(hidden_size, settings["BLOCK_N"]))](
+        hidden_states, cu_seqlens, pooled, HIDDEN_SIZE=hidden_size, REDUCTION=reduction, **settings
     )
-    return means
+    return pooled
 
 
 _HEURISTIC: Settings = {"BLOCK_T": 64, "BLOCK_N": 64, "num_warps": 4}

@@ -171,6 +171,28 @@ def segment_mean(hidden_states: torch.Tensor, cu_seqlens: torch.Tensor) -> torch
     return means
 
 
+def segment_max(hidden_states: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+    """Maximum over the residues of each sequence, BOS and EOS left out; NaN where any of these is NaN.
+
+    Args:
+        hidden_states: (total_tokens, hidden_size).
+        cu_seqlens: (num_sequences + 1,) int32.
+
+    Returns:
+        (num_sequences, hidden_size) FP32, FP64 for FP64; -inf for a sequence without residues.
+    """
+    bounds = cu_seqlens.tolist()
+    maxima = hidden_states.new_full(
+        (len(bounds) - 1, hidden_states.shape[1]),
+        float("-inf"),
+        dtype=statistics_dtype(hidden_states.dtype),
+    )
+    for maximum, (start, end) in zip(maxima, pairwise(bounds), strict=True):
+        if end - start > 2:
+            maximum.copy_(hidden_states[start + 1 : end - 1].amax(0))
+    return maxima
+
+
 def attention_probabilities(query: torch.Tensor, key: torch.Tensor, softmax_scale: float) -> torch.Tensor:
     """softmax(query key^T * softmax_scale) of one sequence.
 

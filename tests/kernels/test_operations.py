@@ -114,7 +114,8 @@ def transformer_layer(
     hidden_states = F.linear(hidden_states, tensors["fc2_weight"])
     operations.bias_gelu_(hidden_states=hidden_states, bias=tensors["fc2_bias"])
     means = operations.segment_mean(hidden_states=hidden_states, cu_seqlens=cu_seqlens)
-    return residual, hidden_states, means
+    maxima = operations.segment_max(hidden_states=hidden_states, cu_seqlens=cu_seqlens)
+    return residual, hidden_states, means, maxima
 
 
 def copied(arguments: dict[str, Any]) -> dict[str, Any]:

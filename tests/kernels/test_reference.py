@@ -127,6 +127,27 @@ def test_sums_near_the_fp16_limit_do_not_overflow_in_the_norm() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_segment_max_leaves_out_bos_and_eos(dtype: torch.dtype) -> None:
+    lengths = [length + 2 for length in LENGTHS]
+    hidden_states = torch.randn(sum(lengths), 24).to(dtype)
+    cu_seqlens = cu_seqlens_of(lengths)
+    hidden_states[cu_seqlens[:-1]] = float("inf")
+    hidden_states[cu_seqlens[1:] - 1] = float("nan")
+    maxima = kernels.segment_max(hidden_states, cu_seqlens)
+    assert maxima.dtype == reference.statistics_dtype(dtype)
+    for rows, maximum in zip(hidden_states.split(lengths), maxima, strict=True):
+        assert torch.equal(maximum, rows[1:-1].to(maximum.dtype).sort(0).values[-1])
+
+
+def test_segment_max_is_nan_where_a_residue_is_and_minus_infinity_without_residues() -> None:
+    hidden_states = torch.randn(9, 4)
+    hidden_states[3, 1] = float("nan")
+    maxima = kernels.segment_max(hidden_states, torch.tensor([0, 0, 7, 9, 9], dtype=torch.int32))
+    assert maxima[[0, 2, 3]].isneginf().all()
+    assert maxima[1].isnan().tolist() == [False, True, False, False]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_segment_mean_leaves_out_bos_and_eos(dtype: torch.dtype) -> None:
     lengths = [length + 2 for length in LENGTHS]
     hidden_states = torch.randn(sum(lengths), 24).to(dtype)

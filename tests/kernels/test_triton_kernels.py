@@ -53,6 +53,8 @@ all_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 half_types = pytest.mark.parametrize("dtype", HALF_DTYPES, ids=str)
 OPERATIONS = [case.name for case in CASES.values() if torch.float16 in case.dtypes]
 all_operations = pytest.mark.parametrize("name", OPERATIONS)
+POOLING = ["segment_mean", "segment_max"]
+pooling = pytest.mark.parametrize("name", POOLING)
 
 
 def slow_if(slow: bool) -> Any:
@@ -481,23 +483,45 @@ def test_packed_attention_with_tuned_settings(
 
 
 @pytest.mark.parametrize("lengths", [BOUNDARIES, ONE, MANY, LONG_AMONG_SHORT], ids=len)
-def test_segment_mean_leaves_out_bos_and_eos(lengths: list[int], triton_device: torch.device) -> None:
-    arguments = example("segment_mean", lengths, torch.float16, Widths(120))
+@pooling
+def test_pooling_leaves_out_bos_and_eos(name: str, lengths: list[int], triton_device: torch.device) -> None:
+    arguments = example(name, lengths, torch.float16, Widths(120))
     ends = arguments["cu_seqlens"].long()
     arguments["hidden_states"][ends[:-1]] = NAN
     arguments["hidden_states"][ends[1:] - 1] = INF
-    check("segment_mean", arguments, triton_device)
+    check(name, arguments, triton_device)
 
 
-def test_segment_mean_without_residues_is_nan_and_touches_no_neighbour(triton_device: torch.device) -> None:
+@pooling
+def test_pooling_without_residues_touches_no_neighbour(name: str, triton_device: torch.device) -> None:
     lengths = [0, 5, 0, 0, 20, 2, 3, 0, 0]
-    arguments = example("segment_mean", lengths, torch.float32)
-    (means,) = run("segment_mean", arguments, triton_device)
+    arguments = example(name, lengths, torch.float32)
+    (pooled,) = run(name, arguments, triton_device)
     filled = torch.tensor(lengths) > 2
-    assert means[~filled].isnan().all()
+    assert (pooled[~filled].isneginf() if name == "segment_max" else pooled[~filled].isnan()).all()
     arguments["hidden_states"] = arguments["hidden_states"][[*range(25), *range(27, 30)]]
     arguments["cu_seqlens"] = cu_seqlens_of([5, 20, 3])
-    assert torch.equal(run("segment_mean", arguments, triton_device)[0], means[filled])
+    assert torch.equal(run(name, arguments, triton_device)[0], pooled[filled])
+
+
+@all_dtypes
+def test_segment_max_of_values_that_are_not_finite(dtype: torch.dtype, triton_device: torch.device) -> None:
+    """A NaN is not passed over wherever among the residues it lies; infinities are values like others."""
+    lengths = [150, 3, 70, 66]
+    arguments = example("segment_max", lengths, dtype)
+    states = arguments["hidden_states"]
+    for column, row in enumerate([1, 63, 64, 65, 128, 148]):
+        states[row, column] = NAN
+        states[row - 1, column] = INF
+    states[151] = -INF
+    states[160:170, 5] = INF
+    (maxima,) = run("segment_max", arguments, triton_device)
+    assert_identical([maxima], expect("segment_max", arguments))
+    assert maxima[0, :6].isnan().all()
+    assert maxima[0, 6:].isfinite().all()
+    assert maxima[1].isneginf().all()
+    assert maxima[2, 5].isposinf()
+    assert maxima[3].isfinite().all()
 
 
 def test_norms_of_values_near_the_fp16_limit(triton_device: torch.device) -> None:
@@ -543,11 +567,12 @@ def test_attention_of_values_near_the_fp16_limit(triton_device: torch.device) ->
     check("packed_attention", arguments, triton_device)
 
 
-def test_pooling_of_values_near_the_fp16_limit(triton_device: torch.device) -> None:
+@pooling
+def test_pooling_of_values_near_the_fp16_limit(name: str, triton_device: torch.device) -> None:
     states = torch.empty(129, 320).fill_(-65504).half()
     arguments = {"hidden_states": states, "cu_seqlens": cu_seqlens_of([129])}
-    (means,) = run("segment_mean", arguments, triton_device)
-    assert (means == -65504).all()
+    (pooled,) = run(name, arguments, triton_device)
+    assert (pooled == -65504).all()
 
 
 @all_operations
@@ -637,7 +662,7 @@ def test_a_bad_sequence_spoils_no_other(bad: float, name: str, triton_device: to
         if isinstance(value, torch.Tensor) and value.is_floating_point() and len(value) == len(bad_tokens):
             value[bad_tokens] = bad
     bad_rows = bad_tokens
-    if name == "segment_mean":
+    if name in POOLING:
         bad_rows = torch.tensor([False, True, False, True, False, False])
     for ours, expected in zip(run(name, spoilt, triton_device), clean, strict=True):
         assert torch.equal(ours[~bad_rows], expected[~bad_rows])
@@ -662,6 +687,7 @@ NEEDS_CONTIGUOUS = {
     "add_layer_norm_": ["residual", "weight", "bias"],
     "bias_gelu_": ["hidden_states", "bias"],
     "segment_mean": ["hidden_states", "cu_seqlens"],
+    "segment_max": ["hidden_states", "cu_seqlens"],
 }
 
 
