@@ -28,7 +28,7 @@ test: $(VENV)/test.stamp
 	rm -rf build/typed build/lib
 	$(INSTALL) --no-deps --target build/typed .
 	MYPYPATH=build/typed:tests/support:benchmarks $(BIN)/mypy --explicit-package-bases build/typed/esm_packed tests
-	$(BIN)/pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

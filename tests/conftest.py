@@ -28,6 +28,13 @@ torch.set_num_threads(1)
 # A shell starts background jobs with Ctrl-C ignored, and every process started from here would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# Test processes take a file at a time. They end together when the files that take longest come first.
+LONGEST = ("test_ray.py", "test_compile.py", "test_kill.py", "test_slices.py", "test_triton_kernels.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
 
 @pytest.fixture
 def triton_device(monkeypatch: pytest.MonkeyPatch) -> torch.device:
