@@ -13,8 +13,6 @@ RAGGED = tuple(name for name, kind in outputs.KINDS.items() if kind.is_ragged)
 KINDS = tuple(outputs.KINDS)
 PER_LAYER = tuple(name for name, kind in outputs.KINDS.items() if kind.has_layers)
 """Kinds that there are of each layer."""
-AMINO_ACIDS = "".join(outputs.AMINO_ACIDS)
-"""The columns of `logits`; those of `logits_all` are all tokens of the alphabet."""
 
 
 def dataset_of(kind: str, layer: int | None, layers: Sequence[int]) -> str:

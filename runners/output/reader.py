@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-import math
 import os
-import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
-import h5py
 import numpy as np
 import numpy.typing as npt
 
+from esm_packed.errors import UserError
+from esm_packed.outputs import COLUMNS
 from esm_packed.runners.input.fasta import Modified
+from esm_packed.runners.output.checked import CheckedFile
 from esm_packed.runners.output.layout import (
     COLUMN_KINDS,
     COMPARISON,
@@ -26,21 +24,43 @@ from esm_packed.runners.output.layout import (
     StoredComparison,
     StoredProblem,
 )
-from esm_packed.runners.output.names import dataset_of
+from esm_packed.runners.output.names import (
+    KINDS,
+    PER_LAYER,
+    POOLED,
+    RAGGED,
+    dataset_of,
+    datasets_of,
+)
+from esm_packed.runners.output.parts import PART, DataSetType, Part, Parts
 from esm_packed.runners.state.plan import plan_hash
-from esm_packed.runners.state.shard import Comparison, StoreError
+from esm_packed.runners.state.shard import STATUS_NOT_COMPUTED, Comparison, StoreError
 
-_MOST_COMPRESSED = 1032
-"""Bytes that one byte of a compressed data set can stand for."""
-_MOST_ATTRIBUTE_BYTES = 1 << 20
-_ATTRIBUTE_CLASSES = (h5py.h5t.STRING, h5py.h5t.INTEGER, h5py.h5t.FLOAT, h5py.h5t.ENUM)
+_ROWS_AT_ONCE = 1 << 20
+
+
+class NotInFileError(UserError, KeyError):
+    """An output has no such ID, kind or layer, or no rows of a sequence."""
+
+    def __str__(self) -> str:  # KeyError would put it in quotes
+        return self.message
+
+
+class StoredDataSet(NamedTuple):
+    """A data set of an output, and its size on disk, compressed or not."""
+
+    kind: str
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    num_bytes: int
 
 
 class EmbeddingReader:
     """Reads an output file.
 
     Whatever the file holds is checked: what is read later has the type and the shape that it should have, and
-    no more rows than the size of the file allows.
+    no more rows than the size of the file allows. So is every part of an output in parts.
 
     Args:
         path: the file.
@@ -52,26 +72,45 @@ class EmbeddingReader:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._path = os.fspath(path)
-        found = Path(path).stat()
-        if not stat.S_ISREG(found.st_mode):  # HDF5 would wait for a pipe
-            raise StoreError(f"{self._path}: not a file")
-        self._file_bytes = found.st_size
+        self._parts: Parts | None = None
+        self._num_rows = 0
+        self._file = CheckedFile(path, "esm-packed output")
         try:
-            self._file = h5py.File(path, "r")
-        except (FileNotFoundError, PermissionError):
-            raise
-        except (OSError, RuntimeError) as error:
-            raise StoreError(f"{self._path}: not an HDF5 file, or cut short") from error
-        try:
-            with self._reading():
+            with self._file.reading():
                 self._check()
         except BaseException:
-            self._file.close()
+            self.close()
             raise
 
     def _check(self) -> None:
         """See that all that an output has is there, in types and shapes that fit each other."""
-        self._attributes = self._read_attributes()
+        self._check_attributes()
+        self._num_sequences = self._file.dataset("lengths").shape[0]
+        for name, kind in COLUMN_KINDS.items():
+            self._file.expect(name, kind, (self._num_sequences,))
+        self._file.expect("sequence_ids", "text", (self._num_sequences,))
+        for name, record in (("problems", PROBLEM), ("fp32_compare", COMPARISON)):
+            if name in self._file or record is PROBLEM:
+                self._file.expect_records(name, record)
+        self._file.expect("plan", "text", ())
+        self._plan = self._read_plan()
+        is_virtual = "parts" in self._attributes
+        datasets = list(datasets_of(self.kinds, self.layers))
+        self._hidden_size: int | None = None
+        for kind, name in datasets:
+            if kind in PER_LAYER:
+                found = self._file.dataset(name, is_virtual=is_virtual and kind in RAGGED)
+                self._hidden_size = int(found.shape[1])
+                break
+        for kind, name in datasets:
+            if kind in POOLED:
+                self._file.expect(name, "f2 f4", (self._num_sequences, self._columns(kind)))
+        if "unmasked_nll" in self.kinds:
+            self._file.expect("unmasked_nll", "f4", (self._num_sequences,))
+        self._check_ragged({name: kind for kind, name in datasets if kind in RAGGED}, is_virtual)
+
+    def _check_attributes(self) -> None:
+        self._attributes = self._file.attributes()
         if self._attributes.get("format") != FORMAT or "plan_hash" not in self._attributes:
             raise StoreError(f"{self._path}: HDF5, but not written by esm-packed")
         version = self._attributes.get("format_version")
@@ -82,73 +121,51 @@ class EmbeddingReader:
         layers = self._attributes.get("layers")
         if not isinstance(layers, list) or not layers or not all(isinstance(layer, int) for layer in layers):
             raise ValueError(f"layers {layers!r}")
-        self._num_sequences = self._dataset("lengths").shape[0]
-        for name, kind in COLUMN_KINDS.items():
-            self._expect(name, kind, (self._num_sequences,), is_read_whole=True)
-        self._expect("sequence_ids", "text", (self._num_sequences,))
-        self._hidden_size = self._dataset("embeddings").shape[1]
-        for layer in layers:
-            self._expect(dataset_of("mean", layer, layers), "f2 f4", (self._num_sequences, self._hidden_size))
-        for name, record in (("problems", PROBLEM), ("fp32_compare", COMPARISON)):
-            if name in self._file or record is PROBLEM:
-                self._expect_records(name, record)
-        self._expect("plan", "text", ())
-        self._plan = self._read_plan()
+        kinds = self._attributes.setdefault("kinds", ["mean"])  # earlier versions had no others
+        if not isinstance(kinds, list) or not kinds or not all(kind in KINDS for kind in kinds):
+            raise ValueError(f"kinds {kinds!r}")
 
-    def _read_attributes(self) -> dict[str, Any]:
-        """Those of text and numbers; HDF5 may crash on damaged ones of other types, and we write none."""
-        attributes = {}
-        for name in self._file.attrs:
-            attribute = self._file.attrs.get_id(name)
-            if attribute.get_type().get_class() not in _ATTRIBUTE_CLASSES:
-                continue
-            if attribute.get_storage_size() > _MOST_ATTRIBUTE_BYTES:
-                raise ValueError(f"attribute {name!r} is too large")
-            value = self._file.attrs[name]
-            attributes[os.fsdecode(name)] = value.tolist() if hasattr(value, "tolist") else value
-        return attributes
+    def _columns(self, kind: str) -> int:
+        """Values in a row of residues or of a sequence."""
+        return len(COLUMNS[kind]) if kind in COLUMNS else self._hidden_size or 0
 
-    def _dataset(self, name: str) -> Any:
-        """The data set `name`, which lies in this very file."""
-        found = self._file
-        for part in name.split("/"):
-            link = found.get(part, getlink=True) if isinstance(found, h5py.Group) else None
-            if not isinstance(link, h5py.HardLink):
-                raise ValueError(f"no data set {name}")
-            found = found[part]
-        if not isinstance(found, h5py.Dataset) or found.is_virtual or found.external:
-            raise ValueError(f"no data set {name}")
-        return found
+    def _check_ragged(self, kinds: dict[str, str], is_virtual: bool) -> None:
+        """See that the rows of residues are there; `kinds` are those of the data sets that hold them."""
+        if not kinds:
+            return
+        types = {}
+        self._num_rows = self._file.dataset(next(iter(kinds)), is_virtual=is_virtual).shape[0]
+        for name, kind in kinds.items():
+            columns = self._columns(kind)
+            dtype = self._file.expect(name, "f2 f4", (self._num_rows, columns), is_virtual=is_virtual)
+            types[name] = DataSetType(dtype, columns)
+            tokens = self._file.attributes(name).get("tokens", ())
+            if kind in COLUMNS and list(tokens) != list(COLUMNS[kind]):
+                raise ValueError(f"{name} has the columns {tokens!r}")
+        self._check_starts()
+        if is_virtual:
+            self._file.expect_records("parts", PART)
+            parts = [
+                Part(file.decode(), *numbers) for file, *numbers in self._file.dataset("parts")[:].tolist()
+            ]
+            folder, run = str(self._attributes["parts"]), str(self._attributes["plan_hash"])
+            self._parts = Parts(Path(self._path), folder, parts, run, types)
+            if self._parts.num_rows != self._num_rows:
+                raise ValueError(f"{self._parts.num_rows} rows in parts, not {self._num_rows}")
 
-    def _expect(self, name: str, kinds: str, shape: tuple[int, ...], is_read_whole: bool = False) -> None:
-        """See that data set `name` is of this shape, and of one of these kinds."""
-        dataset = self._dataset(name)
-        if dataset.shape != shape or not _is_of_kind(dataset.dtype, kinds):
-            raise ValueError(f"{name} is {dataset.shape} of {dataset.dtype}, not {shape} of {kinds}")
-        if is_read_whole:
-            self._check_stored(dataset)
-
-    def _expect_records(self, name: str, record: np.dtype[Any]) -> None:
-        dataset = self._dataset(name)
-        found = dataset.dtype
-        if (
-            len(dataset.shape) != 1
-            or found.names != record.names
-            or not all(_is_of_kind(found[each], _kind_of(record[each])) for each in record.names or ())
-        ):
-            raise ValueError(f"{name} is {dataset.shape} of {found}")
-        self._check_stored(dataset)
-
-    def _check_stored(self, dataset: Any) -> None:
-        """See that the values of a data set are in the file: one never written may declare any number."""
-        stored = dataset.id.get_storage_size()
-        declared = math.prod(dataset.shape) * dataset.dtype.itemsize
-        is_filtered = dataset.id.get_create_plist().get_nfilters() > 0
-        if declared > stored * (_MOST_COMPRESSED if is_filtered else 1) or stored > self._file_bytes:
-            raise ValueError(f"{dataset.name} has more rows than are in the file")
+    def _check_starts(self) -> None:
+        """See that the residues of each sequence are rows that there are."""
+        self._file.expect("starts", "i8", (self._num_sequences,))
+        for start in range(0, self._num_sequences, _ROWS_AT_ONCE):
+            stop = start + _ROWS_AT_ONCE
+            starts, lengths = self.starts(start, stop), self.column("embedded_lengths", start, stop)
+            is_absent = self.column("status", start, stop) == STATUS_NOT_COMPUTED
+            is_within = (starts >= 0) & (lengths >= 0) & (starts <= self._num_rows - lengths)
+            if not np.where(is_absent, starts == -1, is_within).all():
+                raise ValueError("starts are not rows that there are")
 
     def _read_plan(self) -> dict[str, Any]:
-        plan: dict[str, Any] = json.loads(self._file["plan"].asstr()[()])
+        plan: dict[str, Any] = json.loads(self._file.dataset("plan").asstr()[()])
         if (
             plan_hash(plan["identity"]) != self._attributes["plan_hash"]
             or not isinstance(plan["identity"], dict)
@@ -157,16 +174,6 @@ class EmbeddingReader:
         ):
             raise ValueError("the plan is not that of plan_hash")
         return plan
-
-    @contextmanager
-    def _reading(self) -> Iterator[None]:
-        """Raise whatever h5py makes of a damaged file as what it is."""
-        try:
-            yield
-        except StoreError:
-            raise
-        except (OSError, RuntimeError, KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-            raise StoreError(f"{self._path}: damaged, or not a whole esm-packed output ({error})") from error
 
     @property
     def attributes(self) -> dict[str, Any]:
@@ -179,22 +186,48 @@ class EmbeddingReader:
         return int(self._num_sequences)
 
     @property
+    def kinds(self) -> list[str]:
+        """What it holds: some of `names.KINDS`."""
+        return list(self._attributes["kinds"])
+
+    @property
     def layers(self) -> list[int]:
-        """Layers kept; the last one is the dataset `embeddings`."""
+        """Layers kept; the mean of the last one is the data set `embeddings`."""
         return list(self._attributes["layers"])
+
+    @property
+    def parts(self) -> list[Part]:
+        """The files beside it that hold its rows of residues; none if it holds them itself."""
+        return [] if self._parts is None else self._parts.parts
+
+    def datasets(self) -> list[StoredDataSet]:
+        """The data sets of all kinds."""
+        found = []
+        for kind, name in datasets_of(self.kinds, self.layers):
+            is_virtual = self._parts is not None and kind in RAGGED
+            dataset = self._file.dataset(name, is_virtual=is_virtual)
+            if self._parts is not None and is_virtual:
+                num_bytes = self._parts.stored_bytes[name]
+            else:
+                num_bytes = dataset.id.get_storage_size()
+            found.append(StoredDataSet(kind, name, dataset.shape, dataset.dtype, num_bytes))
+        return found
 
     def sequence_ids(self, start: int = 0, stop: int | None = None) -> list[str]:
         """Names of the rows [start, stop)."""
-        with self._reading():
-            names: list[str] = self._file["sequence_ids"].asstr()[start:stop].tolist()
+        with self._file.reading():
+            names: list[str] = self._file.dataset("sequence_ids").asstr()[start:stop].tolist()
         return names
 
     def column(self, name: str, start: int = 0, stop: int | None = None) -> npt.NDArray[Any]:
         """`lengths`, `embedded_lengths`, `truncated`, `status` or `modified` of the rows [start, stop)."""
-        dataset = self._file[name]
-        with self._reading():
-            values: npt.NDArray[Any] = dataset[start:stop]
+        with self._file.reading():
+            values: npt.NDArray[Any] = self._file.dataset(name)[start:stop]
         return values
+
+    def starts(self, start: int = 0, stop: int | None = None) -> npt.NDArray[np.int64]:
+        """First row of the residues of the sequences [start, stop); -1 of one that was not computed."""
+        return self.column("starts", start, stop)
 
     def changed(self, start: int = 0, stop: int | None = None) -> dict[str, npt.NDArray[np.int64]]:
         """How embedded sequences differ from the input, in words, each with the rows of which it is true.
@@ -207,19 +240,47 @@ class EmbeddingReader:
         found |= {flag.label: (modified & flag.value) != 0 for flag in Modified}
         return {change: start + np.flatnonzero(is_changed) for change, is_changed in found.items()}
 
+    def values(
+        self, kind: str, layer: int | None = None, start: int = 0, stop: int | None = None
+    ) -> npt.NDArray[np.floating[Any]]:
+        """Rows [start, stop) of a kind, each of one sequence, or of one residue if the kind is ragged.
+
+        Args:
+            kind: one of `kinds`.
+            layer: one of `layers`; None stands for the last one. Only kinds with layers have one.
+            start, stop: as in a slice.
+
+        Returns:
+            (n, hidden_size), (n, tokens) for logits or (n,) for `unmasked_nll`.
+
+        Raises:
+            NotInFileError: it has no such kind or layer.
+        """
+        if kind not in self.kinds:
+            raise NotInFileError(f"{self._path}: no kind {kind!r}; it has {', '.join(self.kinds)}")
+        if layer is not None and kind not in PER_LAYER:
+            raise NotInFileError(f"{self._path}: {kind} has no layers; leave layer out")
+        if layer is not None and layer not in self.layers:
+            listed = ", ".join(map(str, self.layers))
+            raise NotInFileError(f"{self._path}: no layer {layer}; it has {listed}")
+        name = dataset_of(kind, layer, self.layers)
+        if self._parts is not None and kind in RAGGED:
+            start, stop, _ = slice(start, stop).indices(self._num_rows)
+            return self._parts.rows(name, start, stop)
+        with self._file.reading():
+            rows: npt.NDArray[np.floating[Any]] = self._file.dataset(name)[start:stop]
+        return rows
+
     def embeddings(
         self, layer: int | None = None, start: int = 0, stop: int | None = None
     ) -> npt.NDArray[np.floating[Any]]:
-        """(stop - start, hidden_size) embeddings of one layer (the last one kept unless named)."""
-        dataset = self._file[dataset_of("mean", layer, self.layers)]
-        with self._reading():
-            rows: npt.NDArray[np.floating[Any]] = dataset[start:stop]
-        return rows
+        """(stop - start, hidden_size) mean embeddings of one layer (the last one kept unless named)."""
+        return self.values("mean", layer, start, stop)
 
     @property
-    def hidden_size(self) -> int:
-        """Columns of the embeddings."""
-        return int(self._hidden_size)
+    def hidden_size(self) -> int | None:
+        """Columns of the embeddings; None if there are none."""
+        return self._hidden_size
 
     @property
     def plan(self) -> dict[str, Any]:
@@ -229,28 +290,30 @@ class EmbeddingReader:
     @property
     def num_problems(self) -> int:
         """Records left out and rows that failed."""
-        return len(self._file["problems"])
+        return len(self._file.dataset("problems"))
 
     def problems(self, start: int = 0, stop: int | None = None) -> list[StoredProblem]:
         """Records left out and rows that failed, with reasons; all, or those in [start, stop)."""
-        with self._reading():
+        with self._file.reading():
             return [
                 StoredProblem(sequence_id.decode(), file.decode(), int(line), reason.decode())
-                for sequence_id, file, line, reason in self._file["problems"][start:stop].tolist()
+                for sequence_id, file, line, reason in self._file.dataset("problems")[start:stop].tolist()
             ]
 
     def comparisons(self) -> list[StoredComparison]:
         """Sampled sequences and how they compare with FP32."""
         if "fp32_compare" not in self._file:
             return []
-        with self._reading():
+        with self._file.reading():
             return [
                 StoredComparison(sequence_id.decode(), Comparison(*values))
-                for sequence_id, *values in self._file["fp32_compare"][:].tolist()
+                for sequence_id, *values in self._file.dataset("fp32_compare")[:].tolist()
             ]
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file and its parts."""
+        if self._parts is not None:
+            self._parts.close()
         self._file.close()
 
     def __enter__(self) -> EmbeddingReader:
@@ -260,13 +323,3 @@ class EmbeddingReader:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _kind_of(dtype: np.dtype[Any]) -> str:
-    """As `i4`, or `text`."""
-    return "text" if h5py.check_string_dtype(dtype) is not None else f"{dtype.kind}{dtype.itemsize}"
-
-
-def _is_of_kind(dtype: np.dtype[Any], kinds: str) -> bool:
-    """Whether a type is one of `kinds`, whatever its byte order."""
-    return dtype.shape == () and _kind_of(dtype) in kinds.split()
