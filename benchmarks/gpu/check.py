@@ -2,7 +2,7 @@
 
 Correctness first (commands side by side), then speed (one after the other), then tuning. What takes longer is
 asked for by name, each in a call of its own: `--phases suites`, `--phases rivals`, `--phases evidence`.
-Whatever happens to a command of `commands.SECTIONS` is recorded in DIR/gpu_check.json, and the rest goes on.
+Whatever happens to a command of `commands.STEPS` is recorded in DIR/gpu_check.json, and the rest goes on.
 These files need the standard library alone: the package is installed from the working tree into a temporary
 folder.
 """
@@ -22,7 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
-from commands import DEFAULT_PHASES, PHASES, SECTIONS, SUITES, Section
+from commands import DEFAULT_PHASES, PHASES, STEPS, SUITES, Step
 from process import CLOSING_SECONDS, Check, Done, Result, num_cpus
 from summary import summary_lines
 
@@ -30,54 +30,54 @@ LEAST_SECONDS = 5.0
 MOST_RESERVED = 0.7
 
 
-def run_section(check: Check, section: Section, until: float) -> None:
-    """Run one section until `until`, and record how it went."""
+def run_step(check: Check, step: Step, until: float) -> None:
+    """Run one step until `until`, and record how it went."""
     start = time.monotonic()
     try:
-        if section.on_cpu is None and check.device != "cuda":
+        if step.on_cpu is None and check.device != "cuda":
             result: Result = {"status": "skipped", "reason": "needs a CUDA device"}
-        elif section.phase != "setup" and check.report["sections"]["torch"]["status"] == "failed":
+        elif step.phase != "setup" and check.report["steps"]["torch"]["status"] == "failed":
             result = {"status": "skipped", "reason": "torch does not work here, or sees no GPU"}
         elif until - start < LEAST_SECONDS:
             result = {"status": "no time left"}
         else:
-            command = section.command(check, until - start)
-            done = check.run(section.name, command, until - start) if command else Done(0, "", False)
-            result = section.read(check, section, done)
+            command = step.command(check, until - start)
+            done = check.run(step.name, command, until - start) if command else Done(0, "", False)
+            result = step.read(check, step, done)
     except Exception:
         result = {"status": "error", "output": traceback.format_exc()[-3000:]}
     seconds = round(time.monotonic() - start, 1)
     ordered = {"status": result.pop("status"), "seconds": seconds} | result
-    check.report["sections"][section.name] = ordered
+    check.report["steps"][step.name] = ordered
     check.save()
     counts = " ".join(f"{count} {outcome}" for outcome, count in ordered.get("counts", {}).items())
-    print(f"{section.name:20}{ordered['status']:15}{seconds:7.1f} s  {counts}", flush=True)
+    print(f"{step.name:20}{ordered['status']:15}{seconds:7.1f} s  {counts}", flush=True)
 
 
-def run_phase(check: Check, phase: str, sections: Sequence[Section], reserved: float) -> None:
-    """Sections of one phase; `reserved` seconds belong to later ones."""
+def run_phase(check: Check, phase: str, steps: Sequence[Step], reserved: float) -> None:
+    """Steps of one phase; `reserved` seconds belong to later ones."""
     end = check.deadline - CLOSING_SECONDS
     if phase == "correctness":
         threads = ThreadPoolExecutor(check.jobs)
         try:
-            list(threads.map(lambda section: run_section(check, section, end - reserved), sections))
+            list(threads.map(lambda step: run_step(check, step, end - reserved), steps))
         except BaseException:
             check.stop_all()
             threads.shutdown(cancel_futures=True)
             raise
         threads.shutdown()
         return
-    for number, section in enumerate(sections):
-        later = sum(other.seconds for other in sections[number + 1 :])
+    for number, step in enumerate(steps):
+        later = sum(other.seconds for other in steps[number + 1 :])
         # Without the setup there is nothing to keep time for.
-        run_section(check, section, end if phase == "setup" else end - reserved - later)
+        run_step(check, step, end if phase == "setup" else end - reserved - later)
 
 
-def fit_reservations(sections: Sequence[Section], seconds: float) -> list[Section]:
-    """The sections, what is kept for them shortened until it is no more than most of `seconds`."""
-    kept = sum(section.seconds for section in sections)
+def fit_reservations(steps: Sequence[Step], seconds: float) -> list[Step]:
+    """The steps, what is kept for them shortened until it is no more than most of `seconds`."""
+    kept = sum(step.seconds for step in steps)
     scale = min(1.0, MOST_RESERVED * seconds / kept) if kept else 1.0
-    return [replace(section, seconds=section.seconds * scale) for section in sections]
+    return [replace(step, seconds=step.seconds * scale) for step in steps]
 
 
 def main() -> int:
@@ -87,9 +87,9 @@ def main() -> int:
     parser.add_argument(
         "--phases", nargs="+", choices=PHASES[1:], default=DEFAULT_PHASES, help="default: %(default)s"
     )
-    parser.add_argument("--sections", nargs="+", choices=[s.name for s in SECTIONS], help="only these")
+    parser.add_argument("--steps", nargs="+", choices=[s.name for s in STEPS], help="only these")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: for trying it out")
-    parser.add_argument("--jobs", type=int, help="correctness sections side by side")
+    parser.add_argument("--jobs", type=int, help="correctness steps side by side")
     parser.add_argument("--commit", help="what the working tree is, where git cannot say")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -111,9 +111,9 @@ def main() -> int:
             command=shlex.join(sys.argv),
             commit=arguments.commit,
         )
-        wanted = arguments.sections or [s.name for s in SECTIONS if s.phase in arguments.phases]
-        chosen = [s for s in SECTIONS if s.name in wanted]
-        chosen = [s for s in SECTIONS if s.phase == "setup" or s in chosen]
+        wanted = arguments.steps or [s.name for s in STEPS if s.phase in arguments.phases]
+        chosen = [s for s in STEPS if s.name in wanted]
+        chosen = [s for s in STEPS if s.phase == "setup" or s in chosen]
         chosen = fit_reservations(chosen, arguments.time_limit - CLOSING_SECONDS)
         try:
             for number, phase in enumerate(PHASES):
@@ -128,7 +128,7 @@ def main() -> int:
             check.report["summary"] = lines
             check.save()
             print("\n".join(["", *lines]), flush=True)
-    statuses = {section["status"] for section in check.report["sections"].values()}
+    statuses = {step["status"] for step in check.report["steps"].values()}
     unfinished = {"failed", "error", "timeout", "incomplete", "no time left"}
     return 1 if statuses & unfinished or "interrupted" in check.report else 0
 

@@ -21,7 +21,7 @@ CARRIED = ROOT / ".gpu_packages"
 
 
 @dataclass(frozen=True)
-class Section:
+class Step:
     """A command with a time-out.
 
     Args:
@@ -31,14 +31,14 @@ class Section:
             `{seconds}`, in which the command should end by itself; none where `read` does all.
         read: what the command's end and its files say.
         seconds: kept for it by what comes before; correctness takes what the others leave.
-        options: further words; on a CPU, where a section is only tried, `on_cpu` stand in their place.
-        on_cpu: None leaves the section out on a CPU.
+        options: further words; on a CPU, where a step is only tried, `on_cpu` stand in their place.
+        on_cpu: None leaves the step out on a CPU.
     """
 
     name: str
     phase: str
     words: tuple[str, ...]
-    read: Callable[[Check, Section, Done], Result]
+    read: Callable[[Check, Step, Done], Result]
     seconds: float = 0.0
     options: tuple[str, ...] = ()
     on_cpu: tuple[str, ...] | None = None
@@ -50,14 +50,14 @@ class Section:
         return [word.format(name=self.name, seconds=int(0.8 * seconds), **places) for word in words]
 
 
-def verdict(check: Check, section: Section, done: Done) -> Result:
-    """Status of a section, and its last words where it did not pass."""
+def verdict(check: Check, step: Step, done: Done) -> Result:
+    """Status of a step, and its last words where it did not pass."""
     status = "timeout" if done.timed_out else "failed" if done.code else "passed"
     result = {"status": status, "code": done.code}
     return result if status == "passed" else result | {"output": done.output[-2000:]}
 
 
-def machine(check: Check, section: Section, done: Done) -> Result:
+def machine(check: Check, step: Step, done: Done) -> Result:
     """GPU, driver, clocks and commit, without torch."""
     found = check.report["machine"]
     found["commit"] = check.commit or _output(
@@ -88,7 +88,7 @@ def _output(command: list[str]) -> str | None:
     return (done.stdout or done.stderr).strip() or None
 
 
-def install(check: Check, section: Section, done: Done) -> Result:
+def install(check: Check, step: Step, done: Done) -> Result:
     """The package from the working tree: with pip, and where that fails by copying its folders."""
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     folders: dict[str, str] = settings["package-dir"]
@@ -123,16 +123,16 @@ def _copy_package(source: Path, target: Path) -> None:
     shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
 
 
-def found(check: Check, section: Section, done: Done) -> Result:
-    """What a section of `sections.py` found, also when it was cut short."""
-    file = check.work / f"{section.name}.json"
+def found(check: Check, step: Step, done: Done) -> Result:
+    """What a step of `steps.py` found, also when it was cut short."""
+    file = check.work / f"{step.name}.json"
     found = json.loads(file.read_text()) if file.exists() else {}
-    return verdict(check, section, done) | {"found": found}
+    return verdict(check, step, done) | {"found": found}
 
 
-def torch_machine(check: Check, section: Section, done: Done) -> Result:
+def torch_machine(check: Check, step: Step, done: Done) -> Result:
     """What torch says of the machine, moved to where the machine is described."""
-    result = found(check, section, done)
+    result = found(check, step, done)
     seen = result.pop("found")
     check.report["machine"] = seen | check.report["machine"]
     if check.device == "cuda" and "capability" not in seen:
@@ -140,12 +140,12 @@ def torch_machine(check: Check, section: Section, done: Done) -> Result:
     return result
 
 
-def outcomes_of_tests(check: Check, section: Section, done: Done) -> Result:
+def outcomes_of_tests(check: Check, step: Step, done: Done) -> Result:
     """What a run of pytest came to; every record counts, also when the run is cut short."""
-    lines, unfinished = _test_lines(check.work / f"{section.name}.jsonl")
+    lines, unfinished = _test_lines(check.work / f"{step.name}.jsonl")
     outcomes = Counter(line["outcome"] for line in lines)
     skips = Counter(line["message"] for line in lines if line["outcome"] == "skipped")
-    result = verdict(check, section, done) | {"counts": dict(outcomes), "skips": dict(skips)}
+    result = verdict(check, step, done) | {"counts": dict(outcomes), "skips": dict(skips)}
     result["failures"] = {
         line["test"]: line["message"] for line in lines if line["outcome"] in ("failed", "error")
     }
@@ -157,10 +157,10 @@ def outcomes_of_tests(check: Check, section: Section, done: Done) -> Result:
     return result | {"unfinished": unfinished, "numbers": numbers}
 
 
-def benchmark_records(check: Check, section: Section, done: Done) -> Result:
+def benchmark_records(check: Check, step: Step, done: Done) -> Result:
     """As `outcomes_of_tests`, with the record of each benchmark."""
-    lines, _ = _test_lines(check.work / f"{section.name}.jsonl")
-    result = outcomes_of_tests(check, section, done)
+    lines, _ = _test_lines(check.work / f"{step.name}.jsonl")
+    result = outcomes_of_tests(check, step, done)
     del result["numbers"]
     return result | {"results": [line["properties"] for line in lines if line["outcome"] == "passed"]}
 
@@ -176,24 +176,24 @@ def _test_lines(path: Path) -> tuple[list[Result], list[str]]:
     return ended, [line["test"] for line in found if line["test"] not in names]
 
 
-def memory_errors(check: Check, section: Section, done: Done) -> Result:
+def memory_errors(check: Check, step: Step, done: Done) -> Result:
     """What compute-sanitizer says; it does not work on every machine."""
     summary = [
         line for line in done.output.splitlines() if "ERROR SUMMARY" in line or "not supported" in line
     ]
-    result = found(check, section, done) | {"summary": summary[-5:]}
+    result = found(check, step, done) | {"summary": summary[-5:]}
     clean = any("ERROR SUMMARY: 0 errors" in line for line in summary)
     if (result["status"] == "failed" and done.code != 86) or (result["status"] == "passed" and not clean):
         result["status"] = "not available"
     return result
 
 
-def validation(check: Check, section: Section, done: Done) -> Result:
+def validation(check: Check, step: Step, done: Done) -> Result:
     """The page holds the figures."""
     folder = check.out / "validation"
     for figure in (*folder.glob("*.png"), *folder.glob("*.svg")):
         figure.unlink()
-    return verdict(check, section, done)
+    return verdict(check, step, done)
 
 
 PHASES = ("setup", "correctness", "speed", "tuning", "suites", "rivals", "evidence")
@@ -207,7 +207,7 @@ PYTEST = (
 )
 BENCHMARK = ("--benchmark-quiet", "--benchmark-json")
 IN_PROCESS = (
-    *(*PYTHON, "{root}/benchmarks/gpu/sections.py", "--device", "{device}", "--out", "{work}/{name}.json"),
+    *(*PYTHON, "{root}/benchmarks/gpu/steps.py", "--device", "{device}", "--out", "{work}/{name}.json"),
     *("--seconds", "{seconds}"),
 )
 MEMCHECK = (
@@ -225,29 +225,29 @@ NEARLY_TWO_PACKS = ("--tokens", "64512")
 """Of 32,768 tokens: a little more would make a third pack for next to nothing."""
 
 
-def gpu_tests(name: str, file: str, select: str = "", on_cpu: tuple[str, ...] | None = None) -> Section:
+def gpu_tests(name: str, file: str, select: str = "", on_cpu: tuple[str, ...] | None = None) -> Step:
     """Tests of `tests/gpu`, chosen by file and by `-k`."""
     chosen = ("-k", select) if select else ()
     words = (*PYTEST, f"tests/gpu/test_gpu_{file}.py", "-m", "gpu", *chosen)
-    return Section(name, "correctness", words, outcomes_of_tests, on_cpu=on_cpu)
+    return Step(name, "correctness", words, outcomes_of_tests, on_cpu=on_cpu)
 
 
-def suite(phase: str, name: str, file: str, seconds: float, *options: str) -> Section:
+def suite(phase: str, name: str, file: str, seconds: float, *options: str) -> Step:
     """A suite of `pytest benchmarks` into NAME.json, whole also when the time is up."""
     words = (*PYTEST, f"benchmarks/bench_{file}.py", *BENCHMARK, f"{{out}}/{name}.json")
     small = ("--blocks", "1", "--tokens", "200", "--workload", "short50", "--threads", "1")
-    return Section(name, phase, words, outcomes_of_tests, seconds, options, on_cpu=small)
+    return Step(name, phase, words, outcomes_of_tests, seconds, options, on_cpu=small)
 
 
-SECTIONS = (
-    Section("machine", "setup", (), machine, 5, on_cpu=()),
-    Section("install", "setup", (), install, 15, on_cpu=()),
-    Section("torch", "setup", (*IN_PROCESS, "machine"), torch_machine, 15, on_cpu=()),
+STEPS = (
+    Step("machine", "setup", (), machine, 5, on_cpu=()),
+    Step("install", "setup", (), install, 15, on_cpu=()),
+    Step("torch", "setup", (*IN_PROCESS, "machine"), torch_machine, 15, on_cpu=()),
     # Those that take longest come first.
-    Section("memory_checker", "correctness", (*MEMCHECK, *IN_PROCESS, "every_launcher"), memory_errors),
+    Step("memory_checker", "correctness", (*MEMCHECK, *IN_PROCESS, "every_launcher"), memory_errors),
     *(
         # They run in Triton's interpreter on a CPU, and in truth on a GPU.
-        Section(
+        Step(
             f"interpreter_tests_{part}",
             "correctness",
             (
@@ -270,7 +270,7 @@ SECTIONS = (
     gpu_tests("compiled", "kernels", "test_compiled_layer"),
     gpu_tests("offsets", "kernels", "test_offsets"),
     gpu_tests("tf32_and_nan", "kernels", "test_tf32 or test_nan", on_cpu=()),
-    Section(
+    Step(
         "kernel_benchmarks",
         "speed",
         (*PYTEST, "benchmarks/bench_kernels.py", *BENCHMARK, "{out}/benchmark.json"),
@@ -279,9 +279,9 @@ SECTIONS = (
         ("--blocks", "3"),
         on_cpu=("--blocks", "1"),
     ),
-    Section("model_speed", "speed", (*IN_PROCESS, "model_speed"), found, 60, on_cpu=()),
+    Step("model_speed", "speed", (*IN_PROCESS, "model_speed"), found, 60, on_cpu=()),
     *(
-        Section(
+        Step(
             name,
             "tuning",
             (*ESM_PACKED, "tune", *models, "--time-limit", "{seconds}", "-o", "{out}/tuned.json"),
@@ -298,7 +298,7 @@ SECTIONS = (
         *("suites", "forward_passes", "model", 300, "-k", "test_model or test_transfer", "--blocks", "2"),
         *NEARLY_TWO_PACKS,
     ),
-    Section("memory", "suites", (*IN_PROCESS, "memory"), found, 60, on_cpu=()),
+    Step("memory", "suites", (*IN_PROCESS, "memory"), found, 60, on_cpu=()),
     suite("rivals", "peers", "peers", 300, "--blocks", "3", *OF_650M, *NEARLY_TWO_PACKS),
     suite(
         *("rivals", "end_to_end", "end_to_end", 100, "--blocks", "3", *OF_650M, "--tokens", "2000000"),
@@ -309,11 +309,11 @@ SECTIONS = (
         *("evidence", "model_sizes", "model", 200, "-k", "test_model", "--blocks", "3", *OTHER_SIZES),
         *("--dtype", "fp16", "--workload", "uniref", *NEARLY_TWO_PACKS),
     ),
-    Section(
+    Step(
         *("stress_files", "evidence", ("env", "-C", "{work}", *IN_PROCESS, "stress_files"), found, 40),
         on_cpu=(),
     ),
-    Section(
+    Step(
         "validation",
         "evidence",
         (
@@ -325,4 +325,4 @@ SECTIONS = (
         on_cpu=(),
     ),
 )
-SUITES = [section.name for section in SECTIONS if section.phase in ("suites", "rivals", "evidence")]
+SUITES = [step.name for step in STEPS if step.phase in ("suites", "rivals", "evidence")]

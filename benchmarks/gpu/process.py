@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CLOSING_SECONDS = 8.0
 GRACE_SECONDS = 8.0
 LOG_CHARACTERS = 300_000
-"""Kept of the output of one section."""
+"""Kept of the output of one step."""
 
 Result = dict[str, Any]
 
@@ -57,7 +57,7 @@ class Check:
             "command": self.command,
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "device": self.device,
-            "sections": {},
+            "steps": {},
         }
         self.environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {
             "PATH": f"{os.environ.get('PATH', '')}:/usr/local/cuda/bin",  # of compute-sanitizer

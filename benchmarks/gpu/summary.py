@@ -11,28 +11,28 @@ Key = tuple[str, str, str, str, str]
 
 
 def summary_lines(report: Report) -> Iterator[str]:
-    """Machine, sections, kernels, ratios, model; whatever part of it there is."""
-    sections = report["sections"]
+    """Machine, steps, kernels, ratios, model; whatever part of it there is."""
+    steps = report["steps"]
     machine = report["machine"]
     yield " ".join(f"{name}={machine.get(name)}" for name in ("gpu", "driver", "torch", "triton", "cuda"))
-    yield from _section_lines(sections)
-    results = sections.get("kernel_benchmarks", {}).get("results", [])
+    yield from _step_lines(steps)
+    results = steps.get("kernel_benchmarks", {}).get("results", [])
     timed = [result for result in results if "seconds" in result]
     if timed:
         yield from _ceiling_lines(timed)
         yield from _kernel_lines(timed)
         yield from _ratio_lines(timed)
-    yield from _model_lines(sections.get("model_speed", {}).get("found", {}))
-    yield from _memory_lines(sections.get("memory", {}).get("found", {}))
+    yield from _model_lines(steps.get("model_speed", {}).get("found", {}))
+    yield from _memory_lines(steps.get("memory", {}).get("found", {}))
 
 
-def _section_lines(sections: Report) -> Iterator[str]:
-    for name, section in sections.items():
-        counts = " ".join(f"{count} {outcome}" for outcome, count in section.get("counts", {}).items())
-        yield f"{name:20}{section['status']:15}{section['seconds']:7.1f} s  {counts}"
-        for test in list(section.get("failures", {}))[:6]:
+def _step_lines(steps: Report) -> Iterator[str]:
+    for name, step in steps.items():
+        counts = " ".join(f"{count} {outcome}" for outcome, count in step.get("counts", {}).items())
+        yield f"{name:20}{step['status']:15}{step['seconds']:7.1f} s  {counts}"
+        for test in list(step.get("failures", {}))[:6]:
             yield f"    failed: {test.split('::')[-1]}"
-        for test in section.get("unfinished", []):
+        for test in step.get("unfinished", []):
             yield f"    unfinished: {test.split('::')[-1]}"
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gpu import sections
+from gpu import steps
 from gpu.summary import summary_lines
 from workloads import token_lengths
 
@@ -39,8 +39,8 @@ def test_ratios_are_formed_within_a_block() -> None:
         for provider, times in (("varlen", (8.0, 2.0, 9.0)), ("ours", (2.0, 1.0, 3.0)))
         for block, seconds in enumerate(times)
     ]
-    section = {"status": "passed", "seconds": 1.0, "results": results}
-    lines = list(summary_lines({"machine": {}, "sections": {"kernel_benchmarks": section}}))
+    step = {"status": "passed", "seconds": 1.0, "results": results}
+    lines = list(summary_lines({"machine": {}, "steps": {"kernel_benchmarks": step}}))
     (ratio,) = [line for line in lines if line.startswith("attention: varlen time / ours")]
     assert ratio.split()[-4:] == ["3.00", "(2.00", "to", "4.00)"]
     (own,) = [line for line in lines if line.startswith("packed_attention")]
@@ -49,10 +49,10 @@ def test_ratios_are_formed_within_a_block() -> None:
 
 
 def test_shares_are_of_the_rates_of_their_own_precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sections, "matmul_rate", lambda device, mode: RATES[mode])
+    monkeypatch.setattr(steps, "matmul_rate", lambda device, mode: RATES[mode])
     saved: list[dict[str, Any]] = []
     with torch.no_grad():
-        sections.model_speed(torch.device("cpu"), saved.append, 600.0)
+        steps.model_speed(torch.device("cpu"), saved.append, 600.0)
     found = saved[-1]
     variants = {name: values for name, values in found["variants"].items() if "error" not in values}
     assert {name.split()[0] for name in variants} == {"tf32", "fp32"}

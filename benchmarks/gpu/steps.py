@@ -1,4 +1,4 @@
-"""What `check.py` runs in processes of its own: `python sections.py NAME --device D --out FILE`.
+"""What `check.py` runs in processes of its own: `python steps.py NAME --device D --out FILE`.
 
 The JSON file is written anew after every step, so that a step that hangs does not take the others with it.
 """
@@ -295,7 +295,7 @@ def stress_files(device: torch.device, save: Save, seconds: float) -> None:
     save({"weights": str(weights), "fasta": str(fasta)})
 
 
-SECTIONS: dict[str, Callable[[torch.device, Save, float], None]] = {
+STEPS: dict[str, Callable[[torch.device, Save, float], None]] = {
     "machine": machine,
     "every_launcher": every_launcher,
     "model_speed": model_speed,
@@ -306,7 +306,7 @@ SECTIONS: dict[str, Callable[[torch.device, Save, float], None]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("section", choices=SECTIONS)
+    parser.add_argument("step", choices=STEPS)
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=60.0)
@@ -319,7 +319,7 @@ def main() -> None:
         partial_file.replace(arguments.out)
 
     with torch.no_grad():
-        SECTIONS[arguments.section](device, save, arguments.seconds)
+        STEPS[arguments.step](device, save, arguments.seconds)
 
 
 if __name__ == "__main__":
