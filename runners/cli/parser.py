@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 from esm_packed.config import DEFAULT_MAX_LENGTH
 from esm_packed.runners.cli import values
+from esm_packed.runners.input.rules import CHOICES
 from esm_packed.runners.system.terminal import EXIT_USAGE, complain
 
 
@@ -78,17 +79,17 @@ def add_read_rules(parser: argparse.ArgumentParser) -> None:
     )
     rules.add_argument(
         "--invalid",
-        choices=("error", "x", "skip"),
+        choices=CHOICES["invalid"],
         default="error",
         help="characters outside the alphabet: replace them by X, or leave their records out",
     )
     rules.add_argument(
         "--duplicates",
-        choices=("error", "first", "rename"),
+        choices=CHOICES["duplicates"],
         default="error",
         help="records of one ID: keep the first, or rename later ones to ID__2, ID__3 ...",
     )
-    rules.add_argument("--gaps", choices=("error", "drop"), default="error", help="gaps - and . in sequences")
+    rules.add_argument("--gaps", choices=CHOICES["gaps"], default="error", help="gaps - and . in sequences")
     rules.add_argument(
         "--full-header", action="store_true", help="the ID is the whole header, not its first word"
     )

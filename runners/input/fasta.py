@@ -24,6 +24,7 @@ import numpy.typing as npt
 
 from esm_packed.alphabet import INVALID_ID, RESIDUE_TO_ID, TOKENS
 from esm_packed.errors import UserError
+from esm_packed.runners.input.rules import CHOICES
 
 NOTHING = 0
 """The code of a byte that is no part of a sequence (the id of `<cls>`, which is no residue either)."""
@@ -102,12 +103,7 @@ class ReadOptions:
     force: bool = False
 
     def __post_init__(self) -> None:
-        allowed = {
-            "invalid": ("error", "x", "skip"),
-            "duplicates": ("error", "first", "rename"),
-            "gaps": ("error", "drop"),
-        }
-        for name, values in allowed.items():
+        for name, values in CHOICES.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"{name} must be one of {', '.join(values)}; got {getattr(self, name)!r}")
 
