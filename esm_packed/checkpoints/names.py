@@ -278,7 +278,7 @@ def _settle_inv_freq(named: dict[str, torch.Tensor], config: ESM2Config, stated:
         if not stated.official_rope_base:
             raise CheckpointError(f"{path}: rope_theta is not 10000, and the frequencies are missing")
         lost = "stores its rotary frequencies in BF16" if present else "has no rotary frequencies (inv_freq)"
-        warnings.warn(f"{path} {lost}: those of the official checkpoints are used", stacklevel=5)
+        warnings.warn(f"{path} {lost}: those of the official checkpoints are used", stacklevel=2)
         named |= dict.fromkeys(names, rounded_inv_freq(config.head_dim))
     elif not all(torch.equal(frequencies, present[0]) for frequencies in present):
         raise CheckpointError(f"{path}: its layers have different rotary frequencies (inv_freq)")
