@@ -3,24 +3,38 @@
 from esm_packed import ESM2
 model = ESM2.from_pretrained("esm2_t33_650M_UR50D")
 embeddings = model.embed(["MKTAYIAKQR", "GSHMSLFD"])
+
+What `esm-packed embed` wrote is read with `esm_packed.open("embeddings.h5")`.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from esm_packed.version import __version__
 
 if TYPE_CHECKING:
     from esm_packed.model import ESM2
+    from esm_packed.runners.input.records import read_fasta
+    from esm_packed.runners.output.dataset import EmbeddingDataset
+    from esm_packed.runners.output.embedding_file import EmbeddingFile
+    from esm_packed.runners.output.embedding_file import EmbeddingFile as open
 
-__all__ = ["ESM2", "__version__"]
+__all__ = ["ESM2", "EmbeddingDataset", "EmbeddingFile", "__version__", "open", "read_fasta"]
+
+# Imported when first used: some import torch, which `esm-packed --help` must not wait for.
+_PLACES = {
+    "ESM2": ("esm_packed.model", "ESM2"),
+    "EmbeddingDataset": ("esm_packed.runners.output.dataset", "EmbeddingDataset"),
+    "EmbeddingFile": ("esm_packed.runners.output.embedding_file", "EmbeddingFile"),
+    "open": ("esm_packed.runners.output.embedding_file", "EmbeddingFile"),
+    "read_fasta": ("esm_packed.runners.input.records", "read_fasta"),
+}
 
 
 def __getattr__(name: str) -> Any:
-    # The model imports torch, which `esm-packed --help` must not wait for.
-    if name == "ESM2":
-        from esm_packed.model import ESM2
-
-        return ESM2
+    if name in _PLACES:
+        module, attribute = _PLACES[name]
+        return getattr(import_module(module), attribute)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

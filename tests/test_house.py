@@ -17,8 +17,8 @@ FLOORS = ["kernels", "esm_packed", "reports", "runners", "benchmarks"]
 RUNNER_ROOMS = ["system", "input", "state", "watch", "compute", "output", "session", "cli"]
 """Folders of `runners/` from the ground up; `session` stands for the files beside them."""
 
-ENTRY_POINT = ROOT / "esm_packed" / "__main__.py"
-"""`python -m esm_packed` hands over to the command line, the one import that points upwards."""
+ENTRY_POINTS = {ROOT / "esm_packed" / name for name in ("__main__.py", "__init__.py")}
+"""`python -m esm_packed` and what `esm_packed` offers hand over to any floor, when they are asked for it."""
 
 
 def folder_of(module: str) -> str | None:
@@ -45,7 +45,7 @@ def imports_of(path: Path) -> set[str]:
 def test_imports_point_downwards(floor: str) -> None:
     allowed = FLOORS[: FLOORS.index(floor) + 1]
     for path in (ROOT / floor).rglob("*.py"):
-        if path == ENTRY_POINT:
+        if path in ENTRY_POINTS:
             continue
         for module in imports_of(path):
             folder = folder_of(module)
@@ -83,3 +83,16 @@ def test_kernels_import_alone() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/")
     assert done.stdout.split() == ["esm_packed.version"]
+
+
+def test_the_package_imports_nothing_until_it_is_used() -> None:
+    """In a fresh process; what reads an output needs no torch."""
+    code = (
+        "import sys, esm_packed\n"
+        "print(*(name for name in sys.modules if name.startswith('esm_packed.')))\n"
+        "esm_packed.open, esm_packed.read_fasta\n"
+        "print('torch' in sys.modules)\n"
+        "print(*(name for name in esm_packed.__all__ if getattr(esm_packed, name) is None))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/")
+    assert done.stdout.splitlines() == ["esm_packed.version", "False", ""]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from esm_packed import outputs
+from esm_packed.alphabet import AMINO_ACIDS, TOKENS
 
 POOLED = tuple(name for name, kind in outputs.KINDS.items() if kind.has_layers and not kind.is_ragged)
 """Kinds with one row for each sequence and layer."""
@@ -13,6 +14,8 @@ RAGGED = tuple(name for name, kind in outputs.KINDS.items() if kind.is_ragged)
 KINDS = tuple(outputs.KINDS)
 PER_LAYER = tuple(name for name, kind in outputs.KINDS.items() if kind.has_layers)
 """Kinds that there are of each layer."""
+TOKENS_OF = {"logits": AMINO_ACIDS, "logits_all": TOKENS}
+"""What the columns of a kind stand for."""
 
 
 def dataset_of(kind: str, layer: int | None, layers: Sequence[int]) -> str:
@@ -29,8 +32,8 @@ def dataset_of(kind: str, layer: int | None, layers: Sequence[int]) -> str:
     return "embeddings" if kind == "mean" and layer == layers[-1] else f"{kind}/{layer}"
 
 
-def datasets_of(kinds: Sequence[str], layers: Sequence[int]) -> Iterator[tuple[str, str]]:
-    """Each kind with the name of each of its data sets."""
+def datasets_of(kinds: Sequence[str], layers: Sequence[int]) -> Iterator[tuple[str, int | None, str]]:
+    """Each kind with each of its layers, None if it has none, and the name of the data set."""
     for kind in kinds:
         for layer in layers if kind in PER_LAYER else (None,):
-            yield kind, dataset_of(kind, layer, layers)
+            yield kind, layer, dataset_of(kind, layer, layers)

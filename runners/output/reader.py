@@ -12,7 +12,6 @@ import numpy as np
 import numpy.typing as npt
 
 from esm_packed.errors import UserError
-from esm_packed.outputs import COLUMNS
 from esm_packed.runners.input.fasta import Modified
 from esm_packed.runners.output.checked import CheckedFile
 from esm_packed.runners.output.layout import (
@@ -29,13 +28,29 @@ from esm_packed.runners.output.names import (
     PER_LAYER,
     POOLED,
     RAGGED,
+    TOKENS_OF,
     dataset_of,
     datasets_of,
 )
 from esm_packed.runners.output.parts import PART, DataSetType, Part, Parts
 from esm_packed.runners.state.plan import plan_hash
-from esm_packed.runners.state.shard import STATUS_NOT_COMPUTED, Comparison, StoreError
+from esm_packed.runners.state.shard import (
+    STATUS_COMPUTED,
+    STATUS_FAILED,
+    STATUS_NOT_COMPUTED,
+    STATUS_RECOMPUTED,
+    Comparison,
+    StoreError,
+)
 
+STATUS_LABELS = {
+    STATUS_COMPUTED: "computed",
+    STATUS_RECOMPUTED: "recomputed",
+    STATUS_FAILED: "failed",
+    STATUS_NOT_COMPUTED: "not computed",
+}
+MISSING = (STATUS_FAILED, STATUS_NOT_COMPUTED)
+"""Of sequences that have only NaN, or no rows."""
 _ROWS_AT_ONCE = 1 << 20
 
 
@@ -50,6 +65,7 @@ class StoredDataSet(NamedTuple):
     """A data set of an output, and its size on disk, compressed or not."""
 
     kind: str
+    layer: int | None
     name: str
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
@@ -74,6 +90,7 @@ class EmbeddingReader:
         self._path = os.fspath(path)
         self._parts: Parts | None = None
         self._num_rows = 0
+        self._places: tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]] | None = None
         self._file = CheckedFile(path, "esm-packed output")
         try:
             with self._file.reading():
@@ -97,17 +114,18 @@ class EmbeddingReader:
         is_virtual = "parts" in self._attributes
         datasets = list(datasets_of(self.kinds, self.layers))
         self._hidden_size: int | None = None
-        for kind, name in datasets:
-            if kind in PER_LAYER:
+        for kind, layer, name in datasets:
+            if layer is not None:
                 found = self._file.dataset(name, is_virtual=is_virtual and kind in RAGGED)
                 self._hidden_size = int(found.shape[1])
                 break
-        for kind, name in datasets:
+        for kind, _, name in datasets:
             if kind in POOLED:
                 self._file.expect(name, "f2 f4", (self._num_sequences, self._columns(kind)))
         if "unmasked_nll" in self.kinds:
             self._file.expect("unmasked_nll", "f4", (self._num_sequences,))
-        self._check_ragged({name: kind for kind, name in datasets if kind in RAGGED}, is_virtual)
+        self._check_ragged({name: kind for kind, _, name in datasets if kind in RAGGED}, is_virtual)
+        self._check_sequences()
 
     def _check_attributes(self) -> None:
         self._attributes = self._file.attributes()
@@ -127,7 +145,7 @@ class EmbeddingReader:
 
     def _columns(self, kind: str) -> int:
         """Values in a row of residues or of a sequence."""
-        return len(COLUMNS[kind]) if kind in COLUMNS else self._hidden_size or 0
+        return len(TOKENS_OF[kind]) if kind in TOKENS_OF else self._hidden_size or 0
 
     def _check_ragged(self, kinds: dict[str, str], is_virtual: bool) -> None:
         """See that the rows of residues are there; `kinds` are those of the data sets that hold them."""
@@ -140,9 +158,8 @@ class EmbeddingReader:
             dtype = self._file.expect(name, "f2 f4", (self._num_rows, columns), is_virtual=is_virtual)
             types[name] = DataSetType(dtype, columns)
             tokens = self._file.attributes(name).get("tokens", ())
-            if kind in COLUMNS and list(tokens) != list(COLUMNS[kind]):
+            if kind in TOKENS_OF and list(tokens) != list(TOKENS_OF[kind]):
                 raise ValueError(f"{name} has the columns {tokens!r}")
-        self._check_starts()
         if is_virtual:
             self._file.expect_records("parts", PART)
             parts = [
@@ -153,16 +170,21 @@ class EmbeddingReader:
             if self._parts.num_rows != self._num_rows:
                 raise ValueError(f"{self._parts.num_rows} rows in parts, not {self._num_rows}")
 
-    def _check_starts(self) -> None:
-        """See that the residues of each sequence are rows that there are."""
-        self._file.expect("starts", "i8", (self._num_sequences,))
+    def _check_sequences(self) -> None:
+        """See that each sequence has a known status, and that its residues are rows that there are."""
+        has_starts = any(kind in RAGGED for kind in self.kinds)
+        if has_starts:
+            self._file.expect("starts", "i8", (self._num_sequences,))
         for start in range(0, self._num_sequences, _ROWS_AT_ONCE):
             stop = start + _ROWS_AT_ONCE
-            starts, lengths = self.starts(start, stop), self.column("embedded_lengths", start, stop)
-            is_absent = self.column("status", start, stop) == STATUS_NOT_COMPUTED
-            is_within = (starts >= 0) & (lengths >= 0) & (starts <= self._num_rows - lengths)
-            if not np.where(is_absent, starts == -1, is_within).all():
-                raise ValueError("starts are not rows that there are")
+            status = self.column("status", start, stop)
+            if status.max() > max(STATUS_LABELS):
+                raise ValueError(f"a status of {status.max()}")
+            if has_starts:
+                starts, lengths = self.starts(start, stop), self.column("embedded_lengths", start, stop)
+                is_within = (starts >= 0) & (lengths >= 0) & (starts <= np.int64(self._num_rows) - lengths)
+                if not np.where(status == STATUS_NOT_COMPUTED, starts == -1, is_within).all():
+                    raise ValueError("starts are not rows that there are")
 
     def _read_plan(self) -> dict[str, Any]:
         plan: dict[str, Any] = json.loads(self._file.dataset("plan").asstr()[()])
@@ -203,14 +225,14 @@ class EmbeddingReader:
     def datasets(self) -> list[StoredDataSet]:
         """The data sets of all kinds."""
         found = []
-        for kind, name in datasets_of(self.kinds, self.layers):
+        for kind, layer, name in datasets_of(self.kinds, self.layers):
             is_virtual = self._parts is not None and kind in RAGGED
             dataset = self._file.dataset(name, is_virtual=is_virtual)
             if self._parts is not None and is_virtual:
                 num_bytes = self._parts.stored_bytes[name]
             else:
                 num_bytes = dataset.id.get_storage_size()
-            found.append(StoredDataSet(kind, name, dataset.shape, dataset.dtype, num_bytes))
+            found.append(StoredDataSet(kind, layer, name, dataset.shape, dataset.dtype, num_bytes))
         return found
 
     def sequence_ids(self, start: int = 0, stop: int | None = None) -> list[str]:
@@ -270,6 +292,47 @@ class EmbeddingReader:
         with self._file.reading():
             rows: npt.NDArray[np.floating[Any]] = self._file.dataset(name)[start:stop]
         return rows
+
+    def value(self, sequence: int, kind: str, layer: int | None = None) -> npt.NDArray[np.floating[Any]]:
+        """What there is of one sequence.
+
+        The first of a ragged kind reads where the residues of all sequences are, 12 bytes for each.
+
+        Args:
+            sequence: 0 <= sequence < num_sequences.
+            kind, layer: as in `values`.
+
+        Returns:
+            (hidden_size,), a scalar for `unmasked_nll`, or (embedded_length, columns) for a ragged kind; NaN
+            where the sequence failed or was not computed.
+
+        Raises:
+            NotInFileError: it has no such kind or layer.
+        """
+        if kind not in RAGGED:
+            row: npt.NDArray[np.floating[Any]] = self.values(kind, layer, sequence, sequence + 1)[0]
+            return row
+        starts, lengths = self._residues()
+        if not self.has_rows(sequence):
+            empty = self.values(kind, layer, 0, 0)
+            return np.full((lengths[sequence], empty.shape[1]), np.nan, empty.dtype)
+        start = int(starts[sequence])
+        return self.values(kind, layer, start, start + int(lengths[sequence]))
+
+    def has_rows(self, sequence: int) -> bool:
+        """Whether there are rows of residues of a sequence."""
+        return bool(self._residues()[0][sequence] >= 0)
+
+    def _residues(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
+        """First row and number of residues of every sequence."""
+        if self._places is None:
+            self._places = self.starts(), self.column("embedded_lengths")
+        return self._places
+
+    def missing(self, start: int = 0, stop: int | None = None) -> npt.NDArray[np.int64]:
+        """Those of the sequences [start, stop) that failed or were not computed, as numbers of rows."""
+        found: npt.NDArray[np.int64] = np.flatnonzero(np.isin(self.column("status", start, stop), MISSING))
+        return start + found
 
     def embeddings(
         self, layer: int | None = None, start: int = 0, stop: int | None = None
