@@ -8,11 +8,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from esm_packed.runners.input.fasta import DamagedIndexError
+from esm_packed.runners.input.index import reopen_index
 from esm_packed.runners.output.reader import EmbeddingReader
 from esm_packed.runners.state.claims import describe_holder, holder_of, is_live
 from esm_packed.runners.state.directory import RunDirectory
 from esm_packed.runners.state.plan import Plan, PlanError
 from esm_packed.runners.state.shard import STATUS_NOT_COMPUTED, StoreError
+from esm_packed.runners.system.terminal import counted
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class RunState:
         shards_per_minute: None where it cannot be told.
         seconds_since_last: since the last shard was finished.
         workers: processes at work on it.
+        index_fault: why the records of its inputs cannot be read, empty if they can.
     """
 
     run: str
@@ -47,12 +51,14 @@ class RunState:
     shards_per_minute: float | None = None
     seconds_since_last: float | None = None
     workers: tuple[str, ...] = ()
+    index_fault: str = ""
 
     def lines(self) -> list[str]:
         """For the terminal."""
         if self.complete:
             kept = f"; {self.run} is kept" if self.run else ""
-            return [f"{self.output}: complete, {self.num_records:,} sequences{kept}", *self.workers]
+            sequences = counted(self.num_records or 0, "sequence")
+            return [f"{self.output}: complete, {sequences}{kept}", *self.workers]
         partial = []
         if self.num_not_computed is not None:
             missing = f"{self.num_not_computed:,} of {self.num_records:,} proteins not computed"
@@ -64,6 +70,8 @@ class RunState:
             lines.append(f"begun by: {self.command}")
         if self.num_shards is None or self.num_records is None:
             return [f"{self.run}: no plan yet, the input is being read", *lines]
+        if self.index_fault:
+            lines.append(self.index_fault)
         if self.num_shards_finished == self.num_shards:
             lines.append(f"esm-packed merge {self.output} puts them together")
         if self.shards_per_minute is not None:
@@ -128,7 +136,16 @@ def _state_of_run(directory: RunDirectory) -> RunState:
         shards_per_minute=60 * (len(times) - 1) / (times[-1] - times[0]) if has_rate else None,
         seconds_since_last=time.time() - times[-1] if times else None,
         workers=_workers(directory),
+        index_fault=_index_fault(directory),
     )
+
+
+def _index_fault(directory: RunDirectory) -> str:
+    try:
+        reopen_index(directory.index_path).close()
+    except DamagedIndexError as error:
+        return str(error)
+    return ""
 
 
 def _completeness(reader: EmbeddingReader) -> tuple[bool, int | None]:

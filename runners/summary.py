@@ -15,6 +15,7 @@ from esm_packed.runners.input.index import FastaIndex
 from esm_packed.runners.output.reader import EmbeddingReader
 from esm_packed.runners.state.request import EmbedRequest
 from esm_packed.runners.state.shard import STATUS_FAILED, STATUS_RECOMPUTED, Comparison
+from esm_packed.runners.system.terminal import counted
 from esm_packed.runners.watch.console import byte_size, duration
 from esm_packed.runners.watch.metrics import STAGES, StageTimes
 
@@ -24,7 +25,7 @@ JUDGED_PACKS = 20
 JUDGED_SECONDS = 10.0
 
 _IDS_SHOWN = 5
-_NAME_WIDTH, _VALUE_WIDTH, _ID_WIDTH = 20, 60, 56
+_NAME_WIDTH, _VALUE_WIDTH, _ID_WIDTH = 20, 60, 50
 """Characters of a line of the summary, and of an ID in it, as a terminal has 80."""
 
 
@@ -35,12 +36,14 @@ class Changed(NamedTuple):
     first_ids: list[str]
 
     def after(self, text: str) -> str:
-        """`text: IDs`, with IDs in lines of their own if the line would be too long."""
-        ids = [shorten(sequence_id, _ID_WIDTH) for sequence_id in self.first_ids]
-        if len(ids) < self.number:
-            ids.append("...")
-        line = f"{text}: {', '.join(ids)}"
-        return line if len(line) <= _VALUE_WIDTH else "\n".join([f"{text}:", *ids])
+        """`text: IDs`, as many as fit into the line, or into a second one if it would be too long."""
+        for count in range(len(self.first_ids), 0, -1):
+            ids = [shorten(each, _ID_WIDTH) for each in self.first_ids[:count]]
+            shown = ", ".join(ids + ["..."] * (count < self.number))
+            if len(shown) <= _VALUE_WIDTH:
+                break
+        line = f"{text}: {shown}"
+        return line if len(line) <= _VALUE_WIDTH else f"{text}:\n{shown}"
 
 
 @dataclass
@@ -154,41 +157,42 @@ class Summary:
         time = f"{duration(self.seconds)}"
         if self.stages.packs:
             time += f", {self.stages.residues / max(self.embedding_seconds, 1e-9):,.0f} residues/s"
+        whole = " in the whole input" * bool(self.missing_shards)
         lines = {
-            "sequences": f"{self.num_sequences:,} ({self.num_residues:,} residues)",
+            "sequences": f"{self.num_sequences:,} ({counted(self.num_residues, 'residue')}){whole}",
             "model": f"{self.model_name} in {self.dtype} on {self.device}",
             "time": time,
         }
         if self.missing_shards:
-            return lines | {
-                "slice": f"{self.part} is done; {self.missing_shards:,} shards of other slices are missing"
-            }
+            shards = counted(self.missing_shards, "shard")
+            are = "is" if self.missing_shards == 1 else "are"
+            return lines | {"slice": f"{self.part} is done; {shards} of other slices {are} missing"}
         return {"output": f"{self.output} ({byte_size(self.output.stat().st_size)})"} | lines
 
     def _exception_lines(self) -> dict[str, str]:
         """Counts of what is not as usual, if there is any."""
         counts = {
-            "replaced": (self.num_replaced, "residues outside the alphabet, now X"),
-            "duplicates": (self.num_duplicates, "records with the ID of an earlier one"),
-            "left out": (self.num_left_out, "records, listed in `problems`"),
-            "identical": (self.num_identical, "sequences copied from an equal one"),
+            "replaced": (self.num_replaced, "residue", " outside the alphabet, now X"),
+            "duplicates": (self.num_duplicates, "record", " with the ID of an earlier one"),
+            "left out": (self.num_left_out, "record", ", listed in `problems`"),
+            "identical": (self.num_identical, "sequence", " copied from an equal one"),
         }
         ids = {"replaced": Modified.RESIDUES_REPLACED.label, "duplicates": Modified.RENAMED.label}
         if not self.missing_shards:  # the output has them
             for name, flag, what in (
-                ("gaps dropped", Modified.GAPS_DROPPED, "sequences with gaps"),
-                ("stops dropped", Modified.TRAILING_STOP_DROPPED, "sequences that end in *"),
+                ("gaps dropped", Modified.GAPS_DROPPED, " with gaps"),
+                ("stops dropped", Modified.TRAILING_STOP_DROPPED, " ending in *"),
             ):
-                counts[name] = (self.changed[flag.label].number, what)
+                counts[name] = (self.changed[flag.label].number, "sequence", what)
                 ids[name] = flag.label
             ids["truncated"] = "truncated"
             counts |= {
-                "truncated": (self.num_truncated, "sequences, to the first --max-length residues"),
-                "recomputed": (self.num_recomputed, "sequences in fp32, listed in `problems`"),
-                "failed": (self.num_failed, "sequences, whose rows are NaN, listed in `problems`"),
+                "truncated": (self.num_truncated, "sequence", ", to the first --max-length residues"),
+                "recomputed": (self.num_recomputed, "sequence", " in fp32, listed in `problems`"),
+                "failed": (self.num_failed, "sequence", ", whose rows are NaN, listed in `problems`"),
             }
-        counts["split"] = (self.stages.num_halved, "packs, after running out of memory")
-        lines = {name: f"{count:,} {what}" for name, (count, what) in counts.items() if count}
+        counts["split"] = (self.stages.num_halved, "pack", ", after running out of memory")
+        lines = {name: counted(count, noun) + what for name, (count, noun, what) in counts.items() if count}
         for name, change in ids.items():
             if name in lines and (changed := self.changed.get(change)) and changed.number:
                 lines[name] = changed.after(lines[name])
@@ -223,7 +227,7 @@ class Summary:
             return {"against fp32": f"none of {self.num_to_compare:,} compared yet"}
         cosines = [each.cosine for each in self.comparisons]
         return {
-            "against fp32": f"{len(cosines):,} sequences: cosine at least {min(cosines):.8f}, largest error "
-            f"{max(each.max_error for each in self.comparisons):.3g}, relative error at most "
+            "against fp32": f"{counted(len(cosines), 'sequence')}: cosine at least {min(cosines):.8f}, "
+            f"largest error {max(each.max_error for each in self.comparisons):.3g}, relative error at most "
             f"{max(each.relative_error for each in self.comparisons):.3g}"
         }

@@ -29,6 +29,7 @@ from esm_packed.runners.input.build import build_index
 from esm_packed.runners.input.fasta import ReadOptions
 from esm_packed.runners.input.index import STDIN, FastaIndex
 from esm_packed.runners.system.paths import check_apart, files_of
+from esm_packed.runners.system.terminal import counted
 from esm_packed.runners.watch.console import Console, duration
 
 TokenIds = npt.NDArray[np.uint8]
@@ -157,7 +158,7 @@ class _Sample:
 
     @property
     def described(self) -> str:
-        return f"{len(self.token_ids):,} proteins, {self.num_residues:,} residues"
+        return f"{counted(len(self.token_ids), 'protein')}, {counted(self.num_residues, 'residue')}"
 
 
 def _read_sample(request: ValidateRequest, console: Console) -> _Sample:

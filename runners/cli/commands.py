@@ -24,6 +24,7 @@ from esm_packed.runners.system.terminal import (
     EXIT_FAILED_ROWS,
     EXIT_INTERRUPTED,
     complain,
+    counted,
     say,
 )
 
@@ -59,7 +60,8 @@ def embed(options: argparse.Namespace) -> int:
     )
     summary = embed_files(request, Console(options.quiet))
     if not options.quiet and summary.already_complete:
-        say([f"already complete: {summary.output} holds this run ({summary.num_sequences:,} sequences)"])
+        sequences = counted(summary.num_sequences, "sequence")
+        say([f"already complete: {summary.output} holds this run ({sequences})"])
     elif not options.quiet:
         say(summary.lines(options.verbose))
         for warning in summary.warnings():

@@ -27,6 +27,7 @@ from esm_packed.runners.output.reader import EmbeddingReader
 from esm_packed.runners.state.directory import RunDirectory
 from esm_packed.runners.state.shard import STATUS_FAILED, STATUS_NOT_COMPUTED, STATUS_RECOMPUTED
 from esm_packed.runners.status import run_state
+from esm_packed.runners.system.terminal import counted
 from esm_packed.runners.watch.console import Console, byte_size
 
 _MODEL_SUFFIXES = (".pt", ".bin", ".safetensors", ".index.json")
@@ -161,7 +162,7 @@ def _describe_output(path: Path, as_json: bool) -> list[str]:
             "model": f"{shown['model_name']} in {shown['dtype']} (sha256 {shown['model_sha256'][:16]})",
             "device": f"{shown['device']}, attention {shown['attention_backend']}",
             "disabled": shown["disabled"],
-            "sequences": f"{reader.num_sequences:,} ({residues:,} residues)",
+            "sequences": f"{reader.num_sequences:,} ({counted(residues, 'residue')})",
             "embeddings": f"mean of layer {last}: {shape}",
             **{f"mean/{layer}": f"mean of layer {layer}: {shape}" for layer in others},
             "exceptions": ", ".join(f"{count:,} {name}" for name, count in counts.items() if count) or "none",

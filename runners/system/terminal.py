@@ -26,6 +26,11 @@ def printable(text: str) -> str:
     )
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 shard`, `2,000 shards`."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 def complain(text: str, details: Sequence[str] = ()) -> None:
     """Print an error on stderr: one line, and an indented one for each of `details`."""
     warn(f"error: {text}", details)

@@ -119,13 +119,13 @@ def work(many_shards: Work) -> Work:
 HELD = """
 original_embed = ESM2.embed_packed
 packs = 0
-def held_embed(self, batch, layers):
+def held_embed(self, batch, names, *rest):
     global packs
     packs += 1
     deadline = time.monotonic() + 300
     while packs > {packs} and not os.path.exists({go!r}) and time.monotonic() < deadline:
         time.sleep(0.01)
-    return original_embed(self, batch, layers)
+    return original_embed(self, batch, names, *rest)
 ESM2.embed_packed = held_embed
 """
 
@@ -162,6 +162,7 @@ def test_in_any_order_one_after_another(
             shards = sum(len(Slice(each, 3).shards(work.num_shards)) for each in order[: number + 1])
             assert len(shards_of(output)) == shards
             assert f"{work.num_shards - shards} shards of other slices are missing" in child.output()
+            assert " residues) in the whole input\n" in child.output()
     check_end(work, output)
     again = start(nursery, work, output, "--slice", "1/3")
     assert again.wait() == 0, again.output()

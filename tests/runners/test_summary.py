@@ -159,14 +159,58 @@ def test_the_summary_is_short_unless_something_was_out_of_the_ordinary(
     ]
 
 
-def test_long_ids_stand_in_lines_of_their_own(fasta: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_long_ids_stand_in_one_line_of_their_own(fasta: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ids = [f"protein_{number}_{'x' * 80 * (number % 2)}" for number in range(7)]
     fasta.write_text("".join(f">{each}\nMKTLL{'K' * number}\n" for number, each in enumerate(ids)))
     assert embed(fasta, "--max-length", "4") == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[4] == f"{'truncated':<20}7 sequences, to the first --max-length residues:"
-    assert [line[20:30] for line in lines[5:]] == [f"'protein_{number}" for number in range(5)] + ["..."]
-    assert all(line[:20].isspace() and len(line) <= 80 for line in lines[5:])
+    assert lines[5:] == [f"{'':<20}'protein_0_', ..."]
+    short = "".join(f">{number}\nMKTLL{'K' * number}\n" for number in range(10, 17))
+    fasta.write_text(f">{ids[1]}\nMKTLL\n" + short)
+    assert embed(fasta, "--max-length", "4", "--overwrite") == 0
+    cut = f"protein_1_{'x' * 37}..."
+    (line,) = capsys.readouterr().out.splitlines()[5:]
+    assert line == f"{'':<20}'{cut}', ..."
+    assert len(line) <= 80
+    fasta.write_text(short)
+    assert embed(fasta, "--max-length", "4", "--overwrite") == 0
+    assert capsys.readouterr().out.splitlines()[5:] == [f"{'':<20}'10', '11', '12', '13', '14', ..."]
+
+
+def test_one_is_no_plural(fasta: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fasta.write_text(">a\nM\n")
+    assert embed(fasta) == 0
+    assert f"{'sequences':<20}1 (1 residue)" in capsys.readouterr().out.splitlines()
+    assert embed(fasta) == 0
+    assert "holds this run (1 sequence)" in capsys.readouterr().out
+    output = fasta.with_name("out.h5")
+    assert cli.main(["info", str(output)]) == 0
+    assert f"{'sequences':<20}1 (1 residue)" in capsys.readouterr().out.splitlines()
+    assert cli.main(["status", str(output)]) == 0
+    assert capsys.readouterr().out == f"{output}: complete, 1 sequence\n"
+
+
+@pytest.mark.parametrize("harm", ["damaged", "cut short", "missing"])
+def test_status_says_that_the_index_cannot_be_read(
+    fasta: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, harm: str
+) -> None:
+    monkeypatch.setitem(FLOPS_PER_SHARD, "cpu", 1.0)
+    output = unfinished(fasta, 3)
+    index = fasta.with_name("out.h5.run") / "index"
+    capsys.readouterr()
+    assert cli.main(["status", str(output)]) == 0
+    assert "index" not in capsys.readouterr().out
+    if harm == "missing":
+        shutil.rmtree(index)
+    else:
+        file = index / ("index.json" if harm == "damaged" else "tokens.bin")
+        content = file.read_bytes()
+        file.write_bytes(content[:-1] if harm == "cut short" else content[:20] + b"?" + content[21:])
+    for command in ("status", "info"):
+        assert cli.main([command, str(output)]) == 0
+        assert f"{index}: damaged or missing; repeat the command" in capsys.readouterr().out
+    assert embed(fasta) == 0
 
 
 @pytest.mark.parametrize("columns", [40, 80])
