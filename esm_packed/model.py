@@ -167,9 +167,22 @@ class ESM2(nn.Module):
             model.rescue = Rescue(partial(load_in_fp32, checkpoint, device))
         return model
 
-    def with_attention(self, backend: tuple[str, PackedAttention]) -> ESM2:
-        """The same weights, shared and not copied, with another attention backend."""
+    def with_attention(
+        self, backend: tuple[str, PackedAttention], precision: Precision | None = None
+    ) -> ESM2:
+        """The same weights, shared and not copied, with another attention backend.
+
+        Args:
+            backend: name and function, as `attention.select_backend` gives them.
+            precision: what it computes in, for weights of this dtype; None for what this model computes in.
+
+        Raises:
+            ValueError: `precision` is for weights of another dtype.
+        """
         model = _shallow_copy(self)
+        model.precision_mode = precision or self.precision_mode
+        if model.precision_mode.dtype != self.dtype:
+            raise ValueError(f"precision {model.precision!r}: the weights that are shared are {self.dtype}")
         model.attention_backend, attend = backend
         model.layers = nn.ModuleList(_shallow_copy(layer) for layer in self.layers)  # type: ignore[assignment]
         for layer in model.layers:

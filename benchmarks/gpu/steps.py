@@ -169,8 +169,7 @@ def _variants(
                 continue
             if attention == "auto":
                 found.setdefault("auto_backends", {})[mode] = backend[0]
-            computing = model.with_attention(backend)
-            computing.precision_mode = MODES[mode]
+            computing = model.with_attention(backend, MODES[mode])
             variants.setdefault(f"{mode} {backend[0]}", partial(_forward, computing, batch))
     return variants
 

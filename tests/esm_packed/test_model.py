@@ -157,6 +157,18 @@ def test_another_attention_shares_the_weights_and_leaves_the_model_alone(demo: E
         assert mine is its, name
 
 
+def test_another_attention_may_come_with_another_precision_of_the_same_weights(demo: ESM2) -> None:
+    backend = ("sdpa", sdpa_attention)
+    half_stream = replace(PRECISIONS["fp32"], name="half stream", residual_dtype=torch.float16)
+    other = demo.with_attention(backend, half_stream)
+    assert (other.precision, demo.precision) == ("half stream", "fp32")
+    batch = pack([encode("MKTAYIAK")])
+    streams = [model(batch, [2]).representations[2].dtype for model in (other, demo)]
+    assert streams == [torch.float16, torch.float32]
+    with pytest.raises(ValueError, match=r"precision 'fp16': the weights that are shared are torch\.float32"):
+        demo.with_attention(backend, PRECISIONS["fp16"])
+
+
 @pytest.mark.parametrize("per_residue", [False, True])
 def test_a_list_of_layers_gives_a_dict_in_one_pass(demo: ESM2, per_residue: bool) -> None:
     sequences = ["MKTAYIAK", "ACD"]
