@@ -179,7 +179,7 @@ class EmbeddingFile:
     @property
     def missing(self) -> dict[str, str]:
         """The sequences whose values are NaN, by ID, each with the reason."""
-        found = {}
+        found: dict[str, str] = {}
         for start in range(0, len(self), _RECORDS_AT_ONCE):
             rows = self._reader.missing(start, start + _RECORDS_AT_ONCE)
             if len(rows):

@@ -143,23 +143,26 @@ class Parts:
         remedy = f"put the part of {self._output} back, or embed again with --overwrite"
         try:
             file = CheckedFile(path, f"part of {self._output}")
+            try:
+                self._check(file, part)
+            except BaseException:
+                file.close()
+                raise
         except (FileNotFoundError, NotADirectoryError):
             raise StoreError(f"{path}: missing; {remedy}") from None
         except StoreError as error:
             raise StoreError(f"{error}; {remedy}") from error
-        try:
-            with file.reading():
-                if file.num_bytes != part.bytes:
-                    raise StoreError(f"{path}: {file.num_bytes:,} bytes, not {part.bytes:,}; {remedy}")
-                attributes = file.attributes()
-                if (attributes.get("format"), attributes.get("plan_hash")) != (PART_FORMAT, self._plan_hash):
-                    raise StoreError(f"{path}: a part of another run; {remedy}")
-                for name, (dtype, columns) in self._datasets.items():
-                    file.expect(name, f"{dtype.kind}{dtype.itemsize}", (part.num_rows, columns))
-        except BaseException:
-            file.close()
-            raise
         return file
+
+    def _check(self, file: CheckedFile, part: Part) -> None:
+        if file.num_bytes != part.bytes:
+            raise StoreError(f"{file.path}: {file.num_bytes:,} bytes, not {part.bytes:,}")
+        with file.reading():
+            attributes = file.attributes()
+            if (attributes.get("format"), attributes.get("plan_hash")) != (PART_FORMAT, self._plan_hash):
+                raise StoreError(f"{file.path}: no part, or one of another run")
+            for name, (dtype, columns) in self._datasets.items():
+                file.expect(name, f"{dtype.kind}{dtype.itemsize}", (part.num_rows, columns))
 
     def close(self) -> None:
         """Close the parts that are open."""
