@@ -20,6 +20,7 @@ from esm_packed.errors import UsageError
 from esm_packed.runners.compute.ray_worker import RayWorker
 from esm_packed.runners.state.request import EmbedRequest
 from esm_packed.runners.system.signals import ENDING_SIGNALS
+from esm_packed.runners.system.terminal import counted
 from esm_packed.runners.watch.metrics import Snapshot, StageTimes
 
 OBJECT_STORE_BYTES = 512 << 20
@@ -46,15 +47,21 @@ class Slot:
 
     rank: int
     actor: Any = None
-    starting: Any = None
     name: str = "starting"
-    working: Any = None
+    pending: Any = None
+    """Reference to what the worker's present call will return."""
     task: Task | None = None
+    """That this call computes; None while a worker opens the run, or waits."""
     failed_starts: int = 0
     times: StageTimes = field(default_factory=StageTimes)
     """Of finished tasks of the worker that is there now."""
     snapshot: Snapshot | None = None
     asked: Any = None
+
+    @property
+    def is_starting(self) -> bool:
+        """Whether the worker is opening the run."""
+        return self.pending is not None and self.task is None
 
 
 class RayCluster:
@@ -137,7 +144,7 @@ class RayCluster:
         else:
             threads = self._request.threads or 1
             available = sum(cores // threads for cores in self.capacities("CPU"))
-            kind = f"{threads} CPU core{'s' * (threads > 1)}"
+            kind = counted(threads, "CPU core")
         wanted = self._request.workers or (available if self._device.type == "cuda" else 1)
         if wanted > available:
             raise UsageError(f"--workers {wanted}: Ray has room for {available}, with {kind} each")

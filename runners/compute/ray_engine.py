@@ -17,6 +17,7 @@ from esm_packed.runners.compute.ray_schedule import Schedule, is_lasting, root_c
 from esm_packed.runners.compute.ray_worker import RayWorker
 from esm_packed.runners.state.request import EmbedRequest
 from esm_packed.runners.state.run import Run
+from esm_packed.runners.system.terminal import counted
 from esm_packed.runners.watch.console import Console
 from esm_packed.runners.watch.metrics import StageTimes
 from esm_packed.runners.watch.watch import Watch
@@ -54,9 +55,9 @@ class RayEngine:
 
     def describe(self) -> str:
         """How many workers there are, and on what."""
-        threads = self._cluster.threads
-        kind = "GPU" if self._device.type == "cuda" else f"CPU, {threads} thread" + "s" * (threads > 1)
-        return f"{self.num_workers} Ray worker{'s' * (self.num_workers > 1)} ({kind} each)"
+        threads = counted(self._cluster.threads, "thread")
+        kind = "GPU" if self._device.type == "cuda" else f"CPU, {threads}"
+        return f"{counted(self.num_workers, 'Ray worker')} ({kind} each)"
 
     def token_budget(self) -> int:
         """See `Engine`: what the first GPU's memory holds."""

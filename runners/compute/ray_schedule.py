@@ -12,7 +12,6 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any
 
 from esm_packed.errors import EngineError, UserError
 from esm_packed.runners.compute.ray_cluster import RayCluster, Slot, Task
@@ -95,7 +94,7 @@ class Schedule:
         """Have a worker in `slot` that opens the run."""
         self._cluster.start(slot)
         slot.times, slot.snapshot, slot.asked = StageTimes(), None, None
-        slot.starting = slot.actor.open.remote(str(self._run.directory.output), self._run.plan.hash)
+        slot.pending = slot.actor.open.remote(str(self._run.directory.output), self._run.plan.hash)
 
     def _hand_out(self) -> None:
         now = time.monotonic()
@@ -104,18 +103,17 @@ class Schedule:
         for slot in self._cluster.slots:
             if not self._waiting:
                 return
-            if slot.starting is not None or slot.task is not None:
+            if slot.pending is not None:
                 continue
             task = slot.task = self._waiting.popleft()
             if task.last is None:
-                slot.working = slot.actor.compute.remote(task.shard)
+                slot.pending = slot.actor.compute.remote(task.shard)
             else:
-                slot.working = slot.actor.compute_part.remote(task.shard, task.first, task.last)
+                slot.pending = slot.actor.compute_part.remote(task.shard, task.first, task.last)
 
     def _look(self, seconds: float) -> None:
         """Wait for a worker that has started, finished or failed."""
-        slots = self._cluster.slots
-        pending = {slot.starting or slot.working: slot for slot in slots if slot.starting or slot.working}
+        pending = {slot.pending: slot for slot in self._cluster.slots if slot.pending is not None}
         if not pending:
             time.sleep(seconds)
             return
@@ -127,18 +125,14 @@ class Schedule:
             except self._ray.exceptions.RayError as error:
                 self._failed(slot, error)
             else:
-                if slot.starting is not None:
-                    slot.starting, slot.failed_starts = None, 0
-                    slot.name = result
+                task, slot.task, slot.pending = slot.task, None, None
+                if task is None:
+                    slot.name, slot.failed_starts = result, 0
                 else:
-                    self._finished(slot, result)
+                    self._finished(slot, task, result)
 
-    def _finished(self, slot: Slot, result: Any) -> None:
-        task = slot.task
-        assert task is not None
-        slot.task = slot.working = None
+    def _finished(self, slot: Slot, task: Task, times: StageTimes) -> None:
         self._failures_in_a_row = 0
-        times: StageTimes = result
         if task.last is not None:
             self._keep_part(task, None)
         self._done_residues += times.residues - slot.times.residues
@@ -151,14 +145,13 @@ class Schedule:
         cause = root_cause(error)
         if is_lasting(cause):
             raise cause
-        task, was_starting = slot.task, slot.starting is not None
+        task = slot.task
         self._replace(slot)
-        if was_starting:
+        if task is None:
             slot.failed_starts += 1
             if slot.failed_starts == MAX_FAILED_STARTS:
                 raise EngineError(f"worker {slot.rank} cannot be started: {cause}")
             return
-        assert task is not None
         self._attempts[task] += 1
         self._failures_in_a_row += 1
         attempts = self._attempts[task]
@@ -182,7 +175,7 @@ class Schedule:
     def _replace(self, slot: Slot) -> None:
         with suppress(Exception):
             self._ray.kill(slot.actor)
-        slot.actor = slot.working = slot.task = slot.starting = None
+        slot.actor = slot.pending = slot.task = None
         slot.name = "starting"
         self._open(slot)
 
@@ -213,7 +206,7 @@ class Schedule:
     def _check_room(self) -> None:
         """See that there is a worker, or may come to be one: Ray would wait for a new node for ever."""
         now = time.monotonic()
-        if any(slot.starting is None for slot in self._cluster.slots) or self._cluster.has_room():
+        if not all(slot.is_starting for slot in self._cluster.slots) or self._cluster.has_room():
             self._last_room = now
         elif now - self._last_room >= NO_ROOM_SECONDS:
             raise EngineError("no node of the cluster has room for a worker any more")
@@ -221,7 +214,7 @@ class Schedule:
     def _ask(self) -> None:
         """Ask workers how it goes, without waiting for their answers."""
         for slot in self._cluster.slots:
-            if slot.starting is not None:
+            if slot.is_starting:
                 continue
             if slot.asked is not None:
                 ready, _ = self._ray.wait([slot.asked], timeout=0)
