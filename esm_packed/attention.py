@@ -1,9 +1,4 @@
-"""Attention over packed sequences: the backends, and the choice among those that are installed.
-
-Every backend takes query, key, value (total_tokens, num_heads, head_dim), `cu_seqlens` (num_sequences + 1,)
-int32, `max_seqlen` (a Python int) and `softmax_scale`, lets each sequence attend to itself in both directions
-and returns (total_tokens, num_heads, head_dim).
-"""
+"""Attention over packed sequences: the backends, and the choice among those that are installed."""
 
 from __future__ import annotations
 
@@ -15,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +21,31 @@ from esm_packed.kernels import dispatch
 from esm_packed.kernels.reference import packed_attention
 from esm_packed.numerics import Precision
 
-PackedAttention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int, float], torch.Tensor]
+
+class PackedAttention(Protocol):
+    """The function of a backend: each sequence attends to itself, in both directions.
+
+    Args:
+        query, key, value: (total_tokens, num_heads, head_dim).
+        cu_seqlens: (num_sequences + 1,) int32.
+        max_seqlen: tokens of the longest sequence, at least; the row length where sequences are padded.
+        softmax_scale: factor on the scores, head_dim^-0.5 in ESM-2.
+
+    Returns:
+        (total_tokens, num_heads, head_dim), contiguous.
+    """
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        max_seqlen: int,
+        softmax_scale: float,
+        /,
+    ) -> torch.Tensor: ...
+
 
 HALF_TYPES = (torch.float16, torch.bfloat16)
 

@@ -11,7 +11,7 @@ from esm_packed.kernels.reference import attention_probabilities
 
 
 class AttentionMaps:
-    """An attention backend for one sequence that keeps every layer's probabilities.
+    """An `attention.PackedAttention` for one sequence that keeps every layer's probabilities.
 
     `maps` holds for each layer called so far (num_heads, num_residues, num_residues), BOS and EOS cut off.
     """

@@ -83,7 +83,7 @@ def padded_attention(
     max_seqlen: int,
     softmax_scale: float,
 ) -> torch.Tensor:
-    """Attention over the rows of a padded batch, with padding masked out; as `attention.PackedAttention`."""
+    """Attention over the rows of a padded batch, with padding masked out; an `attention.PackedAttention`."""
     num_heads, head_dim = query.shape[1:]
     lengths = cu_seqlens.diff()[::2]
     is_token = torch.arange(max_seqlen, device=query.device) < lengths[:, None]

@@ -221,7 +221,7 @@ def packed_attention(
     Args:
         query, key, value: (total_tokens, num_heads, head_dim).
         cu_seqlens: (num_sequences + 1,) int32.
-        max_seqlen: not needed here; part of the interface all attention backends share.
+        max_seqlen: of the interface that attention backends share; not needed here.
         softmax_scale: factor on the scores, head_dim^-0.5 in ESM-2.
         input_precision: not obeyed here, where FP32 follows torch's global switches; see `attention`.
 
