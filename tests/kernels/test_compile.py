@@ -81,9 +81,13 @@ def complaints(compiled: dict[str, Any]) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """All kernels at the size of ESM-2 650M, FP16 and FP32, for sm_90."""
-    return compile_offline(tmp_path_factory.mktemp("cache"), "--capabilities", "90")
+def compiled(pytestconfig: pytest.Config) -> dict[str, Any]:
+    """All kernels at the size of ESM-2 650M, FP16 and FP32, for sm_90.
+
+    Triton's cache is kept: it knows what a kernel is compiled from, and what did not change takes no time.
+    """
+    assert pytestconfig.cache is not None
+    return compile_offline(pytestconfig.cache.mkdir("triton"), "--capabilities", "90")
 
 
 def test_kernels_compile_well(compiled: dict[str, Any]) -> None:

@@ -31,7 +31,7 @@ def resources(cubin: bytes) -> dict[str, Any]:
         file.write(cubin)
         file.flush()
         usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
-        code = _tool("nvdisasm", "-c", file.name)
+        code = _tool("nvdisasm", "-c", "--no-dataflow", file.name)
     registers, stack, local = (
         int(re.findall(rf"\b{name}:(\d+)", usage)[0]) for name in ("REG", "STACK", "LOCAL")
     )
