@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 from hosts import Host, two_hosts, why_none
-from nursery import Result, names_in, shards_of, wait_until, write_fasta
+from nursery import Result, names_in, shards_of, wait_until
+from proteins import proteins_with_copies, write_fasta
 
 from esm_packed.runners.state.claims import STALE_SECONDS
 
@@ -70,12 +71,12 @@ ray_engine.RayEngine.worker_class = HeldWorker
 HELD_SLICE = """
 packs = 0
 original = ESM2.embed_packed
-def held_embed(self, batch, layers):
+def held_embed(self, batch, names, *rest):
     global packs
     packs += 1
     if packs > 5:
         wait_for("go")
-    return original(self, batch, layers)
+    return original(self, batch, names, *rest)
 ESM2.embed_packed = held_embed
 """
 
@@ -162,7 +163,7 @@ def script(name: str) -> str:
 
 @pytest.fixture(scope="module")
 def fasta(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_fasta(tmp_path_factory.mktemp("cluster") / "in.fasta", 100, 100)
+    return write_fasta(tmp_path_factory.mktemp("cluster") / "in.fasta", proteins_with_copies(100, 100))
 
 
 @pytest.fixture(scope="module")

@@ -10,26 +10,12 @@ from pathlib import Path
 
 import h5py
 import numpy as np
+import peak_memory
 import pytest
+from proteins import random_proteins, write_fasta
 
 MIB = 2**20
 POLL_SECONDS = 0.02
-RESIDUES = np.frombuffer(b"LAGVSERTIDPKQNFYMHWC", dtype=np.uint8)
-
-
-def write_fasta(path: Path, number: int) -> None:
-    """`number` records of ten random residues each, so that hardly any two are the same."""
-    rng = np.random.default_rng(0)
-    with path.open("wb") as file:
-        for start in range(0, number, 100_000):
-            stop = min(start + 100_000, number)
-            residues = RESIDUES[rng.integers(len(RESIDUES), size=(stop - start, 10))].tobytes()
-            file.write(
-                b"".join(
-                    b">r%d\n%s\n" % (start + row, residues[10 * row : 10 * row + 10])
-                    for row in range(stop - start)
-                )
-            )
 
 
 def peak_anonymous_bytes(process: subprocess.Popen[str]) -> int:
@@ -47,7 +33,7 @@ def peak_anonymous_bytes(process: subprocess.Popen[str]) -> int:
 def embed(folder: Path, number: int) -> int:
     """Embed `number` records with the command line; its peak of anonymous memory in bytes."""
     fasta, output = folder / f"{number}.fasta", folder / f"{number}.h5"
-    write_fasta(fasta, number)
+    write_fasta(fasta, random_proteins([10] * number))
     command = [sys.executable, "-m", "esm_packed", "embed", str(fasta), "-o", str(output)]
     options = ["--model", "demo", "--device", "cpu", "--threads", "1", "--quiet"]
     begin = time.monotonic()
@@ -81,51 +67,12 @@ def test_memory_is_flat(tmp_path: Path) -> None:
     assert larger <= 768 * MIB
 
 
-ONE_SHARD = """
-import resource, sys
-import torch
-from esm_packed.model import ESM2
-from esm_packed.runners.cli import main as cli
-from esm_packed.runners.state.cut import FLOPS_PER_SHARD
-
-def embed_packed(self, batch, layers):  # computing would take longer than all the rest
-    return {layer: torch.ones(batch.num_sequences, self.config.hidden_size) for layer in layers}
-
-FLOPS_PER_SHARD["cpu"] = 1e30
-ESM2.embed_packed = embed_packed
-assert cli.main(sys.argv[1:]) == 0
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-"""
-
-
-def peak_with_one_shard(folder: Path, number: int) -> int:
-    """Peak of resident memory of a run of one shard, with six layers, in bytes."""
-    fasta, output = folder / f"{number}.fasta", folder / f"{number}.h5"
-    write_fasta(fasta, number)
-    arguments = [
-        "embed",
-        fasta,
-        "-o",
-        output,
-        "--model",
-        "demo",
-        "--device",
-        "cpu",
-        "--threads",
-        "1",
-        "--keep-run",
-    ]
-    command = [sys.executable, "-c", ONE_SHARD, *map(str, arguments), "--quiet", "--layers", "0,1,2,3,4,5"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
-    assert done.returncode == 0, done.stderr
-    assert len(list((folder / f"{number}.h5.run" / "shards").iterdir())) == 1
-    return int(done.stdout)
-
-
 def test_memory_does_not_grow_with_the_size_of_a_shard(tmp_path: Path) -> None:
     """Neither while rows are computed and written nor while they are merged."""
-    small = peak_with_one_shard(tmp_path, 2_000)
-    large = peak_with_one_shard(tmp_path, 32_000)
-    shard_bytes = (tmp_path / "32000.h5.run" / "shards" / "00000.shard").stat().st_size
-    assert shard_bytes > 70 * MIB
-    assert large < small + 0.5 * shard_bytes
+    command = [sys.executable, peak_memory.__file__, str(tmp_path), "2000", "32000", "--one-shard"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    small, large = (1024 * int(line) for line in done.stdout.split())
+    (shard,) = (tmp_path / "32000.h5.run" / "shards").iterdir()
+    assert shard.stat().st_size > 70 * MIB
+    assert large < small + 0.5 * shard.stat().st_size

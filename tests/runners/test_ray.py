@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from nursery import Result, names_in, shards_of, wait_until, write_fasta
+from nursery import Nursery, Result, names_in, shards_of, wait_until
+from proteins import proteins_with_copies, write_fasta
 
 from esm_packed.errors import EngineError, UsageError
 from esm_packed.runners.cli import main as cli
@@ -59,7 +60,7 @@ def run(fasta: Path, output: Path, **changes: Any) -> Summary:
 
 @pytest.fixture(scope="module")
 def fasta(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_fasta(tmp_path_factory.mktemp("input") / "in.fasta", 60, 40)
+    return write_fasta(tmp_path_factory.mktemp("input") / "in.fasta", proteins_with_copies(60, 40))
 
 
 @pytest.fixture
@@ -116,12 +117,16 @@ def worker_pids() -> list[int]:
 
 
 def test_two_workers_give_the_file_of_one_process(
-    fasta: Path, tmp_path: Path, expected: Result, monkeypatch: pytest.MonkeyPatch
+    fasta: Path,
+    tmp_path: Path,
+    expected: Result,
+    monkeypatch: pytest.MonkeyPatch,
+    on_ray: dict[str, Any],
 ) -> None:
     monkeypatch.setattr(RayEngine, "worker_class", WaitingWorker)
     output = tmp_path / "out.h5"
     log = tmp_path / "metrics.jsonl"
-    summary = run(fasta, output, engine="ray", workers=2, keep_run=True, log_json=log, fp32_compare=7)
+    summary = run(fasta, output, workers=2, keep_run=True, log_json=log, fp32_compare=7, **on_ray)
     assert Result.of(output) == expected
     logs = {path.name: path.read_text() for path in (tmp_path / "out.h5.run" / "logs").iterdir()}
     assert sorted(logs) == ["worker-0.log", "worker-1.log"]
@@ -407,54 +412,19 @@ def test_options_that_do_not_fit(
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
 def test_no_worker_outlives_its_driver(
-    fasta: Path, tmp_path: Path, expected: Result, number: signal.Signals
+    nursery: Nursery, fasta: Path, tmp_path: Path, expected: Result, number: signal.Signals
 ) -> None:
     output = tmp_path / "out.h5"
-    code = (
-        "import sys, time\n"
-        "from esm_packed.model import ESM2\n"
-        "from esm_packed.runners.cli import main as cli\n"
-        "from esm_packed.runners.compute import ray_engine, ray_worker\n"
-        "from esm_packed.runners.state import cut\n"
-        "import ray\n"
-        "cut.FLOPS_PER_SHARD['cpu'] = 1.5e8\n"
-        "class SlowWorker(ray_worker.RayWorker):\n"
-        "    def compute(self, shard):\n"
-        "        time.sleep(0.3)\n"
-        "        while len(self._opened.run.finished(range(self._opened.run.plan.num_shards))) >= 5:\n"
-        "            time.sleep(0.1)  # until the driver has ended\n"
-        "        return super().compute(shard)\n"
-        "ray_engine.RayEngine.worker_class = SlowWorker\n"
-        "sys.exit(cli.main(sys.argv[1:]))\n"
+    driver = nursery.start(
+        fasta, output, "--workers", "1", flops_per_shard=1.5e8, patch="import held_ray_worker"
     )
-    options = [
-        "--model",
-        "demo",
-        "--device",
-        "cpu",
-        "--token-budget",
-        "256",
-        "--threads",
-        "1",
-        "--workers",
-        "1",
-    ]
-    command = [sys.executable, "-c", code, "embed", str(fasta), "-o", str(output), *options]
-    driver = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 300
-    while len(shards_of(output)) < 3:
-        assert driver.poll() is None, driver.communicate()[1]
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    driver.send_signal(number)
-    _, errors = driver.communicate(timeout=60)
-    assert driver.returncode == (4 if number == signal.SIGTERM else -number), errors
+    wait_until(lambda: len(shards_of(output)) >= 3, 300)
+    os.kill(driver.pid, number)
+    assert driver.wait() == (4 if number == signal.SIGTERM else -number), driver.output()
     if number == signal.SIGTERM:
-        assert "interrupted (SIGTERM); repeat the command to continue" in errors.splitlines()[-1]
-    deadline = time.monotonic() + 60
-    while worker_pids():
-        assert time.monotonic() < deadline, "workers are left"
-        time.sleep(0.2)
+        last = driver.output().splitlines()[-1]
+        assert "interrupted (SIGTERM); repeat the command to continue" in last
+    wait_until(lambda: not worker_pids(), 60)
     before = shards_of(output)
     run(fasta, output, keep_run=True)
     assert before.items() <= shards_of(output).items()

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tokens import decode
+from proteins import random_proteins, write_fasta
 
 from esm_packed import ESM2
 from esm_packed.checkpoints import save_fair_esm
@@ -33,16 +33,9 @@ LENGTHS = [30, 12, 75, 12, 200, 5, 41]
 QUIET = Console(quiet=True)
 
 
-def write_fasta(path: Path, lengths: list[int]) -> list[str]:
-    rng = np.random.default_rng(0)
-    sequences = [decode(rng.integers(4, 24, length)) for length in lengths]
-    path.write_text("".join(f">p{number} some\n{text}\n" for number, text in enumerate(sequences)))
-    return sequences
-
-
 @pytest.fixture
 def request_for(tmp_path: Path) -> ValidateRequest:
-    write_fasta(tmp_path / "in.fasta", LENGTHS)
+    write_fasta(tmp_path / "in.fasta", random_proteins(LENGTHS))
     return ValidateRequest("demo", str(tmp_path / "in.fasta"), tmp_path / "report", device="cpu")
 
 
@@ -67,7 +60,7 @@ def test_the_demo_passes_and_is_called_the_demo(
     assert "the weights of the demo" in text
     assert lines[-1] == "passed on CPU, SDPA; GPU kernels not validated"
     data = json.loads((request.output / "validation.json").read_text())
-    assert data["proteins"]["sequence_ids"] == [f"p{number}" for number in range(7)]
+    assert data["proteins"]["sequence_ids"] == [f"protein{number}" for number in range(7)]
     assert data["proteins"]["lengths"] == [30, 12, 75, 12, 100, 5, 41]
     assert data["conditions"]["truncated"] == "1 to their first 100 residues"
     page = (request.output / "validation.html").read_text()
@@ -154,7 +147,8 @@ def test_without_matplotlib(request_for: ValidateRequest, monkeypatch: pytest.Mo
 
 
 def test_the_sample_is_distinct_and_spread_over_the_lengths(tmp_path: Path) -> None:
-    sequences = write_fasta(tmp_path / "in.fasta", list(range(10, 110)))
+    sequences = list(random_proteins(range(10, 110)))
+    write_fasta(tmp_path / "in.fasta", sequences)
     with (tmp_path / "in.fasta").open("a") as file:
         file.write(f">again\n{sequences[40]}\n")
     index = build_index([str(tmp_path / "in.fasta")], tmp_path / "index", ReadOptions())
@@ -170,7 +164,8 @@ def test_the_sample_is_distinct_and_spread_over_the_lengths(tmp_path: Path) -> N
 def test_what_overflows_in_fp16_is_found_and_embedded_in_fp32(tmp_path: Path) -> None:
     """The report counts it, and the rows `embed` makes of it are those of the FP32 model."""
     lengths = [8, 250, 8, 9, 200, 10, 250, 7]
-    sequences = write_fasta(tmp_path / "in.fasta", lengths)
+    sequences = list(random_proteins(lengths))
+    write_fasta(tmp_path / "in.fasta", sequences)
     path = tmp_path / "esm2_stress.pt"
     save_fair_esm(stress_checkpoint(ESM2Config(4, 96, 4), peak=70_000), path)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from proteins import proteins_with_copies, write_fasta
 
 from esm_packed.runners.output.reader import EmbeddingReader
 
@@ -24,9 +24,9 @@ WAIT_SECONDS = 120.0
 # Computes as slowly as a large model would, so that others have the time to interfere.
 SLOW = """
 original_embed = ESM2.embed_packed
-def slow_embed(self, batch, layers):
+def slow_embed(self, batch, names, *rest):
     time.sleep({seconds})
-    return original_embed(self, batch, layers)
+    return original_embed(self, batch, names, *rest)
 ESM2.embed_packed = slow_embed
 """
 
@@ -118,17 +118,6 @@ class Nursery:
         self._process.wait()
 
 
-def write_fasta(path: Path, number: int, length: int, seed: int = 0) -> Path:
-    """Random proteins, each fifth one a copy of an earlier one."""
-    rng = random.Random(seed)
-    sequences: list[str] = []
-    for record in range(number):
-        residues = rng.choices("LAGVSERTIDPKQNFYMHWC", k=rng.randint(length // 2, length * 3 // 2))
-        sequences.append("".join(residues) if record % 5 != 4 else rng.choice(sequences))
-    path.write_text("".join(f">protein{n}\n{sequence}\n" for n, sequence in enumerate(sequences)))
-    return path
-
-
 @dataclass(frozen=True)
 class Result:
     """What a run must reproduce."""
@@ -164,7 +153,7 @@ class Work:
 
 
 def undisturbed(nursery: Nursery, folder: Path, number: int, length: int, flops_per_shard: float) -> Work:
-    fasta = write_fasta(folder / "in.fasta", number, length)
+    fasta = write_fasta(folder / "in.fasta", proteins_with_copies(number, length))
     begin = time.monotonic()
     output = folder / "out.h5"
     child = nursery.start(fasta, output, flops_per_shard=flops_per_shard, keep_run=True)

@@ -1,17 +1,16 @@
-"""Prints the peak of anonymous memory, in kB, of runs with so many records in small shards and no model.
-
-Usage: peak_memory.py FOLDER NUMBER...
-"""
+"""Prints the peaks of memory, in kB, of runs with so many records and no model, in one process."""
 
 from __future__ import annotations
 
+import argparse
 import functools
 import re
-import sys
+import resource
 from pathlib import Path
 
 import pytest
 import torch
+from proteins import random_proteins, write_fasta
 
 from esm_packed.config import ESM2Config
 from esm_packed.model import ESM2
@@ -33,27 +32,50 @@ class Model:
     device = torch.device("cpu")
     peak = 0
 
-    def embed_packed(self, batch: PackedBatch, layers: list[int]) -> dict[int, torch.Tensor]:
+    def embed_packed(self, batch: PackedBatch, names: list[str], *rest: object) -> dict[str, torch.Tensor]:
         found = re.search(r"^RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
         assert found
         self.peak = max(self.peak, int(found[1]))
-        return {layer: torch.ones(batch.num_sequences, 96) for layer in layers}
+        return {name: torch.ones(batch.num_sequences, 96) for name in names}
 
 
-def main(folder: Path, numbers: list[int]) -> None:
-    patches = pytest.MonkeyPatch()
-    patches.setattr(cut, "MAX_SHARD_RECORDS", 4096)  # so that even the shortest input is many shards
-    patches.setattr(planning, "build_index", functools.partial(build_index, chunk_size=1 << 18))
-    for number in numbers:
-        model = Model()
-        patches.setattr(ESM2, "from_checkpoint", lambda *call, model=model: model)
-        fasta = folder / "in.fasta"
-        with fasta.open("w") as file:
-            file.writelines(f">protein{record}\nMKTLLAGVSE\n" for record in range(number))
-        request = EmbedRequest((str(fasta),), folder / "out.h5", model="demo", device="cpu", overwrite=True)
+def peak(folder: Path, number: int, one_shard: bool) -> int:
+    """Embed `number` records; the peak of memory in kB.
+
+    Args:
+        folder: where all files go; the run directory stays there.
+        number: of records.
+        one_shard: all layers of distinct records are one shard, and what counts is all that was resident in
+            the process until now. Otherwise all records are copies of one, and what counts is anonymous
+            memory while the model is asked.
+    """
+    model = Model()
+    fasta, output = folder / "in.fasta", folder / f"{number}.h5"
+    write_fasta(fasta, random_proteins([10] * number) if one_shard else ["MKTLLAGVSE"] * number)
+    layers = tuple(range(6)) if one_shard else (-1,)
+    with pytest.MonkeyPatch.context() as patches:
+        patches.setattr(ESM2, "from_checkpoint", lambda *call: model)
+        patches.setattr(planning, "build_index", functools.partial(build_index, chunk_size=1 << 18))
+        if one_shard:
+            patches.setitem(cut.FLOPS_PER_SHARD, "cpu", 1e30)
+        else:
+            patches.setattr(cut, "MAX_SHARD_RECORDS", 4096)  # so that even the shortest input is many shards
+        request = EmbedRequest(
+            (str(fasta),), output, model="demo", device="cpu", threads=1, layers=layers, keep_run=True
+        )
         embed_files(request, Console(quiet=True))
-        print(model.peak)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if one_shard else model.peak
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("numbers", type=int, nargs="+")
+    parser.add_argument("--one-shard", action="store_true")
+    options = parser.parse_args()
+    for number in options.numbers:
+        print(peak(options.folder, number, options.one_shard))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), [int(number) for number in sys.argv[2:]])
+    main()
