@@ -1,6 +1,6 @@
 """Starts a Ray as `embed --engine ray` does; prints how others fare, without its token and with it.
 
-A program, as Ray reads what concerns this once in a process.
+Ray keeps the token that it finds when it is imported: hence a program, which imports it as late as `embed`.
 """
 
 from __future__ import annotations
