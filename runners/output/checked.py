@@ -43,7 +43,7 @@ class CheckedFile:
         if not stat.S_ISREG(found.st_mode):  # HDF5 would wait for a pipe
             raise StoreError(f"{self.path}: not a file")
         self.num_bytes = found.st_size
-        self._datasets: dict[tuple[str, bool], Any] = {}  # HDF5 caches chunks of open ones
+        self._datasets: dict[str, Any] = {}  # HDF5 caches chunks of those that are open
         try:
             self._file = h5py.File(path, "r")
         except (OSError, RuntimeError) as error:
@@ -83,9 +83,8 @@ class CheckedFile:
 
     def dataset(self, name: str, *, is_virtual: bool = False) -> Any:
         """The data set `name`, which lies in this very file unless it should be virtual."""
-        known = self._datasets.get((name, is_virtual))
-        if known is not None:
-            return known
+        if name in self._datasets and not is_virtual:
+            return self._datasets[name]
         found = self._file
         for part in name.split("/"):
             link = found.get(part, getlink=True) if isinstance(found, h5py.Group) else None
@@ -94,7 +93,8 @@ class CheckedFile:
             found = found[part]
         if not isinstance(found, h5py.Dataset) or found.is_virtual != is_virtual or found.external:
             raise ValueError(f"no data set {name}")
-        self._datasets[name, is_virtual] = found
+        if not is_virtual:  # HDF5 2.0 crashes when a process ends that has such a one open
+            self._datasets[name] = found
         return found
 
     def expect(

@@ -219,9 +219,8 @@ class EmbeddingFile:
             NotInFileError: there is no such kind or layer, or it is ragged.
             UserError: pandas is not installed.
         """
-        pandas = _optional("pandas")
         values = self._reader.values(self._table_kind(kind), layer)
-        return pandas.DataFrame(values, index=self._pandas_index())
+        return _optional("pandas").DataFrame(values, index=self._pandas_index())
 
     def _table_kind(self, kind: str | None) -> str:
         """The kind to make a table of."""

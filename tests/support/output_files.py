@@ -53,7 +53,7 @@ class Output:
         """What there is of a sequence, as `EmbeddingReader.value` gives it."""
         rows = self.values[dataset]
         if len(rows) == len(self.ids):
-            return rows[sequence]
+            return np.asarray(rows[sequence])
         start, length = self.starts[sequence], self.lengths[sequence]
         return rows[start : start + length] if start >= 0 else np.full((length, rows.shape[1]), np.nan)
 
