@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -22,59 +20,40 @@ MEMORY_SHARE = 0.8
 STEP = 1024
 
 
-class Meter(Protocol):
-    """Memory of a device, in bytes."""
-
-    def peak(self, model: ESM2, num_sequences: int) -> int:
-        """Most memory in use while so many sequences of PROBE_LENGTH residues are embedded."""
-        ...
-
-    def free(self) -> int:
-        """Memory that could be had now."""
-        ...
-
-
-class CudaMeter:
-    """The memory of a GPU as PyTorch's allocator sees it."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-
-    def peak(self, model: ESM2, num_sequences: int) -> int:
-        """See `Meter`."""
-        batch = pack(probe(num_sequences)).to(self._device)
-        torch.cuda.reset_peak_memory_stats(self._device)
-        model.embed_packed(batch, [model.config.num_layers])
-        torch.cuda.synchronize(self._device)
-        return torch.cuda.max_memory_allocated(self._device)
-
-    def free(self) -> int:
-        """See `Meter`."""
-        reserved = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
-        return torch.cuda.mem_get_info(self._device)[0] + reserved
-
-
 def probe(num_sequences: int) -> list[npt.NDArray[np.uint8]]:
     """So many sequences of PROBE_LENGTH residues."""
     return [np.resize(encode("ACDEFGHIKLMNPQRSTVWY"), PROBE_LENGTH)] * num_sequences
 
 
-def measured_token_budget(model: ESM2, most: int, meter: Meter | None = None) -> int:
-    """Tokens that fit into the free memory of the model's device.
+def peak_memory(model: ESM2, num_sequences: int) -> int:
+    """Most bytes of its GPU in use while so many sequences of PROBE_LENGTH residues are embedded."""
+    batch = pack(probe(num_sequences)).to(model.device)
+    torch.cuda.reset_peak_memory_stats(model.device)
+    model.embed_packed(batch, [model.config.num_layers])
+    torch.cuda.synchronize(model.device)
+    return torch.cuda.max_memory_allocated(model.device)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes of a GPU that could be had now, by way of PyTorch's allocator."""
+    reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + reserved
+
+
+def measured_token_budget(model: ESM2, most: int) -> int:
+    """Tokens that fit into the free memory of the model's GPU.
 
     Two packs of different size give the bytes per token; a share of the free memory is divided by them.
 
     Args:
-        model: on its device.
+        model: on its GPU.
         most: tokens beyond which larger packs gain nothing.
-        meter: of memory; None for that of the model's GPU.
 
     Returns:
         At most `most`, a multiple of 1,024 from 1,024 on.
     """
-    meter = meter or CudaMeter(model.device)
-    small, large = (meter.peak(model, count) for count in PROBE_SEQUENCES)
+    small, large = (peak_memory(model, count) for count in PROBE_SEQUENCES)
     tokens = (PROBE_SEQUENCES[1] - PROBE_SEQUENCES[0]) * (PROBE_LENGTH + SPECIAL_TOKENS)
     bytes_per_token = max(1.0, (large - small) / tokens)
-    fitting = int(MEMORY_SHARE * meter.free() / bytes_per_token)
+    fitting = int(MEMORY_SHARE * free_memory(model.device) / bytes_per_token)
     return max(STEP, min(most, fitting) // STEP * STEP)

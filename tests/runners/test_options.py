@@ -305,19 +305,6 @@ def test_what_deserves_a_look(stages: dict[str, float], expected: list[str]) -> 
         assert "reading took the longest besides" in found[0]
 
 
-class Meter:
-    """A GPU with `free` bytes on which a model of `fixed` bytes takes `per_token` for each token."""
-
-    def __init__(self, fixed: int, per_token: float, free: int) -> None:
-        self.fixed, self.per_token, self._free = fixed, per_token, free
-
-    def peak(self, model: ESM2, num_sequences: int) -> int:
-        return int(self.fixed + self.per_token * num_sequences * (PROBE_LENGTH + SPECIAL_TOKENS))
-
-    def free(self) -> int:
-        return self._free
-
-
 @pytest.mark.parametrize(
     "per_token, free, expected",
     [
@@ -327,9 +314,18 @@ class Meter:
         (0.0, 10**10, 32768),
     ],
 )
-def test_token_budget_is_what_fits_into_the_memory(per_token: float, free: int, expected: int) -> None:
+def test_token_budget_is_what_fits_into_the_memory(
+    monkeypatch: pytest.MonkeyPatch, per_token: float, free: int, expected: int
+) -> None:
+    """On a GPU with `free` bytes, of a model of 1 GB that takes `per_token` bytes for each token."""
+
+    def peak_memory(model: ESM2, num_sequences: int) -> int:
+        return int(10**9 + per_token * num_sequences * (PROBE_LENGTH + SPECIAL_TOKENS))
+
+    monkeypatch.setattr(budget, "peak_memory", peak_memory)
+    monkeypatch.setattr(budget, "free_memory", lambda device: free)
     model = ESM2.from_pretrained("demo", device="cpu")
-    assert measured_token_budget(model, 32768, Meter(10**9, per_token, free)) == expected
+    assert measured_token_budget(model, 32768) == expected
 
 
 def test_what_the_budget_is_measured_with_can_be_embedded() -> None:
