@@ -416,9 +416,10 @@ def test_no_worker_outlives_its_driver(
 ) -> None:
     output = tmp_path / "out.h5"
     driver = nursery.start(
-        fasta, output, "--workers", "1", flops_per_shard=1.5e8, patch="import held_ray_worker"
+        fasta, output, "--engine", "ray", flops_per_shard=1.5e8, patch="import held_ray_worker"
     )
     wait_until(lambda: len(shards_of(output)) >= 3, 300)
+    assert worker_pids()
     os.kill(driver.pid, number)
     assert driver.wait() == (4 if number == signal.SIGTERM else -number), driver.output()
     if number == signal.SIGTERM:

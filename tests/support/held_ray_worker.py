@@ -11,7 +11,7 @@ from esm_packed.runners.compute.ray_engine import RayEngine
 from esm_packed.runners.compute.ray_worker import RayWorker
 from esm_packed.runners.watch.metrics import StageTimes
 
-ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # type: ignore[no-untyped-call]
 
 
 class HeldWorker(RayWorker):
