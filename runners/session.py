@@ -43,6 +43,7 @@ from esm_packed.runners.state.run import Run
 from esm_packed.runners.state.slices import Slice
 from esm_packed.runners.summary import Summary
 from esm_packed.runners.system.paths import files_of, resolved
+from esm_packed.runners.system.terminal import counted
 from esm_packed.runners.watch.console import Console
 from esm_packed.runners.watch.watch import watching
 
@@ -230,7 +231,8 @@ class _Session:
         engine, run = self.engine(), self.run
         self.summary.device = engine.describe()
         self.console.note(
-            f"embedding {run.index.num_records:,} sequences, {run.index.total_residues:,} residues, with "
+            f"embedding {counted(run.index.num_records, 'sequence')}, "
+            f"{counted(run.index.total_residues, 'residue')}, with "
             f"{run.plan.model_name} ({run.plan.identity['dtype']}) on {self.summary.device}"
         )
         total = sum(run.residues(shard) for shard in shards)

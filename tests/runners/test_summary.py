@@ -181,7 +181,9 @@ def test_long_ids_stand_in_one_line_of_their_own(fasta: Path, capsys: pytest.Cap
 def test_one_is_no_plural(fasta: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fasta.write_text(">a\nM\n")
     assert embed(fasta) == 0
-    assert f"{'sequences':<20}1 (1 residue)" in capsys.readouterr().out.splitlines()
+    said = capsys.readouterr()
+    assert "embedding 1 sequence, 1 residue, with demo" in said.err
+    assert f"{'sequences':<20}1 (1 residue)" in said.out.splitlines()
     assert embed(fasta) == 0
     assert "holds this run (1 sequence)" in capsys.readouterr().out
     output = fasta.with_name("out.h5")
