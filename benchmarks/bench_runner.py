@@ -32,17 +32,17 @@ from esm_packed.checkpoints import Checkpoint, load_checkpoint
 from esm_packed.config import DEFAULT_TOKEN_BUDGETS, ESM2_MODELS, ESM2Config
 from esm_packed.layouts import LAYOUTS
 from esm_packed.model import ESM2
+from esm_packed.outputs import mean_of
 from esm_packed.packing import SPECIAL_TOKENS
 from esm_packed.runners.compute.device import Device, Launched
 from esm_packed.runners.compute.worker import Worker
 from esm_packed.runners.input.build import build_index
-from esm_packed.runners.output.merge import merge_run
+from esm_packed.runners.output.merge import MergeOptions, merge_run
 from esm_packed.runners.planning import new_plan, run_identity
 from esm_packed.runners.state.cut import sequence_flops
 from esm_packed.runners.state.directory import RunDirectory
 from esm_packed.runners.state.request import EmbedRequest
 from esm_packed.runners.state.run import Run
-from esm_packed.runners.state.shard import mean_of
 from esm_packed.runners.watch.console import Console
 from esm_packed.runners.watch.metrics import STAGES, StageTimes
 from esm_packed.runners.watch.watch import watching
@@ -78,12 +78,12 @@ model = ESM2.from_pretrained(sys.argv[1], device="cpu")
 proteins = [encode(line) for line in open(sys.argv[2]).read().split("\\n")[1::2]]
 packs = plan_packs([len(each) + SPECIAL_TOKENS for each in proteins], int(sys.argv[3]))
 batches = [pack([proteins[member] for member in members]) for members in packs]
-layers = [model.config.num_layers]
-model.embed_packed(batches[0], layers)
+names = [f"mean/{model.config.num_layers}"]
+model.embed_packed(batches[0], names)
 print("ready", flush=True)
 for _ in sys.stdin:
     for batch in batches:
-        model.embed_packed(batch, layers)
+        model.embed_packed(batch, names)
     print("done", flush=True)
 """
 
@@ -167,18 +167,18 @@ def check_rows(rows: npt.NDArray[np.float32], model: ESM2, sequences: Sequence[s
     return error
 
 
-def timed_forward(worker: Worker, run: Run) -> tuple[list[dict[int, torch.Tensor]], float, float]:
+def timed_forward(worker: Worker, run: Run) -> tuple[list[dict[str, torch.Tensor]], float, float]:
     """What each pack of a run gives, in order; seconds and processor seconds of the forward passes."""
-    layout, layers = LAYOUTS["packed"], run.plan.layers
+    layout, names = LAYOUTS["packed"], run.plan.outputs
     batches = []
     for shard in range(run.plan.num_shards):
         residues = run.input_of(shard).token_ids
         lengths = [len(each) + SPECIAL_TOKENS for each in residues]
         for members in layout.plan(lengths, TOKEN_BUDGET):
             batches.append(layout.lay_out([residues[member] for member in members.tolist()], TOKEN_BUDGET))
-    worker.model.embed_packed(batches[0], layers)
+    worker.model.embed_packed(batches[0], names)
     begin, begin_processor = time.perf_counter(), time.process_time()
-    results = [worker.model.embed_packed(batch, layers) for batch in batches]
+    results = [worker.model.embed_packed(batch, names) for batch in batches]
     return results, time.perf_counter() - begin, time.process_time() - begin_processor
 
 
@@ -189,7 +189,7 @@ def compute_and_merge(worker: Worker, run: Run, parts: dict[str, float]) -> Stag
     opened.compute(range(run.plan.num_shards))
     parts["pipeline"] = time.perf_counter() - begin
     begin = time.perf_counter()
-    merge_run(run, QUIET, overwrite=True)
+    merge_run(run, QUIET, MergeOptions(overwrite=True))
     parts["merging"] = time.perf_counter() - begin
     return opened.pipeline.times
 
@@ -276,7 +276,7 @@ def finished(full: bool, tmp_path_factory: pytest.TempPathFactory) -> Run:
         with run.output(number) as shard:
             shard.write(np.arange(len(rows)), {mean_of(run.plan.layers[-1]): rows})
             shard.made_by = made_by
-    merge_run(run, QUIET, overwrite=True)
+    merge_run(run, QUIET, MergeOptions(overwrite=True))
     with h5py.File(request.output) as file:
         for number in range(run.plan.num_shards):
             start, stop = run.plan.records(number)
@@ -303,7 +303,7 @@ def test_merge(block: int, provider: str, finished: Run, tmp_path: Path, benchma
             assert finished.is_whole(shard)
 
     def merge() -> None:
-        merge_run(finished, QUIET, overwrite=True)
+        merge_run(finished, QUIET, MergeOptions(overwrite=True))
 
     processor_seconds = []
 

@@ -13,6 +13,9 @@ DEFAULT_TOKEN_BUDGETS = {"cpu": 1024, "cuda": 32768}
 DEFAULT_MAX_LENGTH = 1022
 """Residues kept of a protein: what ESM-2 was trained with, as in esm-extract."""
 
+DEFAULT_OVERLAP = 256
+"""Residues that neighbouring windows of a long protein share."""
+
 DTYPES = ("fp64", "fp32", "tf32", "fp16", "bf16")
 """Precision modes, as in `numerics.PRECISIONS`."""
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import operator
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
@@ -16,8 +15,10 @@ from esm_packed.alphabet import encode
 from esm_packed.config import DEFAULT_TOKEN_BUDGETS
 from esm_packed.contacts import AttentionMaps, contact_probabilities
 from esm_packed.errors import CheckpointError
+from esm_packed.outputs import is_ragged, output_names
 from esm_packed.packing import SPECIAL_TOKENS, pack, plan_packs
 from esm_packed.rescue import is_finite, named
+from esm_packed.windows import Blend, Rows, Windows, names_in_windows
 
 if TYPE_CHECKING:
     from esm_packed.model import ESM2
@@ -86,22 +87,24 @@ def embed(
     token_ids = _encode_all(sequences)
     if token_budget is None:
         token_budget = DEFAULT_TOKEN_BUDGETS[model.device.type]
-    arrays: dict[int, dict[int, Embeddings]] = {}
+    kind = "per_residue" if per_residue else "mean"
+    names = output_names([kind], layers)
+    arrays: dict[int, dict[str, Embeddings]] = {}
     for members in plan_packs([len(ids) + SPECIAL_TOKENS for ids in token_ids], token_budget):
-        rows = _embed_pack(model, [token_ids[index] for index in members], layers, per_residue)
+        rows = embed_together(model, [token_ids[index] for index in members], names)
         arrays.update(zip(members.tolist(), rows, strict=True))
 
     changed: dict[str, list[int]] = {}
     for index, ids in enumerate(token_ids):
         if not is_finite(arrays[index]):
-            changed.setdefault(_recompute(model, ids, arrays[index], per_residue), []).append(index)
+            changed.setdefault(_recompute(model, ids, arrays[index]), []).append(index)
     for reason, indices in changed.items():
         warnings.warn(
             f"{len(indices)} of {len(token_ids)} sequences: the embedding is {reason}: {named(indices)}",
             stacklevel=2,
         )
     several = {
-        number: [arrays[index][resolved] for index in range(len(token_ids))]
+        number: [arrays[index][f"{kind}/{resolved}"] for index in range(len(token_ids))]
         for number, resolved in asked.items()
     }
     return several if is_list else several[numbers[0]]
@@ -132,39 +135,65 @@ def predict_contacts(model: ESM2, sequence: str) -> Embeddings:
         )
     ids = _encode("sequence", sequence)
     contacts = _contacts(model, ids)
-    if not is_finite({0: contacts}):
+    if not is_finite({"contacts": contacts}):
         _, reason = model.rescue.replace(
-            {0: contacts}, lambda fp32: {0: _contacts(fp32, ids)}, f"dtype {model.precision}"
+            {"contacts": contacts},
+            lambda fp32: {"contacts": _contacts(fp32, ids)},
+            f"dtype {model.precision}",
         )
         warnings.warn(f"the contacts are {reason}", stacklevel=2)
     return contacts
 
 
-def _embed_pack(
-    model: ESM2, token_ids: Sequence[npt.NDArray[np.uint8]], layers: Sequence[int], per_residue: bool
-) -> list[dict[int, Embeddings]]:
-    """Of each sequence: layer to its mean, or to a row for each residue."""
-    batch = pack(token_ids).to(model.device)
-    if not per_residue:
-        means = {layer: rows.cpu().numpy() for layer, rows in model.embed_packed(batch, layers).items()}
-        return [{layer: means[layer][index] for layer in layers} for index in range(len(token_ids))]
-    representations = model(batch, layers).representations
-    table_dtype = model.precision_mode.table_dtype
-    hidden_states = {layer: rows.to(table_dtype) for layer, rows in representations.items()}
+def embed_together(
+    model: ESM2, token_ids: Sequence[npt.NDArray[np.uint8]], names: Sequence[str]
+) -> list[dict[str, Embeddings]]:
+    """Outputs of sequences that make one pack.
+
+    Args:
+        model: computes.
+        token_ids: residues of each sequence.
+        names: of the outputs.
+
+    Returns:
+        Of each sequence by name: (columns,) or (num_residues, columns) FP32 (FP64 in the FP64 mode).
+    """
+    batch = pack(token_ids)
+    outputs = model.embed_packed(batch.to(model.device), names, model.precision_mode.table_dtype)
+    arrays = {name: outputs[name].cpu().numpy() for name in names}
     return [
-        {layer: hidden_states[layer][start + 1 : end - 1].cpu().numpy().copy() for layer in layers}
-        for start, end in pairwise(batch.cu_seqlens.tolist())
+        {name: rows[first:last].copy() if is_ragged(name) else rows[index] for name, rows in arrays.items()}
+        for index, (first, last) in enumerate(batch.residue_bounds.tolist())
     ]
 
 
-def _recompute(
-    model: ESM2, token_ids: npt.NDArray[np.uint8], rows: Mapping[int, Embeddings], per_residue: bool
-) -> str:
+def embed_in_windows(
+    model: ESM2, token_ids: npt.NDArray[np.uint8], names: Sequence[str], windows: Windows | None
+) -> dict[str, Rows]:
+    """Outputs of one protein, in windows if it is longer than one.
+
+    Args:
+        model: computes each window on its own.
+        token_ids: residues of the protein.
+        names: of the outputs, of `KINDS_IN_WINDOWS` alone if there are windows.
+        windows: how it is cut; None for not at all.
+
+    Returns:
+        By name: (columns,) or (num_residues, columns).
+    """
+    if windows is None or len(token_ids) <= windows.size:
+        return dict(embed_together(model, [token_ids], names)[0])
+    blend = Blend(windows, len(token_ids))
+    for start in windows.starts(len(token_ids)):
+        window = token_ids[start : start + windows.size]
+        blend.add(start, embed_together(model, [window], names_in_windows(names))[0])
+    return blend.outputs(names)
+
+
+def _recompute(model: ESM2, token_ids: npt.NDArray[np.uint8], rows: Mapping[str, Embeddings]) -> str:
     """Replace the rows of a sequence, which are not finite; what became of them."""
     _, reason = model.rescue.replace(
-        rows,
-        lambda fp32: _embed_pack(fp32, [token_ids], list(rows), per_residue)[0],
-        f"dtype {model.precision}",
+        rows, lambda fp32: embed_together(fp32, [token_ids], list(rows))[0], f"dtype {model.precision}"
     )
     return reason
 

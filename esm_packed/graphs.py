@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from esm_packed.model import ESM2
+from esm_packed.outputs import is_ragged
 from esm_packed.packing import PackedBatch
 
 LEAST_MAX_SEQLEN = 64
@@ -28,16 +29,18 @@ class Shape:
     total_tokens: int
     num_segments: int
     max_seqlen: int
-    layers: tuple[int, ...]
+    names: tuple[str, ...]
+    residue_dtype: torch.dtype | None = None
 
     @classmethod
-    def of(cls, batch: PackedBatch, layers: Sequence[int]) -> Shape:
+    def of(cls, batch: PackedBatch, names: Sequence[str], residue_dtype: torch.dtype | None = None) -> Shape:
         """The shape that serves `batch`."""
         return cls(
             batch.total_tokens,
             _power_of_two(batch.cu_seqlens.numel() - 1),
             min(batch.total_tokens, _power_of_two(max(batch.max_seqlen, LEAST_MAX_SEQLEN))),
-            tuple(layers),
+            tuple(names),
+            residue_dtype,
         )
 
 
@@ -45,7 +48,7 @@ class Shape:
 class _Recorded:
     graph: torch.cuda.CUDAGraph
     batch: PackedBatch
-    rows: dict[int, torch.Tensor]
+    rows: dict[str, torch.Tensor]
 
 
 class GraphedESM2:
@@ -66,9 +69,11 @@ class GraphedESM2:
         """Shapes recorded so far."""
         return len(self._recorded)
 
-    def embed_packed(self, batch: PackedBatch, layers: Sequence[int]) -> dict[int, torch.Tensor]:
+    def embed_packed(
+        self, batch: PackedBatch, names: Sequence[str], residue_dtype: torch.dtype | None = None
+    ) -> dict[str, torch.Tensor]:
         """As `ESM2.embed_packed`."""
-        shape = Shape.of(batch, layers)
+        shape = Shape.of(batch, names, residue_dtype)
         if shape not in self._recorded:
             self._recorded[shape] = self._record(shape, batch)
         recorded = self._recorded[shape]
@@ -76,7 +81,10 @@ class GraphedESM2:
         recorded.graph.replay()
         # The next replay overwrites the rows.
         in_use = slice(batch.cu_seqlens.numel() - 1)
-        return {layer: rows[in_use][batch.segments].clone() for layer, rows in recorded.rows.items()}
+        return {
+            name: (rows if is_ragged(name) else rows[in_use][batch.segments]).clone()
+            for name, rows in recorded.rows.items()
+        }
 
     def _record(self, shape: Shape, batch: PackedBatch) -> _Recorded:
         static = empty_batch(shape, batch)
@@ -85,7 +93,7 @@ class GraphedESM2:
         self._stream.wait_stream(stream)
         with torch.cuda.stream(self._stream):
             for _ in range(WARM_UPS):
-                self.model.embed_packed(static, shape.layers)
+                self.model.embed_packed(static, shape.names, shape.residue_dtype)
         stream.wait_stream(self._stream)
         gc.collect()  # freeing another model's graphs must not fall into the recording
         graph = torch.cuda.CUDAGraph()
@@ -93,7 +101,7 @@ class GraphedESM2:
         # Other threads pin memory meanwhile, which the default mode forbids. Replays follow each other on one
         # stream, so graphs may share their memory.
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            rows = self.model.embed_packed(static, shape.layers)
+            rows = self.model.embed_packed(static, shape.names, shape.residue_dtype)
         self._pool = graph.pool()
         return _Recorded(graph, static, rows)
 

@@ -33,7 +33,9 @@ from esm_packed.numerics import (
     resolve_device,
     resolve_precision,
 )
+from esm_packed.outputs import layer_of, needs_logits
 from esm_packed.packing import PackedBatch, check_packed
+from esm_packed.readout import kept_outputs
 from esm_packed.rescue import Rescue
 from esm_packed.rotary import RotaryTables
 
@@ -292,22 +294,24 @@ class ESM2(nn.Module):
             logits = self.lm_head(hidden_states, self.embedding.weight)
         return PackedOutput(representations, logits)
 
-    def embed_packed(self, batch: PackedBatch, layers: Sequence[int]) -> dict[int, torch.Tensor]:
-        """Mean embedding of each sequence over its residues, BOS and EOS left out.
+    def embed_packed(
+        self, batch: PackedBatch, names: Sequence[str], residue_dtype: torch.dtype | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Outputs of each sequence, such as the mean embedding of the last layer of 33, `mean/33`.
 
         What overflows is returned as it is: looking for it would wait for the device, and `embed` does that.
 
         Args:
             batch: the sequences, on the model's device.
-            layers: 0 to num_layers.
+            names: of the outputs, as `outputs.output_names` gives them.
+            residue_dtype: of outputs with a row for each residue.
 
         Returns:
-            Layer to (num_sequences, hidden_size) FP32 (FP64 in the FP64 mode), on the model's device.
+            See `readout.kept_outputs`; on the model's device.
         """
-        return {
-            layer: kernels.segment_mean(hidden_states, batch.cu_seqlens)[batch.segments]
-            for layer, hidden_states in self(batch, layers).representations.items()
-        }
+        layers = {layer for name in names if (layer := layer_of(name)) is not None}
+        output = self(batch, sorted(layers), needs_logits(names))
+        return kept_outputs(output, batch, names, residue_dtype)
 
     embed = embedding.embed
     predict_contacts = embedding.predict_contacts

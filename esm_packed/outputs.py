@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from esm_packed.alphabet import AMINO_ACIDS, TOKENS
-
 
 class Kind(NamedTuple):
     """A kind of output.
@@ -18,11 +16,13 @@ class Kind(NamedTuple):
         text: what it is, for people.
         is_ragged: whether it has a row for each residue, not one for a sequence.
         has_layers: whether each layer has its own.
+        columns: values in a row; 0 for the hidden size of the model.
     """
 
     text: str
     is_ragged: bool = False
     has_layers: bool = False
+    columns: int = 0
 
 
 KINDS = {
@@ -30,12 +30,12 @@ KINDS = {
     "max": Kind("maximum over the residues", has_layers=True),
     "bos": Kind("the BOS token", has_layers=True),
     "per_residue": Kind("each residue", is_ragged=True, has_layers=True),
-    "logits": Kind("logits of the 20 amino acids, each residue", is_ragged=True),
-    "logits_all": Kind("logits of all 33 tokens, each residue", is_ragged=True),
-    "unmasked_nll": Kind("mean negative log-likelihood of the residues in one unmasked pass, in nats"),
+    "logits": Kind("logits of the 20 amino acids, each residue", is_ragged=True, columns=20),
+    "logits_all": Kind("logits of all 33 tokens, each residue", is_ragged=True, columns=33),
+    "unmasked_nll": Kind("mean negative log-likelihood of the residues, unmasked, in nats", columns=1),
 }
-COLUMNS = {"logits": AMINO_ACIDS, "logits_all": TOKENS}
-"""Tokens that the columns of a kind stand for."""
+KINDS_IN_WINDOWS = ("mean", "per_residue")
+"""Kinds that a protein in windows has."""
 
 
 def output_names(kinds: Iterable[str], layers: Iterable[int]) -> list[str]:
@@ -43,9 +43,9 @@ def output_names(kinds: Iterable[str], layers: Iterable[int]) -> list[str]:
     layers, wanted = list(layers), set(kinds)
     return [
         name
-        for kind, (_, _, has_layers) in KINDS.items()
+        for kind, described in KINDS.items()
         if kind in wanted
-        for name in ([f"{kind}/{layer}" for layer in layers] if has_layers else [kind])
+        for name in ([f"{kind}/{layer}" for layer in layers] if described.has_layers else [kind])
     ]
 
 
@@ -73,8 +73,7 @@ def is_ragged(name: str) -> bool:
 
 def num_columns(name: str, hidden_size: int) -> int:
     """Values in a row of the output called `name`."""
-    kind = kind_of(name)
-    return 1 if kind == "unmasked_nll" else len(COLUMNS[kind]) if kind in COLUMNS else hidden_size
+    return KINDS[kind_of(name)].columns or hidden_size
 
 
 def needs_logits(names: Iterable[str]) -> bool:

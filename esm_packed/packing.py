@@ -44,6 +44,15 @@ class PackedBatch:
         return self.input_ids.numel()
 
     @property
+    def residue_bounds(self) -> npt.NDArray[np.int32]:
+        """(num_sequences, 2) first row of each sequence's residues, and the row behind the last one.
+
+        For a batch on the CPU; elsewhere it would wait for the device.
+        """
+        bounds = self.cu_seqlens.numpy()
+        return np.stack([bounds[:-1] + 1, bounds[1:] - 1], axis=1)[self.segments]
+
+    @property
     def position_ids(self) -> torch.Tensor:
         """(total_tokens,) int32 position of each token in its own sequence, 0 at BOS."""
         starts, ends = self.cu_seqlens[:-1], self.cu_seqlens[1:]

@@ -38,12 +38,12 @@ class Rescue:
         return None if self._load is None else self._load()
 
     def replace(
-        self, rows: Mapping[int, Embeddings], compute: Callable[[ESM2], Mapping[int, Embeddings]], where: str
+        self, rows: Mapping[str, Embeddings], compute: Callable[[ESM2], Mapping[str, Embeddings]], where: str
     ) -> tuple[bool, str]:
         """Overwrite `rows` by what FP32 gives, or by NaN if that is not finite either.
 
         Args:
-            rows: layer to what a sequence has there, modified.
+            rows: outputs of a sequence by name, modified.
             compute: gives the same from a model, for the sequence alone.
             where: what `rows` were not finite in, for the reason.
 
@@ -53,9 +53,9 @@ class Rescue:
         reason = f"not finite ({where})"
         try:
             if self.model is not None:
-                for layer, in_fp32 in compute(self.model).items():
+                for name, in_fp32 in compute(self.model).items():
                     with np.errstate(over="ignore"):  # too large for FP16 becomes Inf
-                        rows[layer][...] = in_fp32
+                        rows[name][...] = in_fp32
                 if is_finite(rows):
                     return True, f"{reason}; recomputed in fp32"
                 reason += ", nor is that in fp32"
@@ -68,8 +68,8 @@ class Rescue:
         return False, reason
 
 
-def is_finite(rows: Mapping[int, Embeddings]) -> bool:
-    """Whether there is neither NaN nor Inf in any layer of `rows`."""
+def is_finite(rows: Mapping[str, Embeddings]) -> bool:
+    """Whether there is neither NaN nor Inf in any output of `rows`."""
     return all(bool(np.isfinite(row).all()) for row in rows.values())
 
 

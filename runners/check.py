@@ -19,6 +19,7 @@ from esm_packed.config import ESM2_MODELS, ESM2Config
 from esm_packed.errors import UsageError
 from esm_packed.model import ESM2
 from esm_packed.numerics import PRECISIONS, Precision, is_out_of_memory, resolve_device, resolve_precision
+from esm_packed.outputs import mean_of, output_names
 from esm_packed.packing import pack
 from esm_packed.reports.validation.thresholds import THRESHOLDS
 from esm_packed.runners.compute.worker import set_threads
@@ -187,7 +188,7 @@ def _errors(
     sequences = list(dict.fromkeys(case.sequence for case in cases))
     layers = sorted({case.layer for case in cases})
     batch = pack([encode(sequence) for sequence in sequences]).to(device)
-    means = model.embed_packed(batch, layers)
+    means = model.embed_packed(batch, output_names(["mean"], layers))
     output = model.forward_packed(
         batch.input_ids, batch.cu_seqlens, batch.max_seqlen, layers, return_logits=model.lm_head is not None
     )
@@ -196,7 +197,7 @@ def _errors(
     for case in cases:
         index = sequences.index(case.sequence)
         if case.output == "mean":
-            actual = means[case.layer][index]
+            actual = means[mean_of(case.layer)][index]
         else:
             rows = output.representations[case.layer] if case.output == "tokens" else output.logits
             assert rows is not None

@@ -14,13 +14,14 @@ import torch
 from esm_packed.attention import WAITING_BACKENDS, select_backend
 from esm_packed.errors import UsageError
 from esm_packed.numerics import resolve_device
+from esm_packed.outputs import KINDS, KINDS_IN_WINDOWS
 from esm_packed.runners.compute.worker import check_threads
 from esm_packed.runners.input.index import STDIN
 from esm_packed.runners.output.layout import output_bytes
 from esm_packed.runners.output.reader import EmbeddingReader
 from esm_packed.runners.state.directory import RunDirectory
 from esm_packed.runners.state.plan import differences, plan_hash
-from esm_packed.runners.state.request import STORE_DTYPES, EmbedRequest
+from esm_packed.runners.state.request import EmbedRequest
 from esm_packed.runners.state.run import Run
 from esm_packed.runners.state.shard import StoreError, shards_bytes
 from esm_packed.runners.system.paths import check_apart, resolved
@@ -121,8 +122,20 @@ def _check_suffix(output: Path) -> None:
         )
 
 
+def _check_outputs(request: EmbedRequest) -> None:
+    """See that the kinds of output can be had together."""
+    ragged = [kind for kind in request.kinds if KINDS[kind].is_ragged]
+    refused = [kind for kind in request.kinds if kind not in KINDS_IN_WINDOWS]
+    if request.windows is not None and refused:
+        possible = " and ".join(KINDS_IN_WINDOWS)
+        raise UsageError(f"--windows with --include {refused[0]}: a protein in windows has only {possible}")
+    if request.parts and not ragged:
+        raise UsageError("--parts: only kinds with a row for each residue, such as per_residue, have parts")
+
+
 def check_request(request: EmbedRequest) -> None:
     """See that the options fit each other."""
+    _check_outputs(request)
     if request.part is not None and STDIN in request.inputs:
         raise UsageError("--slice: standard input cannot be read by every process; name files")
     if request.part is not None and request.overwrite:
@@ -192,29 +205,33 @@ def gpu_numbers(request: EmbedRequest) -> tuple[int, ...]:
     return request.devices or tuple(range(count))
 
 
-def check_space(run: Run, num_compared: int, console: Console) -> None:
+def check_space(run: Run, num_compared: int, in_parts: bool, console: Console) -> None:
     """Say what the output takes, what the run still takes with its shards before they go, and what is free.
 
     Args:
         run: whose finished shards are there already.
         num_compared: sequences that are compared with FP32.
+        in_parts: whether rows of residues stay in files beside the output, where no copy of them is made.
         console: where it is said.
 
     Raises:
         OSError: ENOSPC, when that is too little.
     """
     index, plan = run.index, run.plan
-    row = plan.hidden_size, len(plan.layers), STORE_DTYPES[plan.identity["store_dtype"]]
     num_computed = index.num_records - index.num_identical
+    num_rows = sum(run.num_rows(shard) for shard in range(plan.num_shards)) if run.bytes_per_residue else 0
     output = output_bytes(
         index.num_records,
         index.mean_id_bytes,
-        *row,
+        run.arrays,
+        num_rows,
         problems=[astuple(problem) for problem in index.problems],
         num_compared=min(num_compared, num_computed),
     )
     num_left = plan.num_shards - len(run.finished(range(plan.num_shards)))
-    needed = output + shards_bytes(num_left, num_computed * num_left // plan.num_shards, *row)
+    share = num_left / plan.num_shards
+    shards = shards_bytes(num_left, run.arrays, int(num_computed * share), int(num_rows * share))
+    needed = shards + output - (num_rows * run.bytes_per_residue if in_parts else 0)
     folder = run.directory.output.parent
     free = shutil.disk_usage(folder).free
     sizes = (

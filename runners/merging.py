@@ -8,7 +8,9 @@ from pathlib import Path
 from esm_packed.errors import UsageError
 from esm_packed.runners.checks import check_output
 from esm_packed.runners.holding import claimed, undisturbed
-from esm_packed.runners.output.merge import DamagedShardError, merge_run
+from esm_packed.runners.output.blocks import DamagedShardError
+from esm_packed.runners.output.joining import wants_parts
+from esm_packed.runners.output.merge import MergeOptions, merge_run
 from esm_packed.runners.state.directory import RunDirectory
 from esm_packed.runners.state.run import Run
 from esm_packed.runners.system.paths import resolved
@@ -41,6 +43,8 @@ def merge_files(
     overwrite: bool = False,
     keep_run: bool = False,
     partial: bool = False,
+    compression: str = "none",
+    parts: bool | None = None,
 ) -> Merged:
     """Put the finished shards of the run of `output` together, if all are there.
 
@@ -52,10 +56,15 @@ def merge_files(
         partial: make an output of what is there, if there is any, with a row of NaN for each other record.
             The run directory is kept while records are missing, and the command that began the run
             continues it.
+        compression: none or gzip.
+        parts: leave rows of residues in files beside the output; None for large outputs alone.
 
     Raises:
-        UsageError: there is no such run, or other processes are at work on it.
+        UsageError: there is no such run, other processes are at work on it, or parts of a partial output are
+            asked for.
     """
+    if parts and partial:
+        raise UsageError("--parts with --partial: a partial output is one file; leave one of them out")
     output = resolved(output)
     existing = check_output(output, overwrite)
     directory = RunDirectory(output)
@@ -80,7 +89,9 @@ def merge_files(
         elif len(finished) < run.plan.num_shards:
             return Merged(missing_shards=run.plan.num_shards - len(finished))
         try:
-            missing_records = merge_run(run, console, overwrite=overwrite, partial=partial)
+            in_parts = not partial and wants_parts(run, parts)
+            options = MergeOptions(overwrite, partial, compression, in_parts)
+            missing_records = merge_run(run, console, options)
         except DamagedShardError:
             return Merged(missing_shards=1)
         num_records = run.index.num_records

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from esm_packed.checkpoints import Checkpoint
 from esm_packed.errors import UsageError
+from esm_packed.outputs import KINDS
 from esm_packed.runners.holding import check_held
 from esm_packed.runners.input.build import build_index
 from esm_packed.runners.input.index import STDIN, FastaIndex, open_index
@@ -74,8 +77,9 @@ def run_identity(
         "dtype": request.precision(device).name,
         "layout": request.layout,
         "layers": request.resolved_layers(checkpoint.config),
-        "kinds": ["mean"],
-        "max_length": request.max_length,
+        "kinds": [kind for kind in KINDS if kind in request.kinds],
+        "max_length": request.max_length if request.windows is None else 0,
+        "windows": list(request.windows or ()),
         "token_budget": token_budget,
         "store_dtype": request.store_dtype,
     }
@@ -129,8 +133,11 @@ def new_plan(
         checkpoint.model_name,
         config.hidden_size,
         command,
+        secrets.token_hex(4),
     )
     run = Run(directory, uncut, index)
     lengths, is_computed = run.embedded_lengths(0, index.num_records), run.is_computed(0, index.num_records)
+    if uncut.windows is not None:
+        lengths = uncut.windows.num_residues(lengths).astype(np.int32)
     size = ShardSize.of_run(lengths, is_computed, config, device.type, uncut.token_budget)
     return replace(uncut, starts=cut_shards(lengths, is_computed, config, size))

@@ -26,8 +26,10 @@ from esm_packed.runners.compute.engine import Engine, InProcessEngine
 from esm_packed.runners.holding import check_held, check_others, claimed, undisturbed
 from esm_packed.runners.input.fasta import DamagedIndexError
 from esm_packed.runners.input.index import STDIN, FastaIndex, reopen_index
+from esm_packed.runners.output.blocks import DamagedShardError
 from esm_packed.runners.output.changes import log_changes
-from esm_packed.runners.output.merge import DamagedShardError, merge_run
+from esm_packed.runners.output.joining import wants_parts
+from esm_packed.runners.output.merge import MergeOptions, merge_run
 from esm_packed.runners.planning import (
     existing_plan,
     is_continued,
@@ -218,7 +220,8 @@ class _Session:
         else:
             finished = set(run.finished(shards))
             left = [shard for shard in shards if shard not in finished]
-        check_space(run, request.fp32_compare, self.console)
+        in_parts = wants_parts(run, request.parts)
+        check_space(run, request.fp32_compare, in_parts, self.console)
         if len(left) < len(shards):
             self.console.note(
                 f"continuing: {len(shards) - len(left):,} of {len(shards):,} shards are finished"
@@ -281,7 +284,12 @@ class _Session:
             check_held(self.claim)
             try:
                 overwrite = self.request.overwrite or self._is_partial_output()
-                merge_run(self.run, self.console, overwrite=overwrite)
+                options = MergeOptions(
+                    overwrite=overwrite,
+                    compression=self.request.compression,
+                    in_parts=wants_parts(self.run, self.request.parts),
+                )
+                merge_run(self.run, self.console, options)
                 break
             except DamagedShardError as damaged:
                 self.console.note(f"{damaged}; it is computed again")

@@ -26,6 +26,7 @@ from esm_packed.config import LAYER_NORM_EPS, ESM2Config
 from esm_packed.graphs import GraphedESM2
 from esm_packed.model import ESM2
 from esm_packed.numerics import PRECISIONS, matmul_precision
+from esm_packed.outputs import mean_of
 from esm_packed.packing import SPECIAL_TOKENS, PackedBatch
 from esm_packed.padding import plan_padded
 
@@ -112,7 +113,9 @@ class EsmPacked(_Batched):
 
     def run(self) -> None:
         last = self.model.config.num_layers
-        self.rows = [self.computing.embed_packed(batch, [last])[last] for batch in self.batches]
+        self.rows = [
+            self.computing.embed_packed(batch, [mean_of(last)])[mean_of(last)] for batch in self.batches
+        ]
 
 
 class FairEsm(_Batched):

@@ -30,6 +30,7 @@ from esm_packed.kernels.cases import Workload
 from esm_packed.kernels.launch import dtype_name
 from esm_packed.kernels.timing import time_call
 from esm_packed.numerics import PRECISIONS, Precision
+from esm_packed.outputs import mean_of
 from esm_packed.packing import SPECIAL_TOKENS, PackedBatch, pack
 from esm_packed.runners.state.cut import sequence_flops
 from esm_packed.stress import stress_checkpoint
@@ -176,7 +177,7 @@ def _variants(
 
 def _forward(model: ESM2, batch: PackedBatch) -> object:
     """Means of the last layer."""
-    return model.embed_packed(batch, [model.config.num_layers])
+    return model.embed_packed(batch, [mean_of(model.config.num_layers)])
 
 
 def _measure(function: Callable[[], object], device: torch.device) -> dict[str, Any]:
@@ -230,7 +231,7 @@ def _small_model(device: torch.device, found: dict[str, Any], save: Save) -> Non
     workload = Workload(model.config, token_lengths("uniref", 4096), device)
     batch = PackedBatch(workload.input_ids, workload.cu_seqlens, workload.max_seqlen)
     forward = partial(_forward, model, batch)
-    graphed = partial(GraphedESM2(model).embed_packed, batch, [model.config.num_layers])
+    graphed = partial(GraphedESM2(model).embed_packed, batch, [mean_of(model.config.num_layers)])
     result: dict[str, Any] = {"total_tokens": workload.total_tokens}
     found["8M"] = result
     try:
@@ -269,7 +270,7 @@ def memory(device: torch.device, save: Save, seconds: float) -> None:
         peaks = {}
         for total_tokens in MEMORY_TOKENS[device.type]:
             batch = pack([np.full(total_tokens // 4 - SPECIAL_TOKENS, 5, dtype=np.uint8)] * 4).to(device)
-            run = partial(model.embed_packed, batch, [config.num_layers])
+            run = partial(model.embed_packed, batch, [mean_of(config.num_layers)])
             run()
             peaks[batch.total_tokens] = _measure(run, device)["peak_memory_bytes"]
             result["peak_memory_bytes"] = peaks

@@ -11,6 +11,7 @@ import torch
 
 from esm_packed.layouts import Layout
 from esm_packed.model import ESM2, PackedOutput
+from esm_packed.outputs import mean_of, output_names
 from esm_packed.packing import SPECIAL_TOKENS, PackedBatch
 from esm_packed.reports.validation.reference import Reference
 
@@ -101,7 +102,7 @@ def measure(
         batch = layout.lay_out([token_ids[member] for member in members], token_budget).to(model.device)
         embedded, hidden_states = _embedded(computing, batch, layers)
         starts = batch.cu_seqlens[:-1][batch.segments].tolist()
-        means[:, members] = torch.stack([embedded[layer].double().cpu() for layer in layers])
+        means[:, members] = torch.stack([embedded[mean_of(layer)].double().cpu() for layer in layers])
         for start, protein in zip(starts, members.tolist(), strict=True):
             residues[:, protein] = _residue_errors(hidden_states[last], start, *reference.residues(protein))
             tokens = slice(start, start + int(lengths[protein]))
@@ -134,12 +135,12 @@ def measure(
 
 def _embedded(
     model: ESM2, batch: PackedBatch, layers: Sequence[int]
-) -> tuple[dict[int, torch.Tensor], dict[int, torch.Tensor]]:
+) -> tuple[dict[str, torch.Tensor], dict[int, torch.Tensor]]:
     """What `model.embed_packed` gives, and the hidden states that it is formed from."""
     outputs: list[PackedOutput] = []
     hook = model.register_forward_hook(lambda model, arguments, output: outputs.append(output))
     try:
-        embedded = model.embed_packed(batch, layers)
+        embedded = model.embed_packed(batch, output_names(["mean"], layers))
     finally:
         hook.remove()
     return embedded, outputs[0].representations

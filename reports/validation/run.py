@@ -244,7 +244,7 @@ def estimate_seconds(
         timed = []
         for _ in range(2):  # the first is a warm-up
             begin = time.perf_counter()
-            model.embed_packed(batch, [0, 1])[1].cpu()
+            model.embed_packed(batch, ["mean/0", "mean/1"])["mean/1"].cpu()
             timed.append(time.perf_counter() - begin)
         tokens = sum(len(ids) + SPECIAL_TOKENS for ids in sample)
         return timed[-1] * config.num_layers * total / tokens

@@ -15,7 +15,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from esm_packed.config import ESM2_MODELS
+from esm_packed.config import DEFAULT_MAX_LENGTH, ESM2_MODELS
 from esm_packed.errors import UsageError
 from esm_packed.runners.system.environment import is_on
 from esm_packed.runners.system.terminal import (
@@ -30,6 +30,8 @@ from esm_packed.runners.system.terminal import (
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
+
+    from esm_packed.windows import Windows
 
     Request = TypeVar("Request", bound=DataclassInstance)
 
@@ -56,6 +58,7 @@ def embed(options: argparse.Namespace) -> int:
         device=device,
         part=None if options.part is None else parse_slice(options.part, os.environ),
         layout=_layout(options),
+        windows=_windows(options),
         read=_request(ReadOptions, options),
     )
     summary = embed_files(request, Console(options.quiet))
@@ -85,6 +88,18 @@ def _check_standard_input(inputs: Sequence[str]) -> None:
         raise UsageError("standard input (-) is closed; name a file, or pipe one in")
 
 
+def _windows(options: argparse.Namespace) -> Windows | None:
+    from esm_packed.windows import Windows
+
+    if options.windows is None:
+        return None
+    if options.max_length != DEFAULT_MAX_LENGTH:
+        raise UsageError("--windows and --max-length exclude each other: windows keep all residues")
+    if options.overlap > options.windows // 2:
+        raise UsageError(f"--overlap {options.overlap}: at most half of --windows, {options.windows // 2}")
+    return Windows(options.windows, options.overlap)
+
+
 def _layout(options: argparse.Namespace) -> str:
     if options.reproducible and options.disable_packing:
         raise UsageError(
@@ -110,6 +125,8 @@ def merge(options: argparse.Namespace) -> int:
         overwrite=options.overwrite,
         keep_run=options.keep_run,
         partial=options.partial,
+        compression=options.compression,
+        parts=options.parts,
     )
     if merged.already_complete:
         say([f"already complete: {output}"])

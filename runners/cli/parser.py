@@ -73,6 +73,18 @@ def add_max_length(parser: argparse._ActionsContainer) -> None:
     )
 
 
+def add_parts(parser: argparse._ActionsContainer) -> None:
+    place = parser.add_mutually_exclusive_group()
+    place.add_argument(
+        "--parts",
+        action="store_true",
+        default=None,
+        help="leave rows of residues in files of their own, in OUT.h5.parts, where they are not copied "
+        "(default: from 50 GB on)",
+    )
+    place.add_argument("--merge", dest="parts", action="store_false", help="one file, however large")
+
+
 def add_read_rules(parser: argparse.ArgumentParser) -> None:
     rules = parser.add_argument_group(
         "input rules (by default a fault is an error, before anything is computed)"

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from esm_packed.config import DTYPES
+from esm_packed.outputs import KINDS
 
 
 def path(text: str) -> Path:
@@ -63,6 +64,13 @@ def layers(text: str) -> tuple[int, ...]:
     if not re.fullmatch("-?[0-9]{1,9}(,-?[0-9]{1,9})*", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of layers such as 6,12 or -1")
     return tuple(int(layer) for layer in text.split(","))
+
+
+def kinds(text: str) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(text.split(",")))
+    if unknown := [name for name in names if name not in KINDS]:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(KINDS)}")
+    return names
 
 
 def device(text: str) -> str:

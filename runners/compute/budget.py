@@ -8,6 +8,7 @@ import torch
 
 from esm_packed.alphabet import encode
 from esm_packed.model import ESM2
+from esm_packed.outputs import mean_of
 from esm_packed.packing import SPECIAL_TOKENS, pack
 
 PROBE_LENGTH = 510
@@ -29,7 +30,7 @@ def peak_memory(model: ESM2, num_sequences: int) -> int:
     """Most bytes of its GPU in use while so many sequences of PROBE_LENGTH residues are embedded."""
     batch = pack(probe(num_sequences)).to(model.device)
     torch.cuda.reset_peak_memory_stats(model.device)
-    model.embed_packed(batch, [model.config.num_layers])
+    model.embed_packed(batch, [mean_of(model.config.num_layers)])
     torch.cuda.synchronize(model.device)
     return torch.cuda.max_memory_allocated(model.device)
 

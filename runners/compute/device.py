@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from esm_packed.graphs import GraphedESM2
 from esm_packed.layouts import Layout
 from esm_packed.model import ESM2
+from esm_packed.outputs import is_ragged
 from esm_packed.packing import PackedBatch
+from esm_packed.readout import FINITE
 from esm_packed.runners.state.shard import Rows
 from esm_packed.runners.watch.metrics import StageTimes
 
@@ -24,11 +26,11 @@ class Launched:
     """A pack on its way.
 
     Args:
-        rows: layer to what it gives, on the host; on a GPU they may not have arrived yet.
+        rows: outputs by name, on the host; on a GPU they may not have arrived yet.
         events: before and after copying to the device, computing, and copying back.
     """
 
-    rows: dict[int, torch.Tensor]
+    rows: dict[str, torch.Tensor]
     events: tuple[torch.cuda.Event, ...] = ()
 
 
@@ -54,26 +56,30 @@ class Device:
 
     Args:
         model: computes.
-        layers: to keep.
         layout: of the packs.
         cuda_graphs: replay packs as CUDA graphs.
         times: seconds of `computing` and `copying` are added to it.
     """
 
-    def __init__(
-        self, model: ESM2, layers: Sequence[int], layout: Layout, cuda_graphs: bool, times: StageTimes
-    ) -> None:
+    def __init__(self, model: ESM2, layout: Layout, cuda_graphs: bool, times: StageTimes) -> None:
         self._device = model.device
-        self._layers = list(layers)
         self._computing = GraphedESM2(model) if cuda_graphs else layout.prepare(model)
         self._streams = _Streams.of(model.device) if model.device.type == "cuda" else None
         self._times = times
 
-    def launch(self, batch: PackedBatch) -> Launched:
-        """Begin to compute a pack; on a CPU it is computed when this returns."""
+    def launch(
+        self, batch: PackedBatch, names: Sequence[str], residue_dtype: torch.dtype | None = None
+    ) -> Launched:
+        """Begin to compute a pack; on a CPU it is computed when this returns.
+
+        Args:
+            batch: the pack.
+            names: of the outputs.
+            residue_dtype: of outputs with a row for each residue; None for the one they are computed in.
+        """
         if self._streams is None:
             begin = time.monotonic()
-            rows = self._computing.embed_packed(batch, self._layers)
+            rows = self._computing.embed_packed(batch, names, residue_dtype)
             self._times.computing += time.monotonic() - begin
             return Launched(rows)
         streams = self._streams
@@ -90,19 +96,30 @@ class Device:
         for tensor in (batch.input_ids, batch.cu_seqlens):
             tensor.record_stream(streams.compute)
         start.record(streams.compute)
-        on_device = self._computing.embed_packed(batch, self._layers)
+        on_device = self._computing.embed_packed(batch, names, residue_dtype)
         end.record(streams.compute)
         streams.to_host.wait_event(end)
         with torch.cuda.stream(streams.to_host):
             returning.record()
-            rows = {layer: values.to("cpu", non_blocking=True) for layer, values in on_device.items()}
+            rows = {name: values.to("cpu", non_blocking=True) for name, values in on_device.items()}
             returned.record()
         for values in on_device.values():
             values.record_stream(streams.to_host)
         return Launched(rows, events)
 
-    def take_back(self, launched: Launched, store_dtype: np.dtype[Any]) -> dict[int, Rows]:
-        """Wait for a pack; layer to (n, hidden_size), as it is stored."""
+    def take_back(
+        self, launched: Launched, residue_bounds: npt.NDArray[np.int32], dtypes: Mapping[str, str]
+    ) -> tuple[dict[str, Rows], npt.NDArray[np.bool_]]:
+        """Wait for a pack.
+
+        Args:
+            launched: the pack.
+            residue_bounds: of its n sequences, as `PackedBatch` has them.
+            dtypes: of the outputs by name.
+
+        Returns:
+            Outputs by name, (n, columns) or (total residues, columns), and which sequences are (n,) finite.
+        """
         if launched.events:
             going, gone, start, end, returning, returned = launched.events
             returned.synchronize()
@@ -110,9 +127,17 @@ class Device:
             self._times.copying += (going.elapsed_time(gone) + returning.elapsed_time(returned)) / 1000
         begin = time.monotonic()
         with np.errstate(over="ignore"):  # too large for FP16 becomes Inf, which is looked for later
-            rows = {layer: each.numpy().astype(store_dtype) for layer, each in launched.rows.items()}
+            rows = {
+                name: _as_stored(name, launched.rows[name], residue_bounds, dtypes[name]) for name in dtypes
+            }
+        finite = np.ones(len(residue_bounds), np.bool_)
+        if FINITE in launched.rows:
+            finite &= launched.rows[FINITE].numpy()
+        for name, values in rows.items():
+            if not is_ragged(name):
+                finite &= np.isfinite(values).all(axis=1)
         self._times.copying += time.monotonic() - begin
-        return rows
+        return rows, finite
 
     def free_memory(self) -> None:
         """Give back what is held for later."""
@@ -126,3 +151,16 @@ class Device:
         with suppress(Exception):  # the library that knows is not always there, nor always right
             return torch.cuda.memory_allocated(self._device), torch.cuda.utilization(self._device)
         return torch.cuda.memory_allocated(self._device), None
+
+
+def _as_stored(name: str, tensor: torch.Tensor, residue_bounds: npt.NDArray[np.int32], dtype: str) -> Rows:
+    """An output as it is stored: of one with a row for each token, the rows of residues."""
+    values = tensor.numpy()
+    if not is_ragged(name):
+        return values.astype(dtype)
+    rows = np.empty(((residue_bounds[:, 1] - residue_bounds[:, 0]).sum(), values.shape[1]), dtype)
+    start = 0
+    for first, last in residue_bounds.tolist():
+        rows[start : start + last - first] = values[first:last]
+        start += last - first
+    return rows

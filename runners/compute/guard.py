@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 
+from esm_packed.embedding import embed_in_windows
 from esm_packed.model import ESM2
 from esm_packed.numerics import is_out_of_memory
-from esm_packed.packing import pack
+from esm_packed.outputs import kind_of
 from esm_packed.rescue import Rescue
 from esm_packed.runners.state.shard import (
     STATUS_FAILED,
@@ -19,6 +19,7 @@ from esm_packed.runners.state.shard import (
     ItemStatus,
     Rows,
 )
+from esm_packed.windows import Windows
 
 TokenIds = npt.NDArray[np.uint8]
 
@@ -28,45 +29,47 @@ class Guard:
 
     Args:
         model: whose results are looked at.
-        layers: that are kept.
+        names: of the outputs that are kept.
         in_fp32: loads the model in FP32, called at most once; None where `model` computes in FP32 or better.
+        windows: how long proteins are cut.
     """
 
-    def __init__(self, model: ESM2, layers: Sequence[int], in_fp32: Callable[[], ESM2] | None) -> None:
+    def __init__(
+        self,
+        model: ESM2,
+        names: Sequence[str],
+        in_fp32: Callable[[], ESM2] | None,
+        windows: Windows | None = None,
+    ) -> None:
         self._model = model
-        self._layers = list(layers)
+        self._names = list(names)
         self._rescue = Rescue(in_fp32)
+        self._windows = windows
 
-    def rescue(self, rows: Mapping[int, Rows], token_ids: Sequence[TokenIds]) -> dict[int, ItemStatus]:
-        """Replace what is not finite by what FP32 gives, or by NaN.
+    def rescue(self, rows: Mapping[str, Rows], token_ids: TokenIds) -> ItemStatus:
+        """Replace outputs of a sequence that are not finite by what FP32 gives, or by NaN.
 
         Args:
-            rows: layer to (n, hidden_size), modified.
-            token_ids: residues of the n sequences.
+            rows: by name, (columns,) or (num_residues, columns), modified.
+            token_ids: residues of the sequence.
 
         Returns:
-            Place among the n to what became of it, for those that were not finite.
+            What became of them.
         """
-        finite = np.ones(len(token_ids), np.bool_)
-        for values in rows.values():
-            finite &= np.isfinite(values).all(axis=1)
-        statuses = {}
-        for place in np.flatnonzero(~finite).tolist():
-            stored = next(iter(rows.values())).dtype
-            rescued, reason = self._rescue.replace(
-                {layer: values[place] for layer, values in rows.items()},
-                partial(self._alone, token_ids[place]),
-                f"dtype {self._model.precision}, stored as {stored}",
-            )
-            status = STATUS_RECOMPUTED if rescued else STATUS_FAILED
-            statuses[place] = ItemStatus(status, f"the embedding is {reason}")
-        return statuses
+        stored = next(iter(rows.values())).dtype
+        rescued, reason = self._rescue.replace(
+            rows,
+            lambda fp32: self._alone(token_ids, fp32),
+            f"dtype {self._model.precision}, stored as {stored}",
+        )
+        status = STATUS_RECOMPUTED if rescued else STATUS_FAILED
+        return ItemStatus(status, f"the embedding is {reason}")
 
-    def compare(self, row: Rows, token_ids: TokenIds) -> Comparison | None:
-        """How a row of the last layer compares with the same sequence in FP32 on its own.
+    def compare(self, rows: Mapping[str, Rows], token_ids: TokenIds) -> Comparison | None:
+        """How outputs of a sequence compare with the same in FP32 on its own.
 
         Args:
-            row: (hidden_size,).
+            rows: by name; the mean of the last layer is compared, or the last output without it.
             token_ids: residues of the sequence.
 
         Returns:
@@ -78,7 +81,9 @@ class Guard:
             if not is_out_of_memory(error):
                 raise
             return None
-        truth, row = alone[self._layers[-1]].astype(np.float64), row.astype(np.float64)
+        means = [name for name in self._names if kind_of(name) == "mean"]
+        name = (means or self._names)[-1]
+        truth, row = (each[name].astype(np.float64).ravel() for each in (alone, rows))
         norms = float(np.linalg.norm(row)), float(np.linalg.norm(truth))
         return Comparison(
             cosine=float(row @ truth) / (norms[0] * norms[1]),
@@ -86,7 +91,5 @@ class Guard:
             relative_error=float(np.linalg.norm(row - truth)) / norms[1],
         )
 
-    def _alone(self, token_ids: TokenIds, model: ESM2) -> dict[int, npt.NDArray[np.float32]]:
-        """Embeddings by layer of one sequence in a pack of its own."""
-        rows_by_layer = model.embed_packed(pack([token_ids]).to(model.device), self._layers)
-        return {layer: rows[0].cpu().numpy() for layer, rows in rows_by_layer.items()}
+    def _alone(self, token_ids: TokenIds, model: ESM2) -> dict[str, Rows]:
+        return embed_in_windows(model, token_ids, self._names, self._windows)

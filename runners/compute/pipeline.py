@@ -20,24 +20,30 @@ from functools import partial
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from esm_packed.layouts import LAYOUTS, Layout
 from esm_packed.model import ESM2
 from esm_packed.numerics import is_out_of_memory
+from esm_packed.outputs import is_ragged
 from esm_packed.packing import SPECIAL_TOKENS, PackedBatch
+from esm_packed.rescue import is_finite
+from esm_packed.runners.compute.blending import Blends
 from esm_packed.runners.compute.device import Device, Launched
 from esm_packed.runners.compute.guard import Guard, TokenIds
 from esm_packed.runners.state.shard import (
     STATUS_FAILED,
+    Array,
     Comparison,
+    Items,
     ItemStatus,
     Rows,
     ShardInput,
     ShardWriter,
-    mean_of,
 )
 from esm_packed.runners.system.queues import Ahead, Behind
 from esm_packed.runners.watch.metrics import RESULTS_AHEAD, Snapshot, StageTimes
+from esm_packed.windows import Windows, names_in_windows
 
 PACKS_AHEAD = 4
 PACKS_IN_FLIGHT = 2
@@ -67,10 +73,19 @@ class _Progress:
 
 @dataclass
 class _Pack:
-    """Items of a shard, laid out; a shard with nothing to compute is one pack without items and batch."""
+    """Items of a shard, or windows of long ones, laid out.
+
+    Args:
+        progress: of the shard.
+        items: (n,) that are in the pack.
+        starts: (n,) first residue of each window; None if the items are whole.
+        token_ids: residues of each item or window.
+        batch: what is computed; None for a shard with nothing to compute.
+    """
 
     progress: _Progress
     items: npt.NDArray[np.int64]
+    starts: npt.NDArray[np.int64] | None = None
     token_ids: Sequence[TokenIds] = ()
     batch: PackedBatch | None = None
 
@@ -101,9 +116,9 @@ class Pipeline:
 
     Args:
         model: computes.
-        layers: to keep.
-        store_dtype: of the embeddings, "float32" or "float16".
+        arrays: what is kept.
         token_budget: tokens in a pack.
+        windows: how items longer than a window are cut; None for not at all.
         in_fp32: loads the model in FP32, for sequences whose embedding is not finite and for those that are
             compared; called at most once. None where the model computes in FP32 or better already.
         on_pack: told of residues as a pack of them is done.
@@ -115,22 +130,25 @@ class Pipeline:
         self,
         model: ESM2,
         *,
-        layers: Sequence[int],
-        store_dtype: str,
+        arrays: Sequence[Array],
         token_budget: int,
+        windows: Windows | None = None,
         in_fp32: Callable[[], ESM2] | None = None,
         on_pack: Callable[[int], None] = lambda residues: None,
         layout: Layout = LAYOUTS["packed"],
         cuda_graphs: bool = False,
     ) -> None:
         self.times = StageTimes()
-        self._layers = list(layers)
-        self._store_dtype = np.dtype(store_dtype)
+        self._dtypes = {array.name: array.dtype for array in arrays}
+        halves = any(array.is_ragged and array.dtype == "float16" for array in arrays)
+        self._residue_dtype = torch.float16 if halves else None
+        self._arrays, self._windows = arrays, windows
+        self._blends: Blends | None = None
         self._token_budget = token_budget
         self._on_pack = on_pack
         self._layout = layout
-        self._guard = Guard(model, layers, in_fp32)
-        self._device = Device(model, layers, layout, cuda_graphs, self.times)
+        self._guard = Guard(model, list(self._dtypes), in_fp32, windows)
+        self._device = Device(model, layout, cuda_graphs, self.times)
         self._device_name = str(model.device)
         self._pins = model.device.type == "cuda"
         self._queues: tuple[Ahead[_Pack], Behind[_Result]] | None = None
@@ -149,6 +167,7 @@ class Pipeline:
             Exception: whatever `shards` or `open_shard` raised; shards not yet whole are dropped.
         """
         self._began = time.monotonic()
+        self._blends = Blends(self._windows, self._arrays) if self._windows else None
         try:
             with (
                 Ahead(self._packs_of(shards), PACKS_AHEAD, "reader") as packs,
@@ -171,25 +190,50 @@ class Pipeline:
     def _packs_of(self, shards: Iterable[ShardInput]) -> Iterator[_Pack]:
         begin = time.monotonic()
         for shard in shards:
-            lengths = np.fromiter(map(len, shard.token_ids), np.int64, len(shard.token_ids))
-            items_of = self._layout.plan(lengths + SPECIAL_TOKENS, self._token_budget)
-            progress = _Progress(shard, max(1, len(items_of)))
-            if not items_of:
+            packs = self._plan(shard)
+            progress = _Progress(shard, max(1, len(packs)))
+            if not packs:
                 yield _Pack(progress, np.zeros(0, np.int64))
-            for items in items_of:
-                pack = self._lay_out(progress, items)
+            for items, starts in packs:
+                pack = self._lay_out(progress, items, starts)
                 self.times.reading += time.monotonic() - begin
                 yield pack
                 begin = time.monotonic()
         self.times.reading += time.monotonic() - begin
 
-    def _lay_out(self, progress: _Progress, items: npt.NDArray[np.int64]) -> _Pack:
+    def _plan(self, shard: ShardInput) -> list[tuple[Items, Items | None]]:
+        """Items of each pack of a shard, and where their windows start; whole items come first."""
+        lengths = _lengths(shard, np.arange(len(shard.token_ids)))
+        is_long = lengths > self._windows.size if self._windows else np.zeros(len(lengths), np.bool_)
+        whole = np.flatnonzero(~is_long)
+        packs: list[tuple[Items, Items | None]] = [
+            (whole[members], None)
+            for members in self._layout.plan(lengths[whole] + SPECIAL_TOKENS, self._token_budget)
+        ]
+        if self._windows and is_long.any():
+            starts_of = {
+                item: self._windows.starts(int(lengths[item])) for item in np.flatnonzero(is_long).tolist()
+            }
+            items = np.repeat(list(starts_of), [len(starts) for starts in starts_of.values()])
+            starts = np.concatenate(list(starts_of.values()))
+            tokens = np.full(len(items), self._windows.size + SPECIAL_TOKENS)
+            packs += [
+                (items[members], starts[members]) for members in self._layout.plan(tokens, self._token_budget)
+            ]
+        return packs
+
+    def _lay_out(self, progress: _Progress, items: Items, starts: Items | None) -> _Pack:
         token_ids = [progress.shard.token_ids[item] for item in items.tolist()]
+        if starts is not None and self._windows is not None:
+            size = self._windows.size
+            token_ids = [
+                ids[start : start + size] for ids, start in zip(token_ids, starts.tolist(), strict=True)
+            ]
         batch = self._layout.lay_out(token_ids, self._token_budget)
         if self._pins:
             pinned = batch.input_ids.pin_memory(), batch.cu_seqlens.pin_memory()
             batch = replace(batch, input_ids=pinned[0], cu_seqlens=pinned[1])
-        return _Pack(progress, items, token_ids, batch)
+        return _Pack(progress, items, starts, token_ids, batch)
 
     def _compute(self, packs: Ahead[_Pack], results: Behind[_Result]) -> None:
         in_flight: deque[_InFlight] = deque()
@@ -222,7 +266,11 @@ class Pipeline:
             yield _InFlight(pack)
             return
         try:
-            launched = self._device.launch(batch)
+            launched = (
+                self._device.launch(batch, list(self._dtypes), self._residue_dtype)
+                if pack.starts is None
+                else self._device.launch(batch, names_in_windows(self._dtypes))
+            )
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -245,39 +293,78 @@ class Pipeline:
             return
         half = len(pack.items) // 2
         pack.progress.packs_left += 1
-        for items in (pack.items[:half], pack.items[half:]):
-            yield from self._launch(self._lay_out(pack.progress, items), drain)
+        for part in (slice(None, half), slice(half, None)):
+            starts = None if pack.starts is None else pack.starts[part]
+            yield from self._launch(self._lay_out(pack.progress, pack.items[part], starts), drain)
 
     def _take_back(self, done: _InFlight) -> _Result:
         """Wait for a pack and see that what it gave is sound."""
         pack, progress = done.pack, done.pack.progress
         progress.packs_left -= 1
         result = _Result(progress.shard.number, pack.items, is_last=progress.packs_left == 0)
-        items, residues = pack.items.tolist(), sum(map(len, pack.token_ids))
-        if done.failure:
-            result.statuses[items[0]] = ItemStatus(STATUS_FAILED, done.failure)
-        if done.launched is not None:
-            rows = self._device.take_back(done.launched, self._store_dtype)
-            for place, status in self._guard.rescue(rows, pack.token_ids).items():
-                result.statuses[items[place]] = status
-            for place, item in enumerate(items):
-                if item in progress.shard.compared and item not in result.statuses:
-                    comparison = self._guard.compare(rows[self._layers[-1]][place], pack.token_ids[place])
-                    if comparison is not None:
-                        result.comparisons[item] = comparison
-            result.rows.update((mean_of(layer), values) for layer, values in rows.items())
-            self._count(pack, residues)
+        residues = sum(map(len, pack.token_ids))
+        if pack.batch is not None and pack.starts is not None:
+            result = self._blend(done, pack.batch, pack.starts, result)
+        elif pack.batch is not None and done.launched is not None:
+            bounds = pack.batch.residue_bounds
+            rows, finite = self._device.take_back(done.launched, bounds, self._dtypes)
+            result.rows.update(rows)
+            self._judge(progress.shard, result, finite)
+        elif done.failure:
+            result.statuses[int(pack.items[0])] = ItemStatus(STATUS_FAILED, done.failure)
+        if pack.batch is not None and done.launched is not None:
+            self._count(pack, pack.batch.total_tokens, residues)
         self._on_pack(residues)
         return result
 
-    def _count(self, pack: _Pack, residues: int) -> None:
-        assert pack.batch is not None
+    def _blend(self, done: _InFlight, batch: PackedBatch, starts: Items, result: _Result) -> _Result:
+        """Add windows to their items; items that have all of their windows are the result."""
+        assert self._blends is not None
+        shard, items = done.pack.progress.shard, result.items
+        rows: dict[str, Rows] = {}
+        if done.launched is not None:
+            dtypes = dict.fromkeys(names_in_windows(self._dtypes), "float32")
+            rows, _ = self._device.take_back(done.launched, batch.residue_bounds, dtypes)
+        lengths = _lengths(shard, items)
+        whole, rows, failures = self._blends.add(items, starts, lengths, rows, done.failure)
+        statuses = {item: ItemStatus(STATUS_FAILED, reason) for item, reason in failures.items()}
+        result = replace(result, items=np.array(whole, np.int64), rows=rows, statuses=statuses)
+        finite = np.ones(len(whole), np.bool_)
+        for place in range(len(whole)):
+            finite[place] = is_finite(self._outputs_of(shard, result, place))
+        self._judge(shard, result, finite)
+        return result
+
+    def _judge(self, shard: ShardInput, result: _Result, finite: npt.NDArray[np.bool_]) -> None:
+        """Recompute what is not finite, and compare what is sampled."""
+        for place, item in enumerate(result.items.tolist()):
+            if item in result.statuses or (finite[place] and item not in shard.compared):
+                continue
+            rows, token_ids = self._outputs_of(shard, result, place), shard.token_ids[item]
+            if not finite[place]:
+                result.statuses[item] = self._guard.rescue(rows, token_ids)
+            elif (comparison := self._guard.compare(rows, token_ids)) is not None:
+                result.comparisons[item] = comparison
+
+    @staticmethod
+    def _outputs_of(shard: ShardInput, result: _Result, place: int) -> dict[str, Rows]:
+        """Views of what one of the items of a result has."""
+        start, stop = (
+            _lengths(shard, result.items[:place]).sum(),
+            _lengths(shard, result.items[: place + 1]).sum(),
+        )
+        return {
+            name: values[start:stop] if is_ragged(name) else values[place]
+            for name, values in result.rows.items()
+        }
+
+    def _count(self, pack: _Pack, total_tokens: int, residues: int) -> None:
         times, tokens = self.times, residues + SPECIAL_TOKENS * len(pack.items)
         times.tokens += tokens
         times.residues += residues
         times.sequences += len(pack.items)
         times.packs += 1
-        if pack.batch.total_tokens > self._token_budget:
+        if total_tokens > self._token_budget:
             times.overlong_packs += 1
         else:
             times.tokens_in_budget += tokens
@@ -301,3 +388,7 @@ class Pipeline:
                 self.times.writing += time.monotonic() - begin
             if output is not None:
                 raise RuntimeError("the work ended before the shard was whole")
+
+
+def _lengths(shard: ShardInput, items: Items) -> Items:
+    return np.fromiter((len(shard.token_ids[item]) for item in items.tolist()), np.int64, len(items))

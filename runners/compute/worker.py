@@ -21,7 +21,7 @@ from esm_packed.layouts import LAYOUTS
 from esm_packed.model import ESM2, load_in_fp32
 from esm_packed.numerics import is_out_of_memory
 from esm_packed.runners.compute.pipeline import OpenShard, PackTooLargeError, Pipeline
-from esm_packed.runners.state.request import STORE_DTYPES, EmbedRequest
+from esm_packed.runners.state.request import EmbedRequest
 from esm_packed.runners.state.run import Run
 from esm_packed.runners.state.shard import ShardInput, ShardWriter
 from esm_packed.runners.state.slices import Slice
@@ -115,9 +115,9 @@ class RunWorker:
         self._log = _open_log(run.directory.logs_path, worker.rank, request.part)
         self.pipeline = Pipeline(
             worker.model,
-            layers=plan.layers,
-            store_dtype=STORE_DTYPES[request.store_dtype],
+            arrays=run.arrays,
             token_budget=plan.token_budget,
+            windows=plan.windows,
             in_fp32=self._load_fp32 if worker.model.precision_mode.is_below_fp32 else None,
             on_pack=on_pack,
             layout=LAYOUTS[request.layout],

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import h5py
 import numpy as np
 
-from esm_packed.runners.state.shard import Comparison
+from esm_packed.runners.state.shard import Array, Comparison
 
 FORMAT = "esm-packed"
 FORMAT_VERSION = 1
@@ -27,17 +27,14 @@ COLUMN_KINDS = {
 }
 
 
-_CHUNK_BYTES = 1 << 18
+CHUNK_BYTES = 1 << 18
+"""Of compressed data sets: about a protein's residues, so that reading one decompresses little else."""
 RECORDS_IN_CHUNK = 1024
 _REFERENCE_BYTES = 16
 """Of a text in a data set, which leads to the text in a heap."""
 _HEAP_BYTES = 20
 """Of a text in a heap beside its own: 16, and half of the 8 it is rounded up to."""
 _EMPTY_FILE_BYTES = 24_000
-
-
-def chunk_rows(rows: int, row_bytes: int) -> int:
-    return min(max(rows, 1), max(1, _CHUNK_BYTES // row_bytes))
 
 
 class StoredProblem(NamedTuple):
@@ -59,38 +56,37 @@ class StoredComparison(NamedTuple):
 def output_bytes(
     num_sequences: int,
     mean_id_bytes: float,
-    hidden_size: int,
-    num_layers: int,
-    store_dtype: str,
+    arrays: Sequence[Array],
+    num_rows: int,
     *,
     problems: Sequence[Sequence[object]] = (),
     num_compared: int = 0,
 ) -> int:
-    """Size of an output file in bytes, to within a tenth and 32 kB.
+    """Size of an output file in bytes, uncompressed, to within a tenth and 32 kB.
 
     Args:
-        num_sequences: rows.
+        num_sequences: of the input.
         mean_id_bytes: mean size of a sequence ID in bytes of UTF-8.
-        hidden_size: columns of the embeddings.
-        num_layers: layers kept.
-        store_dtype: "float32" or "float16".
+        arrays: that are kept.
+        num_rows: of the ragged arrays.
         problems: records left out, each as the fields of a `StoredProblem`.
         num_compared: sequences compared with FP32.
     """
 
-    def columns(rows: int, chunk_rows: int, row_bytes: int) -> int:
-        return math.ceil(rows / chunk_rows) * chunk_rows * row_bytes
+    def chunked(rows: int, row_bytes: int) -> int:
+        return math.ceil(rows / RECORDS_IN_CHUNK) * RECORDS_IN_CHUNK * row_bytes
 
-    row_bytes = [np.dtype(dtype).itemsize for dtype in COLUMN_KINDS.values()]
-    row_bytes += [hidden_size * np.dtype(store_dtype).itemsize] * num_layers
+    row_bytes = [np.dtype(dtype).itemsize for dtype in COLUMN_KINDS.values()] + [_REFERENCE_BYTES]
+    row_bytes += [array.row_bytes for array in arrays if not array.is_ragged]
+    residue_bytes = [array.row_bytes for array in arrays if array.is_ragged]
     num_ids = num_sequences + num_compared
     texts = [field for problem in problems for field in problem if isinstance(field, str)]
     return (
         _EMPTY_FILE_BYTES
-        + sum(columns(num_sequences, chunk_rows(num_sequences, size), size) for size in row_bytes)
-        + columns(num_sequences, chunk_rows(num_sequences, TEXT.itemsize), _REFERENCE_BYTES)
-        + columns(len(problems), RECORDS_IN_CHUNK, 3 * _REFERENCE_BYTES + 8)
-        + columns(num_compared, RECORDS_IN_CHUNK, _REFERENCE_BYTES + 3 * 8)
+        + num_sequences * (sum(row_bytes) + 8 * bool(residue_bytes))
+        + num_rows * sum(residue_bytes)
+        + chunked(len(problems), 3 * _REFERENCE_BYTES + 8)
+        + chunked(num_compared, _REFERENCE_BYTES + 3 * 8)
         + num_ids * _HEAP_BYTES
         + math.ceil(num_ids * mean_id_bytes)
         + sum(_HEAP_BYTES + len(text.encode("utf-8", "replace")) for text in texts)

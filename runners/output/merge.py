@@ -3,257 +3,246 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
-from itertools import cycle, groupby
-from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from esm_packed.files import whole_or_nothing
 from esm_packed.layouts import LAYOUTS
+from esm_packed.outputs import kind_of, layer_of
+from esm_packed.runners.output.blocks import Block, ShardNotes, blocks_ahead
+from esm_packed.runners.output.joining import make_parts
 from esm_packed.runners.output.layout import StoredComparison, StoredProblem
+from esm_packed.runners.output.names import dataset_of
+from esm_packed.runners.output.parts import Part
 from esm_packed.runners.output.writer import EmbeddingWriter
 from esm_packed.runners.state.plan import Plan
-from esm_packed.runners.state.request import STORE_DTYPES
 from esm_packed.runners.state.run import Run
-from esm_packed.runners.state.shard import (
-    STATUS_COMPUTED,
-    STATUS_NOT_COMPUTED,
-    Comparison,
-    ItemStatus,
-    Rows,
-    StoreError,
-    mean_of,
-)
-from esm_packed.runners.system.queues import Ahead
+from esm_packed.runners.state.shard import STATUS_COMPUTED, STATUS_NOT_COMPUTED, StoreError
 from esm_packed.runners.watch.console import Advance, Console
-
-BLOCKS_AHEAD = 4
-"""Blocks that are read and verified while the one before them is written."""
 
 _COPIES_AT_ONCE = 256
 MOST_COMMAND_BYTES = 16_384
 """Of the command in the output: all attributes together end at 64 KB."""
 
 
-class DamagedShardError(RuntimeError):
-    """A shard is not there or not what was written; its file has been removed.
+@dataclass(frozen=True)
+class MergeOptions:
+    """How the output is made.
 
     Args:
-        shard: its number.
+        overwrite: replace an output that is there.
+        partial: give records of shards that are missing or damaged a row of NaN, with the status for it.
+        compression: one of `writer.COMPRESSIONS`.
+        in_parts: leave ragged arrays in files beside the output; not with `partial`.
     """
 
-    def __init__(self, shard: int) -> None:
-        super().__init__(f"shard {shard} is missing or damaged")
-        self.shard = shard
+    overwrite: bool = False
+    partial: bool = False
+    compression: str = "none"
+    in_parts: bool = False
 
 
-def merge_run(run: Run, console: Console, *, overwrite: bool, partial: bool = False) -> int:
+def merge_run(run: Run, console: Console, options: MergeOptions) -> int:
     """Make the output of a run, all of whose shards are finished.
 
     Args:
         run: whose output it is.
         console: shows how far it is.
-        overwrite: replace an output that is there.
-        partial: give records of shards that are missing or damaged a row of NaN, with the status for it.
+        options: how it is made.
 
     Returns:
-        How many records are not computed; 0 unless `partial`.
+        How many records are not computed; 0 unless the output is partial.
 
     Raises:
-        DamagedShardError: one of them turns out not to be; there is no output then.
+        DamagedShardError: a shard turns out not to be finished; there is no output then.
         StoreError: the output exists by now and may not be replaced.
+        UsageError: something that is not ours is where the parts go.
         OSError: the disk is full or fails.
     """
+    shards = range(run.plan.num_shards)
+    missing = frozenset(shard for shard in shards if options.partial and not run.is_whole(shard))
+    num_rows = sum(run.num_rows(shard) for shard in shards if shard not in missing)
+    pooled_bytes = sum(array.row_bytes for array in run.arrays if not array.is_ragged)
+    total = run.index.num_records * pooled_bytes + num_rows * run.bytes_per_residue
     try:
-        return _merge_run(run, console, overwrite, partial)
+        with console.progress("merging", "B", total) as advance:
+            in_parts = options.in_parts and run.bytes_per_residue > 0
+            parts = make_parts(run, options.compression, advance) if in_parts else []
+            num_missing = _merge(run, options, missing, parts, num_rows, advance)
     except FileExistsError as error:
         raise StoreError(f"{error.filename}: {error.strerror}") from error
-
-
-def _merge_run(run: Run, console: Console, overwrite: bool, is_partial: bool) -> int:
-    plan, index, output = run.plan, run.index, run.directory.output
-    store_dtype = STORE_DTYPES[plan.identity["store_dtype"]]
-    total = index.num_records * plan.hidden_size * len(plan.layers) * np.dtype(store_dtype).itemsize
-    with (
-        whole_or_nothing(output, run.directory.scratch_path, overwrite=overwrite) as temporary,
-        EmbeddingWriter(
-            temporary,
-            num_sequences=index.num_records,
-            hidden_size=plan.hidden_size,
-            layers=plan.layers,
-            store_dtype=store_dtype,
-        ) as writer,
-        console.progress("merging", "B", total) as advance,
-    ):
-        writer.write_problems(
-            [StoredProblem(left.sequence_id, left.file, left.line, left.reason) for left in index.problems]
-        )
-        with Ahead(_blocks_of(run, is_partial), BLOCKS_AHEAD, "shard reader") as blocks:
-            made_by, num_missing = _append(run, blocks, writer, advance)
-        writer.write_plan(plan.identity, plan.input_names)
-        writer.write_attributes({**_attributes(plan, made_by), "complete": int(not num_missing)})
+    run.parts.remove_others(keep=in_parts)
     return num_missing
 
 
-@dataclass(frozen=True, eq=False)
-class _Shard:
-    """What is to be said of a shard beside its arrays."""
-
-    number: int
-    statuses: Mapping[int, ItemStatus]
-    comparisons: Mapping[int, Comparison] = field(default_factory=dict)
-    made_by: Mapping[str, str] = field(default_factory=dict)
-
-
-class _Block(NamedTuple):
-    """Embeddings in a layer of the items from `first` on of those that a shard computes."""
-
-    shard: _Shard
-    layer: int
-    first: int
-    rows: Rows
-
-
-def _blocks_of(run: Run, is_partial: bool) -> Iterator[_Block]:
-    """The blocks of all shards in their order, verified; later ones are read into the same memory.
-
-    Args:
-        run: whose shards they are.
-        is_partial: give rows of NaN in place of a shard that is not there or not whole.
-
-    Raises:
-        DamagedShardError: one is not there or not whole.
-    """
-    buffers: Iterator[bytearray] | None = None
-    for number in range(run.plan.num_shards):
-        if is_partial and not run.is_whole(number):
-            yield from _not_computed(run, number)
-            continue
-        reader = run.open_shard(number)
-        if reader is None:
-            raise DamagedShardError(number)
-        buffers = buffers or cycle([bytearray(reader.shape.block_bytes) for _ in range(BLOCKS_AHEAD + 2)])
-        shard = _Shard(number, reader.statuses, reader.comparisons, reader.made_by)
-        try:
-            with reader:
-                for layer in run.plan.layers:
-                    array = reader.shape.arrays[mean_of(layer)]
-                    for start, stop in reader.shape.blocks(array):
-                        yield _Block(shard, layer, start, reader.block(array, start, stop, next(buffers)))
-        except StoreError as error:
-            run.discard(number)
-            raise DamagedShardError(number) from error
-
-
-def _not_computed(run: Run, number: int) -> Iterator[_Block]:
-    """What stands for a shard that is not there."""
-    shape = run.shape(number)
-    status = ItemStatus(STATUS_NOT_COMPUTED, "not computed yet")
-    shard = _Shard(number, dict.fromkeys(range(shape.num_items), status))
-    for layer in run.plan.layers:
-        array = shape.arrays[mean_of(layer)]
-        for start, stop in shape.blocks(array):
-            yield _Block(shard, layer, start, np.full((stop - start, array.columns), np.nan, array.dtype))
-
-
-def _append(
-    run: Run, blocks: Iterable[_Block], writer: EmbeddingWriter, advance: Advance
-) -> tuple[list[Mapping[str, str]], int]:
-    """Append all shards in input order, rows of copied records from where they were computed.
-
-    Args:
-        run: whose shards they are.
-        blocks: of all shards, in their order; each is used before the next is asked for.
-        writer: of the output.
-        advance: told of bytes of embeddings written.
-
-    Returns:
-        What made the shards, and how many records are not computed.
-    """
-    made_by: list[Mapping[str, str]] = []
-    num_missing = 0
-    reasons: dict[int, str] = {}
-    for shard, of_shard in groupby(blocks, key=attrgetter("shard")):
-        if shard.made_by and shard.made_by not in made_by:
-            made_by.append(shard.made_by)
-        start, stop = run.plan.records(shard.number)
-        records = run.computed(shard.number)
-        sources = np.array(run.index.first_same[start:stop])
-        num_missing += _append_columns(run, shard, records, sources, reasons, writer)
-        for _, layer, first, rows in of_shard:
-            last = first + len(rows)
-            begin = int(records[first]) if first else start
-            end = int(records[last]) if last < len(records) else stop
-            step = 2 * len(rows) or _COPIES_AT_ONCE
-            for row in range(begin, end, step):
-                here = slice(row, min(row + step, end))
-                if end - begin > len(rows):
-                    earlier = partial(writer.embeddings, layer)
-                    copied = sources[here.start - start : here.stop - start]
-                    writer.write_embeddings(
-                        layer, row, _with_copies(rows, records[first:last], copied, earlier)
-                    )
-                else:
-                    writer.write_embeddings(layer, row, rows)
-            advance((end - begin) * rows.shape[1] * rows.itemsize)
-    return made_by, num_missing
-
-
-def _append_columns(
+def _merge(
     run: Run,
-    shard: _Shard,
-    records: npt.NDArray[np.int64],
-    sources: npt.NDArray[np.int64],
-    reasons: dict[int, str],
-    writer: EmbeddingWriter,
+    options: MergeOptions,
+    missing: frozenset[int],
+    parts: Sequence[Part],
+    num_rows: int,
+    advance: Advance,
 ) -> int:
-    """Append all of a shard but its embeddings.
+    plan, index, output = run.plan, run.index, run.directory.output
+    copied = [array for array in run.arrays if not (array.is_ragged and parts)]
+    with (
+        whole_or_nothing(output, run.directory.scratch_path, overwrite=options.overwrite) as temporary,
+        EmbeddingWriter(
+            temporary,
+            num_sequences=index.num_records,
+            is_ragged=run.bytes_per_residue > 0,
+            compression=options.compression,
+        ) as writer,
+    ):
+        for array in run.arrays:
+            dataset = dataset_of(kind_of(array.name), layer_of(array.name), plan.layers)
+            if array in copied:
+                writer.create(array, dataset, num_rows if array.is_ragged else index.num_records)
+            else:
+                writer.create_virtual(array, dataset, num_rows, run.parts.attribute, parts)
+        writer.write_problems(
+            [StoredProblem(left.sequence_id, left.file, left.line, left.reason) for left in index.problems]
+        )
+        append = _Append(run, writer, advance)
+        with blocks_ahead(run, range(plan.num_shards), copied, missing) as found:
+            for each in found:
+                if isinstance(each, ShardNotes):
+                    append.begin(each, has_rows=each.number not in missing)
+                else:
+                    append.add(each)
+        writer.write_plan(plan.identity, plan.input_names)
+        attributes = {**_attributes(plan, append.made_by), "complete": int(not append.num_missing)}
+        if parts:
+            attributes["parts"] = run.parts.attribute
+            writer.write_parts(parts)
+        writer.write_attributes(attributes)
+    return append.num_missing
+
+
+class _Append:
+    """Appends shards in input order, rows of copied records from where they were computed.
 
     Args:
-        run: whose shard it is.
-        shard: what is to be said of it.
-        records: (num_computed,) records that were computed.
-        sources: (num_records,) for each record of the shard the one that was computed in its place.
-        reasons: why records were not simply computed; those of this shard are added.
+        run: whose shards they are.
         writer: of the output.
+        advance: told of bytes of arrays written.
 
-    Returns:
-        How many of its records are not computed.
+    Attributes:
+        made_by: what made the shards.
+        num_missing: records that are not computed.
     """
-    start, stop = run.plan.records(shard.number)
-    sequence_ids = run.index.sequence_ids(start, stop)
-    computed = np.full(len(records), STATUS_COMPUTED, np.uint8)
-    for item, each in shard.statuses.items():
-        computed[item] = each.status
-        reasons[int(records[item])] = each.reason
-    status = _with_copies(computed, records, sources, writer.status)
-    writer.write_rows(
-        start,
-        sequence_ids=sequence_ids,
-        lengths=np.array(run.index.lengths[start:stop]),
-        embedded_lengths=run.embedded_lengths(start, stop),
-        status=status,
-        modified=run.index.modified(start, stop),
-    )
-    writer.write_problems(
-        [
-            StoredProblem(sequence_ids[row], "", 0, reasons[int(sources[row])])
-            for row in np.flatnonzero(status != STATUS_COMPUTED).tolist()
-        ]
-    )
-    writer.write_comparisons(
-        [
-            StoredComparison(sequence_ids[int(records[item]) - start], comparison)
-            for item, comparison in shard.comparisons.items()
-        ]
-    )
-    return int(np.count_nonzero(status == STATUS_NOT_COMPUTED))
+
+    def __init__(self, run: Run, writer: EmbeddingWriter, advance: Advance) -> None:
+        self.made_by: list[Mapping[str, str]] = []
+        self.num_missing = 0
+        self._run = run
+        self._writer = writer
+        self._advance = advance
+        self._reasons: dict[int, str] = {}
+        self._num_rows = 0
+        self._first_row = 0
+        self._records = np.zeros(0, np.int64)
+        self._sources = np.zeros(0, np.int64)
+        self._bounds = 0, 0
+
+    def begin(self, shard: ShardNotes, *, has_rows: bool) -> None:
+        """Append all of a shard but its arrays.
+
+        Args:
+            shard: what is to be said of it.
+            has_rows: whether it is there.
+        """
+        run = self._run
+        if shard.made_by and shard.made_by not in self.made_by:
+            self.made_by.append(shard.made_by)
+        self._bounds = start, stop = run.plan.records(shard.number)
+        self._records = records = run.computed(shard.number)
+        self._sources = sources = np.array(run.index.first_same[start:stop])
+        computed = np.full(len(records), STATUS_COMPUTED, np.uint8)
+        for item, each in shard.statuses.items():
+            computed[item] = each.status
+            self._reasons[int(records[item])] = each.reason
+        status = self._with_copies("status", computed)
+        lengths, embedded_lengths = np.array(run.index.lengths[start:stop]), run.embedded_lengths(start, stop)
+        columns = {
+            "lengths": lengths,
+            "embedded_lengths": embedded_lengths,
+            "truncated": embedded_lengths < lengths,
+            "status": status,
+            "modified": run.index.modified(start, stop),
+        }
+        if run.bytes_per_residue:
+            columns["starts"] = self._with_copies("starts", self._starts(shard.number, has_rows))
+        sequence_ids = run.index.sequence_ids(start, stop)
+        self._writer.write_rows(start, sequence_ids, columns)
+        self._writer.write_problems(
+            [
+                StoredProblem(sequence_ids[row], "", 0, self._reasons[int(sources[row])])
+                for row in np.flatnonzero(status != STATUS_COMPUTED).tolist()
+            ]
+        )
+        self._writer.write_comparisons(
+            [
+                StoredComparison(sequence_ids[int(records[item]) - start], comparison)
+                for item, comparison in shard.comparisons.items()
+            ]
+        )
+        self.num_missing += int(np.count_nonzero(status == STATUS_NOT_COMPUTED))
+
+    def _starts(self, shard: int, has_rows: bool) -> npt.NDArray[np.int64]:
+        """First row of each item in the ragged arrays of the output; -1 if there are none."""
+        lengths = self._run.item_lengths(shard)
+        if not has_rows:
+            return np.full(len(lengths), -1)
+        self._first_row = self._num_rows
+        ends = self._first_row + np.cumsum(lengths)
+        self._num_rows += int(lengths.sum())
+        return ends - lengths
+
+    def add(self, block: Block) -> None:
+        """Append a block of an array."""
+        array, first, rows = block
+        if array.is_ragged:
+            self._writer.write(array.name, self._first_row + first, rows)
+            self._advance(rows.nbytes)
+            return
+        start, stop = self._bounds
+        last = first + len(rows)
+        begin = int(self._records[first]) if first else start
+        end = int(self._records[last]) if last < len(self._records) else stop
+        step = 2 * len(rows) or _COPIES_AT_ONCE
+        for row in range(begin, end, step):
+            here = slice(row, min(row + step, end))
+            values = rows
+            if end - begin > len(rows):
+                values = self._with_copies(array.name, rows, slice(first, last), here)
+            self._writer.write(array.name, row, values)
+        self._advance((end - begin) * array.row_bytes)
+
+    def _with_copies(
+        self,
+        name: str,
+        values: npt.NDArray[Any],
+        items: slice = slice(None),
+        rows: slice | None = None,
+    ) -> npt.NDArray[Any]:
+        """Values of an array or a column of all records, the copied ones included.
+
+        Args:
+            name: of the array or column, in which those of earlier records are.
+            values: of `items`.
+            items: of the shard.
+            rows: of the output; None for all of the shard.
+        """
+        start, _ = self._bounds
+        sources = self._sources if rows is None else self._sources[rows.start - start : rows.stop - start]
+        return _with_copies(values, self._records[items], sources, partial(self._writer.read, name))
 
 
 def _with_copies(
@@ -280,7 +269,7 @@ def _with_copies(
     return found
 
 
-def _attributes(plan: Plan, made_by: Sequence[Mapping[str, str]]) -> dict[str, str | int]:
+def _attributes(plan: Plan, made_by: Sequence[Mapping[str, str]]) -> dict[str, Any]:
     """Root attributes; what differed between shards is listed."""
     identity = plan.identity
     packing = {"algorithm": LAYOUTS[identity["layout"]].algorithm, "token_budget": plan.token_budget}
@@ -289,11 +278,14 @@ def _attributes(plan: Plan, made_by: Sequence[Mapping[str, str]]) -> dict[str, s
         for name in ("device", "attention_backend", "versions", "disabled")
     }
     return {
+        "kinds": list(identity["kinds"]),
+        "layers": np.array(plan.layers, np.int32),
         "model_name": plan.model_name,
         "model_sha256": identity["model_sha256"],
         "dtype": identity["dtype"],
         "store_dtype": identity["store_dtype"],
         "max_length": plan.max_length,
+        **({"windows": list(plan.windows)} if plan.windows else {}),
         "packing": json.dumps(packing),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": _cut(plan.command),

@@ -11,8 +11,10 @@ from typing import Any
 
 from esm_packed.errors import UserError
 from esm_packed.files import read_regular, whole_or_nothing
+from esm_packed.outputs import output_names
+from esm_packed.windows import Windows
 
-PLAN_FORMAT = 1
+PLAN_FORMAT = 2
 
 
 def plan_hash(identity: Mapping[str, Any]) -> str:
@@ -35,6 +37,7 @@ class Plan:
         model_name: for people; `model_sha256` in the identity says which model it is.
         hidden_size: columns of the embeddings.
         command: the one that began the run, for people.
+        nonce: tells this run from others of the same identity, by the parts of its output.
     """
 
     identity: Mapping[str, Any]
@@ -43,11 +46,23 @@ class Plan:
     model_name: str = ""
     hidden_size: int = 0
     command: str = ""
+    nonce: str = ""
 
     @property
     def layers(self) -> list[int]:
-        """Layers kept; the last one is `embeddings`."""
+        """Layers kept; the mean of the last one is `embeddings`."""
         return list(self.identity["layers"])
+
+    @property
+    def outputs(self) -> list[str]:
+        """Names of the outputs that are kept."""
+        return output_names(self.identity["kinds"], self.layers)
+
+    @property
+    def windows(self) -> Windows | None:
+        """How long proteins are cut into windows; None for not at all."""
+        windows = self.identity["windows"]
+        return Windows(*windows) if windows else None
 
     @property
     def token_budget(self) -> int:
@@ -83,6 +98,7 @@ class Plan:
             "model_name": self.model_name,
             "hidden_size": self.hidden_size,
             "command": self.command,
+            "nonce": self.nonce,
         }
         content["sha256"] = plan_hash(content)
         with whole_or_nothing(path, scratch) as temporary:
@@ -112,6 +128,7 @@ class Plan:
                     content["model_name"],
                     content["hidden_size"],
                     content["command"],
+                    content["nonce"],
                 )
         except (KeyError, TypeError):
             pass

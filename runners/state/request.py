@@ -12,6 +12,7 @@ from esm_packed.errors import UsageError
 from esm_packed.numerics import PRECISIONS, Precision, resolve_precision
 from esm_packed.runners.input.fasta import ReadOptions
 from esm_packed.runners.state.slices import Slice
+from esm_packed.windows import Windows
 
 STORE_DTYPES = {"fp32": "float32", "fp16": "float16"}
 
@@ -35,14 +36,19 @@ class EmbedRequest:
         attention: attention backend, or auto.
         layout: one of `layouts.LAYOUTS`.
         cuda_graphs: replay forward passes as CUDA graphs; for the layout `fixed` on a GPU.
-        layers: layers to keep, negative ones counted from the last; the last one listed is `embeddings`.
+        kinds: of output to keep, of `outputs.KINDS`.
+        layers: layers to keep, negative ones counted from the last; the mean of the last one listed is
+            `embeddings`.
         max_length: residues kept of each sequence; 0 keeps all.
+        windows: how longer sequences are cut into windows, in place of `max_length`; None for not at all.
         token_budget: tokens in a pack, BOS and EOS included; None to measure or take the device's default.
         read: the rules for the input.
         threads: CPU threads of a worker, or None for torch's choice.
         store_dtype: fp32 or fp16, of the stored embeddings.
         fp32_compare: sequences that are computed in FP32, too, to report how far off the others are.
         log_json: file that gets a line of metrics every few seconds.
+        compression: of the output, none or gzip.
+        parts: leave rows of residues in files beside the output; None for large outputs alone.
         overwrite: replace an output, or a run directory, of another run.
         keep_run: leave the run directory when the output is made.
         command: the command line, to be kept in the output; empty for none.
@@ -62,14 +68,18 @@ class EmbedRequest:
     attention: str = "auto"
     layout: str = "packed"
     cuda_graphs: bool = False
+    kinds: tuple[str, ...] = ("mean",)
     layers: tuple[int, ...] = (-1,)
     max_length: int = DEFAULT_MAX_LENGTH
+    windows: Windows | None = None
     token_budget: int | None = None
     read: ReadOptions = field(default_factory=ReadOptions)
     threads: int | None = None
     store_dtype: str = "fp32"
     fp32_compare: int = 0
     log_json: Path | None = None
+    compression: str = "none"
+    parts: bool | None = None
     overwrite: bool = False
     keep_run: bool = False
     command: str = ""

@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from esm_packed.outputs import is_ragged, kind_of, num_columns
 from esm_packed.runners.input.index import FastaIndex, reopen_index
 from esm_packed.runners.state.directory import RunDirectory
+from esm_packed.runners.state.parts import PartsFolder
 from esm_packed.runners.state.plan import Plan, PlanError
 from esm_packed.runners.state.request import STORE_DTYPES
 from esm_packed.runners.state.shard import (
@@ -22,7 +24,6 @@ from esm_packed.runners.state.shard import (
     ShardShape,
     ShardWriter,
     StoreError,
-    mean_of,
     shard_output,
 )
 
@@ -87,27 +88,57 @@ class Run:
         return np.minimum(lengths, self.plan.max_length) if self.plan.max_length else lengths
 
     def residues(self, shard: int) -> int:
-        """Residues that computing a shard takes."""
-        start, _ = self.plan.records(shard)
-        return int(self.embedded_lengths(*self.plan.records(shard))[self.computed(shard) - start].sum())
+        """Residues that computing a shard takes, those in several windows counted as often."""
+        lengths, windows = self.item_lengths(shard), self.plan.windows
+        return int((windows.num_residues(lengths) if windows else lengths).sum())
+
+    def item_lengths(self, shard: int) -> npt.NDArray[np.int64]:
+        """Residues of each item of a shard."""
+        start, stop = self.plan.records(shard)
+        return self.embedded_lengths(start, stop)[self.computed(shard) - start].astype(np.int64)
 
     def finished(self, shards: Iterable[int]) -> list[int]:
         """Those of `shards` whose files are there; what they hold is checked when they are read."""
         there = set(self.directory.finished(self.plan.num_shards))
         return [shard for shard in shards if shard in there]
 
+    @property
+    def arrays(self) -> list[Array]:
+        """What the file of a shard holds: the plan's outputs."""
+        store_dtype = STORE_DTYPES[self.plan.identity["store_dtype"]]
+        return [
+            Array(
+                name,
+                "float32" if kind_of(name) == "unmasked_nll" else store_dtype,
+                num_columns(name, self.plan.hidden_size),
+                is_ragged(name),
+            )
+            for name in self.plan.outputs
+        ]
+
+    def num_rows(self, shard: int) -> int:
+        """Rows of each ragged array of a shard."""
+        return int(self.item_lengths(shard).sum())
+
+    @property
+    def bytes_per_residue(self) -> int:
+        """Size of a row of all ragged arrays."""
+        return sum(array.row_bytes for array in self.arrays if array.is_ragged)
+
     def shape(self, shard: int) -> ShardShape:
-        """What the file of a shard holds: the mean embeddings of the plan's layers."""
-        dtype = STORE_DTYPES[self.plan.identity["store_dtype"]]
-        arrays = [Array(mean_of(layer), dtype, self.plan.hidden_size) for layer in self.plan.layers]
-        start, stop = self.plan.records(shard)
-        return ShardShape(arrays, self.embedded_lengths(start, stop)[self.computed(shard) - start])
+        """Where all that is lies in the file of a shard."""
+        return ShardShape(self.arrays, self.item_lengths(shard))
+
+    @property
+    def parts(self) -> PartsFolder:
+        """Where the parts of the output are, if it has any."""
+        return PartsFolder(self.directory.output, self.plan.nonce)
 
     def open_shard(self, shard: int) -> ShardReader | None:
         """A finished shard, to be read; None, and its file removed, if there is none that can be trusted."""
         path = self.directory.shard_path(shard)
         try:
-            return ShardReader(path, shard, self.plan.hash, self.shape(shard))
+            return ShardReader(path, shard, self.plan.hash, self.shape(shard), self.parts.path)
         except FileNotFoundError:
             return None
         except StoreError:

@@ -4,6 +4,8 @@
     manifest    JSON: the run and the shard, shapes, what there is to say of single items, checksums
     trailer     length of the manifest (8 bytes, little-endian) and its SHA-256
 
+The ragged arrays of a shard may have moved to a part of the output, an HDF5 file; then the manifest names it.
+
 An item is what is computed as one thing, such as a sequence. The lengths of the items say where their rows
 lie, so rows are written as they come, in any order, and the file is never in memory as a whole. Each MiB of
 an array has a CRC-32, which is verified when it is read. It guards against accidents, not against somebody
@@ -17,12 +19,13 @@ import json
 import os
 import struct
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+import h5py
 import numpy as np
 import numpy.typing as npt
 
@@ -93,7 +96,7 @@ class Array(NamedTuple):
     """An array in a shard.
 
     Args:
-        name: as `mean/33`.
+        name: of an output, as `mean/33`.
         dtype: of its values.
         columns: values in a row.
         is_ragged: whether item i has `lengths[i]` rows, not one.
@@ -115,20 +118,16 @@ class Array(NamedTuple):
         return max(1, BLOCK_BYTES // self.row_bytes)
 
 
-def mean_of(layer: int) -> str:
-    """Name of the array with the mean embeddings of a layer."""
-    return f"mean/{layer}"
-
-
 class ShardShape:
     """Where the rows of each item lie in the file of a shard.
 
     Args:
         arrays: in the order of the file.
         lengths: (num_items,) rows of each item in the ragged arrays.
+        has_ragged: whether the ragged arrays are in the file, not in a part of the output.
     """
 
-    def __init__(self, arrays: Sequence[Array], lengths: npt.ArrayLike) -> None:
+    def __init__(self, arrays: Sequence[Array], lengths: npt.ArrayLike, *, has_ragged: bool = True) -> None:
         self.arrays = {array.name: array for array in arrays}
         self._lengths = np.asarray(lengths, np.int64)
         self.num_items = len(self._lengths)
@@ -137,9 +136,12 @@ class ShardShape:
             True: np.concatenate([[0], np.cumsum(self._lengths)]),
         }
         self.block_bytes = max((array.block_rows * array.row_bytes for array in arrays), default=0)
-        ends = np.cumsum([self.num_rows(array) * array.row_bytes for array in arrays], dtype=np.int64)
-        self.array_bytes = int(ends[-1]) if len(ends) else 0
-        self._offsets: dict[str, int] = dict(zip(self.arrays, [0, *ends.tolist()], strict=False))
+        self.array_bytes = 0
+        self._offsets: dict[str, int] = {}
+        for array in arrays:
+            if has_ragged or not array.is_ragged:
+                self._offsets[array.name] = self.array_bytes
+                self.array_bytes += self.num_rows(array) * array.row_bytes
 
     def starts(self, array: Array) -> Items:
         """(num_items + 1,) first row of each item, and the number of rows."""
@@ -163,19 +165,26 @@ class ShardShape:
         """The shape of a shard of the items [first, last)."""
         return ShardShape(list(self.arrays.values()), self._lengths[first:last])
 
+    def without_ragged(self) -> ShardShape:
+        """The shape of the same shard when its ragged arrays have moved to a part of the output."""
+        return ShardShape(list(self.arrays.values()), self._lengths, has_ragged=False)
+
     def describe(self) -> list[list[str | int]]:
         """Names, types and sizes of the arrays."""
         return [[*array, self.num_items, self.num_rows(array)] for array in self.arrays.values()]
 
 
-def shards_bytes(
-    num_shards: int, num_computed: int, hidden_size: int, num_layers: int, store_dtype: str
-) -> int:
-    """Size in bytes of the files of `num_shards` shards, in which `num_computed` sequences are computed."""
-    return (
-        num_shards * _MANIFEST_BYTES
-        + num_computed * hidden_size * num_layers * np.dtype(store_dtype).itemsize
-    )
+def shards_bytes(num_shards: int, arrays: Iterable[Array], num_items: int, num_rows: int) -> int:
+    """Size in bytes of shards.
+
+    Args:
+        num_shards: how many.
+        arrays: that they hold.
+        num_items: in all of them.
+        num_rows: of all items in the ragged arrays.
+    """
+    rows = sum(array.row_bytes * (num_rows if array.is_ragged else num_items) for array in arrays)
+    return num_shards * _MANIFEST_BYTES + rows
 
 
 class ShardWriter:
@@ -268,18 +277,15 @@ class ShardWriter:
             ]
             for name, array in shape.arrays.items()
         }
-        manifest = json.dumps(
-            {
-                **_identity(number, plan),
-                "arrays": shape.describe(),
-                "statuses": self._statuses,
-                "comparisons": self._comparisons,
-                "made_by": dict(self.made_by),
-                "checksums": checksums,
-            }
-        ).encode()
-        trailer = _TRAILER.pack(len(manifest), hashlib.sha256(manifest).digest())
-        _write_at(self._file, np.frombuffer(manifest + trailer, np.uint8), shape.array_bytes)
+        manifest = {
+            **_identity(number, plan),
+            "arrays": shape.describe(),
+            "statuses": self._statuses,
+            "comparisons": self._comparisons,
+            "made_by": dict(self.made_by),
+            "checksums": checksums,
+        }
+        _write_manifest(self._file, manifest, shape)
 
 
 @contextmanager
@@ -313,8 +319,10 @@ class ShardReader:
         number: of the shard in its plan.
         plan: hash of the plan.
         shape: that the shard has.
+        parts: folder of the parts of the output, for ragged arrays that have moved there.
 
     Attributes:
+        part: the file of that folder that has them, and their first row there; None if they have not moved.
         statuses: of items that were not simply computed.
         comparisons: sampled items and how they compare with FP32.
         made_by: the device, attention backend and versions that computed it.
@@ -324,12 +332,15 @@ class ShardReader:
         FileNotFoundError: it is not there.
     """
 
-    def __init__(self, path: Path, number: int, plan: str, shape: ShardShape) -> None:
-        self.shape = shape
+    def __init__(
+        self, path: Path, number: int, plan: str, shape: ShardShape, parts: Path | None = None
+    ) -> None:
         self._path = path
+        self._parts = parts
+        self._part_file: Any = None
         self._file = open_regular(path)
         try:
-            manifest = self._manifest()
+            self._content = manifest = self._manifest()
             if {name: manifest.get(name) for name in _identity(0, "")} != _identity(number, plan):
                 raise StoreError(f"{path}: another shard, or another run's")
             if manifest["arrays"] != shape.describe():
@@ -337,6 +348,10 @@ class ShardReader:
         except BaseException:
             self._file.close()
             raise
+        self.part: tuple[str, int] | None = None
+        if "part" in manifest:
+            self.part = str(manifest["part"][0]), int(manifest["part"][1])
+        self.shape = shape if self.part is None else shape.without_ragged()
         self.statuses = {int(item): ItemStatus(*each) for item, each in manifest["statuses"].items()}
         self.comparisons = {int(item): Comparison(*each) for item, each in manifest["comparisons"].items()}
         self.made_by: dict[str, str] = manifest["made_by"]
@@ -376,11 +391,45 @@ class ShardReader:
             stop: the row behind the last one.
             buffer: holds the rows until it is used again; of `shape.block_bytes`.
         """
-        size = (stop - start) * array.row_bytes
-        content = _read_at(self._file, buffer, self.shape.offset(array, start), size)
+        if array.is_ragged and self.part is not None:
+            content = memoryview(self._rows_in_part(array, start, stop).tobytes())
+        else:
+            size = (stop - start) * array.row_bytes
+            content = _read_at(self._file, buffer, self.shape.offset(array, start), size)
         if zlib.crc32(content) != self._checksums[array.name][start // array.block_rows]:
             raise self._damaged()
         return np.frombuffer(content, array.dtype).reshape(stop - start, array.columns)
+
+    def _rows_in_part(self, array: Array, start: int, stop: int) -> Rows:
+        """Rows [start, stop) of a ragged array, which are in a part; none if there is no such part."""
+        if self.part is None or self._parts is None:
+            raise self._damaged()
+        name, first = self.part
+        try:
+            if self._part_file is None:
+                self._part_file = h5py.File(self._parts / Path(name).name, "r")
+            rows: Rows = self._part_file[array.name][first + start : first + stop]
+        except (OSError, RuntimeError, KeyError):
+            raise StoreError(f"{self._parts / name}: missing or damaged") from None
+        return np.ascontiguousarray(rows, array.dtype)
+
+    def write_without_ragged(self, path: Path, scratch: Path, part: str, first_row: int) -> None:
+        """Write the shard anew, without its ragged arrays, which are in a part now.
+
+        Args:
+            path: the file to make.
+            scratch: a folder on the same file system for the unfinished file.
+            part: the file that has them.
+            first_row: of theirs in it.
+        """
+        shape, buffer = self.shape.without_ragged(), bytearray(self.shape.block_bytes)
+        with whole_or_nothing(path, scratch) as temporary, temporary.open("x+b", buffering=0) as file:
+            for array in shape.arrays.values():
+                if not array.is_ragged:
+                    for start, stop in shape.blocks(array):
+                        rows = self.block(array, start, stop, buffer)
+                        _write_at(file, rows, shape.offset(array, start))
+            _write_manifest(file, {**self._content, "part": [part, first_row]}, shape)
 
     def verify(self) -> None:
         """See that all is what was written."""
@@ -392,6 +441,8 @@ class ShardReader:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+        if self._part_file is not None:
+            self._part_file.close()
 
     def __enter__(self) -> ShardReader:
         return self
@@ -403,6 +454,12 @@ class ShardReader:
 def _identity(number: int, plan: str) -> dict[str, Any]:
     """What of a manifest tells whose it is."""
     return {"format": SHARD_FORMAT, "plan_hash": plan, "shard": number}
+
+
+def _write_manifest(file: BinaryIO, manifest: Mapping[str, Any], shape: ShardShape) -> None:
+    content = json.dumps(manifest).encode()
+    trailer = _TRAILER.pack(len(content), hashlib.sha256(content).digest())
+    _write_at(file, np.frombuffer(content + trailer, np.uint8), shape.array_bytes)
 
 
 def _write_at(file: BinaryIO, rows: Rows, offset: int) -> None:

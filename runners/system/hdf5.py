@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import io
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
+
+import h5py
+
+from esm_packed.runners.system.signals import signals_deferred
 
 
 class FailureKeepingFile(io.RawIOBase):
@@ -76,3 +83,66 @@ class FailureKeepingFile(io.RawIOBase):
             except OSError as error:
                 self.failure = error
         return self._end
+
+
+class NewFile:
+    """An HDF5 file that is written; closed when a `with` block ends.
+
+    Args:
+        path: the file to create; it must not exist.
+
+    Attributes:
+        file: the `h5py.File`, to be used within `writing`.
+
+    Raises:
+        OSError: the disk is full or fails; what was written is then worthless. `writing` and `close` raise
+            it, too.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._output = FailureKeepingFile(path)
+        self.file: Any = None
+        try:
+            with self.writing():
+                self.file = h5py.File(self._output, "w")
+        except BaseException:
+            self.abandon()
+            raise
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Run HDF5 undisturbed by signals; raise a failed write as what it was, whatever HDF5 made of it."""
+        try:
+            with signals_deferred():
+                yield
+        finally:
+            if self._output.failure is not None:
+                raise self._output.failure
+
+    def close(self) -> None:
+        """Flush and close; the file is good only if this returns."""
+        with self.writing():
+            try:
+                self.file.close()
+            finally:
+                self._output.close()
+
+    def abandon(self) -> None:
+        """Close after a failure, of which HDF5 may complain again."""
+        with signals_deferred(), suppress(OSError, RuntimeError):
+            try:
+                if self.file is not None:
+                    self.file.close()
+            finally:
+                self._output.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.close()
+        else:
+            self.abandon()

@@ -15,6 +15,7 @@ from tolerances import relative_error
 
 from esm_packed import ESM2
 from esm_packed.alphabet import encode
+from esm_packed.outputs import mean_of, output_names
 from esm_packed.packing import PackedBatch, pack
 
 HEAD_DIMS = [16, 24, 32, 64, 128]
@@ -71,7 +72,10 @@ def ours(model: ESM2, batch: PackedBatch) -> dict[str, torch.Tensor]:
     assert output.logits is not None
     return (
         {f"layer {layer}": output.representations[layer] for layer in layers}
-        | {f"mean {layer}": mean for layer, mean in model.embed_packed(batch, layers).items()}
+        | {
+            name.replace("/", " "): mean
+            for name, mean in model.embed_packed(batch, output_names(["mean"], layers)).items()
+        }
         | {"logits": output.logits}
     )
 
@@ -137,9 +141,9 @@ def test_a_shifted_boundary_is_seen(case: Case, shift: int) -> None:
     batch = case.batch()
     shifted = batch.cu_seqlens.clone()
     shifted[10] += shift
-    right = model.embed_packed(batch, [NUM_LAYERS])[NUM_LAYERS]
+    right = model.embed_packed(batch, [mean_of(NUM_LAYERS)])[mean_of(NUM_LAYERS)]
     wrong_batch = PackedBatch(batch.input_ids, shifted, batch.max_seqlen)
-    wrong = model.embed_packed(wrong_batch, [NUM_LAYERS])[NUM_LAYERS]
+    wrong = model.embed_packed(wrong_batch, [mean_of(NUM_LAYERS)])[mean_of(NUM_LAYERS)]
     assert relative_error(wrong[9:11], right[9:11]) > 1e-2
     untouched = [i for i in range(batch.num_sequences) if i not in (9, 10)]
     assert relative_error(wrong[untouched], right[untouched]) <= 1e-5

@@ -15,6 +15,7 @@ from packings import random_packing
 from esm_packed import ESM2, kernels
 from esm_packed.alphabet import PAD_ID, encode
 from esm_packed.layouts import LAYOUTS
+from esm_packed.outputs import mean_of
 from esm_packed.packing import check_packed, fill, pack
 
 SEQUENCES = ["MKTAYIAKQRQISFVKSHFSRQ", "M", "GS<mask>HMSL<mask>FD", "M<mask>", "ACDEFGHIKLMNPQRSTVWY"]
@@ -36,7 +37,7 @@ def embed(
     for members in packs:
         batch = LAYOUTS[layout].lay_out([token_ids[member] for member in members], budget)
         assert batch.num_sequences == len(members)
-        rows[members] = model.embed_packed(batch, [last])[last].numpy()
+        rows[members] = model.embed_packed(batch, [mean_of(last)])[mean_of(last)].numpy()
     return rows
 
 

@@ -148,9 +148,9 @@ def test_another_attention_shares_the_weights_and_leaves_the_model_alone(demo: E
 
     other = demo.with_attention(("counted", counted))
     batch = pack([encode("MKTAYIAK"), encode("AC")])
-    expected = demo.embed_packed(batch, [5])[5]
+    expected = demo.embed_packed(batch, ["mean/5"])["mean/5"]
     assert not calls
-    assert torch.equal(other.embed_packed(batch, [5])[5], expected)
+    assert torch.equal(other.embed_packed(batch, ["mean/5"])["mean/5"], expected)
     assert calls == [14] * 5
     assert (demo.attention_backend, other.attention_backend) == ("sdpa", "counted")
     for (name, mine), (_, its) in zip(demo.named_parameters(), other.named_parameters(), strict=True):
@@ -360,7 +360,7 @@ def test_the_residual_stream_holds_more_than_fp16_can() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 def test_loading_holds_the_model_and_one_tensor_more(tmp_path: Path, dtype: str) -> None:
-    config = ESM2Config(6, 1000, 10)
+    config = ESM2Config(6, 640, 10)
     path = tmp_path / "esm2_large.pt"
     save_fair_esm((config, RandomTensors(config)), path)
     (line,) = measured("of_model", path, dtype)
@@ -369,7 +369,7 @@ def test_loading_holds_the_model_and_one_tensor_more(tmp_path: Path, dtype: str)
     one_layer_in_fp32 = 12 * hidden**2 * 4
     largest_merged_tensor = 4 * hidden**2 * 4
     allowed = largest_merged_tensor if dtype == "fp32" else one_layer_in_fp32
-    assert model_size > 140e6
+    assert model_size > 59e6
     assert peak <= model_size + allowed, f"{peak / 1e6:.0f} MB for a model of {model_size / 1e6:.0f} MB"
 
 

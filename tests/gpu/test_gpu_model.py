@@ -19,6 +19,7 @@ from esm_packed.attention import BACKENDS, WAITING_BACKENDS, BackendError
 from esm_packed.config import ESM2_MODELS, ESM2Config
 from esm_packed.kernels import dispatch
 from esm_packed.numerics import PRECISIONS, Precision
+from esm_packed.outputs import mean_of, output_names
 from esm_packed.packing import PackedBatch, pack
 
 pytestmark = pytest.mark.gpu
@@ -80,10 +81,10 @@ def results_of(model: ESM2, batch: PackedBatch) -> dict[str, torch.Tensor]:
         batch.input_ids, batch.cu_seqlens, batch.max_seqlen, layers, return_logits=True
     )
     assert output.logits is not None
-    means = model.embed_packed(batch, layers)
+    means = model.embed_packed(batch, output_names(["mean"], layers))
     return (
         {f"layer {layer}": states.double() for layer, states in output.representations.items()}
-        | {f"mean {layer}": mean.double() for layer, mean in means.items()}
+        | {name.replace("/", " "): mean.double() for name, mean in means.items()}
         | {"logits": output.logits.double()}
     )
 
@@ -233,11 +234,11 @@ def test_model_never_waits_for_the_device(backend: str, cuda_device: torch.devic
     model = load("8M", "fp16", backend, cuda_device)
     batch = checked_batch(cuda_device)
     layer = model.config.num_layers
-    model.embed_packed(batch, [layer])
+    model.embed_packed(batch, [mean_of(layer)])
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        model.embed_packed(batch, [layer])
+        model.embed_packed(batch, [mean_of(layer)])
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

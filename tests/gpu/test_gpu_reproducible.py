@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from kept_shards import Shard, run_pipeline
+from kept_shards import Shard, mean_arrays, run_pipeline
 from packings import random_packing
 from workloads import token_lengths
 
@@ -17,6 +17,7 @@ from esm_packed.alphabet import encode
 from esm_packed.config import ESM2_MODELS, ESM2Config
 from esm_packed.graphs import GraphedESM2
 from esm_packed.layouts import LAYOUTS
+from esm_packed.outputs import mean_of
 from esm_packed.runners.compute.pipeline import Pipeline
 from esm_packed.runners.state.shard import ShardInput
 
@@ -56,7 +57,7 @@ def embed(
     rows = torch.full((len(token_ids), config.hidden_size), torch.nan, device=device)
     for members in packs:
         batch = LAYOUTS[layout].lay_out([token_ids[member] for member in members], BUDGET).to(device)
-        rows[members] = model.embed_packed(batch, [config.num_layers])[config.num_layers]
+        rows[members] = model.embed_packed(batch, [mean_of(config.num_layers)])[mean_of(config.num_layers)]
     return rows
 
 
@@ -111,21 +112,19 @@ def test_graphs_keep_the_bits(
 def test_pipeline_with_graphs(token_ids: list[np.ndarray], cuda_device: torch.device) -> None:
     """Reader and writer threads, streams and recorded graphs together."""
     model = ESM2.from_pretrained("random:esm2_t6_8M_UR50D", device=cuda_device, dtype="fp16")
+    arrays = mean_arrays([3, 6], model.config.hidden_size)
     rows = {}
     for cuda_graphs in (False, True):
         shards: dict[int, Shard] = {}
         pipeline = Pipeline(
             model,
-            layers=[3, 6],
-            store_dtype="float32",
+            arrays=arrays,
             token_budget=BUDGET,
             layout=LAYOUTS["fixed"],
             cuda_graphs=cuda_graphs,
         )
         inputs = [ShardInput(number, token_ids[number::4]) for number in range(4)]
-        run_pipeline(
-            pipeline, inputs, shards.__setitem__, layers=[3, 6], hidden_size=model.config.hidden_size
-        )
+        run_pipeline(pipeline, inputs, shards.__setitem__, arrays)
         rows[cuda_graphs] = shards
     for number in range(4):
         for layer in (3, 6):

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from kept_shards import Shard, run_pipeline
+from kept_shards import Shard, mean_arrays, run_pipeline
 from workloads import token_lengths
 
 from esm_packed import ESM2
 from esm_packed.alphabet import encode
 from esm_packed.layouts import LAYOUTS
+from esm_packed.outputs import mean_of
 from esm_packed.packing import PackedBatch
 from esm_packed.runners.compute.budget import measured_token_budget
 from esm_packed.runners.compute.pipeline import Pipeline
@@ -56,9 +58,9 @@ def embed_in_shards(model: ESM2, sequences: Sequence[str], **options: object) ->
     token_ids = [encode(sequence) for sequence in sequences]
     inputs = [ShardInput(number, token_ids[number::4]) for number in range(4)]
     shards: dict[int, Shard] = {}
-    pipeline = Pipeline(model, layers=[LAST], store_dtype="float32", token_budget=8192, **options)  # type: ignore[arg-type]
-    hidden_size = model.config.hidden_size
-    run_pipeline(pipeline, inputs, shards.__setitem__, layers=[LAST], hidden_size=hidden_size)
+    arrays = mean_arrays([LAST], model.config.hidden_size)
+    pipeline = Pipeline(model, arrays=arrays, token_budget=8192, **options)  # type: ignore[arg-type]
+    run_pipeline(pipeline, inputs, shards.__setitem__, arrays)
     return pipeline, [shards[number] for number in range(4)]
 
 
@@ -117,9 +119,9 @@ def test_what_overflows_is_recomputed_in_fp32(
     original = model.embed_packed
     spoiled = len(sequences[8]) + 2
 
-    def overflow(batch: PackedBatch, layers: Sequence[int]) -> dict[int, torch.Tensor]:
-        rows = original(batch, layers)
-        rows[LAST][batch.cu_seqlens.diff() == spoiled] = torch.inf
+    def overflow(batch: PackedBatch, names: Sequence[str], *rest: Any) -> dict[str, torch.Tensor]:
+        rows = original(batch, names, *rest)
+        rows[mean_of(LAST)][batch.cu_seqlens.diff() == spoiled] = torch.inf
         return rows
 
     model.embed_packed = overflow  # type: ignore[method-assign]

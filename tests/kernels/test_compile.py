@@ -81,13 +81,16 @@ def complaints(compiled: dict[str, Any]) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def compiled(pytestconfig: pytest.Config) -> dict[str, Any]:
-    """All kernels at the size of ESM-2 650M, FP16 and FP32, for sm_90.
-
-    Triton's cache is kept: it knows what a kernel is compiled from, and what did not change takes no time.
-    """
+def cache(pytestconfig: pytest.Config) -> Path:
+    """Triton's, kept: it knows what a kernel is compiled from, and what did not change takes no time."""
     assert pytestconfig.cache is not None
-    return compile_offline(pytestconfig.cache.mkdir("triton"), "--capabilities", "90")
+    return pytestconfig.cache.mkdir("triton")
+
+
+@pytest.fixture(scope="module")
+def compiled(cache: Path) -> dict[str, Any]:
+    """All kernels at the size of ESM-2 650M, FP16 and FP32, for sm_90."""
+    return compile_offline(cache, "--capabilities", "90")
 
 
 def test_kernels_compile_well(compiled: dict[str, Any]) -> None:
@@ -110,8 +113,8 @@ def test_matrix_units_are_used(compiled: dict[str, Any]) -> None:
     assert kernels["packed_attention/64/float32"]["90"]["matrix_units"] == []
 
 
-def test_products_in_32_bits_that_go_into_addresses_are_counted(tmp_path: Path) -> None:
-    assert without_interpreter(tmp_path, SUPPORT / "offset_kernels.py") == {
+def test_products_in_32_bits_that_go_into_addresses_are_counted(cache: Path) -> None:
+    assert without_interpreter(cache, SUPPORT / "offset_kernels.py") == {
         "in_int64": 0,
         "in_int32": 1,
         "extended_too_late": 1,

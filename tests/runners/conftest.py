@@ -32,8 +32,8 @@ def restore_threads() -> Iterator[None]:
 def without_computing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every embedding is ones; for tests that are not about numbers."""
 
-    def ones(self: ESM2, batch: PackedBatch, layers: list[int]) -> dict[int, torch.Tensor]:
-        return {layer: torch.ones(batch.num_sequences, self.config.hidden_size) for layer in layers}
+    def ones(self: ESM2, batch: PackedBatch, names: list[str], *rest: object) -> dict[str, torch.Tensor]:
+        return {name: torch.ones(batch.num_sequences, self.config.hidden_size) for name in names}
 
     monkeypatch.setattr(ESM2, "embed_packed", ones)
 

@@ -275,9 +275,9 @@ def test_the_same_command_again_is_already_complete(fasta, capsys, without_compu
 
 
 def test_failed_rows_exit_with_3(fasta, capsys, monkeypatch):
-    def not_finite(self, batch, layers):
+    def not_finite(self, batch, names, *rest):
         return {
-            layer: torch.full((batch.num_sequences, self.config.hidden_size), torch.inf) for layer in layers
+            name: torch.full((batch.num_sequences, self.config.hidden_size), torch.inf) for name in names
         }
 
     monkeypatch.setattr(ESM2, "embed_packed", not_finite)
@@ -289,7 +289,7 @@ def test_failed_rows_exit_with_3(fasta, capsys, monkeypatch):
 
 
 def test_internal_errors_hide_the_traceback_unless_asked(fasta, capsys, monkeypatch):
-    def fail(self, batch, layers):
+    def fail(self, batch, names, *rest):
         raise ValueError("some\nbug")
 
     monkeypatch.setattr(ESM2, "embed_packed", fail)
@@ -348,7 +348,7 @@ def test_full_file_system(fasta, tmp_path, capsys, monkeypatch, without_computin
 
 
 NEVER_READY = """
-def never_ready(self, batch, layers):
+def never_ready(self, batch, names, *rest):
     print("computing", file=sys.stderr, flush=True)
     while True:  # in short sleeps: a signal that comes just before one is seen behind it
         time.sleep(0.1)
@@ -476,9 +476,9 @@ def test_checkpoint_refuses_a_name_fair_esm_cannot_load_before_it_loads(tmp_path
 def test_an_output_made_meanwhile_by_another_run_is_kept(fasta, capsys, monkeypatch):
     output = fasta.parent / "out.h5"
 
-    def ones_while_another_run_ends(self, batch, layers):
+    def ones_while_another_run_ends(self, batch, names, *rest):
         output.write_text("another run's result")
-        return {layer: torch.ones(batch.num_sequences, self.config.hidden_size) for layer in layers}
+        return {name: torch.ones(batch.num_sequences, self.config.hidden_size) for name in names}
 
     monkeypatch.setattr(ESM2, "embed_packed", ones_while_another_run_ends)
     assert cli.main(embed_arguments(fasta, fasta.parent)) == terminal.EXIT_USAGE
@@ -502,7 +502,7 @@ def test_status(fasta, capsys, monkeypatch):
     assert cli.main(["status", str(output)]) == terminal.EXIT_USAGE
     assert "neither this output nor a run" in capsys.readouterr().err
 
-    def fail(self, batch, layers):
+    def fail(self, batch, names, *rest):
         raise ValueError("some bug")
 
     with monkeypatch.context() as broken:

@@ -22,11 +22,11 @@ from esm_packed.runners.cli import main as cli
 # Stops itself, as a debugger or a suspended laptop would stop it, before a pack is computed.
 STOP_ITSELF = """
 original_embed, calls = ESM2.embed_packed, []
-def stopping_embed(self, batch, layers):
+def stopping_embed(self, batch, names, *rest):
     calls.append(batch)
     if len(calls) == {call}:
         os.kill(os.getpid(), signal.SIGSTOP)
-    return original_embed(self, batch, layers)
+    return original_embed(self, batch, names, *rest)
 ESM2.embed_packed = stopping_embed
 """
 

@@ -16,6 +16,7 @@ from nursery import names_in
 from esm_packed.alphabet import encode
 from esm_packed.errors import UsageError
 from esm_packed.model import ESM2
+from esm_packed.outputs import mean_of
 from esm_packed.packing import pack
 from esm_packed.runners import session
 from esm_packed.runners.input.fasta import InputError, ReadOptions
@@ -71,7 +72,10 @@ def run(*inputs: Path | str, **changes) -> tuple[session.Summary, EmbeddingReade
 
 def one_by_one(model: ESM2, sequences: dict[str, str], layer: int) -> np.ndarray:
     return torch.cat(
-        [model.embed_packed(pack([encode(sequence)]), [layer])[layer] for sequence in sequences.values()]
+        [
+            model.embed_packed(pack([encode(sequence)]), [mean_of(layer)])[mean_of(layer)]
+            for sequence in sequences.values()
+        ]
     ).numpy()
 
 
@@ -255,9 +259,9 @@ def test_stored_as_fp16(fasta):
 def test_what_is_not_finite_becomes_a_failed_row(fasta, model, monkeypatch):
     original = ESM2.embed_packed
 
-    def spoil_length_90(self, batch, layers):
-        rows = original(self, batch, layers)
-        rows[3][batch.cu_seqlens.diff() == 92, 5] = torch.inf
+    def spoil_length_90(self, batch, names, *rest):
+        rows = original(self, batch, names, *rest)
+        rows["mean/3"][batch.cu_seqlens.diff() == 92, 5] = torch.inf
         return rows
 
     monkeypatch.setattr(ESM2, "embed_packed", spoil_length_90)
@@ -276,7 +280,7 @@ def test_what_is_not_finite_becomes_a_failed_row(fasta, model, monkeypatch):
 def test_too_large_for_fp16_storage_is_a_failed_row(fasta, model, monkeypatch):
     original = ESM2.embed_packed
     monkeypatch.setattr(
-        ESM2, "embed_packed", lambda *call: {layer: 1e6 * rows for layer, rows in original(*call).items()}
+        ESM2, "embed_packed", lambda *call: {name: 1e6 * rows for name, rows in original(*call).items()}
     )
     summary, _ = run(fasta, store_dtype="fp16")
     assert summary.num_failed == len(LENGTHS)
@@ -335,11 +339,11 @@ def test_a_failed_run_is_continued(fasta, sequences, model, monkeypatch):
     monkeypatch.setitem(FLOPS_PER_SHARD, "cpu", 1.0)
     original, calls = ESM2.embed_packed, []
 
-    def fail_at_the_sixth(self, batch, layers):
+    def fail_at_the_sixth(self, batch, names, *rest):
         calls.append(batch.num_sequences)
         if len(calls) == 6:
             raise RuntimeError("broken")
-        return original(self, batch, layers)
+        return original(self, batch, names, *rest)
 
     monkeypatch.setattr(ESM2, "embed_packed", fail_at_the_sixth)
     with pytest.raises(RuntimeError, match="broken"):
@@ -430,9 +434,9 @@ def test_a_damaged_shard_is_computed_again(fasta, model, monkeypatch, damage):
     calls = []
     original = ESM2.embed_packed
 
-    def count(self, batch, layers):
+    def count(self, batch, names, *rest):
         calls.append(batch.num_sequences)
-        return original(self, batch, layers)
+        return original(self, batch, names, *rest)
 
     monkeypatch.setattr(ESM2, "embed_packed", count)
     _, reader = run(fasta)
@@ -467,9 +471,9 @@ def test_identical_sequences_are_computed_once(fasta, sequences, model, monkeypa
 def test_a_copy_of_a_failed_row_fails_too_in_whatever_shard_it_is(fasta, sequences, monkeypatch):
     original = ESM2.embed_packed
 
-    def spoil_length_90(self, batch, layers):
-        rows = original(self, batch, layers)
-        rows[5][batch.cu_seqlens.diff() == 92] = torch.nan
+    def spoil_length_90(self, batch, names, *rest):
+        rows = original(self, batch, names, *rest)
+        rows["mean/5"][batch.cu_seqlens.diff() == 92] = torch.nan
         return rows
 
     monkeypatch.setitem(FLOPS_PER_SHARD, "cpu", 1.0)  # each record is a shard
@@ -501,10 +505,10 @@ def test_the_sequences_compared_with_fp32_are_the_same_every_time(fasta, monkeyp
 def test_out_of_memory_halves_the_pack(fasta, model, monkeypatch):
     original = ESM2.embed_packed
 
-    def limited(self, batch, layers):
+    def limited(self, batch, names, *rest):
         if batch.total_tokens > 85:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return original(self, batch, layers)
+        return original(self, batch, names, *rest)
 
     _, unlimited = run(fasta, output=fasta.parent / "reference.h5")
     monkeypatch.setattr(ESM2, "embed_packed", limited)
@@ -521,10 +525,10 @@ def test_out_of_memory_halves_the_pack(fasta, model, monkeypatch):
 def test_what_overflows_in_half_precision_is_recomputed(fasta, sequences, model, monkeypatch):
     original = ESM2.embed_packed
 
-    def overflow(self, batch, layers):
-        rows = original(self, batch, layers)
+    def overflow(self, batch, names, *rest):
+        rows = original(self, batch, names, *rest)
         if self.precision == "fp16":
-            rows[5][batch.cu_seqlens.diff() == 92, 5] = torch.inf
+            rows["mean/5"][batch.cu_seqlens.diff() == 92, 5] = torch.inf
         return rows
 
     monkeypatch.setattr(ESM2, "embed_packed", overflow)

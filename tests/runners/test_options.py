@@ -9,7 +9,7 @@ import fair_esm_reference
 import numpy as np
 import pytest
 import torch
-from kept_shards import Shard, run_pipeline
+from kept_shards import Shard, mean_arrays, run_pipeline
 
 from esm_packed import ESM2, kernels
 from esm_packed.alphabet import encode
@@ -83,16 +83,16 @@ def test_a_failed_row_is_not_compared() -> None:
     model = ESM2.from_pretrained("demo", device="cpu")
     original = model.embed_packed
 
-    def spoil(batch, layers):  # type: ignore[no-untyped-def]
-        rows = original(batch, layers)
-        rows[5][batch.cu_seqlens.diff() == 10 + SPECIAL_TOKENS] = torch.nan
+    def spoil(batch, names, *rest):  # type: ignore[no-untyped-def]
+        rows = original(batch, names, *rest)
+        rows["mean/5"][batch.cu_seqlens.diff() == 10 + SPECIAL_TOKENS] = torch.nan
         return rows
 
     model.embed_packed = spoil  # type: ignore[method-assign]
     shards: list[Shard] = []
     inputs = ShardInput(0, [encode("M" * 10), encode("M" * 11)], compared=[0, 1])
-    pipeline = Pipeline(model, layers=[5], store_dtype="float32", token_budget=64)
-    run_pipeline(pipeline, [inputs], lambda number, shard: shards.append(shard), layers=[5], hidden_size=96)
+    pipeline = Pipeline(model, arrays=mean_arrays([5], 96), token_budget=64)
+    run_pipeline(pipeline, [inputs], lambda number, shard: shards.append(shard), mean_arrays([5], 96))
     assert shards[0].status.tolist() == [STATUS_FAILED, STATUS_COMPUTED]
     assert list(shards[0].comparisons) == [1]
 
@@ -330,7 +330,7 @@ def test_token_budget_is_what_fits_into_the_memory(
 
 def test_what_the_budget_is_measured_with_can_be_embedded() -> None:
     model = ESM2.from_pretrained("demo", device="cpu")
-    rows = model.embed_packed(pack(budget.probe(PROBE_SEQUENCES[0])), [5])[5]
+    rows = model.embed_packed(pack(budget.probe(PROBE_SEQUENCES[0])), ["mean/5"])["mean/5"]
     assert rows.shape == (PROBE_SEQUENCES[0], 96)
     assert rows.isfinite().all()
 

@@ -13,9 +13,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kept_shards import Shard, run_pipeline
+from kept_shards import Shard, mean_arrays, run_pipeline
 
 from esm_packed.config import ESM2Config
+from esm_packed.numerics import PRECISIONS
+from esm_packed.outputs import layer_of
 from esm_packed.packing import SPECIAL_TOKENS, PackedBatch, plan_packs
 from esm_packed.runners.compute import pipeline as pipeline_module
 from esm_packed.runners.compute.pipeline import PACKS_AHEAD, PACKS_IN_FLIGHT, Pipeline
@@ -32,13 +34,15 @@ class Model:
 
     config = ESM2Config(2, HIDDEN_SIZE, 1)
     device = torch.device("cpu")
-    precision = "fp16"
+    precision, precision_mode = "fp16", PRECISIONS["fp16"]
 
     def __init__(self, before: Callable[[PackedBatch], None] = lambda batch: None) -> None:
         self.before = before
         self.packs = 0
 
-    def embed_packed(self, batch: PackedBatch, layers: Sequence[int]) -> dict[int, torch.Tensor]:
+    def embed_packed(
+        self, batch: PackedBatch, names: Sequence[str], *rest: object
+    ) -> dict[str, torch.Tensor]:
         self.packs += 1
         self.before(batch)
         bounds = batch.cu_seqlens.tolist()
@@ -48,7 +52,7 @@ class Model:
             first = residues[0] if len(residues) else torch.tensor(0.0)
             rows.append([residues.sum(), float(len(residues)), first, 1.0])
         values = torch.tensor(rows, dtype=torch.float64).float()
-        return {layer: values * (layer + 1) for layer in layers}
+        return {name: values * ((layer_of(name) or 0) + 1) for name in names}
 
 
 def shard_input(number: int, lengths: Sequence[int]) -> ShardInput:
@@ -63,7 +67,9 @@ def expected_rows(shard: ShardInput) -> np.ndarray:
 
 
 def new_pipeline(model: Any, budget: int = 64, **options: Any) -> Pipeline:
-    return Pipeline(model, layers=[1, 2], **{"store_dtype": "float32", "token_budget": budget} | options)
+    store_dtype = options.pop("store_dtype", "float32")
+    arrays = mean_arrays([1, 2], HIDDEN_SIZE, store_dtype)
+    return Pipeline(model, arrays=arrays, **{"token_budget": budget} | options)
 
 
 def run_in_time(
@@ -74,9 +80,7 @@ def run_in_time(
 
     def run() -> None:
         try:
-            run_pipeline(
-                pipeline, shards, write, layers=[1, 2], hidden_size=HIDDEN_SIZE, store_dtype=store_dtype
-            )
+            run_pipeline(pipeline, shards, write, mean_arrays([1, 2], HIDDEN_SIZE, store_dtype))
         except BaseException as error:
             errors.append(error)
 
@@ -356,8 +360,10 @@ def test_packs_that_do_not_fit_are_halved_until_they_do(
 
 def test_only_what_is_not_finite_is_recomputed_and_the_model_loaded_once() -> None:
     class Overflowing(Model):
-        def embed_packed(self, batch: PackedBatch, layers: Sequence[int]) -> dict[int, torch.Tensor]:
-            rows = super().embed_packed(batch, layers)
+        def embed_packed(
+            self, batch: PackedBatch, names: Sequence[str], *rest: object
+        ) -> dict[str, torch.Tensor]:
+            rows = super().embed_packed(batch, names)
             for values in rows.values():
                 values[batch.cu_seqlens.diff() == 30 + SPECIAL_TOKENS, 1] = torch.inf
             return rows

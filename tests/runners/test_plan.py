@@ -19,6 +19,7 @@ from esm_packed.checkpoints import Checkpoint, RandomTensors
 from esm_packed.config import ESM2_MODELS, ESM2Config
 from esm_packed.model import ESM2
 from esm_packed.numerics import PRECISIONS
+from esm_packed.outputs import mean_of
 from esm_packed.packing import SPECIAL_TOKENS, pack, plan_packs
 from esm_packed.runners.state import cut
 from esm_packed.runners.state.cut import (
@@ -219,7 +220,7 @@ def test_flops_are_those_that_torch_counts() -> None:
     batch = pack([np.full(length, 5, np.uint8) for length in residues])
     assert batch.total_tokens == sum(residues) + SPECIAL_TOKENS * len(residues)
     with FlopCounterMode(display=False) as counter:
-        model.embed_packed(batch, [config.num_layers])
+        model.embed_packed(batch, [mean_of(config.num_layers)])
     assert counter.get_total_flops() == sequence_flops(np.array(residues), config).sum()
 
 

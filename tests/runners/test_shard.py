@@ -276,7 +276,7 @@ def test_a_shard_that_cannot_be_trusted_is_not_finished(tmp_path: Path) -> None:
     fasta = tmp_path / "in.fa"
     fasta.write_text("".join(f">{number}\nMKV{'A' * number}\n" for number in range(7)))
     index = build_index([str(fasta)], directory.index_path, ReadOptions())
-    identity = {"layers": [3, 6], "max_length": 5, "store_dtype": "fp32"}
+    identity = {"kinds": ["mean"], "layers": [3, 6], "max_length": 5, "store_dtype": "fp32"}
     run = Run(directory, Plan(identity, (), (0, 7), hidden_size=12), index)
     path = directory.shard_path(0)
     for offset in (0, -1):  # in a row, and in the notes

@@ -7,12 +7,14 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from kept_shards import mean_arrays
 
+from esm_packed.outputs import layer_of
 from esm_packed.runners.output.layout import StoredProblem
 from esm_packed.runners.output.reader import EmbeddingReader
-from esm_packed.runners.output.writer import EmbeddingWriter
+from esm_packed.runners.output.writer import COMPRESSIONS, EmbeddingWriter
 from esm_packed.runners.state.plan import plan_hash
-from esm_packed.runners.state.shard import StoreError
+from esm_packed.runners.state.shard import Array, StoreError
 from esm_packed.runners.system.signals import signals_deferred
 
 IDENTITY = {"inputs": [{"size": 3, "sha256": "ab"}], "dtype": "fp32"}
@@ -22,32 +24,43 @@ def names_in(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def write_output(path: Path, num_sequences: int = 5, batch: int = 2, **changes) -> dict[int, np.ndarray]:
+def columns_of(
+    lengths: np.ndarray, embedded_lengths: np.ndarray, modified: np.ndarray
+) -> dict[str, np.ndarray]:
+    return {
+        "lengths": lengths,
+        "embedded_lengths": embedded_lengths,
+        "truncated": embedded_lengths < lengths,
+        "status": np.zeros(len(lengths), np.uint8),
+        "modified": modified,
+    }
+
+
+def write_output(
+    path: Path, num_sequences: int = 5, batch: int = 2, hidden_size: int = 8, store_dtype: str = "float32"
+) -> dict[int, np.ndarray]:
     """An output with layers 1 and 6, written in batches."""
-    shape = {"hidden_size": 8, "layers": [1, 6], "store_dtype": "float32"} | changes
+    datasets = {1: "mean/1", 6: "embeddings"}
     rng = np.random.default_rng(0)
     rows = {
-        layer: rng.standard_normal((num_sequences, shape["hidden_size"])).astype(shape["store_dtype"])
-        for layer in shape["layers"]
+        layer: rng.standard_normal((num_sequences, hidden_size)).astype(store_dtype) for layer in datasets
     }
     lengths = np.arange(10, 10 + num_sequences, dtype=np.int32)
-    with EmbeddingWriter(path, num_sequences=num_sequences, **shape) as writer:
+    modified = np.arange(num_sequences, dtype=np.uint8)
+    with EmbeddingWriter(path, num_sequences=num_sequences) as writer:
+        for array in mean_arrays([1, 6], hidden_size, store_dtype):
+            writer.create(array, datasets[layer_of(array.name)], num_sequences)
         for start in range(0, num_sequences, batch):
             part = slice(start, min(start + batch, num_sequences))
-            writer.write_rows(
-                start,
-                sequence_ids=[f"päf{row}" for row in range(part.start, part.stop)],
-                lengths=lengths[part],
-                embedded_lengths=np.minimum(lengths[part], 12),
-                status=np.zeros(part.stop - part.start, np.uint8),
-                modified=np.arange(part.start, part.stop, dtype=np.uint8),
-            )
+            names = [f"päf{row}" for row in range(part.start, part.stop)]
+            columns = columns_of(lengths[part], np.minimum(lengths[part], 12), modified[part])
+            writer.write_rows(start, names, columns)
             for layer, values in rows.items():
-                writer.write_embeddings(layer, start, values[part])
+                writer.write(f"mean/{layer}", start, values[part])
         writer.write_problems([StoredProblem("a", "in.fasta", 7, "gap")])
         writer.write_problems([StoredProblem("b", "\udcff.fasta", 2**40, "why not")])
         writer.write_plan(IDENTITY, ["in.fasta"])
-        writer.write_attributes({"model_name": "m"})
+        writer.write_attributes({"model_name": "m", "kinds": ["mean"], "layers": [1, 6]})
     return rows
 
 
@@ -81,23 +94,23 @@ def test_what_is_written_is_read_back(tmp_path, store_dtype):
         assert reader.attributes["plan_hash"] == plan_hash(IDENTITY)
 
 
+@pytest.mark.parametrize("compression", COMPRESSIONS)
 @pytest.mark.parametrize("batch", [1, 7, 64, 65, 200, 1000])
-def test_embeddings_are_appended_whatever_the_chunks(tmp_path: Path, batch: int) -> None:
-    """A chunk holds 64 rows of 1,024 columns; what is not in the file yet is read back, too."""
+def test_rows_are_written_in_any_batches_and_read_back_meanwhile(
+    tmp_path: Path, batch: int, compression: str
+) -> None:
+    """A compressed chunk holds 64 rows of 1,024 columns."""
     values = np.random.default_rng(1).standard_normal((500, 1024)).astype(np.float32)
     path = tmp_path / "out.h5"
-    with EmbeddingWriter(
-        path, num_sequences=500, hidden_size=1024, layers=[3], store_dtype="float32"
-    ) as writer:
+    with EmbeddingWriter(path, num_sequences=500, compression=compression) as writer:
+        writer.create(Array("mean/3", "float32", 1024), "embeddings", 500)
         for start in range(0, 500, batch):
-            writer.write_embeddings(3, start, values[start : start + batch])
+            writer.write("mean/3", start, values[start : start + batch])
             written = min(start + batch, 500)
             rows = np.unique(np.array([0, written // 2, written - 1]))
-            np.testing.assert_array_equal(writer.embeddings(3, rows), values[rows])
-        with pytest.raises(ValueError, match="rows from 7 on, not 500"):
-            writer.write_embeddings(3, 7, values[:1])
+            np.testing.assert_array_equal(writer.read("mean/3", rows), values[rows])
     with h5py.File(path) as file:
-        assert file["embeddings"].chunks == (64, 1024)
+        assert file["embeddings"].chunks == (None if compression == "none" else (64, 1024))
         np.testing.assert_array_equal(file["embeddings"][:], values)
 
 
@@ -118,7 +131,7 @@ def test_layout_is_the_documented_one(tmp_path):
         assert list(file["mean"]) == ["1"]
         assert file.attrs["format"] == "esm-packed"
         assert file.attrs["format_version"] == 1
-        assert file.attrs["pooling"] == "mean"
+        assert file.attrs["kinds"].tolist() == ["mean"]
         assert file.attrs["layers"].tolist() == [1, 6]
         assert file["modified"].attrs["flags"] == (
             "1 residues replaced, 2 gaps dropped, 4 trailing stop dropped, 8 renamed"
@@ -172,6 +185,7 @@ import errno, os, sys
 from pathlib import Path
 import numpy as np
 from esm_packed.runners.output.writer import EmbeddingWriter
+from esm_packed.runners.state.shard import Array
 
 limit, write = int(sys.argv[2]), os.pwrite
 def limited(descriptor, data, position):
@@ -180,17 +194,14 @@ def limited(descriptor, data, position):
     return write(descriptor, data, position)
 os.pwrite = limited
 rows = np.ones((500, 64), np.float32)
-numbers = np.ones(500, np.int32)
+names = "lengths embedded_lengths truncated status modified".split()
+columns = {name: np.ones(500, np.uint8) for name in names}
 try:
-    with EmbeddingWriter(
-        Path(sys.argv[1]), num_sequences=2000, hidden_size=64, layers=[6], store_dtype="float32"
-    ) as writer:
+    with EmbeddingWriter(Path(sys.argv[1]), num_sequences=2000) as writer:
+        writer.create(Array("mean/6", "float32", 64), "embeddings", 2000)
         for start in range(0, 2000, 500):
-            writer.write_rows(
-                start, sequence_ids=["name"] * 500, lengths=numbers, embedded_lengths=numbers,
-                status=numbers.astype(np.uint8), modified=numbers.astype(np.uint8),
-            )
-            writer.write_embeddings(6, start, rows)
+            writer.write_rows(start, ["name"] * 500, columns)
+            writer.write("mean/6", start, rows)
         writer.write_plan({}, [])
 except OSError as error:
     sys.exit(50 if error.errno == errno.ENOSPC else 51)

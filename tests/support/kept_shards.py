@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from esm_packed.outputs import layer_of, mean_of
 from esm_packed.runners.compute.pipeline import Pipeline
 from esm_packed.runners.state.shard import (
     Array,
@@ -19,15 +20,19 @@ from esm_packed.runners.state.shard import (
     ShardReader,
     ShardShape,
     ShardWriter,
-    mean_of,
 )
 
 
 class Shard(NamedTuple):
     status: np.ndarray[Any, Any]
-    embeddings: dict[int, Rows]
+    embeddings: dict[int | None, Rows]
     reasons: dict[int, str]
     comparisons: Mapping[int, Comparison]
+
+
+def mean_arrays(layers: Sequence[int], hidden_size: int, store_dtype: str = "float32") -> list[Array]:
+    """Arrays of the mean embeddings of some layers."""
+    return [Array(mean_of(layer), store_dtype, hidden_size) for layer in layers]
 
 
 def read_all(reader: ShardReader, name: str) -> Rows:
@@ -44,13 +49,9 @@ def run_pipeline(
     pipeline: Pipeline,
     inputs: Iterable[ShardInput],
     write: Callable[[int, Shard], object],
-    *,
-    layers: Sequence[int],
-    hidden_size: int,
-    store_dtype: str = "float32",
+    arrays: Sequence[Array],
 ) -> None:
     """Run a pipeline; `write` is called in its writer thread with each shard, from a file that is whole."""
-    arrays = [Array(mean_of(layer), store_dtype, hidden_size) for layer in layers]
     shapes: dict[int, ShardShape] = {}
 
     def seen() -> Iterator[ShardInput]:
@@ -65,7 +66,7 @@ def run_pipeline(
             yield writer
             writer.complete(number, "plan")
             with ShardReader(Path(file.name), number, "plan", shapes[number]) as reader:
-                rows = {layer: read_all(reader, mean_of(layer)) for layer in layers}
+                rows = {layer_of(array.name): read_all(reader, array.name) for array in arrays}
                 reasons = {item: status.reason for item, status in reader.statuses.items()}
                 write(number, Shard(reader.status, rows, reasons, reader.comparisons))
 

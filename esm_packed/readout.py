@@ -1,0 +1,67 @@
+"""The outputs that are kept of a forward pass, by the names that `outputs` gives them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from esm_packed import kernels
+from esm_packed.alphabet import AMINO_ACID_IDS
+from esm_packed.kernels.reference import statistics_dtype
+from esm_packed.outputs import is_ragged, kind_of, layer_of
+from esm_packed.packing import PackedBatch
+
+if TYPE_CHECKING:
+    from esm_packed.model import PackedOutput
+
+FINITE = "finite"
+"""Whether all residues of a sequence are finite: there beside outputs that have a row for each residue."""
+
+
+def kept_outputs(
+    output: PackedOutput, batch: PackedBatch, names: Sequence[str], residue_dtype: torch.dtype | None = None
+) -> dict[str, torch.Tensor]:
+    """What is kept of a forward pass.
+
+    Args:
+        output: with the layers, and the logits, that `names` need.
+        batch: what was computed.
+        names: of the outputs.
+        residue_dtype: of outputs with a row for each residue; None for the one they are computed in, which
+            for BF16 is FP32, as NumPy has no BF16.
+
+    Returns:
+        By name: (num_sequences, columns) FP32 (FP64 for FP64), or (total_tokens, columns) rows of all tokens,
+        BOS, EOS and padding included. With the latter also `FINITE`, (num_sequences,) bool.
+    """
+    kept, finite = {}, []
+    for name in names:
+        kind, layer = kind_of(name), layer_of(name)
+        rows = output.logits if layer is None else output.representations[layer]
+        assert rows is not None
+        if kind == "unmasked_nll":
+            rows, kind = _negative_log_likelihood(rows, batch.input_ids), "mean"
+        if kind == "logits":
+            rows = rows[:, AMINO_ACID_IDS].contiguous()
+        if is_ragged(name):
+            dtype = residue_dtype or (torch.float32 if rows.dtype == torch.bfloat16 else rows.dtype)
+            kept[name] = rows = rows.to(dtype)
+            # a sum is finite only if each of its terms is
+            finite.append(kernels.segment_mean(rows, batch.cu_seqlens)[batch.segments].isfinite().all(1))
+        elif kind == "bos":
+            first = batch.cu_seqlens[:-1].clamp(max=batch.total_tokens - 1)
+            kept[name] = rows[first][batch.segments].to(statistics_dtype(rows.dtype))
+        else:
+            pool = kernels.segment_mean if kind == "mean" else kernels.segment_max
+            kept[name] = pool(rows, batch.cu_seqlens)[batch.segments]
+    if finite:
+        kept[FINITE] = torch.stack(finite).all(0)
+    return kept
+
+
+def _negative_log_likelihood(logits: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
+    """(total_tokens, 1) of each token, in nats."""
+    log_likelihoods = logits.to(statistics_dtype(logits.dtype)).log_softmax(1)
+    return -log_likelihoods.gather(1, input_ids[:, None].long())

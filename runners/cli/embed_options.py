@@ -1,0 +1,223 @@
+"""The options of `esm-packed embed` and their help."""
+
+from __future__ import annotations
+
+import argparse
+
+from esm_packed.config import (
+    ATTENTIONS,
+    DEFAULT_MODEL,
+    DEFAULT_OVERLAP,
+    DEFAULT_TOKEN_BUDGETS,
+    DTYPES,
+    ESM2_MODELS,
+)
+from esm_packed.outputs import KINDS, KINDS_IN_WINDOWS
+from esm_packed.runners.cli import commands as run
+from esm_packed.runners.cli import values
+from esm_packed.runners.cli.parser import (
+    Parser,
+    add_command,
+    add_device,
+    add_max_length,
+    add_parts,
+    add_read_rules,
+    add_threads,
+)
+
+
+def _kinds() -> str:
+    return "\n".join(
+        f"  {name:<14}{kind.text}" + (", of each layer" if kind.has_layers else "")
+        for name, kind in KINDS.items()
+    )
+
+
+_EMBED_EPILOG = f"""\
+examples:
+  esm-packed embed proteins.fasta -o embeddings.h5 --model demo
+  esm-packed embed a.fasta b.fasta.gz -o all.h5 --model esm2_t12_35M_UR50D --layers 6,12
+  zcat reads.faa.gz | esm-packed embed - -o reads.h5 --device cuda:1 --token-budget 65536
+  esm-packed embed proteome.fasta -o proteome.h5 --devices all --fp32-compare 100
+  esm-packed embed proteome.fasta -o proteome.h5 --slice $SLURM_ARRAY_TASK_ID/8
+
+  esm-packed embed proteins.fasta -o residues.h5 --include mean,per_residue --store-dtype fp16
+  esm-packed embed titins.fasta -o titins.h5 --windows 1022 --overlap 256
+
+The work is done in OUT.h5.run. Interrupted or killed, the same command continues it.
+
+kinds of output:
+{_kinds()}
+
+models: {", ".join(list(ESM2_MODELS)[:3])},
+{", ".join(list(ESM2_MODELS)[3:])},
+a checkpoint file or folder, demo (tiny, for trying out), random:NAME (seeded random weights)"""
+
+
+def add_embed(commands: argparse._SubParsersAction[Parser]) -> None:
+    parser = add_command(
+        commands,
+        "embed",
+        run.embed,
+        "esm_packed.runners.session",
+        help="embed the proteins of FASTA files",
+        description="Embed every protein of the FASTA files, in input order, into one HDF5 file:\n"
+        "the mean over its residues of the last layer, or what --include and --layers ask for.",
+        epilog=_EMBED_EPILOG,
+    )
+    parser.add_argument(
+        "inputs",
+        nargs="*",
+        type=values.input_name,
+        metavar="FASTA",
+        help="FASTA file, plain or gzip; - is standard input, which a run that has read it can be continued "
+        "without",
+    )
+    parser.add_argument(
+        "-o", "--output", required=True, type=values.output_file, metavar="OUT.h5", help="HDF5 file to make"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace OUT.h5, or an unfinished run of other options"
+    )
+    parser.add_argument("--keep-run", action="store_true", help="keep OUT.h5.run when OUT.h5 is made")
+    amount = parser.add_mutually_exclusive_group()
+    amount.add_argument("--quiet", action="store_true", help="say nothing but what goes wrong")
+    amount.add_argument("--verbose", action="store_true", help="a summary with stages and packing at the end")
+    parser.add_argument(
+        "--log-json",
+        type=values.path,
+        metavar="FILE",
+        help="append metrics to FILE every ten seconds, a JSON object in each line",
+    )
+    _add_embed_model(parser.add_argument_group("model"))
+    _add_embed_stored(parser.add_argument_group("output"))
+    _add_embed_computing(parser.add_argument_group("computing"))
+    _add_embed_workers(parser.add_argument_group("several devices and machines"))
+    add_read_rules(parser)
+
+
+def _add_embed_model(model: argparse._ArgumentGroup) -> None:
+    model.add_argument(
+        "--model", type=values.model, default=DEFAULT_MODEL, help="see below (default: %(default)s)"
+    )
+    model.add_argument(
+        "--include",
+        dest="kinds",
+        type=values.kinds,
+        default=("mean",),
+        metavar="LIST",
+        help="kinds of output, see below (default: mean)",
+    )
+    model.add_argument(
+        "--layers",
+        type=values.layers,
+        default=(-1,),
+        metavar="LIST",
+        help="layers to keep, such as 6,12 or -1 (the last, the default); the mean of the last one listed is "
+        "`embeddings` in the file",
+    )
+    add_max_length(model)
+    model.add_argument(
+        "--windows",
+        type=values.whole_number(2),
+        metavar="N",
+        help="compute longer proteins in windows of N residues, in place of --max-length; of kinds "
+        + " and ".join(KINDS_IN_WINDOWS),
+    )
+    model.add_argument(
+        "--overlap",
+        type=values.whole_number(0),
+        default=DEFAULT_OVERLAP,
+        metavar="N",
+        help="residues that a window shares with the next one; there both count, with weights that rise and "
+        "fall linearly (default: %(default)s)",
+    )
+
+
+def _add_embed_stored(stored: argparse._ArgumentGroup) -> None:
+    stored.add_argument("--store-dtype", choices=("fp32", "fp16"), default="fp32", help="of stored values")
+    stored.add_argument(
+        "--compression",
+        choices=("none", "gzip"),
+        default="none",
+        help="gzip saves some 10%% of FP32 and takes several times as long to write and read (default: none)",
+    )
+    add_parts(stored)
+
+
+def _add_embed_computing(compute: argparse._ArgumentGroup) -> None:
+    add_device(compute)
+    compute.add_argument("--dtype", choices=DTYPES, help="precision (default: fp16 on a GPU, fp32 on a CPU)")
+    compute.add_argument(
+        "--fp32-compare",
+        type=values.whole_number(0),
+        default=0,
+        metavar="N",
+        help="compute N sampled sequences in FP32, too, and report how far off the others are",
+    )
+    compute.add_argument(
+        "--attention",
+        choices=ATTENTIONS,
+        default="auto",
+        help="attention backend (default: the best installed)",
+    )
+    compute.add_argument(
+        "--token-budget",
+        type=values.whole_number(1),
+        metavar="N",
+        help=f"tokens computed together, BOS and EOS included (default: {DEFAULT_TOKEN_BUDGETS['cpu']} on a "
+        "CPU; on a GPU what its memory is measured to hold, at most "
+        f"{DEFAULT_TOKEN_BUDGETS['cuda']}, which --reproducible always takes)",
+    )
+    add_threads(compute, " of each worker")
+    compute.add_argument(
+        "--reproducible",
+        action="store_true",
+        help="packs of one size, filled up: an embedding has the same bits whatever it is computed with "
+        "(same kind of device, threads, versions, precision and --token-budget)",
+    )
+    compute.add_argument(
+        "--cuda-graphs",
+        action="store_true",
+        help="with --reproducible, on a GPU: launch each forward pass as one graph, which pays off for small "
+        "models",
+    )
+    compute.add_argument(
+        "--disable-packing",
+        action="store_true",
+        help="padded batches in place of packs, to compare with (also ESM_PACKED_DISABLE_PACKING=1)",
+    )
+    compute.add_argument(
+        "--disable-fp16",
+        action="store_true",
+        help="FP32 wherever FP16 or BF16 would be used (also ESM_PACKED_DISABLE_FP16=1)",
+    )
+
+
+def _add_embed_workers(many: argparse._ArgumentGroup) -> None:
+    many.add_argument(
+        "--devices",
+        type=values.gpu_numbers,
+        metavar="all|LIST",
+        help="GPUs of this machine, such as 0,1; a worker on each, through Ray",
+    )
+    many.add_argument(
+        "--workers",
+        type=values.whole_number(1),
+        metavar="N",
+        help="Ray workers, each with one GPU or --threads CPU threads",
+    )
+    many.add_argument(
+        "--engine",
+        choices=("auto", "in-process", "ray"),
+        default="auto",
+        help="who computes (default: Ray for several workers, else this process)",
+    )
+    many.add_argument("--ray-address", metavar="ADDRESS", help="a Ray cluster, such as auto or HEAD:6379")
+    many.add_argument(
+        "--slice",
+        dest="part",
+        metavar="INDEX/COUNT|auto",
+        help="compute this slice of the run alone, without Ray; auto takes both from torchrun or Slurm. The "
+        "process that finishes last makes OUT.h5",
+    )
