@@ -19,11 +19,13 @@ from esm_packed.checkpoints import load_checkpoint, tensor_shapes
 from esm_packed.checkpoints.download import OFFICIAL_FILES, checkpoint_directory, hugging_face_snapshot
 from esm_packed.config import DEFAULT_MAX_LENGTH, ESM2_MODELS, ESM2Config
 from esm_packed.errors import UsageError
+from esm_packed.outputs import KINDS
 from esm_packed.runners.input.build import survey
 from esm_packed.runners.input.fasta import InputError, shorten
 from esm_packed.runners.input.index import STDIN
 from esm_packed.runners.input.scan import MOST_LISTED, input_name
-from esm_packed.runners.output.reader import EmbeddingReader
+from esm_packed.runners.output.names import RAGGED
+from esm_packed.runners.output.reader import EmbeddingReader, StoredDataSet
 from esm_packed.runners.state.directory import RunDirectory
 from esm_packed.runners.state.shard import STATUS_FAILED, STATUS_NOT_COMPUTED, STATUS_RECOMPUTED
 from esm_packed.runners.status import run_state
@@ -140,6 +142,9 @@ def _describe_output(path: Path, as_json: bool) -> list[str]:
                     "sequences": reader.num_sequences,
                     "residues": residues,
                     "hidden_size": reader.hidden_size,
+                    "kinds": reader.kinds,
+                    "datasets": [each._asdict() | {"dtype": str(each.dtype)} for each in reader.datasets()],
+                    "parts": [part._asdict() for part in reader.parts],
                     "complete": is_complete,
                     **counts,
                     "problems": num_problems,
@@ -151,8 +156,6 @@ def _describe_output(path: Path, as_json: bool) -> list[str]:
             )
         shown = defaultdict(str, {name: str(value) for name, value in attributes.items()})
         missing = f"{counts['not computed']:,} of {reader.num_sequences:,} proteins not computed"
-        shape = f"{reader.num_sequences:,} x {reader.hidden_size:,}, {shown['store_dtype']}"
-        *others, last = reader.layers
         values = {
             "output": f"{path} ({byte_size(size)})",
             "complete": "yes" if is_complete else f"no; {missing}, continue with the same embed command",
@@ -163,8 +166,9 @@ def _describe_output(path: Path, as_json: bool) -> list[str]:
             "device": f"{shown['device']}, attention {shown['attention_backend']}",
             "disabled": shown["disabled"],
             "sequences": f"{reader.num_sequences:,} ({counted(residues, 'residue')})",
-            "embeddings": f"mean of layer {last}: {shape}",
-            **{f"mean/{layer}": f"mean of layer {layer}: {shape}" for layer in others},
+            "kinds": ", ".join(reader.kinds),
+            **{dataset.name: _dataset_line(dataset) for dataset in reader.datasets()},
+            "parts": _parts_line(reader),
             "exceptions": ", ".join(f"{count:,} {name}" for name, count in counts.items() if count) or "none",
         }
     lines = _table({name: value for name, value in values.items() if value})
@@ -174,6 +178,20 @@ def _describe_output(path: Path, as_json: bool) -> list[str]:
     if num_problems > len(problems):
         lines.append(f"  and {num_problems - len(problems):,} more in `problems`")
     return lines
+
+
+def _dataset_line(dataset: StoredDataSet) -> str:
+    kind, layer, _, shape, dtype, num_bytes = dataset
+    what = KINDS[kind].text if layer is None else f"{kind.replace('_', ' ')} of layer {layer}"
+    size = f" ({byte_size(num_bytes)})" if kind in RAGGED else ""
+    return f"{what}: {' x '.join(f'{length:,}' for length in shape)}, fp{8 * dtype.itemsize}{size}"
+
+
+def _parts_line(reader: EmbeddingReader) -> str:
+    if not reader.parts:
+        return ""
+    size = byte_size(sum(part.bytes for part in reader.parts))
+    return f"{counted(len(reader.parts), 'file')} in {reader.attributes['parts']} ({size})"
 
 
 def _count(reader: EmbeddingReader) -> tuple[int, Counter[str]]:

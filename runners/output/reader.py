@@ -69,7 +69,7 @@ class StoredDataSet(NamedTuple):
     name: str
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
-    num_bytes: int
+    bytes: int
 
 
 class EmbeddingReader:

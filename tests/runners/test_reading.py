@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -49,7 +50,7 @@ def test_every_kind_is_read_back(tmp_path: Path, layout) -> None:
             for sequence in range(reader.num_sequences):
                 value = reader.value(sequence, kind, layer)
                 np.testing.assert_array_equal(value, output.value(name, sequence))
-        sizes = {dataset.name: dataset.num_bytes for dataset in reader.datasets()}
+        sizes = {dataset.name: dataset.bytes for dataset in reader.datasets()}
         assert sizes.keys() == output.values.keys()
         if "options" not in layout:
             assert sizes == {name: rows.nbytes for name, rows in output.values.items()}
@@ -236,6 +237,35 @@ def test_a_package_that_is_not_installed_is_named(
         pytest.raises(UserError, match="is not installed; pip install pandas anndata adds it"),
     ):
         getattr(embeddings, method)()
+
+
+@whole_and_in_parts
+def test_info_shows_what_there_is(tmp_path: Path, capsys: pytest.CaptureFixture[str], num_parts: int) -> None:
+    output = write_output(tmp_path / "out.h5", num_parts=num_parts, store_dtype="float16")
+    assert cli.main(["info", str(output.path)]) == 0
+    shown = {line[:20].strip(): line[20:] for line in capsys.readouterr().out.splitlines()}
+    assert shown["kinds"] == ", ".join(KINDS)
+    assert shown["embeddings"] == "mean of layer 6: 7 x 8, fp16"
+    assert shown["max/1"] == "max of layer 1: 7 x 8, fp16"
+    assert shown["per_residue/6"] == "per residue of layer 6: 22 x 8, fp16 (352 B)"
+    assert shown["logits"].endswith(": 22 x 20, fp16 (880 B)")
+    assert shown["unmasked_nll"].endswith(": 7, fp32")
+    sizes = [path.stat().st_size for path in sorted(output.folder.glob("*"))]
+    assert ("parts" in shown) == (num_parts > 0)
+    if num_parts:
+        assert re.fullmatch(r"3 files in out\.h5\.parts/1a2b3c4d \([\d.]+ kB\)", shown["parts"])
+    assert cli.main(["info", str(output.path), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["kinds"] == list(KINDS)
+    assert [part["bytes"] for part in told["parts"]] == sizes
+    assert {
+        "kind": "logits",
+        "layer": None,
+        "name": "logits",
+        "shape": [22, 20],
+        "dtype": "float16",
+        "bytes": 880,
+    } in told["datasets"]
 
 
 def instead(name: str, **dataset) -> Callable[[h5py.File], None]:
