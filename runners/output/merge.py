@@ -38,7 +38,7 @@ class MergeOptions:
     Args:
         overwrite: replace an output that is there.
         partial: give records of shards that are missing or damaged a row of NaN, with the status for it.
-        compression: one of `writer.COMPRESSIONS`.
+        compression: none or gzip.
         in_parts: leave ragged arrays in files beside the output; not with `partial`.
     """
 

@@ -31,7 +31,6 @@ from esm_packed.runners.state.plan import plan_hash
 from esm_packed.runners.state.shard import Array
 from esm_packed.runners.system.hdf5 import NewFile
 
-COMPRESSIONS = ("none", "gzip")
 _GZIP_LEVEL = 1
 
 
@@ -40,7 +39,7 @@ class ArrayWriter(NewFile):
 
     Args:
         path: the file to create; it must not exist.
-        compression: of the arrays, one of `COMPRESSIONS`.
+        compression: of the arrays, none or gzip.
 
     Raises:
         OSError: any of the methods, when the disk is full or fails; what was written is then worthless.
@@ -117,7 +116,7 @@ class EmbeddingWriter(ArrayWriter):
         path: the file to create; it must not exist.
         num_sequences: of the input.
         is_ragged: whether there are ragged arrays, and so the column `starts`.
-        compression: of the arrays, one of `COMPRESSIONS`.
+        compression: of the arrays, none or gzip.
 
     Raises:
         OSError: any of the methods, when the disk is full or fails; what was written is then worthless.

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from esm_packed.config import DEFAULT_MAX_LENGTH, DEFAULT_MODEL, ESM2Config
+from esm_packed.config import ATTENTIONS, DEFAULT_MAX_LENGTH, DEFAULT_MODEL, ESM2Config
 from esm_packed.errors import UsageError
+from esm_packed.layouts import LAYOUTS
 from esm_packed.numerics import PRECISIONS, Precision, resolve_precision
+from esm_packed.outputs import KINDS
 from esm_packed.runners.input.fasta import ReadOptions
 from esm_packed.runners.state.slices import Slice
 from esm_packed.windows import Windows
 
 STORE_DTYPES = {"fp32": "float32", "fp16": "float16"}
+COMPRESSIONS = ("none", "gzip")
+_CHOICES: dict[str, Collection[str]] = {
+    "store_dtype": STORE_DTYPES,
+    "compression": COMPRESSIONS,
+    "layout": LAYOUTS,
+    "attention": ATTENTIONS,
+    "engine": ("auto", "in-process", "ray"),
+}
 
 
 @dataclass(frozen=True)
@@ -52,6 +63,9 @@ class EmbedRequest:
         overwrite: replace an output, or a run directory, of another run.
         keep_run: leave the run directory when the output is made.
         command: the command line, to be kept in the output; empty for none.
+
+    Raises:
+        ValueError: an argument has a value that cannot be.
     """
 
     inputs: tuple[str, ...]
@@ -83,6 +97,21 @@ class EmbedRequest:
     overwrite: bool = False
     keep_run: bool = False
     command: str = ""
+
+    def __post_init__(self) -> None:
+        for name, values in _CHOICES.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; choose from {', '.join(values)}")
+        if unknown := [kind for kind in self.kinds if kind not in KINDS]:
+            raise ValueError(f"{unknown[0]!r} is no kind of output; choose from {', '.join(KINDS)}")
+        if not self.kinds or not self.layers or not self.inputs:
+            raise ValueError("name at least one FASTA file, one kind of output and one layer")
+        if self.windows is not None and not 0 <= self.windows.overlap <= self.windows.size // 2:
+            raise ValueError(f"windows {tuple(self.windows)}: the overlap is at most half of the size")
+        if self.max_length < 0 or self.fp32_compare < 0:
+            raise ValueError("max_length and fp32_compare must not be negative")
+        if min(self.token_budget or 1, self.workers or 1, self.threads or 1) < 1:
+            raise ValueError("token_budget, workers and threads must be at least 1")
 
     def precision(self, device: torch.device) -> Precision:
         """The precision mode on `device`.

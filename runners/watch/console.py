@@ -7,9 +7,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from typing import Protocol
+from typing import Any, Protocol
 
-from tqdm import tqdm
+from tqdm.std import tqdm as terminal_bar
 
 from esm_packed.runners.system.terminal import printable
 
@@ -35,7 +35,7 @@ class Console:
 
     def __init__(self, quiet: bool = False) -> None:
         self._quiet = quiet
-        self._terminal = sys.stderr is not None and sys.stderr.isatty()
+        self._terminal = _is_notebook() or (sys.stderr is not None and sys.stderr.isatty())
 
     @property
     def has_bar(self) -> bool:
@@ -56,7 +56,7 @@ class Console:
         if self._quiet:
             yield lambda amount, /, state="": None
         elif self._terminal:
-            with tqdm(
+            with _bar(
                 total=total,
                 desc=label,
                 unit=f" {unit}",
@@ -85,7 +85,7 @@ class Console:
             with ExitStack() as stack:
                 bars = [
                     stack.enter_context(
-                        tqdm(
+                        _bar(
                             total=0, bar_format="{desc}", position=number + 1, leave=False, dynamic_ncols=True
                         )
                     )
@@ -152,6 +152,19 @@ class _LogLines:
         if self._total and self._done > 0:
             text += f", {self._done / self._total:.1%}, {duration((self._total - self._done) / rate)} left"
         self._console.note(text)
+
+
+def _is_notebook() -> bool:
+    return "ipykernel" in sys.modules
+
+
+def _bar(**options: Any) -> Any:
+    """A bar on the terminal, or in the notebook."""
+    if _is_notebook():
+        from tqdm.auto import tqdm as notebook_bar
+
+        return notebook_bar(**options)
+    return terminal_bar(**options)
 
 
 def _columns() -> int:

@@ -12,8 +12,9 @@ from kept_shards import mean_arrays
 from esm_packed.outputs import layer_of
 from esm_packed.runners.output.layout import StoredProblem
 from esm_packed.runners.output.reader import EmbeddingReader
-from esm_packed.runners.output.writer import COMPRESSIONS, EmbeddingWriter
+from esm_packed.runners.output.writer import EmbeddingWriter
 from esm_packed.runners.state.plan import plan_hash
+from esm_packed.runners.state.request import COMPRESSIONS
 from esm_packed.runners.state.shard import Array, StoreError
 from esm_packed.runners.system.signals import signals_deferred
 
@@ -185,6 +186,7 @@ import errno, os, sys
 from pathlib import Path
 import numpy as np
 from esm_packed.runners.output.writer import EmbeddingWriter
+from esm_packed.runners.state.request import COMPRESSIONS
 from esm_packed.runners.state.shard import Array
 
 limit, write = int(sys.argv[2]), os.pwrite
