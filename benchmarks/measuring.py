@@ -23,6 +23,7 @@ from rates import copy_rate, matmul_rate
 from esm_packed.config import ESM2Config
 from esm_packed.numerics import PRECISIONS
 from esm_packed.packing import SPECIAL_TOKENS
+from esm_packed.reports.validation.run import cpu_name
 from esm_packed.runners.state.cut import sequence_flops
 
 REPOSITORY = Path(__file__).parents[1]
@@ -205,7 +206,7 @@ def machine_info(command: Sequence[str]) -> dict[str, Any]:
     packages = ("torch", "triton", "flash-attn", "fair-esm", "transformers", "faesm", "esm-efficient")
     cuda, matmul = torch.backends.cuda, torch.backends.cuda.matmul
     found: dict[str, Any] = {
-        "cpu_model": _cpu_model(),
+        "cpu_model": cpu_name(),
         "cpu_cores": os.cpu_count(),
         "load_average": os.getloadavg()[0],
         "threads": torch.get_num_threads(),
@@ -258,9 +259,3 @@ def _git_commit() -> str:
         return subprocess.run(command, capture_output=True, text=True).stdout.strip()
     except OSError:
         return ""
-
-
-def _cpu_model() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")

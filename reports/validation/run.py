@@ -290,7 +290,7 @@ def environment(device: torch.device) -> dict[str, str]:
         where = f"{device} ({torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda})"
     else:
         threads = torch.get_num_threads()
-        where = f"{device} ({_cpu_name()}, {threads} thread{'s' if threads > 1 else ''})"
+        where = f"{device} ({cpu_name()}, {threads} thread{'s' if threads > 1 else ''})"
     return {
         "device": where,
         "esm-packed": __version__,
@@ -300,7 +300,8 @@ def environment(device: torch.device) -> dict[str, str]:
     }
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """Model of this machine's CPU."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
