@@ -9,7 +9,6 @@ from typing import Any, overload
 import numpy as np
 import numpy.typing as npt
 
-from esm_packed.runners.input.duplicates import ROW, HashRows, hash_rows, hashes_of, records_with
 from esm_packed.runners.input.fasta import shorten
 from esm_packed.runners.output.reader import EmbeddingReader, NotInFileError
 from esm_packed.runners.state.shard import StoreError
@@ -21,7 +20,7 @@ _SHOWN_IDS = 3
 class SequenceIds(Sequence[str]):
     """The IDs of an output in input order, read as they are asked for.
 
-    The first look-up of an ID reads all of them and keeps 24 bytes of each, a hash and its row.
+    The first look-up of an ID reads all of them and keeps 16 bytes of each, a hash and its row.
 
     Args:
         reader: of the output.
@@ -31,7 +30,7 @@ class SequenceIds(Sequence[str]):
     def __init__(self, reader: EmbeddingReader, path: str) -> None:
         self._reader = reader
         self._path = path
-        self._hashes: HashRows | None = None
+        self._index: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]] | None = None
 
     def __len__(self) -> int:
         return self._reader.num_sequences
@@ -71,38 +70,31 @@ class SequenceIds(Sequence[str]):
         return row
 
     def _find(self, sequence_id: str) -> int | None:
-        if self._hashes is None:
-            self._hashes = self._sorted_hashes()
-        (high, low), *_ = _hashes_of_ids([sequence_id]).tolist()
-        for row in records_with(self._hashes, high, low).tolist():
-            if self[row] == sequence_id:
-                return int(row)
+        if self._index is None:
+            self._index = self._sorted_hashes()
+        hashes, rows = self._index
+        wanted = hash(sequence_id)
+        place = int(np.searchsorted(hashes, wanted))
+        while place < len(hashes) and hashes[place] == wanted:
+            if self[row := int(rows[place])] == sequence_id:
+                return row
+            place += 1
         return None
 
-    def _sorted_hashes(self) -> HashRows:
-        """Hash and row of every ID, in the order of the hashes.
+    def _sorted_hashes(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Hashes of all IDs, ascending, and their rows.
 
         Raises:
             StoreError: an ID is there twice.
         """
-        rows = np.empty(len(self), ROW)
-        for start in range(0, len(self), _IDS_AT_ONCE):
-            ids = self._reader.sequence_ids(start, start + _IDS_AT_ONCE)
-            rows[start : start + len(ids)] = hash_rows(_hashes_of_ids(ids), start)
-        rows = rows[np.lexsort((rows["low"], rows["high"]))]
-        is_same = (rows["high"][1:] == rows["high"][:-1]) & (rows["low"][1:] == rows["low"][:-1])
-        for place in np.flatnonzero(is_same).tolist():
-            first, second = rows["record"][place : place + 2].tolist()
-            if self[first] == self[second]:
-                raise StoreError(f"{self._path}: damaged: ID {shorten(self[first])} is there twice")
-        return rows
-
-
-def _hashes_of_ids(ids: Sequence[str]) -> npt.NDArray[np.uint64]:
-    names = [sequence_id.encode("utf-8", "surrogatepass") for sequence_id in ids]
-    sizes = np.array([len(name) for name in names], np.int64)
-    ends = np.cumsum(sizes)
-    return hashes_of(b"".join(names), ends - sizes, ends)
+        hashes = np.fromiter(map(hash, self), np.int64, len(self))
+        rows = np.argsort(hashes)
+        hashes = hashes[rows]
+        for place in np.flatnonzero(hashes[1:] == hashes[:-1]).tolist():
+            first, second = self[int(rows[place])], self[int(rows[place + 1])]
+            if first == second:
+                raise StoreError(f"{self._path}: damaged: ID {shorten(first)} is there twice")
+        return hashes, rows
 
 
 def checked_index(index: int | np.integer[Any], size: int) -> int:

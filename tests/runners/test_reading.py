@@ -194,6 +194,14 @@ def test_an_id_that_is_there_twice_is_damage(tmp_path: Path) -> None:
         embeddings["a"]
 
 
+def test_ids_of_one_hash_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("esm_packed.runners.output.ids.hash", lambda sequence_id: 7, raising=False)
+    output = write_output(tmp_path / "out.h5")
+    with esm_packed.open(output.path) as embeddings:
+        assert [embeddings.ids.row(sequence_id) for sequence_id in output.ids] == list(range(7))
+        assert "x" not in embeddings
+
+
 def test_tables(tmp_path: Path) -> None:
     pandas = pytest.importorskip("pandas")
     output = write_output(tmp_path / "out.h5")
