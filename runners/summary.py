@@ -29,6 +29,14 @@ _NAME_WIDTH, _VALUE_WIDTH, _ID_WIDTH = 20, 60, 50
 """Characters of a line of the summary, and of an ID in it, as a terminal has 80."""
 
 
+def parts_line(reader: EmbeddingReader) -> str:
+    """`2 files in out.h5.parts/1a2b3c4d (3.4 GB)`, or nothing if there are no parts."""
+    if not reader.parts:
+        return ""
+    size = byte_size(sum(part.bytes for part in reader.parts))
+    return f"{counted(len(reader.parts), 'file')} in {reader.attributes['parts']} ({size})"
+
+
 class Changed(NamedTuple):
     """The sequences that differ from the input in one way: how many, and the IDs of the first ones."""
 
@@ -76,6 +84,8 @@ class Summary:
     merging_seconds: float = 0.0
     already_complete: bool = False
     part: str = ""
+    parts: str = ""
+    """Where the rows of residues are, if they are not in the output."""
     missing_shards: int = 0
     """Shards of other slices that are not there yet, so that there is no output."""
 
@@ -114,6 +124,7 @@ class Summary:
             }
             self.num_truncated = self.changed["truncated"].number
             self.comparisons = [each.comparison for each in reader.comparisons()]
+            self.parts = parts_line(reader)
             self.attention = reader.attributes.get("attention_backend", "")
 
     def warnings(self) -> list[str]:
@@ -167,7 +178,10 @@ class Summary:
             shards = counted(self.missing_shards, "shard")
             are = "is" if self.missing_shards == 1 else "are"
             return lines | {"slice": f"{self.part} is done; {shards} of other slices {are} missing"}
-        return {"output": f"{self.output} ({byte_size(self.output.stat().st_size)})"} | lines
+        output = f"{self.output} ({byte_size(self.output.stat().st_size)})"
+        if self.parts:
+            output += f",\nresidues in {self.parts}"
+        return {"output": output} | lines
 
     def _exception_lines(self) -> dict[str, str]:
         """Counts of what is not as usual, if there is any."""

@@ -15,7 +15,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from esm_packed.config import DEFAULT_MAX_LENGTH, ESM2_MODELS
+from esm_packed.config import DEFAULT_MAX_LENGTH, DEFAULT_OVERLAP, ESM2_MODELS
 from esm_packed.errors import UsageError
 from esm_packed.runners.system.environment import is_on
 from esm_packed.runners.system.terminal import (
@@ -95,9 +95,11 @@ def _windows(options: argparse.Namespace) -> Windows | None:
         return None
     if options.max_length != DEFAULT_MAX_LENGTH:
         raise UsageError("--windows and --max-length exclude each other: windows keep all residues")
-    if options.overlap > options.windows // 2:
-        raise UsageError(f"--overlap {options.overlap}: at most half of --windows, {options.windows // 2}")
-    return Windows(options.windows, options.overlap)
+    most = options.windows // 2
+    overlap = min(DEFAULT_OVERLAP, most) if options.overlap is None else options.overlap
+    if overlap > most:
+        raise UsageError(f"--overlap {overlap}: at most half of --windows, {most}")
+    return Windows(options.windows, overlap)
 
 
 def _layout(options: argparse.Namespace) -> str:

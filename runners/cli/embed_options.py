@@ -127,10 +127,9 @@ def _add_embed_model(model: argparse._ArgumentGroup) -> None:
     model.add_argument(
         "--overlap",
         type=values.whole_number(0),
-        default=DEFAULT_OVERLAP,
         metavar="N",
         help="residues that a window shares with the next one; there both count, with weights that rise and "
-        "fall linearly (default: %(default)s)",
+        f"fall linearly (default: {DEFAULT_OVERLAP}, at most half of --windows)",
     )
 
 

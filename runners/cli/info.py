@@ -29,6 +29,7 @@ from esm_packed.runners.output.reader import EmbeddingReader, StoredDataSet
 from esm_packed.runners.state.directory import RunDirectory
 from esm_packed.runners.state.shard import STATUS_FAILED, STATUS_NOT_COMPUTED, STATUS_RECOMPUTED
 from esm_packed.runners.status import run_state
+from esm_packed.runners.summary import parts_line
 from esm_packed.runners.system.terminal import counted
 from esm_packed.runners.watch.console import Console, byte_size
 
@@ -168,7 +169,7 @@ def _describe_output(path: Path, as_json: bool) -> list[str]:
             "sequences": f"{reader.num_sequences:,} ({counted(residues, 'residue')})",
             "kinds": ", ".join(reader.kinds),
             **{dataset.name: _dataset_line(dataset) for dataset in reader.datasets()},
-            "parts": _parts_line(reader),
+            "parts": parts_line(reader),
             "exceptions": ", ".join(f"{count:,} {name}" for name, count in counts.items() if count) or "none",
         }
     lines = _table({name: value for name, value in values.items() if value})
@@ -185,13 +186,6 @@ def _dataset_line(dataset: StoredDataSet) -> str:
     what = KINDS[kind].text if layer is None else f"{kind.replace('_', ' ')} of layer {layer}"
     size = f" ({byte_size(num_bytes)})" if kind in RAGGED else ""
     return f"{what}: {' x '.join(f'{length:,}' for length in shape)}, fp{8 * dtype.itemsize}{size}"
-
-
-def _parts_line(reader: EmbeddingReader) -> str:
-    if not reader.parts:
-        return ""
-    size = byte_size(sum(part.bytes for part in reader.parts))
-    return f"{counted(len(reader.parts), 'file')} in {reader.attributes['parts']} ({size})"
 
 
 def _count(reader: EmbeddingReader) -> tuple[int, Counter[str]]:
