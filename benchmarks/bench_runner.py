@@ -39,7 +39,7 @@ from esm_packed.runners.compute.worker import Worker
 from esm_packed.runners.input.build import build_index
 from esm_packed.runners.output.merge import MergeOptions, merge_run
 from esm_packed.runners.planning import new_plan, run_identity
-from esm_packed.runners.state.cut import sequence_flops
+from esm_packed.runners.state.cut import FLOPS_PER_SHARD, sequence_flops
 from esm_packed.runners.state.directory import RunDirectory
 from esm_packed.runners.state.request import EmbedRequest
 from esm_packed.runners.state.run import Run
@@ -212,7 +212,7 @@ def test_overhead(
 
     results, forward_seconds, forward_processor_seconds = timed_forward(worker, plan())
     recalled = cycle(results)  # packs come in the same order again
-    monkeypatch.setattr(Device, "launch", lambda device, batch: Launched(next(recalled)))
+    monkeypatch.setattr(Device, "launch", lambda device, batch, *outputs: Launched(next(recalled)))
     measured: list[tuple[float, StageTimes]] = []
 
     def run_without_forward() -> None:
@@ -367,6 +367,7 @@ def test_scaling(
     full: bool,
     tmp_path: Path,
     tokens_per_second: dict[tuple[int, str], dict[int, float]],
+    monkeypatch: pytest.MonkeyPatch,
     benchmark: Any,
 ) -> None:
     """Workers that are up and have computed something, on shards that are not there yet.
@@ -388,7 +389,7 @@ def test_scaling(
             benchmark.pedantic(processes.compute, rounds=1)
             tokens *= workers
         else:
-            error = scale_ray(workers, sequences, fasta, stack, benchmark)
+            error = scale_ray(workers, sequences, fasta, stack, monkeypatch, benchmark)
     if benchmark.stats is None:  # --benchmark-disable
         return
     rates = tokens_per_second[block, engine]
@@ -412,7 +413,14 @@ def test_scaling(
     )
 
 
-def scale_ray(workers: int, sequences: Sequence[str], fasta: Path, stack: ExitStack, benchmark: Any) -> float:
+def scale_ray(
+    workers: int,
+    sequences: Sequence[str],
+    fasta: Path,
+    stack: ExitStack,
+    monkeypatch: pytest.MonkeyPatch,
+    benchmark: Any,
+) -> float:
     """Time the shards of a run on Ray workers; the worst error of a few rows."""
     pytest.importorskip("ray", reason="Ray is not installed")
     from esm_packed.runners.compute.ray_engine import RayEngine
@@ -420,8 +428,9 @@ def scale_ray(workers: int, sequences: Sequence[str], fasta: Path, stack: ExitSt
     request = replace(request_for(fasta, fasta.with_name("out.h5"), SMALL), engine="ray", workers=workers)
     checkpoint = load_checkpoint(SMALL)
     lengths = np.array(list(map(len, sequences)))
-    flops_per_shard = sequence_flops(lengths, checkpoint.config).sum() / SCALING_SHARDS
-    run = index_and_plan(request, checkpoint, checkpoint.config, flops_per_shard, {})
+    flops = sequence_flops(lengths, checkpoint.config).sum()
+    monkeypatch.setitem(FLOPS_PER_SHARD, "cpu", flops / SCALING_SHARDS)
+    run = index_and_plan(request, checkpoint, checkpoint.config, "cpu", {})
     engine = stack.enter_context(RayEngine(request, CPU, (), checkpoint, QUIET))
     watch = stack.enter_context(watching(QUIET, workers, None, sum(map(len, sequences))))
     logs = [run.directory.logs_path / f"worker-{rank}.log" for rank in range(workers)]
