@@ -31,11 +31,9 @@ __all__ = [
 
 
 def _pooled(a: Any) -> torch.Tensor:
-    return a.hidden_states.new_empty(
-        a.cu_seqlens.shape[0] - 1,
-        a.hidden_states.shape[1],
-        dtype=reference.statistics_dtype(a.hidden_states.dtype),
-    )
+    hidden_states: torch.Tensor = a.hidden_states
+    dtype = reference.statistics_dtype(hidden_states.dtype)
+    return hidden_states.new_empty(a.cu_seqlens.shape[0] - 1, hidden_states.shape[1], dtype=dtype)
 
 
 embed_tokens = operation(

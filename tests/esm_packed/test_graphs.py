@@ -48,7 +48,7 @@ def test_loaded_batches_have_the_same_embeddings(attention: str) -> None:
     model = ESM2.from_pretrained("demo", dtype="fp64", attention=attention, device="cpu")
     batches = [random_batch(lengths) for lengths in ([60, 3, 1], [30, 30, 61, 12], [64], [7] * 25)]
     widest = max((Shape.of(batch, ["mean/5"]) for batch in batches), key=lambda shape: shape.num_segments)
-    static = empty_batch(Shape(BUDGET, widest.num_segments, 128, (5,)), batches[0])
+    static = empty_batch(Shape(BUDGET, widest.num_segments, 128, ("mean/5",)), batches[0])
     for batch in batches:
         load(static, batch)
         rows = model.embed_packed(static, ["mean/5"])["mean/5"][batch.segments]

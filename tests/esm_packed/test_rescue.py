@@ -161,10 +161,10 @@ def test_no_room_on_the_device_means_the_cpu(
 
 
 def test_an_error_that_is_no_lack_of_memory_surfaces() -> None:
-    rows = {1: np.full(3, np.inf, np.float32)}
+    rows = {"mean/1": np.full(3, np.inf, np.float32)}
 
     def fail(error: Exception):
-        def compute(model: object) -> dict[int, np.ndarray]:
+        def compute(model: object) -> dict[str, np.ndarray]:
             raise error
 
         return compute
@@ -175,12 +175,12 @@ def test_an_error_that_is_no_lack_of_memory_surfaces() -> None:
     for error in (torch.OutOfMemoryError("CUDA out of memory"), MemoryError()):
         is_finite, reason = rescue.replace(rows, fail(error), "dtype fp16")
         assert not is_finite and "no memory" in reason
-        assert np.isnan(rows[1]).all()
+        assert np.isnan(rows["mean/1"]).all()
 
 
 def test_what_storage_cannot_hold_is_nan() -> None:
-    rows = {1: np.array([np.inf, 1.0], np.float16), 2: np.array([1.0, 2.0], np.float16)}
-    too_large = {1: np.array([1e6, 1.0], np.float32), 2: np.array([1.0, 2.0], np.float32)}
+    rows = {"mean/1": np.array([np.inf, 1.0], np.float16), "mean/2": np.array([1.0, 2.0], np.float16)}
+    too_large = {"mean/1": np.array([1e6, 1.0], np.float32), "mean/2": np.array([1.0, 2.0], np.float32)}
     rescue = Rescue(object)  # type: ignore[arg-type]
     is_finite, reason = rescue.replace(rows, lambda model: too_large, "stored as float16")
     assert not is_finite and "nor is that in fp32" in reason

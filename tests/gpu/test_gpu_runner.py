@@ -119,8 +119,8 @@ def test_what_overflows_is_recomputed_in_fp32(
     original = model.embed_packed
     spoiled = len(sequences[8]) + 2
 
-    def overflow(batch: PackedBatch, names: Sequence[str], *rest: Any) -> dict[str, torch.Tensor]:
-        rows = original(batch, names, *rest)
+    def overflow(batch: PackedBatch, *rest: Any, **options: Any) -> dict[str, torch.Tensor]:
+        rows = original(batch, *rest, **options)
         rows[mean_of(LAST)][batch.cu_seqlens.diff() == spoiled] = torch.inf
         return rows
 

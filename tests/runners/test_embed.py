@@ -22,10 +22,13 @@ from esm_packed.runners import session
 from esm_packed.runners.input.fasta import InputError, ReadOptions
 from esm_packed.runners.output.layout import StoredProblem
 from esm_packed.runners.output.reader import EmbeddingReader
-from esm_packed.runners.session import EmbedRequest, embed_files
+from esm_packed.runners.session import embed_files
 from esm_packed.runners.state.cut import FLOPS_PER_SHARD
+from esm_packed.runners.state.directory import RunDirectory
 from esm_packed.runners.state.plan import plan_hash
+from esm_packed.runners.state.request import EmbedRequest
 from esm_packed.runners.state.shard import STATUS_FAILED
+from esm_packed.runners.summary import Summary
 from esm_packed.runners.watch.console import Console
 
 MODEL = "demo"
@@ -64,7 +67,7 @@ def request_for(*inputs: Path | str, **changes) -> EmbedRequest:
     return replace(request, **changes)
 
 
-def run(*inputs: Path | str, **changes) -> tuple[session.Summary, EmbeddingReader]:
+def run(*inputs: Path | str, **changes) -> tuple[Summary, EmbeddingReader]:
     request = request_for(*inputs, **changes)
     summary = embed_files(request, Console(quiet=True))
     return summary, EmbeddingReader(request.output)
@@ -150,8 +153,9 @@ def test_standard_input_is_not_needed_again(tmp_path, fasta, sequences, monkeypa
     text = to_fasta(sequences).encode()
 
     def pipe(content: bytes) -> io.BytesIO:
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
-        return sys.stdin.buffer
+        stream = io.BytesIO(content)
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(stream))
+        return stream
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
@@ -445,7 +449,7 @@ def test_a_damaged_shard_is_computed_again(fasta, model, monkeypatch, damage):
 
 
 def test_a_second_process_is_refused(fasta, model):
-    directory = session.RunDirectory((fasta.parent / "out.h5").resolve())
+    directory = RunDirectory((fasta.parent / "out.h5").resolve())
     directory.make()
     with directory.claim(), pytest.raises(UsageError, match="is being worked on by process"):
         run(fasta)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import fair_esm_reference
 import numpy as np
@@ -21,12 +22,14 @@ from esm_packed.runners.compute import budget, worker
 from esm_packed.runners.compute.budget import PROBE_LENGTH, PROBE_SEQUENCES, measured_token_budget
 from esm_packed.runners.compute.pipeline import Pipeline
 from esm_packed.runners.output.reader import EmbeddingReader
-from esm_packed.runners.session import EmbedRequest, embed_files
+from esm_packed.runners.session import embed_files
 from esm_packed.runners.state.cut import FLOPS_PER_SHARD
+from esm_packed.runners.state.request import EmbedRequest
 from esm_packed.runners.state.shard import STATUS_COMPUTED, STATUS_FAILED, ShardInput
 from esm_packed.runners.summary import Summary
 from esm_packed.runners.watch.console import Console
 from esm_packed.runners.watch.metrics import StageTimes
+from esm_packed.runners.watch.watch import watching
 
 LENGTHS = [5, 60, 3, 44, 90, 17, 1, 33, 72, 21, 38, 64]
 SEQUENCES = fair_esm_reference.random_sequences(LENGTHS, seed=3, letters="LAGVSERTIDPKQNFYMHWC")
@@ -83,7 +86,7 @@ def test_a_failed_row_is_not_compared() -> None:
     model = ESM2.from_pretrained("demo", device="cpu")
     original = model.embed_packed
 
-    def spoil(batch, names, *rest):  # type: ignore[no-untyped-def]
+    def spoil(batch, names, *rest):
         rows = original(batch, names, *rest)
         rows["mean/5"][batch.cu_seqlens.diff() == 10 + SPECIAL_TOKENS] = torch.nan
         return rows
@@ -103,7 +106,7 @@ def test_packing_disabled(fasta: Path, monkeypatch: pytest.MonkeyPatch, how: str
     with reader_of(fasta) as reader:
         packed = reader.embeddings()
         assert reader.attributes["disabled"] == ""
-    batches = []
+    batches: list[Any] = []
     monkeypatch.setattr(worker, "LAYOUTS", {"padded": _Recording(batches), "packed": LAYOUTS["packed"]})
     if how == "environment":
         monkeypatch.setenv("ESM_PACKED_DISABLE_PACKING", "1")
@@ -166,13 +169,13 @@ def test_reproducible_packs_are_not_halved(
 class _Recording:
     """The padded layout, with a list of what it laid out."""
 
-    def __init__(self, batches: list) -> None:  # type: ignore[type-arg]
+    def __init__(self, batches: list[Any]) -> None:
         self._batches = batches
 
     def __getattr__(self, name: str) -> object:
         return getattr(LAYOUTS["padded"], name)
 
-    def lay_out(self, token_ids, token_budget):  # type: ignore[no-untyped-def]
+    def lay_out(self, token_ids, token_budget):
         self._batches.append(LAYOUTS["padded"].lay_out(token_ids, token_budget))
         return self._batches[-1]
 
@@ -246,14 +249,13 @@ def test_a_metrics_file_that_fails_later_does_not_end_the_run(
     fasta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     log = tmp_path / "m.jsonl"
-    original = session.watching
 
-    def watching(*arguments):  # type: ignore[no-untyped-def]
+    def spoil(*arguments: Any) -> Any:
         log.unlink()
         log.mkdir()
-        return original(*arguments)
+        return watching(*arguments)
 
-    monkeypatch.setattr(session, "watching", watching)
+    monkeypatch.setattr(session, "watching", spoil)
     assert run(fasta, "--log-json", str(log)) == 0
     assert capsys.readouterr().err.count("no more metrics are written") == 1
 

@@ -69,8 +69,9 @@ def rows_of(shape: ShardShape, items: list[int]) -> dict[str, Rows]:
 
 def fill(writer: ShardWriter, groups: list[list[int]]) -> None:
     for items in groups:
-        notes = ({key: notes[key] for key in items if key in notes} for notes in (STATUSES, COMPARISONS))
-        writer.write(np.array(items, np.int64), rows_of(writer.shape, items), *notes)
+        statuses = {key: STATUSES[key] for key in items if key in STATUSES}
+        comparisons = {key: COMPARISONS[key] for key in items if key in COMPARISONS}
+        writer.write(np.array(items, np.int64), rows_of(writer.shape, items), statuses, comparisons)
     writer.made_by = MADE_BY
 
 

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from kept_shards import mean_arrays
 
-from esm_packed.outputs import layer_of
 from esm_packed.runners.output.layout import StoredProblem
 from esm_packed.runners.output.reader import EmbeddingReader
 from esm_packed.runners.output.writer import EmbeddingWriter
@@ -49,8 +48,9 @@ def write_output(
     lengths = np.arange(10, 10 + num_sequences, dtype=np.int32)
     modified = np.arange(num_sequences, dtype=np.uint8)
     with EmbeddingWriter(path, num_sequences=num_sequences) as writer:
-        for array in mean_arrays([1, 6], hidden_size, store_dtype):
-            writer.create(array, datasets[layer_of(array.name)], num_sequences)
+        arrays = mean_arrays(list(datasets), hidden_size, store_dtype)
+        for array, name in zip(arrays, datasets.values(), strict=True):
+            writer.create(array, name, num_sequences)
         for start in range(0, num_sequences, batch):
             part = slice(start, min(start + batch, num_sequences))
             names = [f"päf{row}" for row in range(part.start, part.stop)]

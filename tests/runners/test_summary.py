@@ -13,6 +13,7 @@ import sys
 import termios
 from contextlib import suppress
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,7 @@ def test_a_bar_shows_the_stage_that_the_others_wait_for(
     busy = [WorkerState(rank, "cpu", snapshot) for rank in range(2)]
     for states in (busy[:1], [*busy, WorkerState(2, "cpu", idle)]):
         with watch.watching(Console(), len(states), None, 100) as watched:
-            watched.update(10, lambda states=states: states)
+            watched.update(10, partial(list, states))
         shown = capsys.readouterr().err
         assert re.findall(r"residues/s, (\w+)\]", shown)[-1] == stage
         assert shown.count(f"shard 0, {stage}") == (2 if len(states) > 1 else 0)
@@ -301,7 +302,7 @@ def test_a_command_longer_than_an_attribute(fasta: Path, capsys: pytest.CaptureF
 def test_info_and_status_on_an_unfinished_run(
     fasta: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(self, batch, layers):  # type: ignore[no-untyped-def]
+    def fail(*_):
         raise ValueError("some bug")
 
     output = fasta.with_name("out.h5")
