@@ -104,8 +104,8 @@ class EmbedRequest:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; choose from {', '.join(values)}")
         if unknown := [kind for kind in self.kinds if kind not in KINDS]:
             raise ValueError(f"{unknown[0]!r} is no kind of output; choose from {', '.join(KINDS)}")
-        if not self.kinds or not self.layers or not self.inputs:
-            raise ValueError("name at least one FASTA file, one kind of output and one layer")
+        if not self.kinds or not self.layers:
+            raise ValueError("name at least one kind of output and one layer")
         if self.windows is not None and not 0 <= self.windows.overlap <= self.windows.size // 2:
             raise ValueError(f"windows {tuple(self.windows)}: the overlap is at most half of the size")
         if self.max_length < 0 or self.fp32_compare < 0:
