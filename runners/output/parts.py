@@ -21,7 +21,7 @@ from esm_packed.runners.state.shard import StoreError
 
 PART_FORMAT = "esm-packed part"
 PART = np.dtype([("file", h5py.string_dtype()), ("bytes", "i8"), ("first_row", "i8"), ("num_rows", "i8")])
-_MOST_OPEN = 4
+_MOST_OPEN = 16
 
 
 class Part(NamedTuple):

@@ -7,11 +7,13 @@ import os
 import re
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
 import h5py
 import numpy as np
+import output_files
 import pytest
 from output_files import ABSENT_REASON, FAILED_REASON, HIDDEN_SIZE, LAYERS, Output, write_output
 
@@ -120,6 +122,20 @@ def test_an_output_is_a_sequence_and_a_mapping(tmp_path: Path, num_parts: int) -
         np.testing.assert_array_equal(embeddings.bos(), output.values["bos/6"])
         np.testing.assert_array_equal(embeddings.unmasked_nll, output.values["unmasked_nll"])
         assert embeddings.attributes["model_name"] == "m"
+
+
+def test_iteration_holds_a_part_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(output_files, "HIDDEN_SIZE", 256)
+    output = write_output(tmp_path / "out.h5", ["mean"], repeats=2000)
+    size = output.values["embeddings"].nbytes
+    with esm_packed.open(output.path) as embeddings:
+        tracemalloc.start()
+        try:
+            assert sum(1 for _ in embeddings) == 14_000
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+    assert peak < size / 3
 
 
 @whole_and_in_parts
@@ -430,7 +446,7 @@ def test_a_part_that_is_not_as_it_was_is_named(
 
 
 def test_a_part_that_goes_away_meanwhile_is_an_error(tmp_path: Path) -> None:
-    output = write_output(tmp_path / "out.h5", num_parts=10, repeats=2)
+    output = write_output(tmp_path / "out.h5", num_parts=20, repeats=4)
     with esm_packed.open(output.path) as embeddings:
         (output.folder / "00000.h5").unlink()
         with pytest.raises(StoreError, match=r"00000\.h5: missing"):
