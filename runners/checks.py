@@ -39,12 +39,21 @@ OTHER_SUFFIXES = """
 
 @dataclass(frozen=True)
 class ExistingOutput:
-    """An esm-packed output: of which run, and whether `merge --partial` has left rows out."""
+    """An esm-packed output.
+
+    Args:
+        path: the file.
+        plan_hash: of its run.
+        identity: of its run.
+        is_complete: whether `merge --partial` has left no rows out.
+        parts: where its parts are; None if it has none.
+    """
 
     path: Path
     plan_hash: str
     identity: Mapping[str, Any]
     is_complete: bool
+    parts: str | None = None
 
     def check_same(self, identity: Mapping[str, Any]) -> None:
         """See that a run of `identity` makes this output.
@@ -93,7 +102,11 @@ def _check_output(output: Path, overwrite: bool) -> ExistingOutput | None:
         with EmbeddingReader(output) as reader:
             attributes = reader.attributes
             return ExistingOutput(
-                output, str(attributes["plan_hash"]), reader.plan["identity"], attributes.get("complete") == 1
+                output,
+                str(attributes["plan_hash"]),
+                reader.plan["identity"],
+                attributes.get("complete") == 1,
+                attributes.get("parts"),
             )
     except (StoreError, OSError):
         raise UsageError(

@@ -39,6 +39,7 @@ from esm_packed.runners.planning import (
 )
 from esm_packed.runners.state.claims import Claim
 from esm_packed.runners.state.directory import WHOLE_RUN, RunDirectory
+from esm_packed.runners.state.parts import remove_unused_parts
 from esm_packed.runners.state.plan import Plan, PlanError
 from esm_packed.runners.state.request import EmbedRequest
 from esm_packed.runners.state.run import Run
@@ -169,7 +170,7 @@ class _Session:
         if existing is not None:
             existing.check_same(identity)
             if existing.is_complete:
-                self._is_complete(existing.plan_hash)
+                self._is_complete(existing)
                 return False
         if plan is not None and not is_continued(plan, identity, directory, request.overwrite):
             plan = None
@@ -221,6 +222,8 @@ class _Session:
             finished = set(run.finished(shards))
             left = [shard for shard in shards if shard not in finished]
         in_parts = wants_parts(run, request.parts)
+        if in_parts:
+            run.parts.check()
         check_space(run, request.fp32_compare, in_parts, self.console)
         if len(left) < len(shards):
             self.console.note(
@@ -320,16 +323,17 @@ class _Session:
             raise UsageError(
                 f"{self.directory.path}: removed, or replaced by another run, while this one computed"
             )
-        self._is_complete(self.run.plan.hash)
+        self._is_complete(existing)
         return True
 
-    def _is_complete(self, plan_hash: str) -> None:
+    def _is_complete(self, existing: ExistingOutput) -> None:
         self.summary.read_output()
         self.summary.already_complete = True
         with suppress(OSError, PlanError):
-            if Plan.read(self.directory.plan_path).hash != plan_hash:
+            if Plan.read(self.directory.plan_path).hash != existing.plan_hash:
                 self.console.note(f"{self.directory.path}: holds another, unfinished run; it is left alone")
                 return
+        remove_unused_parts(self.directory.output, existing.parts)  # if a killed process has not
         if not self.request.keep_run:
             self._remove_directory()
 

@@ -22,7 +22,6 @@ from esm_packed.runners.watch.console import Advance
 PART_BYTES = 1 << 30
 """Of a part, at least, where there are not more than `MOST_PARTS` parts of this size."""
 
-
 PARTS_FROM_BYTES = 50_000_000_000
 """Of rows of residues from which on parts are made unless asked otherwise."""
 
@@ -52,7 +51,7 @@ def make_parts(run: Run, compression: str, advance: Advance) -> list[Part]:
         OSError: the disk is full or fails.
     """
     folder = run.parts
-    folder.make()
+    folder.make(run.directory.scratch_path)
     parts: list[Part] = []
     for shards in _groups(run):
         name = f"{len(parts):05}.h5"
@@ -80,11 +79,12 @@ def _groups(run: Run) -> Iterator[list[int]]:
 
 
 def _are_in_part(run: Run, shards: list[int], name: str) -> bool:
-    """Whether the ragged arrays of all of these shards have moved to a part."""
+    """Whether the ragged arrays of all of these shards have moved to a part, and are whole."""
     for shard in shards:
         with whole_shard(run, shard) as reader:
             if reader.part is None or reader.part[0] != name:
                 return False
+            reader.verify()
     return True
 
 

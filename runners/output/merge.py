@@ -21,6 +21,7 @@ from esm_packed.runners.output.layout import StoredComparison, StoredProblem
 from esm_packed.runners.output.names import dataset_of
 from esm_packed.runners.output.parts import Part
 from esm_packed.runners.output.writer import EmbeddingWriter
+from esm_packed.runners.state.parts import remove_unused_parts
 from esm_packed.runners.state.plan import Plan
 from esm_packed.runners.state.run import Run
 from esm_packed.runners.state.shard import STATUS_COMPUTED, STATUS_NOT_COMPUTED, StoreError
@@ -77,7 +78,8 @@ def merge_run(run: Run, console: Console, options: MergeOptions) -> int:
             num_missing = _merge(run, options, missing, parts, num_rows, advance)
     except FileExistsError as error:
         raise StoreError(f"{error.filename}: {error.strerror}") from error
-    run.parts.remove_others(keep=in_parts)
+    if not num_missing:  # else the run goes on, and its shards may have rows in parts
+        remove_unused_parts(run.directory.output, run.parts.attribute if in_parts else None)
     return num_missing
 
 

@@ -82,6 +82,7 @@ class ArrayWriter(NewFile):
             parts: that have the rows.
         """
         layout = h5py.VirtualLayout((rows, array.columns), array.dtype)
+        folder = folder.replace("%", "%%")  # HDF5 takes %b for the number of a block
         for file, _, first, count in parts:
             if count:
                 source = h5py.VirtualSource(f"{folder}/{file}", dataset, (count, array.columns), array.dtype)

@@ -31,55 +31,90 @@ class PartsFolder:
     """
 
     def __init__(self, output: Path, run: str) -> None:
-        self._root = output.with_name(f"{output.name}.parts")
-        self._run = run
+        self._output = output
+        self._root = _root_of(output)
         self.path = self._root / run
-
-    @property
-    def attribute(self) -> str:
+        self.attribute = f"{self._root.name}/{run}"
         """Where the parts are, relative to the output."""
-        return f"{self._root.name}/{self._run}"
 
-    def make(self) -> None:
-        """Make the folder if it is not there.
+    def check(self) -> None:
+        """See that the folder is there or can be made.
 
         Raises:
-            UsageError: something that is not ours has its name.
+            UsageError: something that is not ours has its name, or HDF5 cannot keep that name.
+        """
+        try:
+            self.attribute.encode()
+        except UnicodeEncodeError:
+            raise UsageError(
+                f"{self._output}: an output in parts needs a name in UTF-8; name another, or --merge makes "
+                "one file"
+            ) from None
+        if _is_foreign(self._root) or (not _is_ours(self._root) and _has_entries(self._root)):
+            raise UsageError(
+                f"{self._root}: in the way of the parts of the output, and not made by esm-packed; "
+                "move it away, or --merge makes one file"
+            )
+        if _is_foreign(self.path):
+            raise UsageError(f"{self.path}: not made by esm-packed; move it away")
+
+    def make(self, scratch: Path) -> None:
+        """Make the folder if it is not there.
+
+        Args:
+            scratch: a folder on the same file system for unfinished files.
+
+        Raises:
+            UsageError: as `check` does.
             OSError: it cannot be made.
         """
-        if not self._is_ours():
-            with suppress(FileExistsError):
-                self._root.mkdir()
-            if self._root.is_symlink() or not self._root.is_dir() or any(self._root.iterdir()):
-                raise UsageError(
-                    f"{self._root}: in the way of the parts of the output, and not made by esm-packed; "
-                    "move it away"
-                )
-            with whole_or_nothing(self._root / MARKER) as temporary:
+        self.check()
+        self._root.mkdir(exist_ok=True)
+        if not _is_ours(self._root):
+            with whole_or_nothing(self._root / MARKER, scratch) as temporary:
                 temporary.write_bytes(_MARKER_TEXT)
         self.path.mkdir(exist_ok=True)
-        if self.path.is_symlink():
-            raise UsageError(f"{self.path}: is a link, and not made by esm-packed; move it away")
 
-    def remove_others(self, *, keep: bool) -> None:
-        """Remove the parts of other runs, and of this one unless `keep`."""
-        if not self._is_ours():
-            return
-        for folder in self._root.iterdir():
-            is_kept = keep and folder.name == self._run
-            if _RUN.fullmatch(folder.name) and folder.is_dir() and not folder.is_symlink() and not is_kept:
-                for file in folder.iterdir():
-                    if _PART.fullmatch(file.name):
-                        file.unlink(missing_ok=True)
-                with suppress(OSError):  # something else is in it
-                    folder.rmdir()
-        if all(entry.name == MARKER for entry in self._root.iterdir()):
-            (self._root / MARKER).unlink(missing_ok=True)
-            with suppress(OSError):
-                self._root.rmdir()
 
-    def _is_ours(self) -> bool:
-        try:
-            return not self._root.is_symlink() and read_regular(self._root / MARKER) == _MARKER_TEXT
-        except OSError:
-            return False
+def remove_unused_parts(output: Path, used: str | None) -> None:
+    """Remove the parts of other runs than the one an output is of.
+
+    Args:
+        output: the file.
+        used: its attribute `parts`; None if it has none.
+    """
+    root = _root_of(output)
+    if not _is_ours(root):
+        return
+    for folder in root.iterdir():
+        is_used = used == f"{root.name}/{folder.name}"
+        if _RUN.fullmatch(folder.name) and folder.is_dir() and not folder.is_symlink() and not is_used:
+            for file in folder.iterdir():
+                if _PART.fullmatch(file.name):
+                    file.unlink(missing_ok=True)
+            with suppress(OSError):  # something else is in it
+                folder.rmdir()
+    if all(entry.name == MARKER for entry in root.iterdir()):
+        (root / MARKER).unlink(missing_ok=True)
+        with suppress(OSError):
+            root.rmdir()
+
+
+def _root_of(output: Path) -> Path:
+    return output.with_name(f"{output.name}.parts")
+
+
+def _is_ours(root: Path) -> bool:
+    try:
+        return not root.is_symlink() and read_regular(root / MARKER) == _MARKER_TEXT
+    except OSError:
+        return False
+
+
+def _is_foreign(folder: Path) -> bool:
+    """Whether there is something that is no folder."""
+    return folder.is_symlink() or (folder.exists() and not folder.is_dir())
+
+
+def _has_entries(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.iterdir())
