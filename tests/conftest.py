@@ -29,7 +29,7 @@ torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Test processes take a file at a time. They end together when the files that take longest come first.
-LONGEST = ("test_ray.py", "test_compile.py", "test_kill.py", "test_slices.py", "test_triton_kernels.py")
+LONGEST = ("test_ray.py", "test_compile.py", "test_kill.py", "test_triton_kernels.py", "test_tune.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

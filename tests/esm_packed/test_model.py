@@ -38,7 +38,9 @@ def demo() -> ESM2:
 
 
 def test_the_package_lists_what_it_offers() -> None:
-    assert dir(esm_packed) == ["ESM2", "__version__"]
+    names = ["ESM2", "EmbeddingDataset", "EmbeddingFile", "__version__", "embed_file", "open", "read_fasta"]
+    assert dir(esm_packed) == names
+    assert all(hasattr(esm_packed, name) for name in names)
 
 
 def test_embed_keeps_the_order_and_the_shapes(demo: ESM2) -> None:
