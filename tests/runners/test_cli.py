@@ -276,9 +276,7 @@ def test_the_same_command_again_is_already_complete(fasta, capsys, without_compu
 
 def test_failed_rows_exit_with_3(fasta, capsys, monkeypatch):
     def not_finite(self, batch, names, *rest):
-        return {
-            name: torch.full((batch.num_sequences, self.config.hidden_size), torch.inf) for name in names
-        }
+        return {name: torch.full((batch.num_sequences, self.config.hidden_size), torch.inf) for name in names}
 
     monkeypatch.setattr(ESM2, "embed_packed", not_finite)
     assert cli.main(embed_arguments(fasta, fasta.parent)) == 3
