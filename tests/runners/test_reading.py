@@ -315,8 +315,13 @@ def attribute(name: str, value: object, dataset: str = "/") -> Callable[[h5py.Fi
     return lambda file: file[dataset].attrs.__setitem__(name, value)
 
 
-def unwritten(name: str) -> Callable[[h5py.File], None]:
-    return instead(name, shape=(2**34, HIDDEN_SIZE), dtype="f4", chunks=(1024, HIDDEN_SIZE))
+def unwritten(*names: str, num_rows: int) -> Callable[[h5py.File], None]:
+    def replace(file: h5py.File) -> None:
+        for name in names:
+            columns = file[name].shape[1]
+            instead(name, shape=(num_rows, columns), dtype="f4", chunks=(7, columns))(file)
+
+    return replace
 
 
 DAMAGES = {
@@ -332,8 +337,8 @@ DAMAGES = {
     "per_residue are numbers": instead("per_residue/6", data=np.zeros((22, HIDDEN_SIZE), np.int32)),
     "logits of two": instead("logits", data=np.zeros((22, 2), np.float32)),
     "unmasked_nll is float64": instead("unmasked_nll", data=np.zeros(7)),
-    "2^34 residues": unwritten("per_residue/1"),
-    "2^34 means": unwritten("embeddings"),
+    "2^34 residues": unwritten("per_residue/1", "per_residue/6", "logits", "logits_all", num_rows=2**34),
+    "means never written": unwritten("embeddings", num_rows=7),
     "other tokens": attribute("tokens", list("LAGVSERTDIPKQNFYMHWC"), "logits"),
     "no tokens": lambda file: file["logits_all"].attrs.__delitem__("tokens"),
     "starts are floats": instead("starts", data=np.zeros(7)),
