@@ -15,42 +15,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from nursery import SLOW, Nursery, Result, Work, names_in, shards_of, wait_until
+from nursery import DIE_AT_STEP, SLOW, Nursery, Result, Work, names_in, shards_of, wait_until
 
 from esm_packed.runners.cli import main as cli
 from esm_packed.runners.output.reader import EmbeddingReader
 from esm_packed.runners.state.shard import STATUS_COMPUTED, STATUS_NOT_COMPUTED
-
-# Dies at the n-th operation that changes the file system; of a write, half has been done by then.
-DIE_AT_STEP = """
-STEP, ONLY = {step}, {only!r}
-steps = []
-def counted(name):
-    original = getattr(os, name)
-    def operation(*call, **options):
-        target = " ".join(
-            os.readlink(f"/proc/self/fd/{{path}}") if isinstance(path, int) else str(os.fspath(path))
-            for path in call[: 2 if name in ("replace", "rename", "link") else 1]
-        )
-        if ONLY in target and (name != "open" or call[1] & os.O_CREAT):
-            steps.append(f"{{name}} {{target}}")
-            if len(steps) == STEP:
-                if name == "pwrite":
-                    original(call[0], bytes(call[1])[: len(call[1]) // 2], *call[2:])
-                os.write(2, f"died at {{steps[-1]}}\\n".encode())
-                os.kill(os.getpid(), 9)
-        return original(*call, **options)
-    setattr(os, name, operation)
-for name in ("open", "pwrite", "fsync", "replace", "rename", "link", "unlink", "mkdir", "rmdir", "ftruncate"):
-    counted(name)
-main = cli.main
-def main_and_count(arguments):
-    try:
-        return main(arguments)
-    finally:
-        os.write(2, f"steps {{len(steps)}}\\n".encode())
-cli.main = main_and_count
-"""
 
 
 def continue_to_the_end(nursery: Nursery, work: Work, output: Path) -> None:
