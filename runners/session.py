@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
+from typing import Any, Protocol
 
 import torch
 
-from esm_packed.checkpoints import load_checkpoint
+from esm_packed.checkpoints import Checkpoint, load_checkpoint
 from esm_packed.config import DEFAULT_TOKEN_BUDGETS
 from esm_packed.errors import UsageError
 from esm_packed.runners.checks import (
@@ -40,7 +41,7 @@ from esm_packed.runners.planning import (
 from esm_packed.runners.state.claims import Claim
 from esm_packed.runners.state.directory import WHOLE_RUN, RunDirectory
 from esm_packed.runners.state.parts import remove_unused_parts
-from esm_packed.runners.state.plan import Plan, PlanError
+from esm_packed.runners.state.plan import Plan, PlanError, plan_hash
 from esm_packed.runners.state.request import EmbedRequest
 from esm_packed.runners.state.run import Run
 from esm_packed.runners.state.slices import Slice
@@ -51,12 +52,27 @@ from esm_packed.runners.watch.console import Console
 from esm_packed.runners.watch.watch import watching
 
 
-def embed_files(request: EmbedRequest, console: Console) -> Summary:
+class Export(Protocol):
+    """What else a run is for: files made of its output while the run is held."""
+
+    def is_complete(self, index: FastaIndex, checkpoint: Checkpoint, identity: Mapping[str, Any]) -> bool:
+        """Whether all is there already. Called before anything is computed; raises if it cannot be made."""
+
+    def make(self) -> None:
+        """Make it, or what a killed process has left to make, and remove the output."""
+
+
+def embed_files(request: EmbedRequest, console: Console, export: Export | None = None) -> Summary:
     """Embed every record of `request.inputs` into `request.output`, which appears only when it is whole.
 
     The work is done in the run directory `OUTPUT.run`. If one is there, the run it holds is continued. With
     `request.part` only that slice of the shards is computed, and the output is made by the process that finds
     all of them there.
+
+    Args:
+        request: what is asked for.
+        console: shows how far it is.
+        export: made of the output, if it is there or when it is made; without slices.
 
     Raises:
         UsageError: an option does not fit the model or the device, the output cannot be where it should, or
@@ -74,20 +90,26 @@ def embed_files(request: EmbedRequest, console: Console) -> Summary:
     check_device(request, device)
     directory = RunDirectory(output)
     try:
-        summary = _embed(request, directory, device, console)
+        summary = _embed(request, directory, device, console, export)
     except DamagedIndexError as error:
         can_read = bool(request.inputs) and STDIN not in request.inputs
         if not can_read or directory.live_slices():  # others use the index
             raise
         console.note(f"{error.what}; reading the inputs again")
-        summary = _embed(request, directory, device, console)
+        summary = _embed(request, directory, device, console, export)
     summary.seconds = time.monotonic() - begin
     return summary
 
 
-def _embed(request: EmbedRequest, directory: RunDirectory, device: torch.device, console: Console) -> Summary:
+def _embed(
+    request: EmbedRequest,
+    directory: RunDirectory,
+    device: torch.device,
+    console: Console,
+    export: Export | None,
+) -> Summary:
     with undisturbed(directory), ExitStack() as stack:
-        session = _Session(request, directory, device, console, stack)
+        session = _Session(request, directory, device, console, stack, export)
         if request.part is None:
             with claimed(directory, WHOLE_RUN, console) as session.claim:
                 if session.prepare():
@@ -135,12 +157,14 @@ class _Session:
         device: torch.device,
         console: Console,
         stack: ExitStack,
+        export: Export | None,
     ) -> None:
         self.request = request
         self.directory = directory
         self.device = device
         self.console = console
         self._stack = stack  # closes the engine
+        self._export = export
         self._engine: Engine | None = None
         self._opened_index: FastaIndex | None = None
 
@@ -167,6 +191,9 @@ class _Session:
         token_budget = self._token_budget(plan, existing)
         identity = run_identity(request, index, self.checkpoint, self.device, token_budget)
         self.summary = Summary.of_run(request, self.checkpoint, index, identity)
+        if self._export is not None and self._export.is_complete(index, self.checkpoint, identity):
+            self._leave(plan_hash(identity), parts=None)
+            return False
         if existing is not None:
             existing.check_same(identity)
             if existing.is_complete:
@@ -302,6 +329,9 @@ class _Session:
         self.summary.read_output()
         if self.request.log_json is not None:
             log_changes(self.console, self.request.log_json, self.directory.output)
+        if self._export is not None:
+            self._export.make()
+            remove_unused_parts(self.directory.output, None)
         check_held(self.claim)
         if not self.request.keep_run:
             self._remove_directory()
@@ -328,12 +358,25 @@ class _Session:
 
     def _is_complete(self, existing: ExistingOutput) -> None:
         self.summary.read_output()
+        parts = existing.parts
+        if self._export is not None:
+            self._export.make()
+            parts = None
+        self._leave(existing.plan_hash, parts)
+
+    def _leave(self, complete_hash: str, parts: str | None) -> None:
+        """Remove the run directory and unused parts, unless they are of another run than the complete one.
+
+        Args:
+            complete_hash: hash of its plan.
+            parts: those that its output uses, as `remove_unused_parts` takes them.
+        """
         self.summary.already_complete = True
         with suppress(OSError, PlanError):
-            if Plan.read(self.directory.plan_path).hash != existing.plan_hash:
+            if Plan.read(self.directory.plan_path).hash != complete_hash:
                 self.console.note(f"{self.directory.path}: holds another, unfinished run; it is left alone")
                 return
-        remove_unused_parts(self.directory.output, existing.parts)  # if a killed process has not
+        remove_unused_parts(self.directory.output, parts)  # if a killed process has not
         if not self.request.keep_run:
             self._remove_directory()
 
