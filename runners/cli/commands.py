@@ -78,6 +78,34 @@ def embed(options: argparse.Namespace) -> int:
     return EXIT_COMPLETE
 
 
+def extract(options: argparse.Namespace) -> int:
+    from esm_packed.runners.extract import ExtractRequest, extract_file
+    from esm_packed.runners.input.fasta import ReadOptions
+    from esm_packed.runners.watch.console import Console
+
+    _check_standard_input([options.fasta])
+    if "contacts" in options.include:
+        raise UsageError("--include contacts: esm-packed does not write contacts yet; leave it out")
+    request = _request(
+        ExtractRequest,
+        options,
+        include=tuple(options.include),
+        repr_layers=tuple(options.repr_layers),
+        device="cpu" if options.nogpu else "auto",
+        read=_request(ReadOptions, options, full_header=True),
+    )
+    extracted = extract_file(request, Console(options.quiet))
+    if not options.quiet:
+        say(extracted.lines())
+    if extracted.num_failed:
+        complain(
+            f"{extracted.num_failed:,} of {extracted.summary.num_sequences:,} sequences are not finite; "
+            f"their tensors are NaN, and {extracted.index_path} names them"
+        )
+        return EXIT_FAILED_ROWS
+    return EXIT_COMPLETE
+
+
 def _check_standard_input(inputs: Sequence[str]) -> None:
     """See that `-` is there to be read, once."""
     from esm_packed.runners.input.index import STDIN

@@ -14,6 +14,7 @@ from esm_packed.reports.validation.thresholds import THRESHOLDS
 from esm_packed.runners.cli import commands as run
 from esm_packed.runners.cli import values
 from esm_packed.runners.cli.embed_options import add_embed
+from esm_packed.runners.cli.extract_options import add_extract
 from esm_packed.runners.cli.parser import (
     Parser,
     add_command,
@@ -82,6 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="name", metavar="COMMAND", title="commands")
     for add in (
         add_embed,
+        add_extract,
         _add_info,
         _add_check,
         _add_checkpoint,

@@ -85,7 +85,7 @@ def add_parts(parser: argparse._ActionsContainer) -> None:
     place.add_argument("--merge", dest="parts", action="store_false", help="one file, however large")
 
 
-def add_read_rules(parser: argparse.ArgumentParser) -> None:
+def add_read_rules(parser: argparse.ArgumentParser, *, has_full_header: bool = True) -> None:
     rules = parser.add_argument_group(
         "input rules (by default a fault is an error, before anything is computed)"
     )
@@ -102,7 +102,8 @@ def add_read_rules(parser: argparse.ArgumentParser) -> None:
         help="records of one ID: keep the first, or rename later ones to ID__2, ID__3 ...",
     )
     rules.add_argument("--gaps", choices=CHOICES["gaps"], default="error", help="gaps - and . in sequences")
-    rules.add_argument(
-        "--full-header", action="store_true", help="the ID is the whole header, not its first word"
-    )
+    if has_full_header:
+        rules.add_argument(
+            "--full-header", action="store_true", help="the ID is the whole header, not its first word"
+        )
     rules.add_argument("--force", action="store_true", help="go on with sequences that look like DNA")

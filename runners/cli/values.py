@@ -36,7 +36,7 @@ def output_file(text: str) -> Path:
 def output_folder(text: str) -> Path:
     folder = path(text)
     if folder.exists() and not folder.is_dir():
-        raise argparse.ArgumentTypeError(f"{text}: exists and is no folder; name one for the report")
+        raise argparse.ArgumentTypeError(f"{text}: exists and is no folder; name one to fill")
     return folder
 
 
@@ -64,6 +64,12 @@ def layers(text: str) -> tuple[int, ...]:
     if not re.fullmatch("-?[0-9]{1,9}(,-?[0-9]{1,9})*", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of layers such as 6,12 or -1")
     return tuple(int(layer) for layer in text.split(","))
+
+
+def layer(text: str) -> int:
+    if not re.fullmatch("-?[0-9]{1,9}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a layer such as 33 or -1")
+    return int(text)
 
 
 def kinds(text: str) -> tuple[str, ...]:

@@ -41,7 +41,7 @@ def live(job: dict[str, Any]) -> int:
     changes: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in job["changes"].items()
     }
-    session.embed_files = lambda request, console: original(replace(request, **changes), console)
+    session.embed_files = lambda request, *rest: original(replace(request, **changes), *rest)
     exec(job["patch"], globals())
     return cli.main(job["arguments"])
 

@@ -1,0 +1,91 @@
+"""The options of `esm-packed extract`, called as those of esm-extract, and their help."""
+
+from __future__ import annotations
+
+import argparse
+
+from esm_packed.config import DEFAULT_MAX_LENGTH, DTYPES
+from esm_packed.runners.cli import commands as run
+from esm_packed.runners.cli import values
+from esm_packed.runners.cli.parser import Parser, add_command, add_model, add_read_rules, add_threads
+
+_EPILOG = """\
+examples:
+  esm-packed extract esm2_t33_650M_UR50D proteins.fasta out --include mean
+  esm-packed extract my-finetune.pt proteins.fasta out --include mean per_tok --repr_layers 0 32 33
+  esm-packed extract demo proteins.fasta out --include bos --truncation_seq_length 2000 --nogpu
+
+OUTPUT_DIR gets LABEL.pt for each sequence, LABEL being its whole header line, and index.tsv: label, file,
+status, reason. A file holds a dict with `label` and, by layer, FP32 tensors: `representations` (L, D) for
+per_tok, `mean_representations` (D,) and `bos_representations` (D,).
+Interrupted or killed, the same command continues.
+
+Other than esm-extract:
+  lower case is read as upper case, and an empty header or a character outside the alphabet is an error
+  in names of files / : a leading dot and control characters are percent-encoded, and labels over 200
+  bytes or of like names end in a hash; index.tsv says which file is whose"""
+
+
+def add_extract(commands: argparse._SubParsersAction[Parser]) -> None:
+    parser = add_command(
+        commands,
+        "extract",
+        run.extract,
+        "esm_packed.runners.extract",
+        help="write the .pt files of esm-extract",
+        description="Embed every protein of a FASTA file into a .pt file of its own, with the options and\n"
+        "the files of fair-esm's esm-extract.",
+        epilog=_EPILOG,
+    )
+    add_model(parser)
+    parser.add_argument(
+        "fasta",
+        type=values.input_name,
+        metavar="FASTA",
+        help="FASTA file, plain or gzip; - is standard input",
+    )
+    parser.add_argument(
+        "output_dir",
+        type=values.output_folder,
+        metavar="OUTPUT_DIR",
+        help="folder for the files, made if it is not there",
+    )
+    parser.add_argument(
+        "--include",
+        nargs="+",
+        required=True,
+        choices=("mean", "per_tok", "bos", "contacts"),
+        help="kinds of output (contacts are still to come)",
+    )
+    parser.add_argument(
+        "--repr_layers",
+        nargs="+",
+        type=values.layer,
+        default=(-1,),
+        metavar="LAYER",
+        help="layers, 0 being the embedding and -1 the last one (default: -1)",
+    )
+    parser.add_argument(
+        "--toks_per_batch",
+        type=values.whole_number(1),
+        default=4096,
+        metavar="N",
+        help="tokens computed together, BOS and EOS included (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--truncation_seq_length",
+        type=values.whole_number(0),
+        default=DEFAULT_MAX_LENGTH,
+        metavar="N",
+        help="keep the first N residues of longer proteins, 0 for all (default: %(default)s)",
+    )
+    parser.add_argument("--nogpu", action="store_true", help="compute on the CPU although there is a GPU")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="precision (default: fp32)")
+    add_threads(parser)
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace files of the same names in OUTPUT_DIR, or an unfinished run of other options",
+    )
+    parser.add_argument("--quiet", action="store_true", help="say nothing but what goes wrong")
+    add_read_rules(parser, has_full_header=False)

@@ -1,0 +1,301 @@
+"""The command `extract`: esm-extract's files, made of the output of a run."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from esm_packed.checkpoints import Checkpoint
+from esm_packed.errors import UsageError
+from esm_packed.files import sync
+from esm_packed.outputs import KINDS
+from esm_packed.runners.input.fasta import ReadOptions
+from esm_packed.runners.input.index import STDIN, FastaIndex
+from esm_packed.runners.output import pt_files
+from esm_packed.runners.output.pt_index import INDEX_NAME, listed_identity, num_failed, write_index
+from esm_packed.runners.output.reader import EmbeddingReader
+from esm_packed.runners.session import embed_files
+from esm_packed.runners.state.directory import RunDirectory
+from esm_packed.runners.state.plan import differences, plan_hash
+from esm_packed.runners.state.request import EmbedRequest
+from esm_packed.runners.summary import Summary
+from esm_packed.runners.system.paths import check_apart, files_of, resolved
+from esm_packed.runners.system.terminal import counted
+from esm_packed.runners.watch.console import Console, byte_size, duration
+
+_OUTPUT_NAME = ".esm-packed.h5"
+"""Of the output that the files are made of, in their folder."""
+_RECORDS_AT_ONCE = 1 << 12
+
+
+@dataclass(frozen=True)
+class ExtractRequest:
+    """What `esm-packed extract` is asked to do; esm-extract's options have its names.
+
+    Args:
+        model: as `ESM2.from_pretrained` takes it.
+        fasta: FASTA file, `-` for standard input.
+        output_dir: folder for the files, made if it is not there.
+        include: kinds of output, of `pt_files.KINDS`.
+        repr_layers: layers, negative ones counted from the last.
+        toks_per_batch: tokens computed together, BOS and EOS included.
+        truncation_seq_length: residues kept of each sequence; 0 keeps all.
+        device: auto, cpu, cuda or cuda:INDEX.
+        dtype: precision mode.
+        threads: CPU threads, or None for torch's choice.
+        read: the rules for the input; labels are whole header lines.
+        overwrite: replace files that are in the folder, or an unfinished run of other options.
+        command: the command line; empty for none.
+    """
+
+    model: str
+    fasta: str
+    output_dir: Path
+    include: tuple[str, ...]
+    repr_layers: tuple[int, ...]
+    toks_per_batch: int
+    truncation_seq_length: int
+    device: str
+    dtype: str
+    threads: int | None
+    read: ReadOptions
+    overwrite: bool = False
+    command: str = ""
+
+    def run(self, output: Path) -> EmbedRequest:
+        """The run whose output the files are made of."""
+        return EmbedRequest(
+            inputs=(self.fasta,),
+            output=output,
+            model=self.model,
+            device=self.device,
+            dtype=self.dtype,
+            kinds=tuple(pt_files.KINDS[name] for name in self.include),
+            layers=self.repr_layers,
+            max_length=self.truncation_seq_length,
+            token_budget=self.toks_per_batch,
+            read=self.read,
+            threads=self.threads,
+            parts=True if "per_tok" in self.include else None,
+            command=self.command,
+        )
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """What became of extracting.
+
+    Args:
+        folder: where the files are.
+        summary: of the run.
+        already_complete: all files were there before.
+        num_failed: sequences whose values are NaN.
+    """
+
+    folder: Path
+    summary: Summary
+    already_complete: bool
+    num_failed: int
+
+    @property
+    def index_path(self) -> Path:
+        """The list of the files."""
+        return self.folder / INDEX_NAME
+
+    def lines(self) -> list[str]:
+        """What is said at the end."""
+        summary = self.summary
+        files = f"{self.folder} ({counted(summary.num_sequences, '.pt file')}, listed in {INDEX_NAME})"
+        if self.already_complete:
+            return [f"already complete: {files}"]
+        counts = {
+            "left out": summary.num_left_out,
+            "truncated": summary.num_truncated,
+            "recomputed in fp32": summary.num_recomputed,
+            "failed": self.num_failed,
+        }
+        exceptions = "".join(f", {count:,} {what}" for what, count in counts.items() if count)
+        return [
+            f"output     {files}",
+            f"sequences  {summary.num_sequences:,} ({counted(summary.num_residues, 'residue')}){exceptions}",
+            f"model      {summary.model_name} in {summary.dtype}"
+            + f" on {summary.device}" * bool(summary.device),
+            f"time       {duration(summary.seconds)}",
+        ]
+
+
+def extract_file(request: ExtractRequest, console: Console) -> Extracted:
+    """Write a `.pt` file for each sequence of `request.fasta`, and `index.tsv`, which lists them.
+
+    A run embeds them into a hidden output in the folder; the files are made of it, and it is removed. The
+    same request continues an interrupted one.
+
+    Raises:
+        UsageError: as `embed_files` does; or the folder holds files that are not of this request.
+        InputError, CheckpointError, OSError: as `embed_files` does.
+    """
+    folder = resolved(request.output_dir)
+    is_new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    files = _Files(request, folder, console)
+    try:
+        summary = _embed(request, files, console)
+    except BaseException:
+        if is_new:
+            with suppress(OSError):  # it holds a run to be continued
+                folder.rmdir()
+        raise
+    return Extracted(request.output_dir, summary, files.were_complete, num_failed(folder))
+
+
+def _embed(request: ExtractRequest, files: _Files, console: Console) -> Summary:
+    run = request.run(files.output)
+    try:
+        return embed_files(run, console, files)
+    except UsageError as error:
+        if error.message.startswith("--layers"):
+            raise UsageError(error.message.replace("--layers", "--repr_layers", 1)) from error
+        if not request.overwrite or not files.identity:
+            raise
+        # not at once: the hidden output may be the very one that files are still to be made of
+        return embed_files(replace(run, overwrite=True), console, files)
+
+
+class _Files:
+    """The files of one request, made of a hidden output while its run is held.
+
+    Those that `index.tsv` lists are ours if it is of this run; whatever else has such a name is the user's.
+
+    Args:
+        request: what is asked for.
+        folder: where they go.
+        console: shows how far it is.
+
+    Attributes:
+        output: the hidden output.
+        identity: of the run; empty until the input and the model have been read.
+        were_complete: all of them were there before.
+    """
+
+    def __init__(self, request: ExtractRequest, folder: Path, console: Console) -> None:
+        self.output = folder / _OUTPUT_NAME
+        self.identity: Mapping[str, Any] = {}
+        self.were_complete = False
+        self._request = request
+        self._folder = folder
+        self._scratch = RunDirectory(self.output).scratch_path
+        self._console = console
+
+    def is_complete(self, index: FastaIndex, checkpoint: Checkpoint, identity: Mapping[str, Any]) -> bool:
+        """Whether all files are there; else see that they can be made.
+
+        Raises:
+            UsageError: there are others in their place, which may not be replaced.
+            OSError: ENOSPC, when they would not fit.
+        """
+        self.identity = identity
+        self._read = [name for name in (self._request.fasta,) if name != STDIN] + files_of(checkpoint)
+        self._names = pt_files.FileNames(
+            _batches(index.sequence_ids, index.num_records), folds_case=pt_files.folds_case(self._scratch)
+        )
+        if self._is_listed():
+            paths = self._paths(index.sequence_ids, index.num_records)
+            self.were_complete = not self.output.exists() and all(map(pt_files.is_whole, paths))
+            return self.were_complete
+        listed = listed_identity(self._folder)
+        if listed is not None and not self._request.overwrite:
+            raise UsageError(
+                f"{self._folder}: holds files made from other input or options "
+                f"({differences(listed, identity)}); --overwrite replaces {INDEX_NAME} and files of the same "
+                "names"
+            )
+        for _ in self._others(index.sequence_ids, index.num_records):
+            pass
+        self._check_space(index, checkpoint)
+        return False
+
+    def _is_listed(self) -> bool:
+        listed = listed_identity(self._folder)
+        return listed is not None and plan_hash(listed) == plan_hash(self.identity)
+
+    def _paths(self, labels: Callable[[int, int], list[str]], number: int) -> Iterator[Path]:
+        for batch in _batches(labels, number):
+            yield from (self._folder / self._names.of(label) for label in batch)
+
+    def _others(self, labels: Callable[[int, int], list[str]], number: int) -> Iterator[Path]:
+        """What is in the place of the files and may be replaced.
+
+        Raises:
+            UsageError: something may not.
+        """
+        for path in (self._folder / INDEX_NAME, *self._paths(labels, number)):
+            if os.path.lexists(path):
+                check_apart({"the file": path}, self._read)
+                if not self._request.overwrite:
+                    raise UsageError(
+                        f"{path}: exists already, and was not made from this input with these options; move "
+                        "it away, or --overwrite replaces it"
+                    )
+                yield path
+
+    def _check_space(self, index: FastaIndex, checkpoint: Checkpoint) -> None:
+        request = self._request
+        most = request.truncation_seq_length or np.iinfo(np.int32).max
+        lengths = (
+            np.minimum(index.lengths[start : start + _RECORDS_AT_ONCE], most)
+            for start in range(0, index.num_records, _RECORDS_AT_ONCE)
+        )
+        num_residues = sum(int(each.sum()) for each in lengths)
+        rows = sum(
+            num_residues if KINDS[kind].is_ragged else index.num_records
+            for kind in set(request.run(self.output).kinds)
+        )
+        layers = request.run(self.output).resolved_layers(checkpoint.config)
+        needed = 4 * rows * len(layers) * checkpoint.config.hidden_size
+        needed += pt_files.FILE_OVERHEAD_BYTES * index.num_records
+        free = shutil.disk_usage(self._folder).free
+        sizes = f"the .pt files take about {byte_size(needed)}, besides the output they are made of"
+        if needed > free:
+            raise OSError(errno.ENOSPC, f"{sizes}; {byte_size(free)} are free in {self._folder}")
+        self._console.note(sizes)
+
+    def make(self) -> None:
+        """Write those that are not there, and remove the output that they are made of.
+
+        Raises:
+            UsageError: another file has come into the place of one of them.
+            OSError: the disk is full or fails.
+        """
+        with EmbeddingReader(self.output) as reader:
+            number = reader.num_sequences
+            if not self._is_listed():
+                for path in self._others(reader.sequence_ids, number):
+                    path.unlink()
+                write_index(self._folder, self._scratch, self.identity, reader, self._names)
+            with self._console.progress("writing", "file", number) as advance:
+                labels = (label for batch in _batches(reader.sequence_ids, number) for label in batch)
+                for row, label in enumerate(labels):
+                    path = self._folder / self._names.of(label)
+                    if not pt_files.is_whole(path):
+                        content = pt_files.content_of(reader, row, label, self._request.include)
+                        pt_files.write_pt(path, content, self._scratch)
+                    advance(1)
+            for path in self._paths(reader.sequence_ids, number):
+                sync(path)
+        with suppress(OSError):  # not every file system can flush a folder
+            sync(self._folder)
+        self.output.unlink()
+
+
+def _batches(labels: Callable[[int, int], list[str]], number: int) -> Iterator[list[str]]:
+    """Labels of all records, some at a time."""
+    for start in range(0, number, _RECORDS_AT_ONCE):
+        yield labels(start, min(start + _RECORDS_AT_ONCE, number))

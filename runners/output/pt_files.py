@@ -1,0 +1,145 @@
+"""esm-extract's files: one `.pt` file for each sequence, named after its header line."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import re
+import secrets
+import unicodedata
+import zipfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from esm_packed.runners.output.reader import EmbeddingReader
+
+MOST_NAME_BYTES = 200
+"""Of a label in the name of a file: most file systems take 255 bytes, others fewer."""
+FILE_OVERHEAD_BYTES = 2048
+"""What a file takes besides its values, about."""
+
+KINDS = {"per_tok": "per_residue", "mean": "mean", "bos": "bos"}
+"""What esm-extract calls kinds of output, in the order of its files, and what they are called here."""
+_KEYS = {"per_tok": "representations", "mean": "mean_representations", "bos": "bos_representations"}
+
+_HASH_DIGITS = 16
+_HASHED = re.compile(f".*-[0-9a-f]{{{_HASH_DIGITS}}}", re.DOTALL)
+
+
+class FileNames:
+    """Names of the files of labels, no two alike: `LABEL.pt`, as far as that can be one.
+
+    `/`, `:`, a leading dot and control characters are percent-encoded. Labels over `MOST_NAME_BYTES`, and
+    those whose names would be alike, end in a hash of the label.
+
+    Args:
+        labels: all of them, in batches.
+        folds_case: names that differ only in case are alike.
+    """
+
+    def __init__(self, labels: Iterable[Sequence[str]], *, folds_case: bool) -> None:
+        self._folds_case = folds_case
+        batches = [np.array([self._key(_plain(label)) for label in batch], np.uint64) for batch in labels]
+        keys, counts = np.unique(np.concatenate([np.empty(0, np.uint64), *batches]), return_counts=True)
+        self._shared: npt.NDArray[np.uint64] = keys[counts > 1]
+
+    def of(self, label: str) -> str:
+        """Name of the file of `label`."""
+        name = _plain(label)
+        if len(self._shared) and self._key(name) in self._shared:
+            name = _hashed(label)
+        return f"{name}.pt"
+
+    def _key(self, name: str) -> int:
+        """A number that names that are alike share."""
+        if self._folds_case:
+            name = unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+        return int(_hash_of(name), 16)
+
+
+def folds_case(folder: Path) -> bool:
+    """Whether names in `folder`, which can be written to, that differ only in case are the same."""
+    probe = folder / f"case-{secrets.token_hex(8)}"
+    probe.touch()
+    try:
+        return probe.with_name(probe.name.upper()).exists()
+    finally:
+        probe.unlink()
+
+
+def _plain(label: str) -> str:
+    """The name of a label on its own, without `.pt`."""
+    name = _encoded(label)
+    is_long = len(name.encode()) > MOST_NAME_BYTES
+    return _hashed(label) if is_long or _HASHED.fullmatch(name) else name
+
+
+def _hashed(label: str) -> str:
+    """A name that no other label has: none of `_plain` ends like this but by this function."""
+    start = _encoded(label).encode()[: MOST_NAME_BYTES - _HASH_DIGITS - 1].decode(errors="ignore")
+    return f"{start}-{_hash_of(label)}"
+
+
+def _encoded(label: str) -> str:
+    return "".join(
+        f"%{ord(character):02X}"
+        if character in "/:" or unicodedata.category(character) == "Cc" or (character, place) == (".", 0)
+        else character
+        for place, character in enumerate(label)
+    )
+
+
+def _hash_of(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=_HASH_DIGITS // 2).hexdigest()
+
+
+def content_of(reader: EmbeddingReader, row: int, label: str, include: Sequence[str]) -> dict[str, Any]:
+    """What the file of one sequence holds.
+
+    Args:
+        reader: of an output with all that is asked for.
+        row: of the sequence.
+        label: its header line.
+        include: some of `KINDS`.
+
+    Returns:
+        `label`, and FP32 tensors by layer: (L, D) in `representations`, (D,) in `mean_representations` and
+        `bos_representations`.
+    """
+    content: dict[str, Any] = {"label": label}
+    for name in KINDS:
+        if name in include:
+            content[_KEYS[name]] = {
+                layer: torch.tensor(reader.value(row, KINDS[name], layer), dtype=torch.float32)
+                for layer in sorted(reader.layers)
+            }
+    return content
+
+
+def write_pt(path: Path, content: dict[str, Any], scratch: Path) -> None:
+    """Make a file, which is there whole or not at all unless the machine fails: it is not flushed.
+
+    Args:
+        path: the file.
+        content: what `torch.load` gives back.
+        scratch: a folder on the same file system.
+    """
+    buffer = io.BytesIO()  # torch hides why a file cannot be written
+    torch.save(content, buffer)
+    temporary = scratch / f"{secrets.token_hex(8)}.pt"
+    try:
+        temporary.write_bytes(buffer.getbuffer())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def is_whole(path: Path) -> bool:
+    """Whether there is a whole file: one that a failing machine has cut short lacks its end."""
+    return os.path.lexists(path) and zipfile.is_zipfile(path)
