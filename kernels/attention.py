@@ -18,18 +18,23 @@ def _attend_to_block(
     row_max,  # (BLOCK_M,) FP32, in units of log2
     row_sum,
     query,  # (BLOCK_M, BLOCK_D)
-    key_ptr,  # first key of the block
+    key_ptr,  # first key of the sequence
     value_ptr,
     stride_key,
     stride_value,
-    num_keys,  # BLOCK_N, or fewer where the sequence ends in this block
+    block,  # of BLOCK_N keys
+    length,  # of the sequence
     scale_log2,
     HEAD_DIM: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    MASKED: tl.constexpr,
+    MASKED: tl.constexpr,  # the sequence may end in this block
     INPUT_PRECISION: tl.constexpr,
 ):
+    first_key = tl.cast(block, tl.int64) * BLOCK_N
+    key_ptr += first_key * stride_key
+    value_ptr += first_key * stride_value
+    num_keys = length - block * BLOCK_N if MASKED else BLOCK_N
     key_index = tl.arange(0, BLOCK_N)
     dim = tl.arange(0, BLOCK_D)
     in_head = dim < HEAD_DIM
@@ -125,20 +130,14 @@ def _packed_attention_kernel(
     value_start = value_ptr + tl.cast(start, tl.int64) * stride_value + head
     num_full = 0 if MASK_ALL else length // BLOCK_N
     for block in range(0, num_full):
-        first_key = tl.cast(block, tl.int64) * BLOCK_N
         out, row_max, row_sum = _attend_to_block(
-            out, row_max, row_sum, query,
-            key_start + first_key * stride_key, value_start + first_key * stride_value,
-            stride_key, stride_value, BLOCK_N, scale_log2,
-            HEAD_DIM, BLOCK_N, BLOCK_D, False, INPUT_PRECISION,
+            out, row_max, row_sum, query, key_start, value_start, stride_key, stride_value, block, length,
+            scale_log2, HEAD_DIM, BLOCK_N, BLOCK_D, False, INPUT_PRECISION,
         )  # fmt: skip
     for block in range(num_full, tl.cdiv(length, BLOCK_N)):
-        first_key = tl.cast(block, tl.int64) * BLOCK_N
         out, row_max, row_sum = _attend_to_block(
-            out, row_max, row_sum, query,
-            key_start + first_key * stride_key, value_start + first_key * stride_value,
-            stride_key, stride_value, length - block * BLOCK_N, scale_log2,
-            HEAD_DIM, BLOCK_N, BLOCK_D, True, INPUT_PRECISION,
+            out, row_max, row_sum, query, key_start, value_start, stride_key, stride_value, block, length,
+            scale_log2, HEAD_DIM, BLOCK_N, BLOCK_D, True, INPUT_PRECISION,
         )  # fmt: skip
 
     out = out / row_sum[:, None]
