@@ -67,12 +67,24 @@ def test_memory_is_flat(tmp_path: Path) -> None:
     assert larger <= 768 * MIB
 
 
-def test_memory_does_not_grow_with_the_size_of_a_shard(tmp_path: Path) -> None:
-    """Neither while rows are computed and written nor while they are merged."""
-    command = [sys.executable, peak_memory.__file__, str(tmp_path), "2000", "32000", "--one-shard"]
-    done = subprocess.run(command, capture_output=True, text=True)
+@pytest.mark.parametrize(
+    "numbers, options",
+    [
+        ((2000, 32_000), ()),
+        ((400, 4000), ("--kind", "per_residue")),
+        ((400, 4000), ("--kind", "per_residue", "--parts")),
+    ],
+    ids=["mean", "per_residue", "per_residue in parts"],
+)
+def test_memory_does_not_grow_with_the_size_of_a_shard(
+    tmp_path: Path, numbers: tuple[int, int], options: tuple[str, ...]
+) -> None:
+    """Nor with the number of proteins; while rows are computed and written, and while they are merged."""
+    command = [sys.executable, peak_memory.__file__, str(tmp_path), *map(str, numbers), "--one-shard"]
+    done = subprocess.run([*command, *options], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     small, large = (1024 * int(line) for line in done.stdout.split())
-    (shard,) = (tmp_path / "32000.h5.run" / "shards").iterdir()
-    assert shard.stat().st_size > 70 * MIB
-    assert large < small + 0.5 * shard.stat().st_size
+    assert len(list((tmp_path / f"{numbers[1]}.h5.run" / "shards").iterdir())) == 1
+    largest = max(path.stat().st_size for path in tmp_path.rglob("*"))
+    assert largest > 70 * MIB
+    assert large < small + 0.5 * largest

@@ -15,7 +15,9 @@ from proteins import random_proteins, write_fasta
 from esm_packed.config import ESM2Config
 from esm_packed.model import ESM2
 from esm_packed.numerics import PRECISIONS
+from esm_packed.outputs import is_ragged
 from esm_packed.packing import PackedBatch
+from esm_packed.readout import FINITE
 from esm_packed.runners import planning
 from esm_packed.runners.input.build import build_index
 from esm_packed.runners.session import embed_files
@@ -36,10 +38,12 @@ class Model:
         found = re.search(r"^RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
         assert found
         self.peak = max(self.peak, int(found[1]))
-        return {name: torch.ones(batch.num_sequences, 96) for name in names}
+        rows = {True: batch.total_tokens, False: batch.num_sequences}
+        outputs = {name: torch.ones(rows[is_ragged(name)], 96) for name in names}
+        return outputs | {FINITE: torch.ones(batch.num_sequences, dtype=torch.bool)}
 
 
-def peak(folder: Path, number: int, one_shard: bool) -> int:
+def peak(folder: Path, number: int, one_shard: bool, kind: str = "mean", parts: bool | None = None) -> int:
     """Embed `number` records; the peak of memory in kB.
 
     Args:
@@ -48,6 +52,8 @@ def peak(folder: Path, number: int, one_shard: bool) -> int:
         one_shard: all layers of distinct records are one shard, and what counts is all that was resident in
             the process until now. Otherwise all records are copies of one, and what counts is anonymous
             memory while the model is asked.
+        kind: of output.
+        parts: leave rows of residues in parts.
     """
     model = Model()
     fasta, output = folder / "in.fasta", folder / f"{number}.h5"
@@ -61,7 +67,15 @@ def peak(folder: Path, number: int, one_shard: bool) -> int:
         else:
             patches.setattr(cut, "MAX_SHARD_RECORDS", 4096)  # so that even the shortest input is many shards
         request = EmbedRequest(
-            (str(fasta),), output, model="demo", device="cpu", threads=1, layers=layers, keep_run=True
+            (str(fasta),),
+            output,
+            model="demo",
+            device="cpu",
+            threads=1,
+            kinds=(kind,),
+            layers=layers,
+            parts=parts,
+            keep_run=True,
         )
         embed_files(request, Console(quiet=True))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if one_shard else model.peak
@@ -72,9 +86,11 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("numbers", type=int, nargs="+")
     parser.add_argument("--one-shard", action="store_true")
+    parser.add_argument("--kind", default="mean")
+    parser.add_argument("--parts", action="store_true", default=None)
     options = parser.parse_args()
     for number in options.numbers:
-        print(peak(options.folder, number, options.one_shard))
+        print(peak(options.folder, number, options.one_shard, options.kind, options.parts))
 
 
 if __name__ == "__main__":
