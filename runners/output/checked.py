@@ -14,6 +14,7 @@ from typing import Any
 import h5py
 import numpy as np
 
+from esm_packed.errors import UserError
 from esm_packed.runners.state.shard import StoreError
 
 _MOST_COMPRESSED = 1032
@@ -33,6 +34,7 @@ class CheckedFile:
 
     Raises:
         StoreError: it is no HDF5 file.
+        UserError: too many files are open.
         OSError: it is not there or cannot be opened.
     """
 
@@ -47,13 +49,23 @@ class CheckedFile:
         try:
             self._file = h5py.File(path, "r")
         except (OSError, RuntimeError) as error:
-            if getattr(error, "errno", None) in (errno.ENOENT, errno.EACCES, errno.EMFILE, errno.ENFILE):
+            reason = getattr(error, "errno", None)
+            if reason in (errno.ENOENT, errno.EACCES):
                 raise
+            if reason in (errno.EMFILE, errno.ENFILE):
+                raise UserError(f"{self.path}: too many files are open; `ulimit -n` allows more") from error
             raise StoreError(f"{self.path}: not an HDF5 file, or cut short") from error
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """Raise whatever h5py makes of a damaged file as what it is."""
+        """Raise whatever h5py makes of a damaged file as what it is.
+
+        Raises:
+            StoreError: what is read is damaged.
+            ValueError: the file was closed.
+        """
+        if not self._file:
+            raise ValueError(f"{self.path}: closed; open it again")
         try:
             yield
         except StoreError:

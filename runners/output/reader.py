@@ -286,10 +286,10 @@ class EmbeddingReader:
             listed = ", ".join(map(str, self.layers))
             raise NotInFileError(f"{self._path}: no layer {layer}; it has {listed}")
         name = dataset_of(kind, layer, self.layers)
-        if self._parts is not None and kind in RAGGED:
-            start, stop, _ = slice(start, stop).indices(self._num_rows)
-            return self._parts.rows(name, start, stop)
         with self._file.reading():
+            if self._parts is not None and kind in RAGGED:
+                start, stop, _ = slice(start, stop).indices(self._num_rows)
+                return self._parts.rows(name, start, stop)
             rows: npt.NDArray[np.floating[Any]] = self._file.dataset(name)[start:stop]
         return rows
 

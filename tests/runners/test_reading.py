@@ -199,6 +199,23 @@ def test_rows_that_are_not_there(tmp_path: Path) -> None:
             embeddings[1.0]  # type: ignore[call-overload]
 
 
+@whole_and_in_parts
+def test_a_file_that_was_closed_says_so(tmp_path: Path, num_parts: int) -> None:
+    with esm_packed.open(write_output(tmp_path / "out.h5", num_parts=num_parts).path) as embeddings:
+        embeddings.per_residue("a")
+    embeddings.close()
+    for ask in (
+        lambda: embeddings["a"],
+        lambda: embeddings.mean(),
+        lambda: embeddings.per_residue("a"),
+        lambda: list(embeddings),
+        lambda: embeddings.missing,
+    ):
+        with pytest.raises(ValueError, match=r"out\.h5: closed; open it again") as raised:
+            ask()
+        assert not isinstance(raised.value, StoreError)
+
+
 def test_an_id_that_is_there_twice_is_damage(tmp_path: Path) -> None:
     def repeat(file: h5py.File) -> None:
         file["sequence_ids"][5] = "päf"
@@ -489,4 +506,7 @@ def test_few_files_are_open_at_a_time(tmp_path: Path) -> None:
     assert read_all(output, 64).stdout.split() == ["0", "100"]
     limited = read_all(output, 5)
     assert limited.returncode == 1 and not limited.stdout
-    assert "Too many open files" in limited.stderr.splitlines()[-1]
+    *_, line = limited.stderr.splitlines()
+    assert re.fullmatch(
+        r".*UserError: \S+/out\.h5\S*: too many files are open; `ulimit -n` allows more", line
+    )
