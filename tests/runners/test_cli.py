@@ -640,7 +640,7 @@ def test_answers_in_a_terminal_without_unicode(tmp_path, monkeypatch):
     assert b"line 2, record '\\xe9': '1' is not in" in terminal.getvalue()
 
 
-@pytest.mark.parametrize("limit", [50, 1000, 20_000])
+@pytest.mark.parametrize("limit", [50, 1000, 10_000])
 def test_a_limit_on_the_size_of_files_is_out_of_space(fasta, capsys, limit):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))

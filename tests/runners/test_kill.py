@@ -417,10 +417,10 @@ def test_interrupted(
 
 SLOW_MERGE = """
 write_rows = writer.EmbeddingWriter.write_rows
-def slow_write_rows(self, start, **rows):
+def slow_write_rows(self, *rows):
     os.write(2, b"row by row\\n")
     time.sleep(0.2)
-    write_rows(self, start, **rows)
+    write_rows(self, *rows)
 writer.EmbeddingWriter.write_rows = slow_write_rows
 """
 
