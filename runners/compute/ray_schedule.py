@@ -1,6 +1,6 @@
 """Shards handed out as workers become free; what kills a worker is left out.
 
-A worker that dies is replaced. A shard that fails MAX_ATTEMPTS times is computed in parts; those that fail
+A worker that dies is replaced. A shard that fails MAX_ATTEMPTS times is computed in pieces; those that fail
 are halved until the sequence that fails alone is found. It is recorded as failed; everything else is kept.
 """
 
@@ -65,8 +65,8 @@ class Schedule:
         self._delayed: list[tuple[float, Task]] = []
         self._attempts: Counter[Task] = Counter()
         self._failures_in_a_row = 0
-        self._parts: dict[int, dict[Task, str | None]] = {}
-        """By shard: parts of it that are done, None, or a single sequence that failed, why."""
+        self._pieces: dict[int, dict[Task, str | None]] = {}
+        """By shard: pieces of it that are done, None, or a single sequence that failed, why."""
         self._done_residues = 0
         self._last_room = time.monotonic()
 
@@ -109,7 +109,7 @@ class Schedule:
             if task.last is None:
                 slot.pending = slot.actor.compute.remote(task.shard)
             else:
-                slot.pending = slot.actor.compute_part.remote(task.shard, task.first, task.last)
+                slot.pending = slot.actor.compute_piece.remote(task.shard, task.first, task.last)
 
     def _look(self, seconds: float) -> None:
         """Wait for a worker that has started, finished or failed."""
@@ -134,7 +134,7 @@ class Schedule:
     def _finished(self, slot: Slot, task: Task, times: StageTimes) -> None:
         self._failures_in_a_row = 0
         if task.last is not None:
-            self._keep_part(task, None)
+            self._keep_piece(task, None)
         self._done_residues += times.residues - slot.times.residues
         self.times.add(_difference(times, slot.times))
         slot.times = times
@@ -170,7 +170,7 @@ class Schedule:
             # at the end: the half that works comes before the quarters of the other, so failures alternate
             self._waiting += [Task(task.shard, task.first, middle), Task(task.shard, middle, last)]
         else:
-            self._keep_part(Task(task.shard, task.first, task.first + 1), f"its worker failed: {cause}")
+            self._keep_piece(Task(task.shard, task.first, task.first + 1), f"its worker failed: {cause}")
 
     def _replace(self, slot: Slot) -> None:
         with suppress(Exception):
@@ -184,24 +184,26 @@ class Schedule:
             return task.last - task.first
         return len(self._run.computed(task.shard))
 
-    def _keep_part(self, task: Task, failure: str | None) -> None:
-        """Keep a part of a shard, and write the shard when it is complete.
+    def _keep_piece(self, task: Task, failure: str | None) -> None:
+        """Keep a piece of a shard, and write the shard when it is complete.
 
         Args:
-            task: the part.
+            task: the piece.
             failure: why it failed, a single sequence then; None if it is computed.
         """
-        parts = self._parts.setdefault(task.shard, {})
-        parts[task] = failure
-        if sum(map(self._sequences, parts)) < len(self._run.computed(task.shard)):
+        pieces = self._pieces.setdefault(task.shard, {})
+        pieces[task] = failure
+        if sum(map(self._sequences, pieces)) < len(self._run.computed(task.shard)):
             return
         with self._run.output(task.shard) as whole:
-            for part, reason in parts.items():
+            for piece, reason in pieces.items():
                 if reason is not None:
-                    whole.write_failed(part.first, reason)
+                    whole.write_failed(piece.first, reason)
                 else:
-                    self._run.take_part(part.shard, part.first, part.first + self._sequences(part), whole)
-        del self._parts[task.shard]
+                    self._run.take_piece(
+                        piece.shard, piece.first, piece.first + self._sequences(piece), whole
+                    )
+        del self._pieces[task.shard]
 
     def _check_room(self) -> None:
         """See that there is a worker, or may come to be one: Ray would wait for a new node for ever."""

@@ -73,9 +73,9 @@ class RayWorker:
         self._opened.compute([shard])
         return self._opened.pipeline.times
 
-    def compute_part(self, shard: int, first: int, last: int) -> StageTimes:
+    def compute_piece(self, shard: int, first: int, last: int) -> StageTimes:
         """Compute the sequences [first, last) of a shard and write them; what the worker has done so far."""
-        self._opened.compute_part(shard, first, last)
+        self._opened.compute_piece(shard, first, last)
         return self._opened.pipeline.times
 
     def snapshot(self) -> Snapshot:

@@ -142,12 +142,12 @@ class RunWorker:
 
         self._compute(inputs(), output)
 
-    def compute_part(self, shard: int, first: int, last: int) -> None:
+    def compute_piece(self, shard: int, first: int, last: int) -> None:
         """Compute the sequences [first, last) of those that a shard computes, to a file of their own."""
 
         @contextmanager
         def output(number: int) -> Iterator[ShardWriter]:
-            with self.run.part_output(number, first, last) as writer:
+            with self.run.piece_output(number, first, last) as writer:
                 writer.made_by = self._worker.made_by
                 yield writer
 

@@ -170,26 +170,26 @@ class Run:
         """
         return self._output(self.directory.shard_path(shard), shard, self.shape(shard))
 
-    def part_output(self, shard: int, first: int, last: int) -> AbstractContextManager[ShardWriter]:
+    def piece_output(self, shard: int, first: int, last: int) -> AbstractContextManager[ShardWriter]:
         """A file for the items [first, last) of those that a shard computes, in the scratch folder."""
-        return self._output(self._part(shard, first, last), shard, self.shape(shard).part(first, last))
+        return self._output(self._piece(shard, first, last), shard, self.shape(shard).piece(first, last))
 
-    def take_part(self, shard: int, first: int, last: int, whole: ShardWriter) -> None:
-        """Move what `part_output` has filled to the file of the shard.
+    def take_piece(self, shard: int, first: int, last: int, whole: ShardWriter) -> None:
+        """Move what `piece_output` has filled to the file of the shard.
 
         Raises:
             StoreError: it is not there, or not what was written.
         """
-        path, shape = self._part(shard, first, last), self.shape(shard).part(first, last)
+        path, shape = self._piece(shard, first, last), self.shape(shard).piece(first, last)
         try:
-            with ShardReader(path, shard, self.plan.hash, shape) as part:
-                whole.write_part(part, first)
+            with ShardReader(path, shard, self.plan.hash, shape) as piece:
+                whole.write_piece(piece, first)
         except FileNotFoundError as error:
             raise StoreError(f"{path}: was removed while it was in use; repeat the command") from error
         path.unlink()
 
-    def _part(self, shard: int, first: int, last: int) -> Path:
-        return self.directory.scratch_path / f"{shard:05}.{first}-{last}.part"
+    def _piece(self, shard: int, first: int, last: int) -> Path:
+        return self.directory.scratch_path / f"{shard:05}.{first}-{last}.piece"
 
     def _output(self, path: Path, shard: int, shape: ShardShape) -> AbstractContextManager[ShardWriter]:
         return shard_output(path, self.directory.scratch_path, shard, self.plan.hash, shape)

@@ -161,7 +161,7 @@ class ShardShape:
         for start in range(0, max(1, num_rows), array.block_rows):
             yield start, min(start + array.block_rows, num_rows)
 
-    def part(self, first: int, last: int) -> ShardShape:
+    def piece(self, first: int, last: int) -> ShardShape:
         """The shape of a shard of the items [first, last)."""
         return ShardShape(list(self.arrays.values()), self._lengths[first:last])
 
@@ -235,18 +235,18 @@ class ShardWriter:
             rows[name] = np.full((stop - start, array.columns), np.nan, array.dtype)
         self.write(np.array([item]), rows, {item: ItemStatus(STATUS_FAILED, reason)})
 
-    def write_part(self, part: ShardReader, first: int) -> None:
-        """Take over all items of `part`, which are those from `first` on; a block at a time."""
-        buffer = bytearray(part.shape.block_bytes)
+    def write_piece(self, piece: ShardReader, first: int) -> None:
+        """Take over all items of `piece`, which are those from `first` on; a block at a time."""
+        buffer = bytearray(piece.shape.block_bytes)
         for array in self.shape.arrays.values():
             begin = int(self.shape.starts(array)[first])
-            for start, stop in part.shape.blocks(array):
-                rows = part.block(array, start, stop, buffer)
+            for start, stop in piece.shape.blocks(array):
+                rows = piece.block(array, start, stop, buffer)
                 _write_at(self._file, rows, self.shape.offset(array, begin + start))
-        self.made_by = self.made_by or part.made_by
-        self._is_written[first : first + part.shape.num_items] = True
-        self._statuses.update((first + item, status) for item, status in part.statuses.items())
-        self._comparisons.update((first + item, each) for item, each in part.comparisons.items())
+        self.made_by = self.made_by or piece.made_by
+        self._is_written[first : first + piece.shape.num_items] = True
+        self._statuses.update((first + item, status) for item, status in piece.statuses.items())
+        self._comparisons.update((first + item, each) for item, each in piece.comparisons.items())
 
     def _write_array(self, array: Array, items: Items, rows: Rows) -> None:
         starts = self.shape.starts(array)

@@ -300,7 +300,7 @@ class DeadlyWorker(RayWorker):
             os._exit(1)
         return super().compute(shard)
 
-    def compute_part(self, shard: int, first: int, last: int) -> Any:
+    def compute_piece(self, shard: int, first: int, last: int) -> Any:
         os._exit(1)
 
 

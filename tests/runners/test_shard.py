@@ -174,7 +174,7 @@ def test_parts_make_the_whole(tmp_path: Path, shape: ShardShape) -> None:
     """An item that failed on its own has rows of NaN, as many as it is long."""
     parts = {first: tmp_path / f"part{first}" for first in (0, 3)}
     for (first, path), last in zip(parts.items(), (2, 7), strict=True):
-        with shard_output(path, tmp_path, 3, "plan", shape.part(first, last)) as writer:
+        with shard_output(path, tmp_path, 3, "plan", shape.piece(first, last)) as writer:
             items = list(range(first, last))
             statuses = {item - first: status for item, status in STATUSES.items() if item in items}
             comparisons = {item - first: each for item, each in COMPARISONS.items() if item in items}
@@ -183,8 +183,8 @@ def test_parts_make_the_whole(tmp_path: Path, shape: ShardShape) -> None:
     with shard_output(tmp_path / "whole", tmp_path, 3, "plan", shape) as writer:
         writer.write_failed(2, "its worker died")
         for first, last in ((3, 7), (0, 2)):
-            with ShardReader(parts[first], 3, "plan", shape.part(first, last)) as part:
-                writer.write_part(part, first)
+            with ShardReader(parts[first], 3, "plan", shape.piece(first, last)) as piece:
+                writer.write_piece(piece, first)
     with ShardReader(tmp_path / "whole", 3, "plan", shape) as reader:
         assert reader.statuses == STATUSES | {2: ItemStatus(STATUS_FAILED, "its worker died")}
         assert reader.comparisons == COMPARISONS
