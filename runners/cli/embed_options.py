@@ -139,8 +139,8 @@ def _add_embed_stored(stored: argparse._ArgumentGroup) -> None:
         "--compression",
         choices=("none", "gzip"),
         default="none",
-        help="gzip saves some 14%% of FP32 or FP16, takes some 20 times as long to merge and 5 to 25 times as long "
-        "to read (default: none)",
+        help="gzip saves some 14%% of FP32 or FP16; merging takes 20 times as long, reading 5 to 25 times "
+        "(default: none)",
     )
     add_parts(stored)
 
