@@ -85,6 +85,8 @@ def remove_unused_parts(output: Path, used: str | None) -> None:
     """
     root = _root_of(output)
     if not _is_ours(root):
+        with suppress(OSError):  # an empty one is what a killed process has left
+            root.rmdir()
         return
     for folder in root.iterdir():
         is_used = used == f"{root.name}/{folder.name}"
