@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import fair_esm_reference
 import pytest
 import torch
 from esm.data import FastaBatchedDataset
-from nursery import SLOW, Child, Nursery, wait_until
+from nursery import DIE_AT_STEP, SLOW, Child, Nursery, wait_until
 from proteins import random_proteins, write_fasta
 
 from esm_packed.model import ESM2
@@ -360,7 +361,7 @@ def start(nursery: Nursery, fasta: Path, folder: Path, number: int, *options: st
 
 
 def contents_of(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() if path.is_file() else b"" for path in folder.iterdir()}
 
 
 @pytest.mark.parametrize("options", [(), ("--overwrite",)])
@@ -394,6 +395,47 @@ def test_killed_and_repeated(options: tuple[str, ...], nursery: Nursery, tmp_pat
     after = files_in(folder)
     for name in written.keys() - {"protein1.pt", "protein11.pt"}:
         assert after[name] == written[name]
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        ((), 8),
+        (("--overwrite",), 8),
+        pytest.param((), None, marks=[pytest.mark.slow, pytest.mark.timeout(1800)]),
+        pytest.param(("--overwrite",), None, marks=[pytest.mark.slow, pytest.mark.timeout(1800)]),
+    ],
+)
+def test_killed_at_any_step_and_repeated(
+    options: tuple[str, ...], steps: int | None, nursery: Nursery, tmp_path: Path
+) -> None:
+    fasta = write_fasta(tmp_path / "in.fasta", random_proteins([30] * 3, seed=3))
+    new = tmp_path / "new"
+    new.mkdir()
+    if options:
+        (new / "protein1.pt").write_text("mine")
+    child = start(nursery, fasta, new, 0, *options, patch=DIE_AT_STEP.format(step=0, only=str(tmp_path)))
+    assert child.wait() == 0, child.output()
+    expected, total = contents_of(new), int(child.output().rpartition("steps ")[2])
+    assert len(expected) == 4
+    chosen = range(1, total + 1)
+    faults = []
+    for step in random.Random(1).sample(chosen, steps) if steps else chosen:
+        folder = tmp_path / f"step{step}"
+        folder.mkdir()
+        (folder / "notes.pt").write_text("mine")
+        if options:
+            (folder / "protein1.pt").write_text("mine")
+        patch = DIE_AT_STEP.format(step=step, only=str(tmp_path))
+        child = start(nursery, fasta, folder, step, *options, patch=patch)
+        code = child.wait()
+        died = child.output().strip().splitlines()[-1]
+        again = start(nursery, fasta, folder, step, *options)
+        if code not in (-9, 0) or again.wait() != 0:
+            faults.append(f"{died}: {again.output()}")
+        elif contents_of(folder) != expected | {"notes.pt": b"mine"}:
+            faults.append(f"{died}: left {sorted(contents_of(folder))}")
+    assert not faults, "\n".join(faults)
 
 
 def test_two_processes_do_not_disturb_each_other(nursery: Nursery, tmp_path: Path) -> None:
