@@ -285,11 +285,11 @@ class Pipeline:
         self.times.num_halved += 1
         if len(pack.items) == 1:
             residues = batch.max_seqlen - SPECIAL_TOKENS
-            yield _InFlight(
-                pack,
-                failure=f"{residues:,} residues do not fit into the memory of {self._device_name}; "
-                "--max-length cuts such sequences",
+            remedy = (
+                "--max-length cuts such sequences" if pack.starts is None else "--windows takes smaller ones"
             )
+            failure = f"{residues:,} residues do not fit into the memory of {self._device_name}; {remedy}"
+            yield _InFlight(pack, failure=failure)
             return
         half = len(pack.items) // 2
         pack.progress.packs_left += 1

@@ -313,6 +313,39 @@ def test_windows_are_blended_as_documented(
     assert_as_close_as_fair_esm(found, in_fp32, truth, roundings=1)  # the loop blends in FP64
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_windows_that_do_not_fit_into_memory_are_halved_or_their_protein_fails(
+    tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    proteins = fair_esm_reference.random_sequences([100, 10, 160, 131], 4, "LAGVSERTIDPKQNFYMH")
+    proteins[2] = proteins[2][:70] + "W" + proteins[2][71:]
+    options = ("--include", "mean,per_residue", "--windows", "40", "--overlap", "10")
+    for name in ("sound", "limited"):
+        (tmp_path / name).mkdir()
+    sound = read(embed(tmp_path / "sound", checkpoint, proteins, *options))
+    forward, sizes = ESM2.forward, []
+
+    def limited(self: ESM2, batch: PackedBatch, *rest: Any) -> PackedOutput:
+        sizes.append(batch.num_sequences)
+        if batch.total_tokens > 100 or (fails and (batch.input_ids == int(encode("W")[0])).any()):
+            raise torch.OutOfMemoryError("out of memory")
+        return forward(self, batch, *rest)
+
+    monkeypatch.setattr(ESM2, "forward", limited)
+    output = embed(tmp_path / "limited", checkpoint, proteins, *options, code=3 * fails)
+    assert max(sizes) > 2 and 1 in sizes
+    found = read(output)
+    with esm_packed.open(output) as embeddings:
+        assert list(embeddings.missing) == ["protein2"] * fails
+        if fails:
+            assert (
+                "40 residues do not fit into the memory of cpu; --windows" in embeddings.missing["protein2"]
+            )
+            assert all(np.isnan(rows).all() for rows in found.pop(2).values())
+            sound.pop(2)
+    assert max(errors(found, sound).values()) < 1e-6
+
+
 @pytest.mark.parametrize("kind", ["max", "bos", "logits", "logits_all", "unmasked_nll"])
 def test_a_protein_in_windows_has_no_other_kinds(
     tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str], kind: str
