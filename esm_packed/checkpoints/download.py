@@ -132,8 +132,13 @@ def weight_files(directory: Path) -> tuple[Path, ...]:
     """The files that hold the weights of a transformers directory, safetensors before pickles.
 
     Raises:
-        CheckpointError: there are none, or a shard that the index names is missing.
+        CheckpointError: there are none, a shard that the index names is missing, or there is a LoRA adapter.
     """
+    if (directory / "adapter_config.json").is_file():
+        raise CheckpointError(
+            f"{directory} holds an adapter of peft, such as LoRA: load it with peft, save the model with "
+            "model.merge_and_unload().save_pretrained(FOLDER), and load FOLDER"
+        )
     for single in ("model.safetensors", "pytorch_model.bin"):
         if (directory / single).is_file():
             return (directory / single,)

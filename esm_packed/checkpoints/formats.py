@@ -106,13 +106,13 @@ def _read_checkpoint(path: Path, model_name: str, progress: Progress | None) -> 
     if path.suffix == ".pt" and regression.is_file():
         stored |= _read_torch(regression)[0]
 
-    config, tensors = canonical(stored, stated, path)
+    config, tensors, unused = canonical(stored, stated, path)
     hashes = {file.name: file_sha256(file, progress) for file in files}
     sha256 = next(iter(hashes.values()))
     if len(hashes) > 1:
         lines = "".join(f"{name} {digest}\n" for name, digest in sorted(hashes.items()))
         sha256 = hashlib.sha256(lines.encode()).hexdigest()
-    return Checkpoint(model_name, config, tensors, sha256, str(path))
+    return Checkpoint(model_name, config, tensors, sha256, str(path), unused)
 
 
 def _not_found(path: Path) -> CheckpointError:

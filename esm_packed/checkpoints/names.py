@@ -6,7 +6,7 @@ import logging
 import re
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -33,6 +33,7 @@ class Checkpoint:
         sha256: of the weight file; of the sorted lines 'name sha256' if there are several; of the recipe if
             the weights are random.
         source: path or recipe, for messages.
+        unused: tensors that ESM-2 does not have, such as those of transformers' pooler, `pooler.dense.*`.
     """
 
     model_name: str
@@ -40,6 +41,7 @@ class Checkpoint:
     tensors: Mapping[str, torch.Tensor]
     sha256: str
     source: str
+    unused: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 def tensor_shapes(config: ESM2Config) -> dict[str, tuple[int, ...]]:
@@ -162,8 +164,8 @@ def _fair_name(key: str) -> str:
 
 def canonical(
     stored: Mapping[str, torch.Tensor], stated: Stated, path: Path
-) -> tuple[ESM2Config, dict[str, torch.Tensor]]:
-    """Rename and check every tensor, and work out the model's shape."""
+) -> tuple[ESM2Config, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Rename and check every tensor, work out the model's shape, and set apart what ESM-2 does not have."""
     named: dict[str, torch.Tensor] = {}
     stored_as: dict[str, str] = {}
     for key, tensor in stored.items():
@@ -180,9 +182,7 @@ def canonical(
         raise CheckpointError(
             f"{path} is an ESM-1b or ESM-1v: learned positions, or a LayerNorm before the layers"
         )
-    unused = [name for name in named if _UNUSED.fullmatch(name)]
-    for name in unused:
-        del named[name]
+    unused = {name: named.pop(name) for name in list(named) if _UNUSED.fullmatch(name)}
     if unused:
         logger.info("%s: not used: %s", path, ", ".join(unused))
     _untie(named, path)
@@ -211,7 +211,7 @@ def canonical(
         raise CheckpointError(f"{path} has tensors that no {_size_text(config)} ESM-2 has: {_some(surplus)}")
     if missing := [name for name in shapes if name not in named]:
         raise CheckpointError(f"{path} lacks tensors of a {_size_text(config)} ESM-2: {_some(missing)}")
-    return config, {name: named[name] for name in shapes}
+    return config, {name: named[name] for name in shapes}, unused
 
 
 def _check_stored(key: str, tensor: torch.Tensor, path: Path) -> None:

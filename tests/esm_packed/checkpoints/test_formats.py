@@ -98,9 +98,12 @@ def test_fair_esm_and_transformers_and_we_agree_on_the_weights(tmp_path: Path, t
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
     assert_same(load_checkpoint(tmp_path / "sharded").tensors, tensors)
     trunk = without(tensors, "lm_head")
-    EsmModel.from_pretrained(hub, add_pooling_layer=True).save_pretrained(tmp_path / "trunk")
+    bare: Any = EsmModel.from_pretrained(hub, add_pooling_layer=True)
+    bare.save_pretrained(tmp_path / "trunk")
     checkpoint = load_checkpoint(tmp_path / "trunk")
     assert_same(checkpoint.tensors, trunk)
+    assert sorted(checkpoint.unused) == ["pooler.dense.bias", "pooler.dense.weight"]
+    assert torch.equal(checkpoint.unused["pooler.dense.weight"], bare.pooler.dense.weight)
     assert (checkpoint.model_name, checkpoint.config) == ("trunk", CONFIG)
     with pytest.raises(CheckpointError, match="language-model head"):
         save_fair_esm(checkpoint, tmp_path / "esm2_trunk.pt")

@@ -338,6 +338,17 @@ def test_files_of_another_kind(tmp_path: Path, name: str) -> None:
             load_checkpoint(tmp_path / name)
 
 
+def test_an_adapter_is_to_be_merged_first(tmp_path: Path, tensors: Tensors) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(CheckpointError, match=r"adapter of peft.*merge_and_unload\(\)\.save_pretrained"):
+        load_checkpoint(tmp_path)
+    # Beside a complete model it would be left out without a word.
+    save_file(hub_names(tensors), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(hub_config())
+    with pytest.raises(CheckpointError, match="merge_and_unload"):
+        load_checkpoint(tmp_path)
+
+
 def test_incomplete_directories(tmp_path: Path, tensors: Tensors) -> None:
     with pytest.raises(CheckpointError, match="holds no weights"):
         load_checkpoint(tmp_path)
