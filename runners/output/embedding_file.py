@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from importlib import import_module
 from types import TracebackType
 from typing import Any, overload
 
 import numpy as np
 import numpy.typing as npt
 
-from esm_packed.errors import UserError
 from esm_packed.runners.input.fasta import shorten
 from esm_packed.runners.output.ids import SequenceIds, checked_index
 from esm_packed.runners.output.names import POOLED, RAGGED, TOKENS_OF, datasets_of
 from esm_packed.runners.output.reader import STATUS_LABELS, EmbeddingReader, NotInFileError
+from esm_packed.runners.system.packages import optional_package
 
 Values = npt.NDArray[np.floating[Any]]
 
@@ -200,12 +199,9 @@ class EmbeddingFile:
         Raises:
             UserError: pandas is not installed.
         """
-        pandas = _optional("pandas")
-        status = pandas.Categorical.from_codes(self._reader.column("status"), list(STATUS_LABELS.values()))
-        columns = {name: self._reader.column(name) for name in ("lengths", "embedded_lengths", "truncated")}
-        columns |= {"status": status}
-        if "unmasked_nll" in self.kinds:
-            columns["unmasked_nll"] = self.unmasked_nll
+        pandas = optional_package("pandas", _INSTALL)
+        columns: dict[str, Any] = self._reader.columns()
+        columns["status"] = pandas.Categorical.from_codes(columns["status"], list(STATUS_LABELS.values()))
         return pandas.DataFrame(columns, index=self._pandas_index())
 
     def to_pandas(self, kind: str | None = None, layer: int | None = None) -> Any:
@@ -220,7 +216,7 @@ class EmbeddingFile:
             UserError: pandas is not installed.
         """
         values = self._reader.values(self._table_kind(kind), layer)
-        return _optional("pandas").DataFrame(values, index=self._pandas_index())
+        return optional_package("pandas", _INSTALL).DataFrame(values, index=self._pandas_index())
 
     def _table_kind(self, kind: str | None) -> str:
         """The kind to make a table of."""
@@ -234,7 +230,7 @@ class EmbeddingFile:
         return kind
 
     def _pandas_index(self) -> Any:
-        return _optional("pandas").Index(self._reader.sequence_ids(), name="sequence_id")
+        return optional_package("pandas", _INSTALL).Index(self._reader.sequence_ids(), name="sequence_id")
 
     def to_anndata(self) -> Any:
         """AnnData with the means of the last layer as X, or maxima or BOS tokens if there are no means.
@@ -246,7 +242,7 @@ class EmbeddingFile:
             NotInFileError: all kinds are ragged.
             UserError: anndata is not installed.
         """
-        anndata = _optional("anndata")
+        anndata = optional_package("anndata", _INSTALL)
         main = self._table_kind(None)
         others = {
             f"{kind}_{layer}": self._reader.values(kind, layer)
@@ -266,11 +262,3 @@ class EmbeddingFile:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _optional(name: str) -> Any:
-    """A package that is not among the requirements."""
-    try:
-        return import_module(name)
-    except ImportError as error:
-        raise UserError(f"{name} is not installed; {_INSTALL} adds it") from error

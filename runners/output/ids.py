@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any, overload
 
@@ -15,6 +16,7 @@ from esm_packed.runners.state.shard import StoreError
 
 _IDS_AT_ONCE = 1 << 14
 _SHOWN_IDS = 3
+_UNIPROT = re.compile(r"(?:sp|tr)\|([A-Z0-9]{6,10}(?:-[0-9]+)?)\|")
 
 
 class SequenceIds(Sequence[str]):
@@ -95,6 +97,12 @@ class SequenceIds(Sequence[str]):
             if first == second:
                 raise StoreError(f"{self._path}: damaged: ID {shorten(first)} is there twice")
         return hashes, rows
+
+
+def accession_of(sequence_id: str) -> str:
+    """`P12345` of `sp|P12345|X_HUMAN`, a UniProt header; of any other ID itself."""
+    found = _UNIPROT.match(sequence_id)
+    return found[1] if found else sequence_id
 
 
 def checked_index(index: int | np.integer[Any], size: int) -> int:

@@ -247,6 +247,16 @@ class EmbeddingReader:
             values: npt.NDArray[Any] = self._file.dataset(name)[start:stop]
         return values
 
+    def columns(self, start: int = 0, stop: int | None = None) -> dict[str, npt.NDArray[Any]]:
+        """What there is to say of the sequences [start, stop) in a table, by name; (n,) arrays.
+
+        `lengths` and `embedded_lengths` in residues, `truncated`, `status` (a key of `STATUS_LABELS`), and
+        `unmasked_nll` if the file has it.
+        """
+        names = ["lengths", "embedded_lengths", "truncated", "status"]
+        names += ["unmasked_nll"] * ("unmasked_nll" in self.kinds)
+        return {name: self.column(name, start, stop) for name in names}
+
     def starts(self, start: int = 0, stop: int | None = None) -> npt.NDArray[np.int64]:
         """First row of the residues of the sequences [start, stop); -1 of one that was not computed."""
         return self.column("starts", start, stop)

@@ -1,0 +1,24 @@
+"""Packages that are not among the requirements."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from esm_packed.errors import UserError
+
+
+def optional_package(name: str, install: str) -> Any:
+    """The module `name`, imported.
+
+    Args:
+        name: of the package.
+        install: the command that adds it.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise UserError(f"{name} is not installed; {install} adds it") from error
