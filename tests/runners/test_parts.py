@@ -85,7 +85,8 @@ def work(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Work:
     folder = tmp_path_factory.mktemp("residues")
     fasta = write_fasta(folder / "in.fasta", proteins_with_copies(24, 30))
     begin = time.monotonic()
-    run_to_the_end(nursery, fasta, folder / "out.h5", "--merge", "--keep-run")
+    log = run_to_the_end(nursery, fasta, folder / "out.h5", "--merge", "--keep-run")
+    assert "embedding 24 sequences" in log
     seconds = time.monotonic() - begin
     num_shards = len(shards_of(folder / "out.h5"))
     assert 8 <= num_shards <= 20
@@ -348,6 +349,25 @@ def test_a_name_that_hdf5_cannot_keep_is_refused_at_once(
     assert not shards_of(output)
     run_to_the_end(nursery, work.fasta, output, "--merge")
     assert contents(output) == work.expected
+
+
+def test_space_that_runs_out_while_parts_are_made(nursery: Nursery, work: Work, tmp_path: Path) -> None:
+    output = tmp_path / "out.h5"
+    patch = """
+pwrite = os.pwrite
+def full(descriptor, *call):
+    if "/00001.h5." in os.readlink(f"/proc/self/fd/{descriptor}"):
+        raise OSError(28, "No space left on device")
+    return pwrite(descriptor, *call)
+os.pwrite = full
+"""
+    child = start(nursery, work.fasta, output, "--parts", patch=patch)
+    assert child.wait() == 5, child.output()
+    assert "out of space" in child.output().splitlines()[-1]
+    assert [path.name for path in parts_of(output)] == ["00000.h5"]
+    log = run_to_the_end(nursery, work.fasta, output, "--parts")
+    assert "embedding 24 sequences" not in log, "shards were computed again"
+    assert_is_whole(output, work, "--parts")
 
 
 @pytest.mark.parametrize("when", [*DIE][:3])
