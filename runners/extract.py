@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +85,7 @@ class ExtractRequest:
             read=self.read,
             threads=self.threads,
             parts=True if "per_tok" in self.include else None,
+            overwrite=self.overwrite,
             command=self.command,
         )
 
@@ -147,26 +148,15 @@ def extract_file(request: ExtractRequest, console: Console) -> Extracted:
     folder.mkdir(parents=True, exist_ok=True)
     files = _Files(request, folder, console)
     try:
-        summary = _embed(request, files, console)
-    except BaseException:
+        summary = embed_files(request.run(files.output), console, files)
+    except BaseException as error:
         if is_new:
             with suppress(OSError):  # it holds a run to be continued
                 folder.rmdir()
+        if isinstance(error, UsageError) and error.message.startswith("--layers"):
+            raise UsageError(error.message.replace("--layers", "--repr_layers", 1)) from error
         raise
     return Extracted(request.output_dir, summary, files.were_complete, num_failed(folder))
-
-
-def _embed(request: ExtractRequest, files: _Files, console: Console) -> Summary:
-    run = request.run(files.output)
-    try:
-        return embed_files(run, console, files)
-    except UsageError as error:
-        if error.message.startswith("--layers"):
-            raise UsageError(error.message.replace("--layers", "--repr_layers", 1)) from error
-        if not request.overwrite or not files.identity:
-            raise
-        # not at once: the hidden output may be the very one that files are still to be made of
-        return embed_files(replace(run, overwrite=True), console, files)
 
 
 class _Files:
@@ -181,18 +171,17 @@ class _Files:
 
     Attributes:
         output: the hidden output.
-        identity: of the run; empty until the input and the model have been read.
         were_complete: all of them were there before.
     """
 
     def __init__(self, request: ExtractRequest, folder: Path, console: Console) -> None:
         self.output = folder / _OUTPUT_NAME
-        self.identity: Mapping[str, Any] = {}
         self.were_complete = False
         self._request = request
         self._folder = folder
-        self._scratch = RunDirectory(self.output).scratch_path
         self._console = console
+        self._scratch = RunDirectory(self.output).scratch_path
+        self._identity: Mapping[str, Any] = {}
 
     def is_complete(self, index: FastaIndex, checkpoint: Checkpoint, identity: Mapping[str, Any]) -> bool:
         """Whether all files are there; else see that they can be made.
@@ -201,7 +190,7 @@ class _Files:
             UsageError: there are others in their place, which may not be replaced.
             OSError: ENOSPC, when they would not fit.
         """
-        self.identity = identity
+        self._identity = identity
         self._read = [name for name in (self._request.fasta,) if name != STDIN] + files_of(checkpoint)
         self._names = pt_files.FileNames(
             _batches(index.sequence_ids, index.num_records), folds_case=pt_files.folds_case(self._scratch)
@@ -224,7 +213,7 @@ class _Files:
 
     def _is_listed(self) -> bool:
         listed = listed_identity(self._folder)
-        return listed is not None and plan_hash(listed) == plan_hash(self.identity)
+        return listed is not None and plan_hash(listed) == plan_hash(self._identity)
 
     def _paths(self, labels: Callable[[int, int], list[str]], number: int) -> Iterator[Path]:
         for batch in _batches(labels, number):
@@ -279,7 +268,7 @@ class _Files:
             if not self._is_listed():
                 for path in self._others(reader.sequence_ids, number):
                     path.unlink()
-                write_index(self._folder, self._scratch, self.identity, reader, self._names)
+                write_index(self._folder, self._scratch, self._identity, reader, self._names)
             with self._console.progress("writing", "file", number) as advance:
                 labels = (label for batch in _batches(reader.sequence_ids, number) for label in batch)
                 for row, label in enumerate(labels):

@@ -70,4 +70,4 @@ def num_failed(folder: Path) -> int:
     with (folder / INDEX_NAME).open(encoding="utf-8", newline="") as file:
         file.readline()
         rows = csv.DictReader(file, delimiter="\t")
-        return sum(row["status"] == STATUS_LABELS[STATUS_FAILED] for row in rows)
+        return sum(row.get("status") == STATUS_LABELS[STATUS_FAILED] for row in rows)

@@ -258,6 +258,25 @@ def test_other_options_are_refused_before_computing(
     assert set(files_in(folder)) == set(before)
 
 
+def test_unfinished_run_of_other_options_is_kept(
+    fasta: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = fasta.parent / "out"
+
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ESM2, "embed_packed", interrupt)
+        assert extract(fasta, folder, "--include", "mean") == 4
+        assert "repeat the command to continue" in capsys.readouterr().err
+        assert extract(fasta, folder, "--include", "bos") == 2
+        assert "kinds was ['mean'], now ['bos']" in capsys.readouterr().err
+    assert extract(fasta, folder, "--include", "bos", "--overwrite") == 0
+    assert list(load(folder / "c.pt")) == ["label", "bos_representations"]
+    assert set(files_in(folder)) == {"a first.pt", "b second.pt", "c.pt", "index.tsv"}
+
+
 @pytest.mark.parametrize("name", ["b second.pt", "index.tsv"])
 def test_files_of_others_are_left_alone(
     name: str, fasta: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
