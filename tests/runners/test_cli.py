@@ -72,6 +72,7 @@ def test_choices_are_those_of_the_modules_that_need_torch():
         (["--version"], 0, __version__),
         (["--help"], 0, "exit codes"),
         (["embed", "--help"], 0, "examples"),
+        (["extract", "--help"], 0, "esm-extract"),
         (["checkpoint", "--help"], 0, "fair-esm"),
         (["merge", "--help"], 0, "OUT.h5.run"),
         (["report", "speedup", "--help"], 0, "OLDER.json"),
