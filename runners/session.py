@@ -52,8 +52,8 @@ from esm_packed.runners.watch.console import Console
 from esm_packed.runners.watch.watch import watching
 
 
-class Export(Protocol):
-    """What else a run is for: files made of its output while the run is held."""
+class DerivedFiles(Protocol):
+    """Files that take the place of the output of a run, made of it while the run is held."""
 
     def is_complete(self, index: FastaIndex, checkpoint: Checkpoint, identity: Mapping[str, Any]) -> bool:
         """Whether all is there already. Called before anything is computed; raises if it cannot be made."""
@@ -62,7 +62,7 @@ class Export(Protocol):
         """Make it, or what a killed process has left to make, and remove the output."""
 
 
-def embed_files(request: EmbedRequest, console: Console, export: Export | None = None) -> Summary:
+def embed_files(request: EmbedRequest, console: Console, derived: DerivedFiles | None = None) -> Summary:
     """Embed every record of `request.inputs` into `request.output`, which appears only when it is whole.
 
     The work is done in the run directory `OUTPUT.run`. If one is there, the run it holds is continued. With
@@ -72,7 +72,7 @@ def embed_files(request: EmbedRequest, console: Console, export: Export | None =
     Args:
         request: what is asked for.
         console: shows how far it is.
-        export: made of the output, if it is there or when it is made; without slices.
+        derived: made of the output, if it is there or when it is made; without slices.
 
     Raises:
         UsageError: an option does not fit the model or the device, the output cannot be where it should, or
@@ -90,13 +90,13 @@ def embed_files(request: EmbedRequest, console: Console, export: Export | None =
     check_device(request, device)
     directory = RunDirectory(output)
     try:
-        summary = _embed(request, directory, device, console, export)
+        summary = _embed(request, directory, device, console, derived)
     except DamagedIndexError as error:
         can_read = bool(request.inputs) and STDIN not in request.inputs
         if not can_read or directory.live_slices():  # others use the index
             raise
         console.note(f"{error.what}; reading the inputs again")
-        summary = _embed(request, directory, device, console, export)
+        summary = _embed(request, directory, device, console, derived)
     summary.seconds = time.monotonic() - begin
     return summary
 
@@ -106,10 +106,10 @@ def _embed(
     directory: RunDirectory,
     device: torch.device,
     console: Console,
-    export: Export | None,
+    derived: DerivedFiles | None,
 ) -> Summary:
     with undisturbed(directory), ExitStack() as stack:
-        session = _Session(request, directory, device, console, stack, export)
+        session = _Session(request, directory, device, console, stack, derived)
         if request.part is None:
             with claimed(directory, WHOLE_RUN, console) as session.claim:
                 if session.prepare():
@@ -157,14 +157,14 @@ class _Session:
         device: torch.device,
         console: Console,
         stack: ExitStack,
-        export: Export | None,
+        derived: DerivedFiles | None,
     ) -> None:
         self.request = request
         self.directory = directory
         self.device = device
         self.console = console
         self._stack = stack  # closes the engine
-        self._export = export
+        self._derived = derived
         self._engine: Engine | None = None
         self._opened_index: FastaIndex | None = None
 
@@ -191,7 +191,7 @@ class _Session:
         token_budget = self._token_budget(plan, existing)
         identity = run_identity(request, index, self.checkpoint, self.device, token_budget)
         self.summary = Summary.of_run(request, self.checkpoint, index, identity)
-        if self._export is not None and self._export.is_complete(index, self.checkpoint, identity):
+        if self._derived is not None and self._derived.is_complete(index, self.checkpoint, identity):
             self._leave(plan_hash(identity), parts=None)
             return False
         if existing is not None:
@@ -329,8 +329,8 @@ class _Session:
         self.summary.read_output()
         if self.request.log_json is not None:
             log_changes(self.console, self.request.log_json, self.directory.output)
-        if self._export is not None:
-            self._export.make()
+        if self._derived is not None:
+            self._derived.make()
             remove_unused_parts(self.directory.output, None)
         check_held(self.claim)
         if not self.request.keep_run:
@@ -359,8 +359,8 @@ class _Session:
     def _is_complete(self, existing: ExistingOutput) -> None:
         self.summary.read_output()
         parts = existing.parts
-        if self._export is not None:
-            self._export.make()
+        if self._derived is not None:
+            self._derived.make()
             parts = None
         self._leave(existing.plan_hash, parts)
 
