@@ -156,7 +156,7 @@ def test_there_are_at_most_128_parts(num_shards: int) -> None:
 
 
 def test_more_parts_than_files_may_be_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plain h5py fills in NaN there."""
+    """Plain h5py, which reads the truth here, keeps all of them open, and fills in for those it cannot open."""
     monkeypatch.setitem(cut.FLOPS_PER_SHARD, "cpu", 1.0)
     monkeypatch.setattr(joining, "PART_BYTES", 1)
     fasta, output = write_fasta(tmp_path / "in.fasta", random_proteins(range(1, 70))), tmp_path / "out.h5"
@@ -169,8 +169,6 @@ def test_more_parts_than_files_may_be_open(tmp_path: Path, monkeypatch: pytest.M
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (64, limits[1]))
     try:
-        with h5py.File(output) as file:
-            assert np.isnan(file["per_residue/5"][:]).any()
         with esm_packed.open(output) as embeddings:
             for (_, values), start, length in zip(embeddings, starts, lengths, strict=True):
                 np.testing.assert_array_equal(values, rows[start : start + length])
