@@ -6,6 +6,8 @@ The table is fair-esm 2.0.0's `Alphabet.from_architecture("ESM-1b")`; it is our 
 
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 import numpy.typing as npt
 
@@ -39,6 +41,20 @@ def _residue_table() -> npt.NDArray[np.uint8]:
 
 RESIDUE_TO_ID: npt.NDArray[np.uint8] = _residue_table()
 """(256,) uint8: ASCII byte to token id, upper and lower case alike; `INVALID_ID` for all else."""
+
+
+_LETTERS = np.frombuffer("".join(token[:1].replace("<", "?") for token in TOKENS).encode(), np.uint8)
+
+
+def sequence_hash(token_ids: npt.NDArray[np.uint8]) -> bytes:
+    """BLAKE2b of a protein's one-letter residues in upper case, 16 bytes as 32 hexadecimal digits.
+
+    The same as `hashlib.blake2b(sequence.encode(), digest_size=16).hexdigest()`; a masked residue is `?`.
+
+    Args:
+        token_ids: (num_residues,) as `encode` gives them.
+    """
+    return hashlib.blake2b(_LETTERS[token_ids].tobytes(), digest_size=16).hexdigest().encode()
 
 
 def encode(sequence: str) -> npt.NDArray[np.uint8]:

@@ -166,7 +166,8 @@ def check_request(request: EmbedRequest) -> None:
         )
     if request.ray_address is None:
         check_threads(request.threads)
-    check_paths(request, [path for path in request.inputs if path != STDIN])
+    reused = [] if request.reuse is None else [request.reuse]
+    check_paths(request, [*reused, *(path for path in request.inputs if path != STDIN)])
     _check_suffix(request.output)
     if request.log_json is not None:
         if request.log_json.is_fifo():  # opening one waits for its reader

@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -31,6 +32,7 @@ from esm_packed.runners.output.blocks import DamagedShardError
 from esm_packed.runners.output.changes import log_changes
 from esm_packed.runners.output.joining import wants_parts
 from esm_packed.runners.output.merge import MergeOptions, merge_run
+from esm_packed.runners.output.reuse import EarlierOutput
 from esm_packed.runners.planning import (
     existing_plan,
     is_continued,
@@ -84,6 +86,8 @@ def embed_files(request: EmbedRequest, console: Console, derived: DerivedFiles |
     """
     begin = time.monotonic()
     output = resolved(request.output)
+    if request.reuse is not None:  # workers may have another working directory
+        request = replace(request, reuse=resolved(request.reuse))
     check_output(output, request.overwrite)
     check_request(request)
     device = first_device(request)
@@ -190,6 +194,8 @@ class _Session:
         plan = existing_plan(directory, request.overwrite)
         token_budget = self._token_budget(plan, existing)
         identity = run_identity(request, index, self.checkpoint, self.device, token_budget)
+        if request.reuse is not None:
+            EarlierOutput(request.reuse, identity).close()  # refused before anything is computed
         self.summary = Summary.of_run(request, self.checkpoint, index, identity)
         if self._derived is not None and self._derived.is_complete(index, self.checkpoint, identity):
             self._leave(plan_hash(identity), parts=None)

@@ -189,6 +189,7 @@ class Summary:
             "replaced": (self.num_replaced, "residue", " outside the alphabet, now X"),
             "duplicates": (self.num_duplicates, "record", " with the ID of an earlier one"),
             "left out": (self.num_left_out, "record", ", listed in `problems`"),
+            "reused": (self.stages.reused, "sequence", ", whose rows are those of --reuse"),
             "identical": (self.num_identical, "sequence", " copied from an equal one"),
         }
         ids = {"replaced": Modified.RESIDUES_REPLACED.label, "duplicates": Modified.RENAMED.label}

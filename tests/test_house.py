@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = ["kernels", "esm_packed", "reports", "runners", "benchmarks"]
 """From the ground up; a folder imports only from itself and from those before it."""
 
-RUNNER_ROOMS = ["system", "input", "state", "watch", "compute", "output", "session", "cli"]
+RUNNER_ROOMS = ["system", "input", "state", "watch", "output", "compute", "exports", "session", "cli"]
 """Folders of `runners/` from the ground up; `session` stands for the files beside them."""
 
 ENTRY_POINTS = {ROOT / "esm_packed" / name for name in ("__main__.py", "__init__.py")}

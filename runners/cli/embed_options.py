@@ -42,6 +42,7 @@ examples:
   esm-packed embed proteome.fasta -o proteome.h5 --slice $SLURM_ARRAY_TASK_ID/8
 
   esm-packed embed proteins.fasta -o residues.h5 --include mean,per_residue --store-dtype fp16
+  esm-packed embed release-2.fasta -o release-2.h5 --reuse release-1.h5
   esm-packed embed titins.fasta -o titins.h5 --windows 1022 --overlap 256
 
 The work is done in OUT.h5.run. Interrupted or killed, the same command continues it.
@@ -143,6 +144,13 @@ def _add_embed_stored(stored: argparse._ArgumentGroup) -> None:
         "(default: none)",
     )
     add_parts(stored)
+    stored.add_argument(
+        "--reuse",
+        type=values.path,
+        metavar="OLD.h5",
+        help="take the rows of sequences that an earlier output of this model, precision and options has, "
+        "and compute the rest",
+    )
 
 
 def _add_embed_computing(compute: argparse._ArgumentGroup) -> None:

@@ -82,7 +82,7 @@ class InProcessEngine:
         def states() -> list[WorkerState]:
             return [WorkerState(0, str(self._device), pipeline.snapshot())]
 
-        worker = self._worker.open(run, lambda residues: watch.update(pipeline.times.residues, states))
+        worker = self._worker.open(run, lambda residues: watch.update(pipeline.times.residues_done, states))
         pipeline = worker.pipeline
         try:
             worker.compute(shards)

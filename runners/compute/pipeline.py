@@ -205,7 +205,10 @@ class Pipeline:
         """Items of each pack of a shard, and where their windows start; whole items come first."""
         lengths = _lengths(shard, np.arange(len(shard.token_ids)))
         is_long = lengths > self._windows.size if self._windows else np.zeros(len(lengths), np.bool_)
-        whole = np.flatnonzero(~is_long)
+        is_whole = ~is_long
+        if shard.given is not None:
+            is_long, is_whole = is_long & ~shard.given, is_whole & ~shard.given
+        whole = np.flatnonzero(is_whole)
         packs: list[tuple[Items, Items | None]] = [
             (whole[members], None)
             for members in self._layout.plan(lengths[whole] + SPECIAL_TOKENS, self._token_budget)

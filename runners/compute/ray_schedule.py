@@ -135,7 +135,7 @@ class Schedule:
         self._failures_in_a_row = 0
         if task.last is not None:
             self._keep_piece(task, None)
-        self._done_residues += times.residues - slot.times.residues
+        self._done_residues += times.residues_done - slot.times.residues_done
         self.times.add(_difference(times, slot.times))
         slot.times = times
         if slot.snapshot is not None:
@@ -225,7 +225,7 @@ class Schedule:
                 with suppress(self._ray.exceptions.RayError):
                     snapshot = self._ray.get(slot.asked)
                     # an answer from before the last task was finished says less than is known
-                    if snapshot is None or snapshot.times.residues >= slot.times.residues:
+                    if snapshot is None or snapshot.times.residues_done >= slot.times.residues_done:
                         slot.snapshot = snapshot
             slot.asked = slot.actor.snapshot.remote()
 
@@ -237,7 +237,7 @@ def _new_residues(slot: Slot) -> int:
     """Residues of the task in work that the worker has told of."""
     if slot.snapshot is None:
         return 0
-    return max(0, slot.snapshot.times.residues - slot.times.residues)
+    return max(0, slot.snapshot.times.residues_done - slot.times.residues_done)
 
 
 def _difference(now: StageTimes, before: StageTimes) -> StageTimes:

@@ -8,6 +8,7 @@ import os
 import platform
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -21,11 +22,15 @@ from esm_packed.layouts import LAYOUTS
 from esm_packed.model import ESM2, load_in_fp32
 from esm_packed.numerics import is_out_of_memory
 from esm_packed.runners.compute.pipeline import OpenShard, PackTooLargeError, Pipeline
+from esm_packed.runners.output.reuse import EarlierOutput
 from esm_packed.runners.state.request import EmbedRequest
 from esm_packed.runners.state.run import Run
-from esm_packed.runners.state.shard import ShardInput, ShardWriter
+from esm_packed.runners.state.shard import Items, ShardInput, ShardWriter
 from esm_packed.runners.state.slices import Slice
 from esm_packed.version import __version__
+
+_GIVEN_AT_ONCE = 32
+"""Sequences of an earlier output in memory."""
 
 THREADS_PER_CPU = 4
 LEAST_MOST_THREADS = 64
@@ -112,6 +117,8 @@ class RunWorker:
         request, plan = worker.request, run.plan
         self.run = run
         self._worker = worker
+        self._earlier = EarlierOutput(request.reuse, plan.identity) if request.reuse is not None else None
+        self._given: dict[int, Items] = {}
         self._log = _open_log(run.directory.logs_path, worker.rank, request.part)
         self.pipeline = Pipeline(
             worker.model,
@@ -131,12 +138,13 @@ class RunWorker:
         def inputs() -> Iterator[ShardInput]:
             for number in shards:
                 self._log.info("shard %d: begun", number)
-                yield self.run.input_of(number, self._worker.request.fp32_compare)
+                yield self._without_given(self.run.input_of(number, self._worker.request.fp32_compare))
 
         @contextmanager
         def output(number: int) -> Iterator[ShardWriter]:
             with self.run.output(number) as writer:
                 writer.made_by = self._worker.made_by
+                self._write_given(number, writer)
                 yield writer
             self._log.info("shard %d: finished, %d sequences", number, writer.shape.num_items)
 
@@ -154,6 +162,26 @@ class RunWorker:
         self._log.info("shard %d: sequences %d to %d of it on their own", shard, first, last)
         token_ids = self.run.input_of(shard).token_ids[first:last]
         self._compute([ShardInput(shard, token_ids)], output)
+
+    def _without_given(self, shard: ShardInput) -> ShardInput:
+        """The shard without what an earlier output has."""
+        if self._earlier is None:
+            return shard
+        rows = self._given[shard.number] = self._earlier.find(shard.token_ids)
+        compared = [item for item in shard.compared if rows[item] < 0]
+        return replace(shard, given=rows >= 0, compared=compared)
+
+    def _write_given(self, number: int, writer: ShardWriter) -> None:
+        """Write what an earlier output has of a shard."""
+        if self._earlier is None:
+            return
+        rows = self._given.pop(number)
+        items, names, times = np.flatnonzero(rows >= 0), list(writer.shape.arrays), self.pipeline.times
+        for first in range(0, len(items), _GIVEN_AT_ONCE):
+            part = items[first : first + _GIVEN_AT_ONCE]
+            writer.write(part, self._earlier.outputs(rows[part], names))
+        times.reused += len(items)
+        times.reused_residues += int(writer.shape.lengths[items].sum())
 
     def _compute(self, inputs: Iterable[ShardInput], output: OpenShard) -> None:
         try:

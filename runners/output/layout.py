@@ -18,6 +18,7 @@ PROBLEM = np.dtype([("sequence_id", TEXT), ("file", TEXT), ("line", np.int64), (
 COMPARISON = np.dtype(
     [("sequence_id", TEXT), ("cosine", "f8"), ("max_error", "f8"), ("relative_error", "f8")]
 )
+HASH = np.dtype("S32")
 COLUMN_KINDS = {
     "lengths": "i4",
     "embedded_lengths": "i4",
@@ -76,7 +77,8 @@ def output_bytes(
     def chunked(rows: int, row_bytes: int) -> int:
         return math.ceil(rows / RECORDS_IN_CHUNK) * RECORDS_IN_CHUNK * row_bytes
 
-    row_bytes = [np.dtype(dtype).itemsize for dtype in COLUMN_KINDS.values()] + [_REFERENCE_BYTES]
+    row_bytes = [np.dtype(dtype).itemsize for dtype in COLUMN_KINDS.values()]
+    row_bytes += [_REFERENCE_BYTES, HASH.itemsize]
     row_bytes += [array.row_bytes for array in arrays if not array.is_ragged]
     residue_bytes = [array.row_bytes for array in arrays if array.is_ragged]
     num_ids = num_sequences + num_compared

@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from esm_packed.alphabet import sequence_hash
 from esm_packed.files import whole_or_nothing
 from esm_packed.layouts import LAYOUTS
 from esm_packed.outputs import kind_of, layer_of
 from esm_packed.runners.output.blocks import Block, ShardNotes, blocks_ahead
 from esm_packed.runners.output.joining import make_parts
-from esm_packed.runners.output.layout import StoredComparison, StoredProblem
+from esm_packed.runners.output.layout import HASH, StoredComparison, StoredProblem
 from esm_packed.runners.output.names import dataset_of
 from esm_packed.runners.output.parts import Part
 from esm_packed.runners.output.writer import EmbeddingWriter
@@ -28,6 +29,7 @@ from esm_packed.runners.state.shard import STATUS_COMPUTED, STATUS_NOT_COMPUTED,
 from esm_packed.runners.watch.console import Advance, Console
 
 _COPIES_AT_ONCE = 256
+_HASHED_AT_ONCE = 1024
 MOST_COMMAND_BYTES = 16_384
 """Of the command in the output: all attributes together end at 64 KB."""
 
@@ -178,6 +180,7 @@ class _Append:
             "truncated": embedded_lengths < lengths,
             "status": status,
             "modified": run.index.modified(start, stop),
+            "sequence_hash": _hashes(run, start, stop),
         }
         if run.bytes_per_residue:
             columns["starts"] = self._with_copies("starts", self._starts(shard.number, has_rows))
@@ -245,6 +248,15 @@ class _Append:
         start, _ = self._bounds
         sources = self._sources if rows is None else self._sources[rows.start - start : rows.stop - start]
         return _with_copies(values, self._records[items], sources, partial(self._writer.read, name))
+
+
+def _hashes(run: Run, start: int, stop: int) -> npt.NDArray[np.bytes_]:
+    """Hash of the residues of records [start, stop) that are embedded."""
+    hashes = np.empty(stop - start, HASH)
+    for first in range(start, stop, _HASHED_AT_ONCE):
+        token_ids = run.index.token_ids(first, min(first + _HASHED_AT_ONCE, stop), run.plan.max_length)
+        hashes[first - start : first - start + len(token_ids)] = list(map(sequence_hash, token_ids))
+    return hashes
 
 
 def _with_copies(

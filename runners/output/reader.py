@@ -19,6 +19,7 @@ from esm_packed.runners.output.layout import (
     COMPARISON,
     FORMAT,
     FORMAT_VERSION,
+    HASH,
     PROBLEM,
     StoredComparison,
     StoredProblem,
@@ -106,6 +107,10 @@ class EmbeddingReader:
         for name, kind in COLUMN_KINDS.items():
             self._file.expect(name, kind, (self._num_sequences,))
         self._file.expect("sequence_ids", "text", (self._num_sequences,))
+        if "sequence_hash" in self._file:
+            self._file.expect("sequence_hash", "text", (self._num_sequences,))
+            if self._file.dataset("sequence_hash").dtype != HASH:
+                raise ValueError("sequence_hash is no hash")
         for name, record in (("problems", PROBLEM), ("fp32_compare", COMPARISON)):
             if name in self._file or record is PROBLEM:
                 self._file.expect_records(name, record)
@@ -242,10 +247,14 @@ class EmbeddingReader:
         return names
 
     def column(self, name: str, start: int = 0, stop: int | None = None) -> npt.NDArray[Any]:
-        """`lengths`, `embedded_lengths`, `truncated`, `status` or `modified` of the rows [start, stop)."""
+        """A column, such as `lengths`, `status` or `sequence_hash`, of the rows [start, stop)."""
         with self._file.reading():
             values: npt.NDArray[Any] = self._file.dataset(name)[start:stop]
         return values
+
+    def has_column(self, name: str) -> bool:
+        """Whether there is a column; earlier versions wrote no `sequence_hash`."""
+        return name in self._file
 
     def columns(self, start: int = 0, stop: int | None = None) -> dict[str, npt.NDArray[Any]]:
         """What there is to say of the sequences [start, stop) in a table, by name; (n,) arrays.

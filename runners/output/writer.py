@@ -19,6 +19,7 @@ from esm_packed.runners.output.layout import (
     COMPARISON,
     FORMAT,
     FORMAT_VERSION,
+    HASH,
     PROBLEM,
     RECORDS_IN_CHUNK,
     TEXT,
@@ -129,7 +130,8 @@ class EmbeddingWriter(ArrayWriter):
         super().__init__(path, compression)
         try:
             with self.writing():
-                dtypes = {"sequence_ids": TEXT, **COLUMN_KINDS, **({"starts": "i8"} if is_ragged else {})}
+                dtypes = {"sequence_ids": TEXT, "sequence_hash": HASH, **COLUMN_KINDS}
+                dtypes |= {"starts": "i8"} if is_ragged else {}
                 self._columns = {
                     name: self.file.create_dataset(name, (num_sequences,), dtype)
                     for name, dtype in dtypes.items()
@@ -152,7 +154,8 @@ class EmbeddingWriter(ArrayWriter):
         Args:
             start: first row.
             sequence_ids: (n,) names.
-            columns: (n,) each, by their names in `COLUMN_KINDS`, and `starts` if there are ragged arrays.
+            columns: (n,) each: those of `COLUMN_KINDS`, `sequence_hash`, and `starts` if there are ragged
+                arrays.
         """
         rows = slice(start, start + len(sequence_ids))
         with self.writing():

@@ -60,6 +60,7 @@ class EmbedRequest:
         log_json: file that gets a line of metrics every few seconds.
         compression: of the output, none or gzip.
         parts: leave rows of residues in files beside the output; None for large outputs alone.
+        reuse: an earlier output, whose rows of the same residues are taken; None for none.
         overwrite: replace an output, or a run directory, of another run.
         keep_run: leave the run directory when the output is made.
         command: the command line, to be kept in the output; empty for none.
@@ -94,6 +95,7 @@ class EmbedRequest:
     log_json: Path | None = None
     compression: str = "none"
     parts: bool | None = None
+    reuse: Path | None = None
     overwrite: bool = False
     keep_run: bool = False
     command: str = ""

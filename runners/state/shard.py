@@ -85,11 +85,14 @@ class ShardInput:
         number: of the shard.
         token_ids: the residues of each of its items.
         compared: items, as places in `token_ids`, that are also computed in FP32 on their own.
+        given: (num_items,) whether an item's rows come from elsewhere, so that it is not computed; None if
+            none do.
     """
 
     number: int
     token_ids: Sequence[npt.NDArray[np.uint8]]
     compared: Sequence[int] = ()
+    given: npt.NDArray[np.bool_] | None = None
 
 
 class Array(NamedTuple):
@@ -125,15 +128,18 @@ class ShardShape:
         arrays: in the order of the file.
         lengths: (num_items,) rows of each item in the ragged arrays.
         has_ragged: whether the ragged arrays are in the file, not in a part of the output.
+
+    Attributes:
+        lengths: (num_items,) int64.
     """
 
     def __init__(self, arrays: Sequence[Array], lengths: npt.ArrayLike, *, has_ragged: bool = True) -> None:
         self.arrays = {array.name: array for array in arrays}
-        self._lengths = np.asarray(lengths, np.int64)
-        self.num_items = len(self._lengths)
+        self.lengths = np.asarray(lengths, np.int64)
+        self.num_items = len(self.lengths)
         self._starts = {
             False: np.arange(self.num_items + 1),
-            True: np.concatenate([[0], np.cumsum(self._lengths)]),
+            True: np.concatenate([[0], np.cumsum(self.lengths)]),
         }
         self.block_bytes = max((array.block_rows * array.row_bytes for array in arrays), default=0)
         self.array_bytes = 0
@@ -163,11 +169,11 @@ class ShardShape:
 
     def piece(self, first: int, last: int) -> ShardShape:
         """The shape of a shard of the items [first, last)."""
-        return ShardShape(list(self.arrays.values()), self._lengths[first:last])
+        return ShardShape(list(self.arrays.values()), self.lengths[first:last])
 
     def without_ragged(self) -> ShardShape:
         """The shape of the same shard when its ragged arrays have moved to a part of the output."""
-        return ShardShape(list(self.arrays.values()), self._lengths, has_ragged=False)
+        return ShardShape(list(self.arrays.values()), self.lengths, has_ragged=False)
 
     def describe(self) -> list[list[str | int]]:
         """Names, types and sizes of the arrays."""

@@ -32,11 +32,19 @@ class StageTimes:
     packs_queued: int = 0
     """Packs that were ready when one was taken, summed over packs: near zero, the device waited for packs."""
     num_halved: int = 0
+    reused: int = 0
+    """Sequences whose rows came from an earlier output."""
+    reused_residues: int = 0
 
     def add(self, other: StageTimes) -> None:
         """Count what `other` measured, too."""
         for name, value in vars(other).items():
             setattr(self, name, getattr(self, name) + value)
+
+    @property
+    def residues_done(self) -> int:
+        """Computed or taken from an earlier output."""
+        return self.residues + self.reused_residues
 
     @property
     def packing_efficiency(self) -> float:

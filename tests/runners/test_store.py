@@ -33,6 +33,7 @@ def columns_of(
         "truncated": embedded_lengths < lengths,
         "status": np.zeros(len(lengths), np.uint8),
         "modified": modified,
+        "sequence_hash": np.full(len(lengths), b"0" * 32),
     }
 
 
@@ -120,6 +121,7 @@ def test_layout_is_the_documented_one(tmp_path):
     with h5py.File(tmp_path / "out.h5") as file:
         assert {name: (file[name].shape, file[name].dtype.kind) for name in file if name != "mean"} == {
             "sequence_ids": ((5,), "O"),
+            "sequence_hash": ((5,), "S"),
             "lengths": ((5,), "i"),
             "embedded_lengths": ((5,), "i"),
             "truncated": ((5,), "b"),
@@ -196,7 +198,7 @@ def limited(descriptor, data, position):
     return write(descriptor, data, position)
 os.pwrite = limited
 rows = np.ones((500, 64), np.float32)
-names = "lengths embedded_lengths truncated status modified".split()
+names = "lengths embedded_lengths truncated status modified sequence_hash".split()
 columns = {name: np.ones(500, np.uint8) for name in names}
 try:
     with EmbeddingWriter(Path(sys.argv[1]), num_sequences=2000) as writer:

@@ -1,0 +1,95 @@
+"""An earlier output whose rows need not be computed again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from esm_packed.alphabet import sequence_hash
+from esm_packed.errors import UsageError
+from esm_packed.outputs import is_ragged, kind_of, layer_of
+from esm_packed.runners.output.reader import EmbeddingReader
+from esm_packed.runners.state.plan import differences
+from esm_packed.runners.state.shard import STATUS_COMPUTED, Items, Rows, StoreError
+
+_SAME = ("model_sha256", "dtype", "store_dtype", "layout", "windows")
+"""Of the identities of two runs, what must be equal for the same residues to have the same rows in both."""
+
+
+class EarlierOutput:
+    """Rows of an output, found by what sequence they are of. Only those simply computed are used.
+
+    Args:
+        path: the output.
+        identity: of the run that is to use it.
+
+    Raises:
+        UsageError: it is no output, or one of another model, precision or options; says what differs.
+    """
+
+    def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
+        try:
+            self._reader = EmbeddingReader(path)
+            try:
+                self._check(path, identity)
+                hashes = self._reader.column("sequence_hash")
+                status = self._reader.column("status")
+            except BaseException:
+                self._reader.close()
+                raise
+        except StoreError as error:
+            raise UsageError(f"--reuse: {error}") from error
+        except OSError as error:
+            raise UsageError(f"--reuse {path}: {error.strerror or error}") from error
+        rows = np.flatnonzero(status == STATUS_COMPUTED)
+        order = np.argsort(hashes[rows], kind="stable")
+        self._rows = rows[order]
+        self._hashes = hashes[self._rows]
+
+    def _check(self, path: Path, identity: Mapping[str, Any]) -> None:
+        reader, theirs = self._reader, self._reader.plan["identity"]
+        if not reader.has_column("sequence_hash"):
+            raise UsageError(f"--reuse {path}: made by a version that did not store sequence_hash")
+        same = _SAME + ("token_budget",) * (identity["layout"] == "fixed")  # which promises the same bits
+        differing = differences(*({name: each.get(name) for name in same} for each in (theirs, identity)))
+        lacking = [
+            f"{name} are {', '.join(map(str, there))}, now {', '.join(map(str, asked))} are wanted"
+            for name, there, asked in (
+                ("kinds", reader.kinds, identity["kinds"]),
+                ("layers", reader.layers, identity["layers"]),
+            )
+            if not set(asked) <= set(there)
+        ]
+        if differing or lacking:
+            reasons = [differing] * bool(differing) + lacking
+            raise UsageError(f"--reuse {path}: made with other options ({'; '.join(reasons)})")
+
+    def find(self, token_ids: Sequence[npt.NDArray[np.uint8]]) -> Items:
+        """(n,) row of each sequence, -1 where there is none.
+
+        Args:
+            token_ids: residues of n sequences.
+        """
+        if not len(self._rows) or not token_ids:
+            return np.full(len(token_ids), -1)
+        hashes = np.array([sequence_hash(each) for each in token_ids], self._hashes.dtype)
+        places = np.minimum(np.searchsorted(self._hashes, hashes), len(self._hashes) - 1)
+        return np.where(self._hashes[places] == hashes, self._rows[places], -1)
+
+    def outputs(self, rows: Items, names: Sequence[str]) -> dict[str, Rows]:
+        """By name, what `rows` have: (n, columns), or (total residues, columns)."""
+        found: dict[str, Rows] = {}
+        for name in names:
+            kind, layer = kind_of(name), layer_of(name)
+            values = [self._reader.value(row, kind, layer) for row in rows.tolist()]
+            joined = np.concatenate(values) if is_ragged(name) else np.stack(values)
+            found[name] = joined.reshape(len(joined), -1)
+        return found
+
+    def close(self) -> None:
+        """Close the output."""
+        self._reader.close()
