@@ -198,8 +198,9 @@ def limited(descriptor, data, position):
     return write(descriptor, data, position)
 os.pwrite = limited
 rows = np.ones((500, 64), np.float32)
-names = "lengths embedded_lengths truncated status modified sequence_hash".split()
+names = "lengths embedded_lengths truncated status modified".split()
 columns = {name: np.ones(500, np.uint8) for name in names}
+columns["sequence_hash"] = np.full(500, b"0" * 32)
 try:
     with EmbeddingWriter(Path(sys.argv[1]), num_sequences=2000) as writer:
         writer.create(Array("mean/6", "float32", 64), "embeddings", 2000)
