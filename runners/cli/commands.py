@@ -193,6 +193,14 @@ def status(options: argparse.Namespace) -> int:
     return EXIT_COMPLETE
 
 
+def export(options: argparse.Namespace) -> int:
+    from esm_packed.runners.exporting import ExportRequest, export_file
+    from esm_packed.runners.watch.console import Console
+
+    say(export_file(_request(ExportRequest, options), Console()))
+    return EXIT_COMPLETE
+
+
 def info(options: argparse.Namespace) -> int:
     from esm_packed.runners.cli.info import describe
 

@@ -1,0 +1,95 @@
+"""The command `export`: an output in a file that other programs read."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+
+from esm_packed.errors import UsageError
+from esm_packed.files import whole_or_nothing
+from esm_packed.runners.exports.selection import Selection
+from esm_packed.runners.output.names import POOLED
+from esm_packed.runners.output.reader import EmbeddingReader
+from esm_packed.runners.system.paths import check_apart
+from esm_packed.runners.system.terminal import counted
+from esm_packed.runners.watch.console import Console, byte_size
+
+TABLES = ("npz", "parquet", "h5ad")
+"""Formats with one row for each sequence."""
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """What `esm-packed export` is asked to do.
+
+    Args:
+        source: the output.
+        format: uniprot, pt, npz, parquet or h5ad.
+        output: the file to make.
+        kind, layer, keep_missing: as `Selection` takes them.
+        overwrite: replace `output` if it is there.
+    """
+
+    source: Path
+    format: str
+    output: Path
+    kind: str | None = None
+    layer: int | None = None
+    keep_missing: bool = False
+    overwrite: bool = False
+
+
+def export_file(request: ExportRequest, console: Console) -> list[str]:
+    """Write an output in another format.
+
+    Returns:
+        Lines for the terminal.
+
+    Raises:
+        UsageError: the file is there already, or the format has no place for what is asked for.
+        NotInFileError: there is no such kind or layer.
+        StoreError: the output is damaged, or none.
+        UserError: a package that the format needs is not installed.
+        OSError: a file cannot be read or written.
+    """
+    writer = import_module(f"esm_packed.runners.exports.{request.format}")
+    with EmbeddingReader(request.source) as reader:
+        check_new(request.output, request.source, reader, overwrite=request.overwrite)
+        selection = Selection(reader, request.kind, request.layer, keep_missing=request.keep_missing)
+        if selection.is_ragged and request.format in TABLES:
+            raise UsageError(
+                f"--kind {selection.kind}: {request.format} has one row for each sequence, of "
+                f"{', '.join(POOLED)}; uniprot and pt take residues"
+            )
+        with (
+            console.progress("exporting", "sequence", len(selection)) as advance,
+            whole_or_nothing(request.output, overwrite=request.overwrite) as unfinished,
+        ):
+            writer.write(selection, unfinished, advance)
+        size = byte_size(request.output.stat().st_size)
+        layer = "" if selection.layer is None else f" of layer {selection.layer}"
+        lines = [
+            f"{request.output}: {counted(len(selection), 'sequence')}, {selection.kind}{layer}, {size}",
+        ]
+        if selection.num_missing:
+            verb = "are NaN" if request.keep_missing else "are left out (--keep-missing writes them as NaN)"
+            lines.append(f"{selection.num_missing:,} that failed or were not computed {verb}")
+        if not reader.attributes.get("complete", True):
+            lines.append(f"{request.source} is partial; continue with the same embed command")
+        return lines
+
+
+def check_new(output: Path, source: Path, reader: EmbeddingReader, *, overwrite: bool) -> None:
+    """See that a file `output` can be made of the output `source`, which `reader` reads.
+
+    Raises:
+        UsageError: it is there and may not be replaced, its folder is not, or it is part of `source`.
+    """
+    parts = [source.parent / reader.attributes["parts"] / part.file for part in reader.parts]
+    check_apart({"--output": output}, [source, *parts])
+    if os.path.lexists(output) and not overwrite:
+        raise UsageError(f"{output}: exists already; --overwrite replaces it")
+    if not output.parent.is_dir():
+        raise UsageError(f"{output.parent}: there is no such folder")

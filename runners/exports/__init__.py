@@ -1,0 +1,1 @@
+"""Outputs written as other programs read them, one file a format."""

@@ -1,0 +1,126 @@
+"""What is exported of an output."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from esm_packed.errors import UsageError
+from esm_packed.runners.output.names import PER_LAYER, POOLED, RAGGED
+from esm_packed.runners.output.reader import MISSING, EmbeddingReader
+
+Values = npt.NDArray[np.floating[Any]]
+
+_ROWS_AT_ONCE = 1 << 10
+
+
+class Block(NamedTuple):
+    """Sequences that follow one another.
+
+    Args:
+        ids: (n,) of them.
+        columns: (n,) arrays, as `EmbeddingReader.columns` gives them.
+        values: (n, D), or an iterator of n (L, columns) arrays if the kind is ragged.
+    """
+
+    ids: list[str]
+    columns: dict[str, npt.NDArray[Any]]
+    values: Any
+
+
+class Selection:
+    """The sequences that are exported, in input order, each with the values of one kind and layer.
+
+    Args:
+        reader: of the output.
+        kind: mean, max, bos or a ragged kind; None stands for the first of mean, max and bos that there is.
+        layer: one of those of the output; None stands for the last one.
+        keep_missing: with the sequences that failed or were not computed; their values are NaN.
+
+    Attributes:
+        reader, kind, layer: as above, without None but for the layer of a kind that has none.
+        num_missing: sequences that failed or were not computed.
+        num_rows: rows of values, of which a ragged kind has one for each residue.
+        dtype, width: of the values.
+
+    Raises:
+        NotInFileError: there is no such kind or layer.
+        UsageError: the kind cannot be exported, or no sequence is left.
+    """
+
+    def __init__(
+        self, reader: EmbeddingReader, kind: str | None, layer: int | None, *, keep_missing: bool
+    ) -> None:
+        pooled = [each for each in POOLED if each in reader.kinds]
+        if kind is None and not pooled:
+            raise UsageError(
+                f"--kind: name one of {', '.join(reader.kinds)}; there is no {', '.join(POOLED)}"
+            )
+        self.reader = reader
+        self.kind = pooled[0] if kind is None else kind
+        empty = reader.values(self.kind, layer, 0, 0)
+        if empty.ndim != 2:
+            raise UsageError(f"--kind {self.kind}: one number a sequence; name {', '.join(POOLED + RAGGED)}")
+        self.layer = reader.layers[-1] if layer is None and self.kind in PER_LAYER else layer
+        self.dtype, self.width = empty.dtype, empty.shape[1]
+        self._keep_missing = keep_missing
+        status = reader.column("status")
+        self.num_missing = int(np.isin(status, MISSING).sum())
+        self._num_sequences = len(status) - (0 if keep_missing else self.num_missing)
+        if not self._num_sequences:
+            raise UsageError(
+                "no sequence is left: all failed or were not computed; --keep-missing writes them as NaN"
+            )
+        self.num_rows = self._num_sequences
+        if self.is_ragged:
+            is_kept = ~np.isin(status, MISSING) | keep_missing
+            self.num_rows = int(reader.column("embedded_lengths")[is_kept].sum(dtype=np.int64))
+
+    def __len__(self) -> int:
+        return self._num_sequences
+
+    @property
+    def is_ragged(self) -> bool:
+        """Whether there is a row for each residue."""
+        return self.kind in RAGGED
+
+    @property
+    def provenance(self) -> dict[str, str | int]:
+        """What the values are and which model made them."""
+        attributes = self.reader.attributes
+        names = ("model_name", "model_sha256", "dtype", "attention_backend")
+        found: dict[str, str | int] = {name: str(attributes[name]) for name in names if name in attributes}
+        found["kind"] = self.kind
+        return found if self.layer is None else found | {"layer": self.layer}
+
+    def ids(self) -> Iterator[str]:
+        """The IDs alone."""
+        for start, is_kept in self._kept():
+            yield from self._ids(start, is_kept)
+
+    def blocks(self) -> Iterator[Block]:
+        """All that is exported, in memory that does not grow."""
+        for start, is_kept in self._kept():
+            stop = start + len(is_kept)
+            columns = self.reader.columns(start, stop)
+            values: Any
+            if self.is_ragged:
+                rows = (start + np.flatnonzero(is_kept)).tolist()
+                values = (self.reader.value(row, self.kind, self.layer) for row in rows)
+            else:
+                values = self.reader.values(self.kind, self.layer, start, stop)[is_kept]
+            kept_columns = {name: each[is_kept] for name, each in columns.items()}
+            yield Block(self._ids(start, is_kept), kept_columns, values)
+
+    def _kept(self) -> Iterator[tuple[int, npt.NDArray[np.bool_]]]:
+        """First rows of blocks, and which of each block are exported."""
+        for start in range(0, self.reader.num_sequences, _ROWS_AT_ONCE):
+            status = self.reader.column("status", start, start + _ROWS_AT_ONCE)
+            yield start, ~np.isin(status, MISSING) | self._keep_missing
+
+    def _ids(self, start: int, is_kept: npt.NDArray[np.bool_]) -> list[str]:
+        ids = self.reader.sequence_ids(start, start + len(is_kept))
+        return [each for each, kept in zip(ids, is_kept, strict=True) if kept]
