@@ -169,7 +169,7 @@ def write_page(title: str, sections: Iterable[Section], folder: Path, name: str)
                 body.append(as_html)
                 markdown.append(as_markdown)
     page = folder / f"{name}.html"
-    page.write_text(_page_html(title, "\n".join(body)), encoding="utf-8")
+    page.write_text(page_html(title, "\n".join(body)), encoding="utf-8")
     (folder / f"{name}.md").write_text("\n\n".join(markdown) + "\n", encoding="utf-8")
     return page
 
@@ -187,7 +187,8 @@ def _rendered(part: str | Notice | Table | Drawing, folder: Path) -> tuple[str, 
     return f"<p>{html.escape(part)}</p>", part
 
 
-def _page_html(title: str, body: str) -> str:
+def page_html(title: str, body: str) -> str:
+    """A whole page of a plain-text `title` and an HTML `body`."""
     title = html.escape(title)
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n'
