@@ -231,6 +231,25 @@ def check_space(run: Run, num_compared: int, in_parts: bool, console: Console) -
     Raises:
         OSError: ENOSPC, when that is too little.
     """
+    output, needed = space_of(run, num_compared, in_parts)
+    folder = run.directory.output.parent
+    free = shutil.disk_usage(folder).free
+    sizes = (
+        f"the output takes about {byte_size(output)}, the run up to {byte_size(needed)} until it is merged "
+        f"(besides {byte_size(run.index.num_bytes)} of its index, which is there); {byte_size(free)} are free in "
+        f"{folder}"
+    )
+    if needed > free:
+        raise OSError(errno.ENOSPC, sizes)
+    console.note(sizes)
+
+
+def space_of(run: Run, num_compared: int, in_parts: bool) -> tuple[int, int]:
+    """Bytes that the output takes, parts included, and that the run still takes until it is merged.
+
+    Args:
+        run, num_compared, in_parts: as in `check_space`.
+    """
     index, plan = run.index, run.plan
     num_computed = index.num_records - index.num_identical
     num_rows = sum(run.num_rows(shard) for shard in range(plan.num_shards)) if run.bytes_per_residue else 0
@@ -245,14 +264,4 @@ def check_space(run: Run, num_compared: int, in_parts: bool, console: Console) -
     num_left = plan.num_shards - len(run.finished(range(plan.num_shards)))
     share = num_left / plan.num_shards
     shards = shards_bytes(num_left, run.arrays, int(num_computed * share), int(num_rows * share))
-    needed = shards + output - (num_rows * run.bytes_per_residue if in_parts else 0)
-    folder = run.directory.output.parent
-    free = shutil.disk_usage(folder).free
-    sizes = (
-        f"the output takes about {byte_size(output)}, the run up to {byte_size(needed)} until it is merged "
-        f"(besides {byte_size(index.num_bytes)} of its index, which is there); {byte_size(free)} are free in "
-        f"{folder}"
-    )
-    if needed > free:
-        raise OSError(errno.ENOSPC, sizes)
-    console.note(sizes)
+    return output, shards + output - (num_rows * run.bytes_per_residue if in_parts else 0)

@@ -48,7 +48,7 @@ def open_or_build_index(
         )
     if directory.plan_path.exists():  # whose index must stay until this input is known to be its own
         path = directory.new_index_path
-    with console.progress("reading", "B", _input_bytes(request.inputs)) as advance:
+    with console.progress("reading", "B", input_bytes(request.inputs)) as advance:
 
         def advance_if_held(amount: int) -> None:
             check_held(claim)  # or two processes would write one index
@@ -57,7 +57,8 @@ def open_or_build_index(
         return build_index(request.inputs, path, request.read, progress=advance_if_held)
 
 
-def _input_bytes(inputs: Sequence[str]) -> int | None:
+def input_bytes(inputs: Sequence[str]) -> int | None:
+    """Size of the input files; None if one of them is no file, such as standard input."""
     paths = [Path(path) for path in inputs]
     return sum(path.stat().st_size for path in paths) if all(path.is_file() for path in paths) else None
 

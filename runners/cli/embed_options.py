@@ -80,6 +80,12 @@ def add_embed(commands: argparse._SubParsersAction[Parser]) -> None:
     parser.add_argument(
         "--overwrite", action="store_true", help="replace OUT.h5, or an unfinished run of other options"
     )
+    parser.add_argument(
+        "--estimate",
+        action="store_true",
+        help="say what would be computed, in what time (measured on a few packs) and how large it gets; write "
+        "nothing",
+    )
     parser.add_argument("--keep-run", action="store_true", help="keep OUT.h5.run when OUT.h5 is made")
     amount = parser.add_mutually_exclusive_group()
     amount.add_argument("--quiet", action="store_true", help="say nothing but what goes wrong")
