@@ -61,6 +61,11 @@ def embed(options: argparse.Namespace) -> int:
         windows=_windows(options),
         read=_request(ReadOptions, options),
     )
+    if options.estimate:
+        from esm_packed.runners.estimate import estimate
+
+        say(estimate(request, Console(options.quiet)))
+        return EXIT_COMPLETE
     summary = embed_files(request, Console(options.quiet))
     if not options.quiet and summary.already_complete:
         sequences = counted(summary.num_sequences, "sequence")

@@ -83,8 +83,8 @@ def add_embed(commands: argparse._SubParsersAction[Parser]) -> None:
     parser.add_argument(
         "--estimate",
         action="store_true",
-        help="say what would be computed, in what time (measured on a few packs) and how large it gets; write "
-        "nothing",
+        help="say what would be computed, in what time (measured on a few packs) and how large it gets; "
+        "write nothing",
     )
     parser.add_argument("--keep-run", action="store_true", help="keep OUT.h5.run when OUT.h5 is made")
     amount = parser.add_mutually_exclusive_group()
