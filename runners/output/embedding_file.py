@@ -188,7 +188,9 @@ class EmbeddingFile:
         for start in range(0, self._reader.num_problems if found else 0, _RECORDS_AT_ONCE):
             for problem in self._reader.problems(start, start + _RECORDS_AT_ONCE):
                 if problem.sequence_id in found and not problem.file:  # others are records left out
-                    found[problem.sequence_id] += f": {problem.reason}"
+                    label = found[problem.sequence_id]
+                    is_said = problem.reason.startswith(label)
+                    found[problem.sequence_id] = problem.reason if is_said else f"{label}: {problem.reason}"
         return found
 
     def obs(self) -> Any:
