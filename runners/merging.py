@@ -82,12 +82,8 @@ def merge_files(
             if existing.is_complete:
                 return Merged(already_complete=True)
             overwrite = True
-        finished = run.finished(range(run.plan.num_shards))
-        if partial:
-            if not any(run.is_whole(shard) for shard in finished):
-                return Merged(missing_shards=run.plan.num_shards)
-        elif len(finished) < run.plan.num_shards:
-            return Merged(missing_shards=run.plan.num_shards - len(finished))
+        if missing := _missing_shards(run, partial):
+            return Merged(missing_shards=missing)
         try:
             in_parts = not partial and wants_parts(run, parts)
             options = MergeOptions(overwrite, partial, compression, in_parts)
@@ -99,3 +95,11 @@ def merge_files(
             run.index.close()
             directory.remove()
     return Merged(is_made=True, missing_records=missing_records, num_records=num_records)
+
+
+def _missing_shards(run: Run, partial: bool) -> int:
+    """Shards without which there is no output: those that are not there; of a partial one all, if none is."""
+    finished = run.finished(range(run.plan.num_shards))
+    if not partial:
+        return run.plan.num_shards - len(finished)
+    return 0 if any(run.is_whole(shard) for shard in finished) else run.plan.num_shards

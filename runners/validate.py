@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -96,10 +97,6 @@ def validate_file(request: ValidateRequest, console: Console) -> tuple[list[str]
     replaced = {f"--output: {path.name}": path for path in report_files(request.output)}
     check_apart(replaced, [*([request.fasta] if request.fasta != STDIN else []), *files_of(checkpoint)])
     sample = _read_sample(request, console)
-
-    def load() -> Checkpoint:
-        return load_checkpoint(request.model)
-
     passes = num_passes(checkpoint.config, settings)
     _make_folder(request.output)
     try:
@@ -109,7 +106,13 @@ def validate_file(request: ValidateRequest, console: Console) -> tuple[list[str]
             f"{passes} times: about {duration(seconds)} (--limit, --max-length and --dtype make it shorter)"
         )
         with console.progress("validating", "residues", passes * sample.num_residues) as advance:
-            validation = validate(load, sample.sequence_ids, sample.token_ids, settings, advance)
+            validation = validate(
+                partial(load_checkpoint, request.model),
+                sample.sequence_ids,
+                sample.token_ids,
+                settings,
+                advance,
+            )
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -118,7 +121,6 @@ def validate_file(request: ValidateRequest, console: Console) -> tuple[list[str]
             f"{settings.token_budget:,} tokens and proteins of {max(map(len, sample.token_ids)):,} residues; "
             "--token-budget and --max-length take less"
         ) from error
-
     conditions = {
         "proteins": f"{request.fasta} (sha256 {sample.sha256}), {sample.rule}",
         "truncated": f"{sample.num_truncated:,} to their first {request.max_length:,} residues"

@@ -50,6 +50,19 @@ def add_extract(commands: argparse._SubParsersAction[Parser]) -> None:
         metavar="OUTPUT_DIR",
         help="folder for the files, made if it is not there",
     )
+    _add_esm_extract_options(parser)
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="precision (default: fp32)")
+    add_threads(parser)
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace files of the same names in OUTPUT_DIR, or an unfinished run of other options",
+    )
+    parser.add_argument("--quiet", action="store_true", help="say nothing but what goes wrong")
+    add_read_rules(parser, has_full_header=False)
+
+
+def _add_esm_extract_options(parser: Parser) -> None:
     parser.add_argument(
         "--include",
         nargs="+",
@@ -80,12 +93,3 @@ def add_extract(commands: argparse._SubParsersAction[Parser]) -> None:
         help="keep the first N residues of longer proteins, 0 for all (default: %(default)s)",
     )
     parser.add_argument("--nogpu", action="store_true", help="compute on the CPU although there is a GPU")
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="precision (default: fp32)")
-    add_threads(parser)
-    parser.add_argument(
-        "--overwrite",
-        action="store_true",
-        help="replace files of the same names in OUTPUT_DIR, or an unfinished run of other options",
-    )
-    parser.add_argument("--quiet", action="store_true", help="say nothing but what goes wrong")
-    add_read_rules(parser, has_full_header=False)
