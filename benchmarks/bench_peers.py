@@ -24,6 +24,9 @@ PROVIDERS = (
     ("fair_esm", "fp16"),
     ("transformers", "fp32"),
     ("transformers", "fp16"),
+    ("transformers_unsorted", "fp32"),
+    ("esm_packed_transformers", "fp32"),
+    ("esm_packed_transformers_unsorted", "fp32"),
     ("transformers_compiled", "fp32"),
     ("transformers_compiled", "fp16"),
     ("faesm", "fp32"),
@@ -68,6 +71,8 @@ def test_peer(
         total_tokens = min(total_tokens, MAX_TOKENS_ON_CPU)
     budget = pytestconfig.getoption("--token-budget") or DEFAULT_TOKEN_BUDGETS[DEVICE.type]
     layout = "packed" if provider in PACKED or provider.startswith("floor") else "padded"
+    if provider.endswith("_unsorted"):
+        layout = "padded_unsorted"
     is_unknown = provider == "esm_cpp"
     entry = Entry(
         provider,

@@ -11,7 +11,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from contenders.packages import EsmEfficient, EsmPacked, Faesm, FairEsm, Provider, Transformers
+from contenders.packages import (
+    EsmEfficient,
+    EsmPacked,
+    Faesm,
+    FairEsm,
+    PackedTransformers,
+    Provider,
+    Transformers,
+)
 from floors import AttentionFloor, MatmulFloor
 from measuring import (
     DEVICE,
@@ -279,6 +287,8 @@ class Contest:
         """A `Provider`; of a floor only what prepares and runs it."""
         name, dtype = entry.provider, entry.dtype
         budget = entry.token_budget or 0
+        if name.startswith("esm_packed_transformers"):
+            return PackedTransformers(entry.model, dtype, budget, entry.layout or "padded")
         if name.startswith("esm_packed"):
             return EsmPacked(
                 self.model(entry.model, dtype),
@@ -300,6 +310,7 @@ class Contest:
         rivals: dict[str, Callable[[], Provider]] = {
             "fair_esm": lambda: FairEsm(entry.model, dtype, budget),
             "transformers": lambda: Transformers(entry.model, dtype, budget),
+            "transformers_unsorted": lambda: Transformers(entry.model, dtype, budget, "padded_unsorted"),
             "transformers_compiled": lambda: Transformers(entry.model, dtype, budget, compiled=True),
             "faesm": lambda: Faesm(entry.model, dtype, budget),
             "esm_efficient": lambda: EsmEfficient(entry.model, dtype, budget),

@@ -20,15 +20,15 @@ from contenders.batching import LAYOUTS, computed_lengths
 from contenders.flash_attn_stand_in import flash_attn_importable
 from measuring import DEVICE, flops_of
 
-from esm_packed.alphabet import BOS_ID, EOS_ID, MASK_ID, PAD_ID, VOCAB_SIZE, encode
+from esm_packed.alphabet import BOS_ID, EOS_ID, PAD_ID, encode
 from esm_packed.checkpoints import load_checkpoint, save_fair_esm
-from esm_packed.config import LAYER_NORM_EPS, ESM2Config
+from esm_packed.config import ESM2Config
 from esm_packed.graphs import GraphedESM2
 from esm_packed.model import ESM2
 from esm_packed.numerics import PRECISIONS, matmul_precision
 from esm_packed.outputs import mean_of
 from esm_packed.packing import SPECIAL_TOKENS, PackedBatch
-from esm_packed.padding import plan_padded
+from esm_packed.transformers import EsmModel, esm_config
 
 
 class Provider(Protocol):
@@ -158,9 +158,17 @@ class FairEsm(_Batched):
 
 
 class Transformers(_Batched):
-    """transformers' EsmModel with SDPA, sorted by length into padded batches, means over residues."""
+    """transformers' EsmModel with SDPA on padded batches of `layout`, means over residues."""
 
-    def __init__(self, model_name: str, dtype: str, token_budget: int, *, compiled: bool = False) -> None:
+    def __init__(
+        self,
+        model_name: str,
+        dtype: str,
+        token_budget: int,
+        layout: str = "padded",
+        *,
+        compiled: bool = False,
+    ) -> None:
         checkpoint = load_checkpoint(model_name)
         with torch.device(DEVICE):  # values that are replaced at once are made fastest there
             model = self._make(checkpoint.config)
@@ -180,16 +188,19 @@ class Transformers(_Batched):
                 buffer.data = frequencies.to(DEVICE, torch.float32)
         super().__init__(model)
         self._forward: Callable[..., Any] = torch.compile(model, dynamic=True) if compiled else model
-        self.token_budget = token_budget
-        self.backend = f"{model.config._attn_implementation}, padded, sorted by length"
-        self.precision = PRECISIONS[dtype]
+        self._feed(token_budget, layout, dtype)
+        self.backend = f"{model.config._attn_implementation}, {LAYOUTS[layout].algorithm}"
+
+    def _feed(self, token_budget: int, layout: str, dtype: str) -> None:
+        self.token_budget, self.layout, self.precision = token_budget, layout, PRECISIONS[dtype]
 
     def _make(self, config: ESM2Config) -> Any:
-        return importlib.import_module("transformers").EsmModel(hub_config(config), add_pooling_layer=False)
+        hub = esm_config(config, attn_implementation="sdpa")
+        return importlib.import_module("transformers").EsmModel(hub, add_pooling_layer=False)
 
     def prepare(self, sequences: Sequence[str]) -> None:
         lengths = [len(sequence) + SPECIAL_TOKENS for sequence in sequences]
-        plan = plan_padded(lengths, self.token_budget)
+        plan = LAYOUTS[self.layout].plan(lengths, self.token_budget)
         self.members = [members.tolist() for members in plan]
         self.lengths = [[len(sequences[index]) for index in members] for members in self.members]
         self.inputs = []
@@ -208,6 +219,21 @@ class Transformers(_Batched):
                 self.rows.append(_residue_means(output.last_hidden_state, lengths))
 
 
+class PackedTransformers(Transformers):
+    """This package's EsmModel on the same batches, which it unpads and pads again in the timed call."""
+
+    def __init__(self, model_name: str, dtype: str, token_budget: int, layout: str = "padded") -> None:
+        model = EsmModel.from_pretrained(model_name, device=DEVICE, dtype=dtype, add_pooling_layer=False)
+        _Batched.__init__(self, model)
+        self._forward = model
+        self._feed(token_budget, layout, dtype)
+        self.backend = model.esm2.attention_backend
+
+    def prepare(self, sequences: Sequence[str]) -> None:
+        super().prepare(sequences)
+        self.padded_tokens = sum(int(mask.sum()) for _, mask in self.inputs)
+
+
 class Faesm(Transformers):
     """faesm's FAEsmModel: transformers' model with FlashAttention, or with SDPA where that is missing."""
 
@@ -217,7 +243,7 @@ class Faesm(Transformers):
 
     def _make(self, config: ESM2Config) -> Any:
         faesm = importlib.import_module("faesm.esm")
-        hub = hub_config(config, "eager")  # it replaces attention itself
+        hub = esm_config(config, attn_implementation="eager")  # it replaces attention itself
         hub.use_fa = faesm.flash_attn_installed and DEVICE.type == "cuda"
         return faesm.FAEsmModel(hub, add_pooling_layer=False)
 
@@ -295,24 +321,6 @@ def _residue_means(hidden_states: torch.Tensor, lengths: Sequence[int]) -> torch
 def token_ids_with_ends(sequence: str) -> torch.Tensor:
     """BOS, residues, EOS as int64."""
     return torch.tensor([BOS_ID, *encode(sequence).tolist(), EOS_ID])
-
-
-def hub_config(config: ESM2Config, attention: str = "sdpa") -> Any:
-    """The configuration of the hub's ESM-2 repositories."""
-    return importlib.import_module("transformers").EsmConfig(
-        vocab_size=VOCAB_SIZE,
-        mask_token_id=MASK_ID,
-        pad_token_id=PAD_ID,
-        hidden_size=config.hidden_size,
-        num_hidden_layers=config.num_layers,
-        num_attention_heads=config.num_heads,
-        intermediate_size=config.ffn_size,
-        position_embedding_type="rotary",
-        emb_layer_norm_before=False,
-        layer_norm_eps=LAYER_NORM_EPS,
-        token_dropout=config.token_dropout,
-        attn_implementation=attention,
-    )
 
 
 _HUB_NAMES = {

@@ -20,7 +20,7 @@ def echo(provider: type[Any], forward: Any) -> Any:
     made: Any = object.__new__(provider)
     made.model = SimpleNamespace(forward_representation=forward, num_layers=1)
     made._forward = forward
-    made.token_budget = 50
+    made.token_budget, made.layout = 50, "padded"
     made.precision = PRECISIONS["fp32"]
     return made
 

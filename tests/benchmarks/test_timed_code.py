@@ -101,7 +101,8 @@ def test_packs_of_one_size_are_made_before(
 
 
 @pytest.mark.parametrize(
-    "provider", ["esm_packed", "transformers", "fair_esm", "floor_matmul_mm", "floor_attention"]
+    "provider",
+    ["esm_packed", "transformers", "transformers_unsorted", "fair_esm", "floor_matmul_mm", "floor_attention"],
 )
 def test_rivals_are_timed_without_preparation(
     provider: str, contest: Any, options: Any, strict: StrictBenchmark
@@ -115,6 +116,20 @@ def test_rivals_are_timed_without_preparation(
         raise
     assert strict.calls == 1
     assert strict.extra_info["provider"] == provider
+
+
+@pytest.mark.parametrize("layout", ["padded", "padded_unsorted"])
+def test_the_model_behind_transformers_interface_is_timed_with_its_packing(
+    layout: str, contest: Any, options: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench, benchmark = importlib.import_module("bench_peers"), StrictBenchmark(monkeypatch, TOKENISERS)
+    provider = "esm_packed_transformers" + layout.removeprefix("padded")
+    bench.test_peer(0, MODEL, "short50", provider, "fp32", contest, benchmark, options)
+    assert benchmark.calls == 1
+    record = benchmark.extra_info
+    assert (record["layout"], record["backend"]) == (layout, "sdpa")
+    assert record["padded_tokens"] == record["useful_tokens"] == 400
+    assert record["relative_error"] < 1e-5
 
 
 def test_attention_is_timed_without_preparation(options: Any, strict: StrictBenchmark) -> None:
