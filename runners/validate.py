@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from esm_packed.checkpoints import Checkpoint, load_checkpoint
+from esm_packed.checkpoints import load_checkpoint
 from esm_packed.config import DEFAULT_MAX_LENGTH, DEFAULT_TOKEN_BUDGETS, REFERENCES
 from esm_packed.errors import UsageError
 from esm_packed.numerics import PRECISIONS, is_out_of_memory, resolve_device
@@ -121,15 +121,8 @@ def validate_file(request: ValidateRequest, console: Console) -> tuple[list[str]
             f"{settings.token_budget:,} tokens and proteins of {max(map(len, sample.token_ids)):,} residues; "
             "--token-budget and --max-length take less"
         ) from error
-    conditions = {
-        "proteins": f"{request.fasta} (sha256 {sample.sha256}), {sample.rule}",
-        "truncated": f"{sample.num_truncated:,} to their first {request.max_length:,} residues"
-        if sample.num_truncated
-        else "none",
-        "command": request.command,
-        "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-        "duration": f"{duration(time.monotonic() - begin)} (estimated {duration(seconds)})",
-    }
+    took = f"{duration(time.monotonic() - begin)} (estimated {duration(seconds)})"
+    conditions = _conditions(request, sample, took)
     try:
         written = write_report(validation, conditions, request.output)
     except OSError as error:
@@ -142,6 +135,18 @@ def validate_file(request: ValidateRequest, console: Console) -> tuple[list[str]
         validation.verdict,
     ]
     return lines, validation.passed
+
+
+def _conditions(request: ValidateRequest, sample: _Sample, took: str) -> dict[str, str]:
+    """What the report says of its making."""
+    truncated = f"{sample.num_truncated:,} to their first {request.max_length:,} residues"
+    return {
+        "proteins": f"{request.fasta} (sha256 {sample.sha256}), {sample.rule}",
+        "truncated": truncated if sample.num_truncated else "none",
+        "command": request.command,
+        "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "duration": took,
+    }
 
 
 @dataclass(frozen=True)
