@@ -63,6 +63,11 @@ def export_file(request: ExportRequest, console: Console) -> list[str]:
                 f"--kind {selection.kind}: {request.format} has one row for each sequence, of "
                 f"{', '.join(POOLED)}; uniprot and pt take residues"
             )
+        if not len(selection):
+            raise UsageError(
+                f"{request.source}: all sequences failed or were not computed; --keep-missing writes them "
+                "as NaN"
+            )
         with (
             console.progress("exporting", "sequence", len(selection)) as advance,
             whole_or_nothing(request.output, overwrite=request.overwrite) as unfinished,

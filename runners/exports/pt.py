@@ -28,7 +28,7 @@ def write(selection: Selection, path: Path, advance: Advance) -> None:
             for sequence_id, value in zip(block.ids, block.values, strict=True):
                 places.append((sequence_id, num_values, value.shape))
                 num_values += value.size
-                scratch.write(np.ascontiguousarray(value))
+                scratch.write(np.ascontiguousarray(value).data)
                 advance(1)
         scratch.flush()
         # copy-on-write, as torch has no tensors that are read-only

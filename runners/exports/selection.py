@@ -48,7 +48,7 @@ class Selection:
 
     Raises:
         NotInFileError: there is no such kind or layer.
-        UsageError: the kind cannot be exported, or no sequence is left.
+        UsageError: the kind cannot be exported.
     """
 
     def __init__(
@@ -70,10 +70,6 @@ class Selection:
         status = reader.column("status")
         self.num_missing = int(np.isin(status, MISSING).sum())
         self._num_sequences = len(status) - (0 if keep_missing else self.num_missing)
-        if not self._num_sequences:
-            raise UsageError(
-                "no sequence is left: all failed or were not computed; --keep-missing writes them as NaN"
-            )
         self.num_rows = self._num_sequences
         if self.is_ragged:
             is_kept = ~np.isin(status, MISSING) | keep_missing

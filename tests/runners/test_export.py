@@ -242,7 +242,7 @@ def test_nothing_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
     output = write_output(tmp_path / "in.h5", ["mean"], change=fail)
     assert cli.main(["export", str(output.path), "--to", "npz", "-o", str(tmp_path / "x")]) == 2
-    assert "no sequence is left" in capsys.readouterr().err
+    assert "in.h5: all sequences failed or were not computed" in capsys.readouterr().err
 
 
 def test_pyarrow_is_named_where_it_is_missing(
