@@ -394,3 +394,30 @@ def test_a_partial_output_leaves_the_parts_of_its_run(
     log = run_to_the_end(nursery, work.fasta, output, "--parts")
     assert f"continuing: {work.num_shards - 1} of {work.num_shards}" in log
     assert_is_whole(output, work, "--parts")
+
+
+def test_a_partial_output_has_the_rows_of_the_shards_that_are_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(cut.FLOPS_PER_SHARD, "cpu", FLOPS_PER_SHARD)
+    fasta = write_fasta(tmp_path / "in.fasta", proteins_with_copies(30, 40))
+    output, options = tmp_path / "out.h5", {"model": "demo", "device": "cpu", "progress": False}
+    options |= {"include": ["mean", "per_residue", "logits"]}
+    esm_packed.embed_file(fasta, tmp_path / "whole.h5", **options).close()
+    esm_packed.embed_file(fasta, output, keep_run=True, **options).close()
+    output.unlink()
+    shards = shards_of(output)
+    for number in (1, len(shards) - 1):
+        (tmp_path / "out.h5.run" / "shards" / f"{number:05}.shard").unlink()
+    assert cli.main(["merge", str(output), "--partial"]) == 4
+    with esm_packed.open(output) as found, esm_packed.open(tmp_path / "whole.h5") as whole:
+        assert 0 < len(found.missing) < len(whole)
+        for sequence_id in whole.ids:
+            if sequence_id in found.missing:
+                with pytest.raises(KeyError, match="not computed"):
+                    found.per_residue(sequence_id)
+                continue
+            np.testing.assert_array_equal(found.per_residue(sequence_id), whole.per_residue(sequence_id))
+            np.testing.assert_array_equal(found.logits(sequence_id), whole.logits(sequence_id))
+    with esm_packed.embed_file(fasta, output, **options) as found:
+        assert not found.missing
