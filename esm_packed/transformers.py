@@ -173,15 +173,15 @@ class _PackedModel(nn.Module):
         return_logits: bool = False,
     ) -> _Padded:
         token_ids, bounds = unpad(input_ids, attention_mask)
-        shape, lengths = token_ids.shape, bounds[:, 1] - bounds[:, 0]
+        lengths = bounds[:, 1] - bounds[:, 0]
 
         def zeros(columns: int) -> torch.Tensor:
-            return torch.zeros(token_ids.size, columns, dtype=self.dtype, device=self.device)
+            return torch.zeros(*token_ids.shape, columns, dtype=self.dtype, device=self.device)
 
         padded = {layer: zeros(self.esm2.config.hidden_size) for layer in layers}
         logits = zeros(VOCAB_SIZE) if return_logits else None
         for members in plan_packs(lengths, DEFAULT_TOKEN_BUDGETS[self.device.type]):
-            rows = np.concatenate([np.arange(*bounds[row]) + row * shape[1] for row in members])
+            rows = np.concatenate([np.arange(*bounds[row]) + row * token_ids.shape[1] for row in members])
             ends = np.append(0, lengths[members].cumsum()).astype(np.int32)
             packed = PackedBatch(
                 torch.from_numpy(token_ids.ravel()[rows]),
@@ -191,14 +191,10 @@ class _PackedModel(nn.Module):
             output = self.esm2(packed.to(self.device), layers, return_logits)
             places = torch.from_numpy(rows).to(self.device)
             for layer, states in output.representations.items():
-                padded[layer][places] = states.to(self.dtype)
+                padded[layer].flatten(0, 1)[places] = states.to(self.dtype)
             if logits is not None:
-                logits[places] = output.logits
-        return _Padded(
-            {layer: states.view(*shape, -1) for layer, states in padded.items()},
-            None if logits is None else logits.view(*shape, -1),
-            torch.from_numpy(bounds[:, 0]).to(self.device),
-        )
+                logits.flatten(0, 1)[places] = output.logits
+        return _Padded(padded, logits, torch.from_numpy(bounds[:, 0]).to(self.device))
 
     def _kept_layers(self, output_hidden_states: bool | None) -> range:
         """The layers that `hidden_states` has: all of them, or none."""

@@ -104,9 +104,8 @@ def test_equal_to_transformers_whatever_the_padding(
         output = ours(input_ids, **arguments)
         assert type(output) is type(expected) and output.keys() == expected.keys()
         assert len(output.hidden_states) == len(expected.hidden_states) == CONFIG.num_layers + 1
-        padded = zip(output.hidden_states, expected.hidden_states, strict=True)
-        padded = [*padded, (output[0], expected[0])]
-        for computed, reference in padded:
+        hidden_states = zip(output.hidden_states, expected.hidden_states, strict=True)
+        for computed, reference in [*hidden_states, (output[0], expected[0])]:
             assert computed.shape == reference.shape
             assert_close(computed[is_token], reference[is_token])
             assert not computed[~is_token].any()
@@ -166,6 +165,11 @@ def test_config_says_what_is_returned_where_the_call_does_not(folder: Path) -> N
     model = EsmModel.from_pretrained(folder / "bare")
     model.config.output_hidden_states, model.config.return_dict = True, False
     assert len(model(torch.tensor([[BOS_ID, 5, 2]]))) == 3
+
+
+def test_an_empty_batch(models: dict[Any, tuple[Any, Any]]) -> None:
+    model = models["EsmForMaskedLM", torch.float32][1]
+    assert model(torch.zeros(0, 5).long()).logits.shape == (0, 5, 33)
 
 
 # Loading
@@ -291,7 +295,7 @@ def test_arguments_that_are_not_supported(
 )
 def test_options_of_loading_that_are_not_supported(argument: str, instead: str) -> None:
     with pytest.raises(ValueError, match=f"{argument} is not supported: {instead}"):
-        EsmModel.from_pretrained("demo", **{argument: "auto"})
+        EsmModel.from_pretrained("demo", **dict.fromkeys([argument], "auto"))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
