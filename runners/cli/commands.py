@@ -206,6 +206,14 @@ def export(options: argparse.Namespace) -> int:
     return EXIT_COMPLETE
 
 
+def draw_map(options: argparse.Namespace) -> int:
+    from esm_packed.runners.mapping import MapRequest, map_file
+    from esm_packed.runners.watch.console import Console
+
+    say(map_file(_request(MapRequest, options), Console()))
+    return EXIT_COMPLETE
+
+
 def info(options: argparse.Namespace) -> int:
     from esm_packed.runners.cli.info import describe
 

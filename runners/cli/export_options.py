@@ -28,6 +28,19 @@ formats:
 uniprot and pt take every kind with a vector for each sequence or residue, the others mean, max and bos."""
 
 
+_MAP_EPILOG = """\
+examples:
+  esm-packed map proteins.h5 -o map.png
+  esm-packed map proteins.h5 -o map.html --color uniprot.tsv:Organism
+  esm-packed map proteins.h5 -o map.svg --color proteins.tsv:length --kind max --layer 20
+
+The table has a header line and an ID, or the accession P12345 of sp|P12345|X_HUMAN, in its first column. More
+than nine different numbers become a colour bar; of other values the nine most frequent have a colour each.
+Principal components are fitted to 10,000 proteins if there are more. A page (.html) needs no other file.
+
+Needs matplotlib: pip install 'matplotlib>=3.8'"""
+
+
 def add_export(commands: argparse._SubParsersAction[Parser]) -> None:
     parser = add_command(
         commands,
@@ -52,6 +65,28 @@ def add_export(commands: argparse._SubParsersAction[Parser]) -> None:
         "--keep-missing",
         action="store_true",
         help="with the sequences that failed or were not computed, as NaN (default: left out, and counted)",
+    )
+
+
+def add_map(commands: argparse._SubParsersAction[Parser]) -> None:
+    parser = add_command(
+        commands,
+        "map",
+        run.draw_map,
+        "esm_packed.runners.mapping",
+        help="draw a map of the embeddings of an output",
+        description="Draw the first two principal components of the embeddings of an output, a point for\n"
+        "each protein. A page shows IDs where the pointer is, and finds them.",
+        epilog=_MAP_EPILOG,
+    )
+    _add_source(parser)
+    _add_output(parser, "MAP.png|svg|html")
+    _add_kind(parser)
+    parser.add_argument(
+        "--color",
+        type=values.table_column,
+        metavar="TABLE.tsv:COLUMN",
+        help="colour the points by a column of a tab-separated table",
     )
 
 

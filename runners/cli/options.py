@@ -14,7 +14,7 @@ from esm_packed.reports.validation.thresholds import THRESHOLDS
 from esm_packed.runners.cli import commands as run
 from esm_packed.runners.cli import values
 from esm_packed.runners.cli.embed_options import add_embed
-from esm_packed.runners.cli.export_options import add_export
+from esm_packed.runners.cli.export_options import add_export, add_map
 from esm_packed.runners.cli.extract_options import add_extract
 from esm_packed.runners.cli.parser import (
     Parser,
@@ -86,6 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
         add_embed,
         add_extract,
         add_export,
+        add_map,
         _add_info,
         _add_check,
         _add_checkpoint,

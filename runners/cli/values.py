@@ -79,6 +79,16 @@ def kinds(text: str) -> tuple[str, ...]:
     return names
 
 
+def table_column(text: str) -> tuple[Path, str]:
+    colons = [place for place, character in enumerate(text) if character == ":"]
+    files = [place for place in colons if Path(text[:place]).is_file()]  # there may be colons in either
+    place = (files or colons or [0])[-1]
+    table, column = text[:place], text[place + 1 :]
+    if not table or not column:
+        raise argparse.ArgumentTypeError(f"{text!r} is not TABLE.tsv:COLUMN")
+    return path(table), column
+
+
 def device(text: str) -> str:
     if text.partition(":")[0] == "mps":
         raise argparse.ArgumentTypeError(

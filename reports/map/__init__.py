@@ -1,0 +1,1 @@
+"""A map of embeddings: their first two principal components."""

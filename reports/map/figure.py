@@ -1,0 +1,165 @@
+"""The picture of a map."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from esm_packed.reports.map.colouring import NO_VALUE, Categories, Numbers
+from esm_packed.reports.page import OKABE_ITO
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_BLUE, _ORANGE, _GREEN, _VERMILION, _PINK, _SKY, _, _BLACK = OKABE_ITO
+_CATEGORY_COLOURS = (_BLUE, _ORANGE, _GREEN, _VERMILION, _PINK, _SKY, "#882255", "#999933", _BLACK)
+_OTHERS_COLOUR, _NO_VALUE_COLOUR = "#8c8c8c", "#d0d0d0"
+_LABEL_CHARACTERS = 30
+_MOST_VECTORS = 5000
+"""Points of an SVG; more are a picture within it."""
+_MOST_LABELLED = 40
+"""Points with their IDs beside them."""
+_SIZES = ((100, 48, 0.9), (1000, 26, 0.8), (10_000, 15, 0.65), (10**12, 4, 0.45))
+"""Most points, the area of each in square points and how opaque it is."""
+
+
+@dataclass(frozen=True)
+class Map:
+    """What is drawn.
+
+    Args:
+        points: (n, 2) coordinates.
+        explained: (2,) share of the variance along each.
+        title: plain text.
+        ids: (n,) of the points.
+        colours: of the points, or None for one colour.
+    """
+
+    points: npt.NDArray[np.float64]
+    explained: npt.NDArray[np.float64]
+    title: str
+    ids: Sequence[str]
+    colours: Categories | Numbers | None = None
+
+
+def draw(drawn: Map) -> Figure:
+    """The points, with a legend or a colour bar beside them; to be called within `page.figure_style`."""
+    from matplotlib.figure import Figure
+
+    width = 10.6 if isinstance(drawn.colours, Categories) else 8.4
+    figure = Figure(figsize=(width, 5.8), layout="constrained")
+    axes: Axes = figure.subplots()
+    if isinstance(drawn.colours, Categories):
+        _draw_categories(figure, axes, drawn, drawn.colours)
+    elif isinstance(drawn.colours, Numbers):
+        _draw_numbers(figure, axes, drawn, drawn.colours)
+    else:
+        _scatter(axes, drawn, slice(None), c=_BLUE)
+    first, second = (
+        f"PC {number} ({share:.1%} of the variance)" for number, share in enumerate(drawn.explained, 1)
+    )
+    axes.set_xlabel(first, fontsize=13)
+    axes.set_ylabel(second, fontsize=13)
+    axes.set_aspect("equal", adjustable="datalim")
+    axes.tick_params(labelsize=11)
+    axes.set_title(drawn.title, fontsize=12, loc="left", wrap=True)
+    if len(drawn.points) <= _MOST_LABELLED:
+        _label(figure, axes, drawn)
+    return figure
+
+
+def _label(figure: Figure, axes: Axes, drawn: Map) -> None:
+    """Write IDs beside the points where there is room."""
+    from matplotlib.transforms import Bbox
+
+    figure.draw_without_rendering()
+    places = axes.transData.transform(drawn.points)
+    taken = [Bbox.from_extents(x - 5, y - 5, x + 5, y + 5) for x, y in places]
+    for point, sequence_id in zip(drawn.points, drawn.ids, strict=True):
+        for x, y, side in ((7, 0, "left"), (-7, 0, "right"), (0, 11, "center"), (0, -11, "center")):
+            text = axes.annotate(
+                _cut(sequence_id),
+                (float(point[0]), float(point[1])),
+                (x, y),
+                textcoords="offset points",
+                ha=side,
+                va="center",
+                fontsize=9,
+            )
+            text.set_in_layout(False)
+            box = text.get_window_extent()
+            if not box.count_overlaps(taken) and axes.bbox.containsx(box.x0) and axes.bbox.containsx(box.x1):
+                taken.append(box)
+                break
+            text.remove()
+
+
+def _scatter(axes: Axes, drawn: Map, rows: Any, **style: Any) -> Any:
+    """Points `rows`, the smaller and paler the more there are in all."""
+    number = len(drawn.points)
+    size, alpha = next(style for most, *style in _SIZES if number <= most)
+    x, y = drawn.points[rows].T
+    points = axes.scatter(x, y, s=size, alpha=alpha, linewidths=0, rasterized=number > _MOST_VECTORS, **style)
+    points.set_in_layout(False)  # within the axes anyway; finding out takes longer than drawing
+    return points
+
+
+def _draw_categories(figure: Figure, axes: Axes, drawn: Map, colours: Categories) -> None:
+    from matplotlib.lines import Line2D
+
+    palette = np.array([*_CATEGORY_COLOURS[: len(colours.labels)], _NO_VALUE_COLOUR])
+    if colours.has_others:
+        palette = np.array([*_CATEGORY_COLOURS, _OTHERS_COLOUR, _NO_VALUE_COLOUR])
+    # grey ones first, the others mixed, so that none hides another as a whole
+    order = np.random.default_rng(0).permutation(len(drawn.points))
+    is_grey = (colours.codes == NO_VALUE) | (colours.has_others & (colours.codes == len(palette) - 2))
+    order = order[np.argsort(~is_grey[order], kind="stable")]
+    _scatter(axes, drawn, order, c=palette[colours.codes[order]])
+    counts = np.bincount(colours.codes + 1, minlength=len(palette))
+    entries = [*zip(colours.labels, counts[1:].tolist(), palette, strict=False)]
+    if counts[0]:
+        entries.append(("no value", int(counts[0]), _NO_VALUE_COLOUR))
+    handles = [
+        Line2D(
+            [], [], marker="o", linestyle="", color=colour, markersize=8, label=f"{_cut(label)} ({count:,})"
+        )
+        for label, count, colour in entries
+    ]
+    figure.legend(
+        handles=handles,
+        title=_cut(colours.name),
+        loc="outside right upper",
+        fontsize=11,
+        title_fontsize=12,
+        alignment="left",
+        handletextpad=0.2,
+    )
+
+
+def _draw_numbers(figure: Figure, axes: Axes, drawn: Map, colours: Numbers) -> None:
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    is_blank = np.isnan(colours.values)
+    if is_blank.any():
+        blank = _scatter(axes, drawn, is_blank, c=_NO_VALUE_COLOUR)
+        blank.set_label(f"no value ({is_blank.sum():,})")
+        axes.legend(loc="upper left", bbox_to_anchor=(0, -0.12), fontsize=11, markerscale=1.5)
+    rows = np.random.default_rng(0).permutation(np.flatnonzero(~is_blank))
+    scale = Normalize(*np.quantile(colours.values[rows], (0, 1)))
+    _scatter(axes, drawn, rows, c=colours.values[rows], cmap="viridis", norm=scale)
+    bar = figure.colorbar(
+        ScalarMappable(scale, "viridis"), ax=axes, aspect=30
+    )  # its own, not as pale as points
+    bar.set_label(_cut(colours.name), fontsize=12)
+    bar.ax.tick_params(labelsize=11)
+
+
+def _cut(text: str) -> str:
+    text = text.replace("$", r"\$")  # which would begin a formula
+    return text if len(text) <= _LABEL_CHARACTERS else f"{text[: _LABEL_CHARACTERS - 1]}…"

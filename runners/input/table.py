@@ -1,0 +1,51 @@
+"""Tables that describe sequences: tab-separated, a header, the ID in the first column."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from esm_packed.errors import UsageError
+from esm_packed.runners.input.fasta import shorten
+
+_SHOWN_COLUMNS = 10
+
+
+def read_column(path: Path, column: str) -> dict[str, str]:
+    """A column of a TSV file, by the ID in the first one.
+
+    Raises:
+        UsageError: there is no such column, a line has too few, an ID is there twice, the file is no text, or
+            there is none.
+        OSError: it cannot be read.
+    """
+    found: dict[str, str] = {}
+    try:
+        with path.open(encoding="utf-8-sig") as lines:
+            header = next(lines, "").rstrip("\n").split("\t")
+            if column not in header[1:]:
+                raise UsageError(_no_column(path, column, header))
+            place = header.index(column, 1)
+            for number, line in enumerate(lines, 2):
+                fields = line.rstrip("\n").split("\t")
+                if fields == [""]:
+                    continue
+                if len(fields) <= place:
+                    raise UsageError(
+                        f"{path}: line {number} has {len(fields)} columns; the header has {len(header)}"
+                    )
+                if fields[0] in found:
+                    raise UsageError(f"{path}: line {number}: {shorten(fields[0])} is there twice")
+                found[fields[0]] = fields[place]
+    except FileNotFoundError as error:
+        raise UsageError(f"{path}: there is no such file") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: no UTF-8 text; a tab-separated table is needed") from error
+    return found
+
+
+def _no_column(path: Path, column: str, header: list[str]) -> str:
+    if len(header) < 2:
+        return f"{path}: its first line has no tab; a tab-separated table with a header is needed"
+    more = ", ..." if len(header) > _SHOWN_COLUMNS + 1 else ""
+    shown = ", ".join(map(shorten, header[1 : _SHOWN_COLUMNS + 1]))
+    return f"{path}: no column {shorten(column)}; it has {shown}{more} beside the IDs"
