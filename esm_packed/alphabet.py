@@ -7,6 +7,7 @@ The table is fair-esm 2.0.0's `Alphabet.from_architecture("ESM-1b")`; it is our 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
@@ -43,18 +44,23 @@ RESIDUE_TO_ID: npt.NDArray[np.uint8] = _residue_table()
 """(256,) uint8: ASCII byte to token id, upper and lower case alike; `INVALID_ID` for all else."""
 
 
-_LETTERS = np.frombuffer("".join(token[:1].replace("<", "?") for token in TOKENS).encode(), np.uint8)
+_LETTERS = bytes(ord(token) if len(token) == 1 else ord("?") for token in TOKENS).ljust(256, b"?")
 
 
-def sequence_hash(token_ids: npt.NDArray[np.uint8]) -> bytes:
-    """BLAKE2b of a protein's one-letter residues in upper case, 16 bytes as 32 hexadecimal digits.
+def sequence_hashes(token_ids: Iterable[npt.NDArray[np.uint8]]) -> npt.NDArray[np.bytes_]:
+    """BLAKE2b of each protein's one-letter residues in upper case: 16 bytes as 32 hexadecimal digits.
 
     The same as `hashlib.blake2b(sequence.encode(), digest_size=16).hexdigest()`; a masked residue is `?`.
 
     Args:
-        token_ids: (num_residues,) as `encode` gives them.
+        token_ids: of each protein (num_residues,) as `encode` gives them.
+
+    Returns:
+        (num_sequences,) of dtype S32.
     """
-    return hashlib.blake2b(_LETTERS[token_ids].tobytes(), digest_size=16).hexdigest().encode()
+    letters = (ids.tobytes().translate(_LETTERS) for ids in token_ids)
+    digests = b"".join(hashlib.blake2b(each, digest_size=16).digest() for each in letters)
+    return np.frombuffer(digests.hex().encode(), "S32")
 
 
 def encode(sequence: str) -> npt.NDArray[np.uint8]:

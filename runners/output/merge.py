@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from esm_packed.alphabet import sequence_hash
+from esm_packed.alphabet import sequence_hashes
 from esm_packed.files import whole_or_nothing
 from esm_packed.layouts import LAYOUTS
 from esm_packed.outputs import kind_of, layer_of
@@ -255,7 +255,7 @@ def _hashes(run: Run, start: int, stop: int) -> npt.NDArray[np.bytes_]:
     hashes = np.empty(stop - start, HASH)
     for first in range(start, stop, _HASHED_AT_ONCE):
         token_ids = run.index.token_ids(first, min(first + _HASHED_AT_ONCE, stop), run.plan.max_length)
-        hashes[first - start : first - start + len(token_ids)] = list(map(sequence_hash, token_ids))
+        hashes[first - start : first - start + len(token_ids)] = sequence_hashes(token_ids)
     return hashes
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from esm_packed.alphabet import sequence_hash
+from esm_packed.alphabet import sequence_hashes
 from esm_packed.errors import UsageError
 from esm_packed.outputs import is_ragged, kind_of, layer_of
 from esm_packed.runners.output.reader import EmbeddingReader
@@ -76,7 +76,7 @@ class EarlierOutput:
         """
         if not len(self._rows) or not token_ids:
             return np.full(len(token_ids), -1)
-        hashes = np.array([sequence_hash(each) for each in token_ids], self._hashes.dtype)
+        hashes = sequence_hashes(token_ids)
         places = np.minimum(np.searchsorted(self._hashes, hashes), len(self._hashes) - 1)
         return np.where(self._hashes[places] == hashes, self._rows[places], -1)
 

@@ -7,7 +7,7 @@
 The ragged arrays of a shard may have moved to a part of the output, an HDF5 file; then the manifest names it.
 
 An item is what is computed as one thing, such as a sequence. The lengths of the items say where their rows
-lie, so rows are written as they come, in any order, and the file is never in memory as a whole. Each MiB of
+lie, so rows are written as they come, in any order, and the file is never in memory as a whole. Each block of
 an array has a CRC-32, which is verified when it is read. It guards against accidents, not against somebody
 who alters the file on purpose, and takes half as long as SHA-256 does with the instructions for it.
 """
@@ -38,7 +38,7 @@ STATUS_RECOMPUTED = 1
 STATUS_FAILED = 2
 STATUS_NOT_COMPUTED = 3
 
-BLOCK_BYTES = 1 << 20
+BLOCK_BYTES = 1 << 22
 _TRAILER = struct.Struct("<Q32s")
 _MANIFEST_BYTES = 1_024
 """Of a shard in which nothing went wrong, without its checksums."""
