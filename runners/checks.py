@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from esm_packed.attention import WAITING_BACKENDS, select_backend
+from esm_packed.config import DEFAULT_MAX_LENGTH
 from esm_packed.errors import UsageError
 from esm_packed.numerics import resolve_device
 from esm_packed.outputs import KINDS, KINDS_IN_WINDOWS
@@ -137,6 +138,8 @@ def _check_suffix(output: Path) -> None:
 
 def _check_outputs(request: EmbedRequest) -> None:
     """See that the kinds of output can be had together."""
+    if request.windows is not None and request.max_length != DEFAULT_MAX_LENGTH:
+        raise UsageError("--windows and --max-length exclude each other: windows keep all residues")
     ragged = [kind for kind in request.kinds if KINDS[kind].is_ragged]
     refused = [kind for kind in request.kinds if kind not in KINDS_IN_WINDOWS]
     if request.windows is not None and refused:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Iterable
 from dataclasses import fields
@@ -52,7 +53,7 @@ def embed_file(
         are in its `missing`.
 
     Raises:
-        TypeError: there is no such option.
+        TypeError: there is no such option, or a layer or `windows` is of another type.
         ValueError: an option has a value that cannot be.
         esm_packed.errors.UserError: an option does not fit, the FASTA file has a fault, or the output cannot
             be made; the message says what to do.
@@ -62,18 +63,26 @@ def embed_file(
         possible = ", ".join(sorted(_OPTIONS | _READ_OPTIONS))
         raise TypeError(f"embed_file has no option {min(unknown)!r}; there are {possible}")
     files = [fasta] if isinstance(fasta, (str, os.PathLike)) else list(fasta)
-    if options.get("log_json") is not None:
-        options["log_json"] = Path(options["log_json"])
+    for name in ("log_json", "reuse"):
+        if options.get(name) is not None:
+            options[name] = Path(options[name])
     read = ReadOptions(**{name: options.pop(name) for name in _READ_OPTIONS & options.keys()})
     request = EmbedRequest(
         tuple(os.fspath(file) for file in files),
         Path(output),
         model=model,
         kinds=(include,) if isinstance(include, str) else tuple(include),
-        layers=(layers,) if isinstance(layers, int) else tuple(layers),
-        windows=Windows(*windows) if windows else None,
+        layers=tuple(map(operator.index, (layers,) if isinstance(layers, int) else layers)),
+        windows=None if windows is None else _windows(windows),
         read=read,
         **options,
     )
     embed_files(request, Console(quiet=not progress))
     return EmbeddingFile(request.output)
+
+
+def _windows(pair: tuple[int, int]) -> Windows:
+    try:
+        return Windows(*map(operator.index, pair))
+    except TypeError:
+        raise TypeError(f"windows is a pair, size and overlap, not {pair!r}") from None

@@ -15,7 +15,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from esm_packed.config import DEFAULT_MAX_LENGTH, DEFAULT_OVERLAP, ESM2_MODELS
+from esm_packed.config import DEFAULT_OVERLAP, ESM2_MODELS
 from esm_packed.errors import UsageError
 from esm_packed.runners.system.environment import is_on
 from esm_packed.runners.system.terminal import (
@@ -125,9 +125,9 @@ def _windows(options: argparse.Namespace) -> Windows | None:
     from esm_packed.windows import Windows
 
     if options.windows is None:
+        if options.overlap is not None:
+            raise UsageError(f"--overlap {options.overlap}: is of --windows, which is not given")
         return None
-    if options.max_length != DEFAULT_MAX_LENGTH:
-        raise UsageError("--windows and --max-length exclude each other: windows keep all residues")
     most = options.windows // 2
     overlap = min(DEFAULT_OVERLAP, most) if options.overlap is None else options.overlap
     if overlap > most:

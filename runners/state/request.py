@@ -110,9 +110,12 @@ class EmbedRequest:
             raise ValueError("name at least one kind of output and one layer")
         if self.windows is not None and not 0 <= self.windows.overlap <= self.windows.size // 2:
             raise ValueError(f"windows {tuple(self.windows)}: the overlap is at most half of the size")
+        if self.windows is not None and self.windows.size < 2:
+            raise ValueError(f"windows {tuple(self.windows)}: a window has at least 2 residues")
         if self.max_length < 0 or self.fp32_compare < 0:
             raise ValueError("max_length and fp32_compare must not be negative")
-        if min(self.token_budget or 1, self.workers or 1, self.threads or 1) < 1:
+        counts = (self.token_budget, self.workers, self.threads)
+        if any(count is not None and count < 1 for count in counts):
             raise ValueError("token_budget, workers and threads must be at least 1")
 
     def precision(self, device: torch.device) -> Precision:

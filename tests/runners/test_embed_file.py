@@ -54,6 +54,17 @@ def test_an_output_that_is_there_is_opened_and_another_run_is_refused(fasta: Pat
         esm_packed.embed_file(fasta, output, model="demo", device="cpu", layers=2, progress=False)
 
 
+def test_options_have_the_types_of_python(fasta: Path, tmp_path: Path) -> None:
+    """Paths as text, layers of NumPy."""
+    options = {"model": "demo", "device": "cpu", "layers": np.array([2, 5]), "progress": False}
+    with esm_packed.embed_file(fasta, tmp_path / "old.h5", **options) as old:
+        rows = old[:]
+    options["reuse"] = str(tmp_path / "old.h5")
+    with esm_packed.embed_file(fasta, tmp_path / "new.h5", **options) as new:
+        np.testing.assert_array_equal(new[:], rows)
+        assert new.layers == [2, 5]
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
@@ -62,7 +73,16 @@ def test_an_output_that_is_there_is_opened_and_another_run_is_refused(fasta: Pat
         ({"include": []}, ValueError, "at least one"),
         ({"store_dtype": "float16"}, ValueError, "store_dtype is 'float16'; choose from fp32, fp16"),
         ({"windows": (100, 60)}, ValueError, "at most half"),
+        ({"windows": 100}, TypeError, "windows is a pair, size and overlap"),
+        ({"windows": (1, 0)}, ValueError, "at least 2 residues"),
+        (
+            {"windows": (100, 20), "max_length": 50},
+            UserError,
+            "--windows and --max-length exclude each other",
+        ),
         ({"max_length": -1}, ValueError, "negative"),
+        ({"threads": 0}, ValueError, "threads must be at least 1"),
+        ({"layers": "2"}, TypeError, "'str' object cannot be interpreted as an integer"),
         ({"invalid": "drop"}, ValueError, "invalid must be one of"),
         ({"windows": (100, 20), "include": "max"}, UserError, "--windows with --include max"),
         ({"layers": 9}, UserError, "layer"),

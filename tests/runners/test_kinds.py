@@ -354,6 +354,24 @@ def test_a_protein_in_windows_has_no_other_kinds(
     assert f"--windows with --include {kind}: " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--overlap", "4"), "--overlap 4: is of --windows, which is not given"),
+        (("--windows", "16", "--max-length", "0"), "--windows and --max-length exclude each other"),
+    ],
+)
+def test_options_of_windows_that_do_not_fit(
+    tmp_path: Path,
+    checkpoint: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: tuple[str, ...],
+    message: str,
+) -> None:
+    embed(tmp_path, checkpoint, ["MKT"], *options, code=2)
+    assert message in capsys.readouterr().err
+
+
 @st.composite
 def windows_and_length(draw: st.DrawFn) -> tuple[Windows, int]:
     size = draw(st.integers(2, 60))
