@@ -103,7 +103,7 @@ def _add_output(parser: argparse.ArgumentParser, metavar: str) -> None:
 
 def _add_kind(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--kind", choices=tuple(KINDS), help="kind (default: the first of mean, max, bos that there is)"
+        "--kind", choices=tuple(KINDS), help="kind (default: mean, else the first that there is)"
     )
     parser.add_argument(
         "--layer",

@@ -36,14 +36,13 @@ class Selection:
 
     Args:
         reader: of the output.
-        kind: mean, max, bos or a ragged kind; None stands for the first of mean, max and bos that there is.
+        kind: mean, max, bos or a ragged kind; None stands for the first of these that there is.
         layer: one of those of the output; None stands for the last one.
         keep_missing: with the sequences that failed or were not computed; their values are NaN.
 
     Attributes:
         reader, kind, layer: as above, without None but for the layer of a kind that has none.
         num_missing: sequences that failed or were not computed.
-        num_rows: rows of values, of which a ragged kind has one for each residue.
         dtype, width: of the values.
 
     Raises:
@@ -54,13 +53,8 @@ class Selection:
     def __init__(
         self, reader: EmbeddingReader, kind: str | None, layer: int | None, *, keep_missing: bool
     ) -> None:
-        pooled = [each for each in POOLED if each in reader.kinds]
-        if kind is None and not pooled:
-            raise UsageError(
-                f"--kind: name one of {', '.join(reader.kinds)}; there is no {', '.join(POOLED)}"
-            )
         self.reader = reader
-        self.kind = pooled[0] if kind is None else kind
+        self.kind = kind or next((each for each in POOLED if each in reader.kinds), reader.kinds[0])
         empty = reader.values(self.kind, layer, 0, 0)
         if empty.ndim != 2:
             raise UsageError(f"--kind {self.kind}: one number a sequence; name {', '.join(POOLED + RAGGED)}")
@@ -70,10 +64,6 @@ class Selection:
         status = reader.column("status")
         self.num_missing = int(np.isin(status, MISSING).sum())
         self._num_sequences = len(status) - (0 if keep_missing else self.num_missing)
-        self.num_rows = self._num_sequences
-        if self.is_ragged:
-            is_kept = ~np.isin(status, MISSING) | keep_missing
-            self.num_rows = int(reader.column("embedded_lengths")[is_kept].sum(dtype=np.int64))
 
     def __len__(self) -> int:
         return self._num_sequences

@@ -1,13 +1,18 @@
-"""Exports, each read by the program it is made for."""
+"""Exports, each read by the program it is made for.
+
+Those of the programs that are not installed are skipped: `pip install '.[export,read]' protspace` adds them.
+"""
 
 from __future__ import annotations
 
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
+import output_files
 import pytest
 import torch
 from output_files import Output, write_output
@@ -147,14 +152,14 @@ def test_sequences_without_values_are_kept_as_nan_or_left_out_and_counted(
 ) -> None:
     if to == "parquet":
         pytest.importorskip("pyarrow")
-    output = write_output(tmp_path / "in.h5", ["mean"], repeats=400, store_dtype=store_dtype)
+    output = write_output(tmp_path / "in.h5", ["mean"], repeats=250, store_dtype=store_dtype)
     path = export(output, to)
-    assert f"{path}: 2,000 sequences, mean of layer 6" in (out := capsys.readouterr().out)
-    assert "800 that failed or were not computed are left out (--keep-missing writes them as NaN)" in out
+    assert f"{path}: 1,250 sequences, mean of layer 6" in (out := capsys.readouterr().out)
+    assert "500 that failed or were not computed are left out (--keep-missing writes them as NaN)" in out
     is_there = output.status < 2
     np.testing.assert_array_equal(values_in(path, to, output), output.values["embeddings"][is_there])
     path = export(output, to, "--keep-missing", "--overwrite")
-    assert "800 that failed or were not computed are NaN" in capsys.readouterr().out
+    assert "500 that failed or were not computed are NaN" in capsys.readouterr().out
     np.testing.assert_array_equal(values_in(path, to, output), output.values["embeddings"])
 
 
@@ -188,6 +193,25 @@ def test_a_failure_leaves_nothing_behind(output: Output, monkeypatch: pytest.Mon
     assert cli.main(arguments) == 5
     assert path.read_text() == "before"
     assert sorted(output.path.parent.iterdir()) == [output.path, path]
+
+
+@pytest.mark.parametrize("to", ["npz", "h5ad"])
+def test_values_are_not_held_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str) -> None:
+    monkeypatch.setattr(output_files, "HIDDEN_SIZE", 1024)
+    output = write_output(tmp_path / "in.h5", ["mean"], repeats=1500)
+    assert output.values["embeddings"][output.status < 2].nbytes > 30e6
+    export(output, to)  # what is imported
+    tracemalloc.start()
+    try:
+        export(output, to, "--overwrite")
+        assert tracemalloc.get_traced_memory()[1] < 26e6
+    finally:
+        tracemalloc.stop()
+
+
+def test_residues_alone_need_not_be_named(tmp_path: Path) -> None:
+    output = write_output(tmp_path / "in.h5", ["per_residue"])
+    assert torch.load(export(output, "pt"), weights_only=True)["long"].shape == (9, 8)
 
 
 def test_partial_outputs_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
