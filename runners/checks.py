@@ -19,6 +19,7 @@ from esm_packed.outputs import KINDS, KINDS_IN_WINDOWS
 from esm_packed.runners.compute.worker import check_threads
 from esm_packed.runners.input.index import STDIN
 from esm_packed.runners.output.layout import output_bytes
+from esm_packed.runners.output.parts import PartError
 from esm_packed.runners.output.reader import EmbeddingReader
 from esm_packed.runners.state.directory import RunDirectory
 from esm_packed.runners.state.plan import differences, plan_hash
@@ -78,6 +79,7 @@ def check_output(output: Path, overwrite: bool) -> ExistingOutput | None:
 
     Raises:
         UsageError: it cannot be made, or what is there is something else.
+        PartError: a part of the output that is there is missing or is another.
     """
     try:
         return _check_output(output, overwrite)
@@ -109,6 +111,8 @@ def _check_output(output: Path, overwrite: bool) -> ExistingOutput | None:
                 attributes.get("complete") == 1,
                 attributes.get("parts"),
             )
+    except PartError:  # says which, and that it can be put back
+        raise
     except (StoreError, OSError):
         raise UsageError(
             f"{output}: exists already and is not a whole esm-packed output; --overwrite replaces it"

@@ -86,7 +86,7 @@ def merge_files(
             return Merged(missing_shards=missing)
         try:
             in_parts = not partial and wants_parts(run, parts)
-            options = MergeOptions(overwrite, partial, compression, in_parts)
+            options = MergeOptions(overwrite, partial, compression, in_parts, keep_run)
             missing_records = merge_run(run, console, options)
         except DamagedShardError:
             return Merged(missing_shards=1)

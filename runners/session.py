@@ -324,6 +324,7 @@ class _Session:
                     overwrite=overwrite,
                     compression=self.request.compression,
                     in_parts=wants_parts(self.run, self.request.parts),
+                    keep_run=self.request.keep_run,
                 )
                 merge_run(self.run, self.console, options)
                 break
@@ -382,8 +383,8 @@ class _Session:
             if Plan.read(self.directory.plan_path).hash != complete_hash:
                 self.console.note(f"{self.directory.path}: holds another, unfinished run; it is left alone")
                 return
-        remove_unused_parts(self.directory.output, parts)  # if a killed process has not
         if not self.request.keep_run:
+            remove_unused_parts(self.directory.output, parts)  # if a killed process has not
             self._remove_directory()
 
     def _remove_directory(self) -> None:

@@ -43,12 +43,14 @@ class MergeOptions:
         partial: give records of shards that are missing or damaged a row of NaN, with the status for it.
         compression: none or gzip.
         in_parts: leave ragged arrays in files beside the output; not with `partial`.
+        keep_run: leave the run's parts, too, which its shards have their ragged arrays in.
     """
 
     overwrite: bool = False
     partial: bool = False
     compression: str = "none"
     in_parts: bool = False
+    keep_run: bool = False
 
 
 def merge_run(run: Run, console: Console, options: MergeOptions) -> int:
@@ -81,7 +83,8 @@ def merge_run(run: Run, console: Console, options: MergeOptions) -> int:
     except FileExistsError as error:
         raise StoreError(f"{error.filename}: {error.strerror}") from error
     if not num_missing:  # else the run goes on, and its shards may have rows in parts
-        remove_unused_parts(run.directory.output, run.parts.attribute if in_parts else None)
+        is_used = in_parts or options.keep_run
+        remove_unused_parts(run.directory.output, run.parts.attribute if is_used else None)
     return num_missing
 
 

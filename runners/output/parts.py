@@ -24,6 +24,10 @@ PART = np.dtype([("file", h5py.string_dtype()), ("bytes", "i8"), ("first_row", "
 _MOST_OPEN = 16
 
 
+class PartError(StoreError):
+    """A part of an output is missing, or is not the one that belongs there."""
+
+
 class Part(NamedTuple):
     """A part file: its name and size, and the rows that it holds."""
 
@@ -51,7 +55,7 @@ class Parts:
         datasets: of each ragged data set what it should be.
 
     Raises:
-        StoreError: a part is missing, or is not the one that belongs there.
+        PartError: a part is missing, or is not the one that belongs there.
         ValueError: the list of parts makes no sense.
         OSError: a part cannot be opened.
     """
@@ -149,9 +153,9 @@ class Parts:
                 file.close()
                 raise
         except (FileNotFoundError, NotADirectoryError):
-            raise StoreError(f"{path}: missing; {remedy}") from None
+            raise PartError(f"{path}: missing; {remedy}") from None
         except StoreError as error:
-            raise StoreError(f"{error}; {remedy}") from error
+            raise PartError(f"{error}; {remedy}") from error
         return file
 
     def _check(self, file: CheckedFile, part: Part) -> None:

@@ -421,3 +421,17 @@ def test_a_partial_output_has_the_rows_of_the_shards_that_are_there(
             np.testing.assert_array_equal(found.logits(sequence_id), whole.logits(sequence_id))
     with esm_packed.embed_file(fasta, output, **options) as found:
         assert not found.missing
+
+
+def test_a_run_that_is_kept_keeps_its_parts(nursery: Nursery, work: Work, tmp_path: Path) -> None:
+    """They are all that its shards have of rows of residues."""
+    output = tmp_path / "out.h5"
+    run_to_the_end(nursery, work.fasta, output, "--parts", "--keep-run")
+    merge = ["merge", str(output), "--overwrite"]
+    assert cli.main([*merge, "--merge", "--keep-run"]) == 0
+    assert contents(output) == work.expected
+    run_to_the_end(nursery, work.fasta, output, "--keep-run")
+    assert cli.main([*merge, "--parts", "--keep-run"]) == 0
+    assert contents(output) == work.expected
+    assert cli.main([*merge, "--merge"]) == 0
+    assert_is_whole(output, work, "--merge")

@@ -463,8 +463,9 @@ def test_a_part_that_is_not_as_it_was_is_named(
     with pytest.raises(StoreError, match=f"^{re.escape(str(named))}: .*{message}") as raised:
         esm_packed.open(output.path)
     assert f"put the part of {output.path} back, or embed again with --overwrite" in str(raised.value)
-    assert cli.main(["info", str(output.path)]) == 2
-    assert capsys.readouterr().err.splitlines()[-1] == f"esm-packed: error: {raised.value}"
+    for command in ("info", "merge"):
+        assert cli.main([command, str(output.path)]) == 2
+        assert capsys.readouterr().err.splitlines()[-1] == f"esm-packed: error: {raised.value}"
 
 
 def test_a_part_that_goes_away_meanwhile_is_an_error(tmp_path: Path) -> None:
