@@ -23,6 +23,7 @@ from esm_packed.runners.input.table import read_column
 from esm_packed.runners.output.ids import accession_of
 from esm_packed.runners.output.names import POOLED
 from esm_packed.runners.output.reader import EmbeddingReader
+from esm_packed.runners.system.paths import check_apart
 from esm_packed.runners.system.terminal import counted
 from esm_packed.runners.watch.console import Advance, Console
 
@@ -72,8 +73,10 @@ def map_file(request: MapRequest, console: Console) -> list[str]:
         if selection.is_ragged:
             raise UsageError(f"--kind {selection.kind}: a map is made of {', '.join(POOLED)}")
         ids = list(selection.ids())
-        colours, notes, told = None, [""] * len(ids), []
+        colours: Categories | Numbers | None = None
+        notes, told = [""] * len(ids), list[str]()
         if request.color is not None:
+            check_apart({"--output": request.output}, [request.color[0]])
             colours, notes, told = _colours(*request.color, ids, reader, request.source)
         with console.progress("mapping", "sequence", 2 * len(ids)) as advance:
             components = fit(_sample(selection, advance))
