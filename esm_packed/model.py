@@ -102,7 +102,9 @@ class ESM2(nn.Module):
         self.model_sha256 = ""
         self.rescue = Rescue(None)
         dtype, num_maps = precision.dtype, config.num_layers * config.num_heads
-        self.embedding = nn.Embedding(VOCAB_SIZE, config.hidden_size, dtype=dtype)
+        # weights that are not given are drawn, and to draw them on the meta device imports torch's compiler
+        weights = torch.empty(VOCAB_SIZE, config.hidden_size, dtype=dtype)
+        self.embedding = nn.Embedding(VOCAB_SIZE, config.hidden_size, _weight=weights)
         self.rotary = RotaryTables(config.head_dim, precision.table_dtype)
         self.layers: Iterable[Layer] = nn.ModuleList(  # type: ignore[assignment]
             Layer(config, dtype, attend) for _ in range(config.num_layers)
@@ -160,7 +162,9 @@ class ESM2(nn.Module):
                 lm_head="lm_head.bias" in tensors,
                 contact_head="contact_head.regression.weight" in tensors,
             )
-        model = model.to_empty(device=device).requires_grad_(False).eval()
+        # as `to_empty` does, which imports torch's compiler for it, a second or more
+        model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=device))
+        model.requires_grad_(False).eval()
         for name, parameter in model.named_parameters():
             fill_parameter(parameter, name, tensors)
         model.rotary.inv_freq.copy_(tensors["layers.0.self_attn.rot_emb.inv_freq"])

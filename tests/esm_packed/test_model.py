@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from contextlib import ExitStack
 from dataclasses import replace
@@ -373,6 +374,18 @@ def test_loading_holds_the_model_and_one_tensor_more(tmp_path: Path, dtype: str)
     allowed = largest_merged_tensor if dtype == "fp32" else one_layer_in_fp32
     assert model_size > 59e6
     assert peak <= model_size + allowed, f"{peak / 1e6:.0f} MB for a model of {model_size / 1e6:.0f} MB"
+
+
+def test_computing_imports_no_compiler() -> None:
+    """Torch's takes a second or more to import, and an interrupted import ends in errors of its own."""
+    program = """
+import sys
+import esm_packed
+esm_packed.ESM2.from_pretrained("demo", device="cpu").embed(["MKTAYIAKQR"])
+print(*{"torch._dynamo", "sympy"} & sys.modules.keys())
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert run.stdout == "\n"
 
 
 def test_rotary_tables_grow_and_outlive_what_was_captured_with_them() -> None:
