@@ -69,6 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             explain_interruption(str(error) or "".join(received[-1:]))  # Ray drops what an error says
             return EXIT_INTERRUPTED
         except Exception as error:
+            if isinstance(error.__cause__, Interrupted):  # as `__set_name__` wraps it
+                explain_interruption(str(error.__cause__))
+                return EXIT_INTERRUPTED
             return _report(error, remedy, show_traceback)
 
 

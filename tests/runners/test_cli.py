@@ -370,6 +370,23 @@ def test_a_signal_ends_the_run_cleanly(fasta, tmp_path_factory, nursery, number)
     assert names_in(output.parent) == ["out.h5.run"]
 
 
+def test_a_signal_that_ends_as_another_error_interrupts(fasta, tmp_path, nursery):
+    """Python turns what `__set_name__` raises into a RuntimeError, as while a module is imported."""
+    patch = """
+class Interrupting:
+    def __set_name__(self, owner, name):
+        os.kill(os.getpid(), 2)
+        time.sleep(9)
+def embed_packed(*call):
+    type("Owner", (), {"field": Interrupting()})
+ESM2.embed_packed = embed_packed
+"""
+    child = nursery.start(fasta, tmp_path / "out.h5", patch=patch, flops_per_shard=1e30)
+    assert child.wait() == 4, child.output()
+    said = child.output().splitlines()[-1]
+    assert said == "esm-packed: error: interrupted (SIGINT); repeat the command to continue"
+
+
 def test_a_log_gets_timed_lines(fasta, capsys, monkeypatch, without_computing):
     monkeypatch.setattr("esm_packed.runners.watch.console.LOG_INTERVAL_SECONDS", 0.0)
     assert cli.main(embed_arguments(fasta, fasta.parent)) == 0
