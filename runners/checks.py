@@ -243,8 +243,8 @@ def check_space(run: Run, num_compared: int, in_parts: bool, console: Console) -
     free = shutil.disk_usage(folder).free
     sizes = (
         f"the output takes about {byte_size(output)}, the run up to {byte_size(needed)} until it is merged "
-        f"(besides {byte_size(run.index.num_bytes)} of its index, which is there); {byte_size(free)} are free in "
-        f"{folder}"
+        f"(besides {byte_size(run.index.num_bytes)} of its index, which is there); {byte_size(free)} are "
+        f"free in {folder}"
     )
     if needed > free:
         raise OSError(errno.ENOSPC, sizes)

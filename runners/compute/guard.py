@@ -62,6 +62,8 @@ class Guard:
             lambda fp32: self._alone(token_ids, fp32),
             f"dtype {self._model.precision}, stored as {stored}",
         )
+        if not rescued and stored == np.float16:
+            reason += "; --store-dtype fp32 keeps larger values"
         status = STATUS_RECOMPUTED if rescued else STATUS_FAILED
         return ItemStatus(status, f"the embedding is {reason}")
 

@@ -286,8 +286,9 @@ def test_too_large_for_fp16_storage_is_a_failed_row(fasta, model, monkeypatch):
     monkeypatch.setattr(
         ESM2, "embed_packed", lambda *call: {name: 1e6 * rows for name, rows in original(*call).items()}
     )
-    summary, _ = run(fasta, store_dtype="fp16")
+    summary, reader = run(fasta, store_dtype="fp16")
     assert summary.num_failed == len(LENGTHS)
+    assert all("--store-dtype fp32 keeps" in problem.reason for problem in reader.problems())
 
 
 def test_the_same_run_again_is_already_complete(fasta, without_computing):
