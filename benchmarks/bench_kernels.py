@@ -55,6 +55,13 @@ def attention_contests() -> Iterator[KernelEntry]:
         yield KernelEntry(f"{name}_{precision}", "ours", "650M", FLOAT32)
 
 
+def attention_map_contests() -> Iterator[KernelEntry]:
+    """Sums over attention maps, and what holds the maps."""
+    for size, dtype in SHAPES:
+        for provider in ("ours", "torch"):
+            yield KernelEntry("add_attention_maps_", provider, size, dtype)
+
+
 def fc1_contests() -> Iterator[KernelEntry]:
     """The fused matrix multiplication, a library's with our bias + GELU, and with PyTorch's."""
     for size, dtype in SHAPES:
@@ -66,7 +73,7 @@ def fc1_contests() -> Iterator[KernelEntry]:
 
 def contests() -> list[KernelEntry]:
     """All, in the order they take turns."""
-    found = [*memory_bound_contests(), *attention_contests(), *fc1_contests()]
+    found = [*memory_bound_contests(), *attention_contests(), *attention_map_contests(), *fc1_contests()]
     return found if ON_GPU else [contest for contest in found if contest.model_size != "3B"]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -94,6 +95,30 @@ def _packed_attention(w: Workload) -> Callable[..., Any]:
     return lambda *, input_precision, **arguments: sdpa_attention(**arguments)
 
 
+def _add_attention_maps_(w: Workload) -> Callable[..., Any]:
+    bounds = list(pairwise([0, *accumulate(w.lengths)]))
+
+    def add(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        weight: torch.Tensor,
+        scores: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        max_seqlen: int,
+        softmax_scale: float,
+    ) -> torch.Tensor:
+        sums = scores.new_zeros(query.shape[:2])
+        for start, end in bounds:
+            residues = slice(start + 1, end - 1)
+            maps = reference.attention_probabilities(query[start:end], key[start:end], softmax_scale)
+            maps = maps[:, 1:-1, 1:-1]
+            scores[residues, : maps.shape[1]] += torch.einsum("hij,h->ij", maps, weight)
+            sums[residues] = (maps.sum(1) + maps.sum(2)).T
+        return sums
+
+    return add
+
+
 def _is_residue(w: Workload) -> torch.Tensor:
     return (w.position_ids > 0) & (w.position_ids < (w.cu_seqlens.diff()[w.sequence] - 1))
 
@@ -127,6 +152,7 @@ _BASELINES: dict[str, Callable[[Workload], Callable[..., Any]]] = {
     "bias_gelu_": _bias_gelu_,
     "linear_gelu": lambda w: plain_linear_gelu,
     "packed_attention": _packed_attention,
+    "add_attention_maps_": _add_attention_maps_,
     "segment_mean": _segment_mean,
     "segment_max": _segment_max,
 }

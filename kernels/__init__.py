@@ -16,6 +16,7 @@ from esm_packed.kernels.dispatch import operation
 from esm_packed.kernels.matmul import linear
 
 __all__ = [
+    "add_attention_maps_",
     "add_layer_norm_",
     "bias_gelu_",
     "embed_tokens",
@@ -69,3 +70,9 @@ linear_gelu = operation(
 bias_gelu_ = operation(reference.bias_gelu_, "gelu", mutates=["hidden_states"])
 segment_mean = operation(reference.segment_mean, "pooling", _pooled)
 segment_max = operation(reference.segment_max, "pooling", _pooled)
+add_attention_maps_ = operation(
+    reference.add_attention_maps_,
+    "contacts",
+    lambda a: a.scores.new_empty(a.query.shape[:2]),
+    mutates=["scores"],
+)

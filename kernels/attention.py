@@ -10,6 +10,7 @@ import triton.language as tl
 
 from esm_packed.kernels import launch
 from esm_packed.kernels.launch import Settings, check_contiguous, grid, launch_settings, next_power_of_2
+from esm_packed.kernels.segments import sequence_of_tile
 
 
 @triton.jit
@@ -63,28 +64,6 @@ def _attend_to_block(
     return out, new_max, row_sum
 
 
-@triton.jit
-def _sequence_of_tile(tile, cu_seqlens_ptr, num_sequences, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr):
-    """First token and length of the sequence that owns a tile, and the tile's first query in it."""
-    # Sequence i owns the tiles from cu_seqlens[i] // BLOCK_M + i on. They are always enough for it, at most
-    # one is idle, and finding their owner takes one look at cu_seqlens: no table of tiles, no prefix sum.
-    start = 0
-    end = 2147483647
-    first_tile = 0
-    for first in range(0, num_sequences + 1, BLOCK_S):
-        index = first + tl.arange(0, BLOCK_S)
-        bounds = tl.load(cu_seqlens_ptr + index, mask=index <= num_sequences, other=2147483647)
-        tiles = bounds // BLOCK_M + index
-        reached = tiles <= tile
-        start = tl.maximum(start, tl.max(tl.where(reached, bounds, 0), axis=0))
-        end = tl.minimum(end, tl.min(tl.where(reached, 2147483647, bounds), axis=0))
-        first_tile = tl.maximum(first_tile, tl.max(tl.where(reached, tiles, 0), axis=0))
-    # Tiles of tokens behind the last sequence, left there by a captured graph, have no end.
-    length = tl.where(end == 2147483647, 0, end - start)
-    first_query = (tile - first_tile) * BLOCK_M
-    return start, length, first_query
-
-
 @triton.jit(do_not_specialize=["num_sequences"])
 def _packed_attention_kernel(
     query_ptr,  # (total_tokens, num_heads, HEAD_DIM), inner two dimensions contiguous
@@ -106,7 +85,7 @@ def _packed_attention_kernel(
     MASK_ALL: tl.constexpr,  # one loop in place of two: FP32 products spill when they stand there twice
     INPUT_PRECISION: tl.constexpr,
 ):
-    start, length, first_query = _sequence_of_tile(
+    start, length, first_query = sequence_of_tile(
         tl.program_id(0), cu_seqlens_ptr, num_sequences, BLOCK_M, BLOCK_S
     )
     if first_query >= length:

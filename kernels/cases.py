@@ -19,6 +19,7 @@ import torch
 from esm_packed import kernels
 from esm_packed.kernels import launch
 from esm_packed.kernels.launch import Settings
+from esm_packed.kernels.reference import statistics_dtype
 
 Arguments = dict[str, Any]
 Results = dict[str, torch.Tensor]
@@ -286,6 +287,20 @@ def _attention(
     }
 
 
+def _attention_maps(w: Workload, dtype: torch.dtype, residual_dtype: torch.dtype) -> Arguments:
+    arguments = _attention(w, dtype, residual_dtype, "ieee")
+    sums = statistics_dtype(dtype)
+    weight = w.randn(w.shape.num_heads, dtype=sums, number=1)
+    scores = w.randn(w.total_tokens, max(w.max_seqlen - 2, 0), dtype=sums, number=2)
+    shared = {name: arguments[name] for name in ("cu_seqlens", "max_seqlen", "softmax_scale")}
+    query, key = arguments["query"], arguments["key"]
+    return {"query": query, "key": key, "weight": weight, "scores": scores} | shared
+
+
+def _attention_maps_bytes(w: Workload, dtype: torch.dtype, residual_dtype: torch.dtype) -> int:
+    return 2 * _elements(w) * dtype.itemsize + 8 * w.sum_of_squares + 4 * w.total_tokens * w.shape.num_heads
+
+
 def _norm_parameters(w: Workload, dtype: torch.dtype) -> Arguments:
     hidden_size = w.shape.hidden_size
     weight = w.randn(hidden_size, dtype=dtype, number=10, scale=0.2, mean=1)
@@ -411,6 +426,15 @@ CASES: dict[str, Case] = {
         _attention_case("ieee", ALL_DTYPES, 0.0),
         _attention_case("tf32", (FLOAT32,), 5e-3),
         _attention_case("tf32x3", (FLOAT32,), 1e-5),
+        Case(
+            "add_attention_maps_",
+            "contacts",
+            _attention_maps,
+            _attention_maps_bytes,
+            lambda w: 2 * w.shape.hidden_size * w.sum_of_squares,
+            since=80,
+            size="head_dim",
+        ),
         Case(
             "gemm_bias_gelu",
             "gemm",

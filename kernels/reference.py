@@ -234,3 +234,53 @@ def packed_attention(
         probabilities = attention_probabilities(query[start:end], key[start:end], softmax_scale)
         out[start:end] = torch.einsum("hqk,khd->qhd", probabilities, value[start:end].to(probabilities.dtype))
     return out
+
+
+MAP_TILE = 1 << 18
+"""Most probabilities that `add_attention_maps_` holds at once, in rows of all heads."""
+
+
+def add_attention_maps_(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    weight: torch.Tensor,
+    scores: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int,
+    softmax_scale: float,
+) -> torch.Tensor:
+    """Add a weighted sum of the heads' attention maps to `scores`, and sum each map by rows and columns.
+
+    Only residues count: of the maps, whose rows sum to one with BOS and EOS, these rows and columns are cut
+    off. No map is held in full.
+
+    Args:
+        query, key: (total_tokens, num_heads, head_dim), rotated.
+        weight: (num_heads,) FP32, FP64 for FP64.
+        scores: (total_tokens, max_seqlen - 2) in the dtype of `weight`, modified: at the token of residue i,
+            column j holds the sum for residues i and j of its sequence. What lies beyond is left alone.
+        cu_seqlens: (num_sequences + 1,) int32.
+        max_seqlen: tokens of the longest sequence.
+        softmax_scale: factor on the products of queries and keys, head_dim^-0.5 in ESM-2.
+
+    Returns:
+        (total_tokens, num_heads) in the dtype of `weight`: the sum of a residue's row and of its column in
+        the map of each head; 0 for BOS and EOS.
+    """
+    num_heads, dtype = query.shape[1], weight.dtype
+    sums = scores.new_zeros(query.shape[:2])
+    for start, end in pairwise(cu_seqlens.tolist()):
+        if end - start <= 2:
+            continue
+        residues = slice(start + 1, end - 1)
+        keys = key[start:end].to(dtype).permute(1, 2, 0)
+        num_rows = max(1, MAP_TILE // (num_heads * (end - start)))
+        for first in range(start + 1, end - 1, num_rows):
+            rows = slice(first, min(first + num_rows, end - 1))
+            queries = (query[rows].to(dtype) * softmax_scale).transpose(0, 1)
+            maps = (queries @ keys).softmax(-1)
+            weighted = (weight @ maps.view(num_heads, -1)).view(maps.shape[1:])
+            scores[rows, : end - start - 2] += weighted[:, 1:-1]
+            sums[rows] += maps[..., 1:-1].sum(-1).T
+            sums[residues] += maps.sum(1)[:, 1:-1].T
+    return sums

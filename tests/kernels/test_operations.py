@@ -64,6 +64,7 @@ def model_tensors(device: torch.device, dtype: torch.dtype) -> dict[str, torch.T
     table_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     angles = torch.outer(torch.arange(40.0), 0.1 ** torch.arange(HEAD_DIM // 2))
     tensors |= {"cos": angles.cos().to(table_dtype), "sin": angles.sin().to(table_dtype)}
+    tensors["head_weight"] = torch.tensor([0.5, -2.0], dtype=table_dtype)
     return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
@@ -106,6 +107,16 @@ def transformer_layer(
     attended = operations.packed_attention(
         query=query, key=key, value=value, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, softmax_scale=0.25
     )
+    scores = tensors["head_weight"].new_zeros(query.shape[0], max_seqlen - 2)
+    sums = operations.add_attention_maps_(
+        query=query,
+        key=key,
+        weight=tensors["head_weight"],
+        scores=scores,
+        cu_seqlens=cu_seqlens,
+        max_seqlen=max_seqlen,
+        softmax_scale=0.25,
+    )
     delta = attended.view(-1, HIDDEN_SIZE) + plain
     hidden_states = operations.add_layer_norm_(delta=delta, residual=residual, **norm)
 
@@ -115,7 +126,7 @@ def transformer_layer(
     operations.bias_gelu_(hidden_states=hidden_states, bias=tensors["fc2_bias"])
     means = operations.segment_mean(hidden_states=hidden_states, cu_seqlens=cu_seqlens)
     maxima = operations.segment_max(hidden_states=hidden_states, cu_seqlens=cu_seqlens)
-    return residual, hidden_states, means, maxima
+    return residual, hidden_states, scores, sums, means, maxima
 
 
 def copied(arguments: dict[str, Any]) -> dict[str, Any]:

@@ -171,6 +171,30 @@ def test_packed_attention_is_sdpa_of_each_sequence(head_dim: int) -> None:
         assert relative_error(rows, expected.transpose(0, 1)) <= 1e-14
 
 
+@pytest.mark.parametrize("tile", [1, 1000, 1 << 30])
+def test_attention_maps_are_summed_as_if_they_were_held(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "MAP_TILE", tile)
+    lengths = [*LENGTHS, 0, 2, 1]
+    query, key = torch.randn(2, sum(lengths), 4, 16, dtype=torch.float64)
+    weight = torch.randn(4, dtype=torch.float64)
+    before = torch.randn(sum(lengths), max(lengths) - 2, dtype=torch.float64)
+    scores = before.clone()
+    sums = reference.add_attention_maps_(
+        query, key, weight, scores, cu_seqlens_of(lengths), max(lengths), 0.3
+    )
+    added = scores - before
+    for rows, added_to, sum_of, q, k in zip(
+        lengths, *(tensor.split(lengths) for tensor in (added, sums, query, key)), strict=True
+    ):
+        maps = torch.einsum("qhd,khd->hqk", q, k).mul(0.3).softmax(-1)[:, 1:-1, 1:-1]
+        expected_scores, expected_sums = torch.zeros_like(added_to), torch.zeros_like(sum_of)
+        if rows > 2:
+            expected_scores[1:-1, : rows - 2] = torch.einsum("hij,h->ij", maps, weight)
+            expected_sums[1:-1] = (maps.sum(1) + maps.sum(2)).T
+        torch.testing.assert_close(added_to, expected_scores, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(sum_of, expected_sums, rtol=1e-12, atol=1e-14)
+
+
 def test_an_empty_sequence_has_no_mean_and_disturbs_no_other() -> None:
     hidden_states = torch.randn(7, 4)
     means = kernels.segment_mean(hidden_states, torch.tensor([0, 0, 7, 7], dtype=torch.int32))

@@ -482,6 +482,35 @@ def test_packed_attention_with_tuned_settings(
     assert tuned.items() <= settings.items()
 
 
+@all_packs
+@all_dtypes
+def test_attention_maps_in_every_pack(
+    lengths: list[int], dtype: torch.dtype, triton_device: torch.device
+) -> None:
+    widths = Widths(num_heads=1, head_dim=16) if lengths in (MANY, BOUNDARIES) else SMALL
+    check("add_attention_maps_", example("add_attention_maps_", lengths, dtype, widths), triton_device)
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_attention_maps_of_every_head_dim(
+    head_dim: int, dtype: torch.dtype, triton_device: torch.device
+) -> None:
+    arguments = example("add_attention_maps_", [3, 37], dtype, Widths(num_heads=3, head_dim=head_dim))
+    check("add_attention_maps_", arguments, triton_device)
+
+
+def test_attention_maps_of_strided_tokens(triton_device: torch.device) -> None:
+    arguments = example("add_attention_maps_", [17, 3, 66], torch.float16)
+    expected = run("add_attention_maps_", arguments, triton_device)
+    qkv = torch.full((86, 3, 2, 24), NAN, dtype=torch.float16, device=triton_device)
+    views = {name: qkv[:, index] for index, name in enumerate(("query", "key"))}
+    for name, view in views.items():
+        view.copy_(arguments[name])
+    strided = moved(arguments, triton_device) | views
+    assert_identical(call("add_attention_maps_", kernels.add_attention_maps_, strided), expected)
+
+
 @pytest.mark.parametrize("lengths", [BOUNDARIES, ONE, MANY, LONG_AMONG_SHORT], ids=len)
 @pooling
 def test_pooling_leaves_out_bos_and_eos(name: str, lengths: list[int], triton_device: torch.device) -> None:
@@ -580,7 +609,7 @@ def test_one_launch_for_each_call(
     name: str, triton_device: torch.device, launches: list[tuple[str, Arguments]]
 ) -> None:
     run(name, example(name, [3, 5], torch.float16), triton_device)
-    assert len(launches) == 1
+    assert len(launches) == (3 if name == "add_attention_maps_" else 1)
 
 
 @pytest.mark.parametrize("name", [name for name in OPERATIONS if name != "gemm_bias_gelu"])
@@ -683,6 +712,7 @@ NEEDS_CONTIGUOUS = {
     "rotary_qk_": ["position_ids"],
     "rotary_qk_packed_": ["cu_seqlens"],
     "packed_attention": ["cu_seqlens"],
+    "add_attention_maps_": ["weight", "scores", "cu_seqlens"],
     "layer_norm": ["hidden_states", "weight", "bias"],
     "add_layer_norm_": ["residual", "weight", "bias"],
     "bias_gelu_": ["hidden_states", "bias"],
@@ -698,6 +728,14 @@ NEEDS_CONTIGUOUS = {
         ("packed_attention", "key", swapped_heads, "key must be .* contiguous within a token"),
         ("packed_attention", "value", lambda value: value[:, :1], "value must be"),
         ("packed_attention", "key", lambda key: key[:-1], "key must be"),
+        ("add_attention_maps_", "query", swapped_heads, "query must be .* contiguous within a token"),
+        ("add_attention_maps_", "key", lambda key: key[:-1], "key must be"),
+        (
+            "add_attention_maps_",
+            "scores",
+            lambda scores: scores[:-1],
+            r"scores must be \(8, 3\), got \(7, 3\)",
+        ),
         ("rotary_qk_", "qkv", swapped_heads, "qkv must be contiguous within a token"),
         ("rotary_qk_", "cos", lambda cos: cos.double(), "cos must be contiguous float32"),
         ("rotary_qk_", "sin", lambda sin: sin.half(), "sin must be contiguous float32"),

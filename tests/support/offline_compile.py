@@ -80,13 +80,14 @@ def compile_all(
             for name, case, arguments in calls(config, dtypes):
                 if (only and case.name not in only) or capability < case.since:
                     continue
-                entry = found.setdefault(name, {})
-                if str(capability) in entry:
+                if any(str(capability) in found.get(key, {}) for key in (name, f"{name}/0")):
                     continue
                 before = len(stub.compiled)
                 case.function(**arguments)
-                for needs in stub.compiled[before:]:
-                    entry[str(capability)] = needs
+                compiled = stub.compiled[before:]
+                for index, needs in enumerate(compiled):
+                    key = f"{name}/{index}" if len(compiled) > 1 else name
+                    found.setdefault(key, {})[str(capability)] = needs
         print(f"sm_{capability}: {len(stub.compiled)} kernels", file=sys.stderr, flush=True)
     return found
 

@@ -36,7 +36,7 @@ def resources(cubin: bytes) -> dict[str, Any]:
         int(re.findall(rf"\b{name}:(\d+)", usage)[0]) for name in ("REG", "STACK", "LOCAL")
     )
     widths: Counter[int] = Counter()
-    for modifiers in re.findall(r"\b(?:LDG|STG|LDGSTS)((?:\.\w+)*)", code):
+    for modifiers in re.findall(r"\b(?:LDG|STG|LDGSTS)\b((?:\.\w+)*)", code):
         sizes = [int(size) for size in re.findall(r"\.[USB]?(8|16|64|128|256)\b", modifiers)]
         widths[sizes[-1] if sizes else 32] += 1
     return {
