@@ -1,5 +1,10 @@
 """Contact prediction from attention maps (Rao et al. 2021, "Transformer protein language models are
-unsupervised structure learners")."""
+unsupervised structure learners"), of which none is held.
+
+Contacts are a logistic regression on the maps P of all heads h of all layers, each symmetrised, S = P + P^T,
+and corrected by the average product of its row sums a (Dunn et al. 2008):
+sigmoid(sum_h w_h (S_h - a_h a_h^T / sum(a_h)) + b). So one matrix, sum_h w_h P_h, and the row sums suffice.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +12,30 @@ from collections.abc import Sequence
 
 import torch
 
-from esm_packed.kernels.reference import attention_probabilities
+from esm_packed import kernels
+from esm_packed.attention import PackedAttention
+from esm_packed.kernels.reference import attention_probabilities, statistics_dtype
+from esm_packed.packing import SPECIAL_TOKENS, PackedBatch
+
+TILE = 512
+"""Side of the squares in which the matrix is symmetrised in place."""
 
 
-class AttentionMaps:
-    """An `attention.PackedAttention` for one sequence that keeps every layer's probabilities.
+class ContactSums:
+    """An `attention.PackedAttention` that sums over the attention maps of a batch, once for each layer.
 
-    `maps` holds for each layer called so far (num_heads, num_residues, num_residues), BOS and EOS cut off.
+    Args:
+        attend: computes attention.
+        weight: (num_layers, num_heads) of the regression.
+        batch: on the device of `weight`.
     """
 
-    def __init__(self) -> None:
-        self.maps: list[torch.Tensor] = []
+    def __init__(self, attend: PackedAttention, weight: torch.Tensor, batch: PackedBatch) -> None:
+        self._attend = attend
+        self._weight = weight.to(statistics_dtype(weight.dtype))
+        shape = batch.total_tokens, batch.max_seqlen - SPECIAL_TOKENS
+        self._scores = torch.zeros(shape, dtype=self._weight.dtype, device=weight.device)
+        self._sums: list[torch.Tensor] = []
 
     def __call__(
         self,
@@ -28,27 +46,82 @@ class AttentionMaps:
         max_seqlen: int,
         softmax_scale: float,
     ) -> torch.Tensor:
-        probabilities = attention_probabilities(query, key, softmax_scale)
-        self.maps.append(probabilities[:, 1:-1, 1:-1])
-        attended = torch.einsum("hqk,khd->qhd", probabilities, value.to(probabilities.dtype))
-        return attended.to(value.dtype).contiguous()
+        weight = self._weight[len(self._sums)]
+        self._sums.append(
+            kernels.add_attention_maps_(
+                query, key, weight, self._scores, cu_seqlens, max_seqlen, softmax_scale
+            )
+        )
+        return self._attend(query, key, value, cu_seqlens, max_seqlen, softmax_scale)
+
+    def probabilities(self, bias: torch.Tensor, bounds: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
+        """Contacts of each protein, in memory that they share, after all layers have been called.
+
+        Args:
+            bias: (1,) of the regression.
+            bounds: first row of each protein's residues, and the row behind the last one.
+
+        Returns:
+            For each protein (num_residues, num_residues) FP32, FP64 for FP64, symmetric.
+        """
+        sums = torch.cat(self._sums, dim=1)
+        weight = self._weight.flatten()
+        return [
+            _regress_(self._scores[first:last, : last - first], sums[first:last].T, weight, bias)
+            for first, last in bounds
+        ]
 
 
-def contact_probabilities(
-    maps: Sequence[torch.Tensor], weight: torch.Tensor, bias: torch.Tensor
+def _regress_(
+    scores: torch.Tensor, sums: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
 ) -> torch.Tensor:
-    """Logistic regression on the symmetrised maps after average product correction (Dunn et al. 2008).
+    """Turn the weighted sum of a protein's maps into its contacts, in place.
 
     Args:
-        maps: for each layer (num_heads, num_residues, num_residues) FP32 or FP64.
-        weight: (1, num_layers * num_heads), layer by layer.
+        scores: (num_residues, num_residues), sum_h w_h P_h.
+        sums: (num_maps, num_residues) of the rows of P_h + P_h^T.
+        weight: (num_maps,).
         bias: (1,).
-
-    Returns:
-        (num_residues, num_residues) in the dtype of `maps`.
     """
-    attention = torch.cat(list(maps))
-    attention = attention + attention.transpose(1, 2)
-    rows, columns = attention.sum(2, keepdim=True), attention.sum(1, keepdim=True)
-    corrected = attention - rows * columns / attention.sum((1, 2), keepdim=True)
-    return (torch.einsum("mij,m->ij", corrected, weight[0].to(corrected.dtype)) + bias).sigmoid()
+    weighted = sums * (weight / sums.sum(1))[:, None]
+    tiles = [slice(start, start + TILE) for start in range(0, len(scores), TILE)]
+    for index, rows in enumerate(tiles):
+        for columns in tiles[index:]:
+            tile = scores[rows, columns] + scores[columns, rows].T
+            tile.addmm_(weighted[:, rows].T, sums[:, columns], alpha=-1).add_(bias).sigmoid_()
+            if columns == rows:  # a product is symmetric but for its rounding
+                tile = tile.triu() + tile.triu(1).T
+            scores[rows, columns] = tile
+            scores[columns, rows] = tile.T
+    return scores
+
+
+class AttentionMaps:
+    """An `attention.PackedAttention` for one sequence that keeps the attention maps asked for.
+
+    `maps` holds by layer, counted from 1, (heads, num_residues + 2, num_residues + 2).
+
+    Args:
+        attend: computes attention.
+        layers, heads: those that are kept.
+    """
+
+    def __init__(self, attend: PackedAttention, layers: Sequence[int], heads: Sequence[int]) -> None:
+        self._attend, self._layers, self._heads = attend, layers, list(heads)
+        self._layer = 0
+        self.maps: dict[int, torch.Tensor] = {}
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        max_seqlen: int,
+        softmax_scale: float,
+    ) -> torch.Tensor:
+        self._layer += 1
+        if self._layer in self._layers:
+            asked_for = query[:, self._heads], key[:, self._heads]
+            self.maps[self._layer] = attention_probabilities(*asked_for, softmax_scale)
+        return self._attend(query, key, value, cu_seqlens, max_seqlen, softmax_scale)

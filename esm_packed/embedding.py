@@ -1,4 +1,4 @@
-"""Proteins in, arrays out: `ESM2.embed` and `ESM2.predict_contacts`, and how they check their arguments."""
+"""Proteins in, arrays out: `ESM2.embed`, `contacts`, `attention_maps`, and how they check their arguments."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ import numpy.typing as npt
 import torch
 
 from esm_packed.alphabet import encode
+from esm_packed.attention import PackedAttention
 from esm_packed.config import DEFAULT_TOKEN_BUDGETS
-from esm_packed.contacts import AttentionMaps, contact_probabilities
+from esm_packed.contacts import AttentionMaps, ContactSums
 from esm_packed.errors import CheckpointError
+from esm_packed.numerics import PRECISIONS, matmul_precision
 from esm_packed.outputs import is_ragged, output_names
 from esm_packed.packing import SPECIAL_TOKENS, pack, plan_packs
 from esm_packed.rescue import is_finite, named
@@ -110,10 +112,42 @@ def embed(
     return several if is_list else several[numbers[0]]
 
 
-def predict_contacts(model: ESM2, sequence: str) -> Embeddings:
+def contacts(model: ESM2, sequences: Sequence[str], *, token_budget: int | None = None) -> list[Embeddings]:
     """Probability that two residues touch, from the attention maps of all layers (Rao et al. 2021).
 
-    Computed again in FP32 if it is not finite, and NaN if it is not finite there either.
+    No map is held. What is not finite is computed again in FP32, and is NaN if it is not finite there either.
+
+    Args:
+        sequences: as for `embed`.
+        token_budget: tokens computed together, each with as many numbers as the longest protein among them
+            has residues; None for the default of the device.
+
+    Returns:
+        In the order of `sequences`, (num_residues, num_residues) FP32 arrays (FP64 in the FP64 mode),
+        symmetric.
+
+    Raises:
+        CheckpointError: the checkpoint came without its contact-regression file.
+        ValueError, TypeError: as for `embed`.
+
+    Warns:
+        UserWarning: contacts were not finite; says how many, whose, and what became of them.
+    """
+    _check_contact_head(model)
+    token_ids = _encode_all(sequences)
+    if token_budget is None:
+        token_budget = DEFAULT_TOKEN_BUDGETS[model.device.type]
+    arrays, changed = _contacts_of_all(model, token_ids, token_budget)
+    for reason, indices in changed.items():
+        warnings.warn(
+            f"{len(indices)} of {len(token_ids)} sequences: the contacts are {reason}: {named(indices)}",
+            stacklevel=2,
+        )
+    return arrays
+
+
+def predict_contacts(model: ESM2, sequence: str) -> Embeddings:
+    """As `contacts`, of one protein.
 
     Args:
         sequence: one-letter residues of one protein.
@@ -128,21 +162,48 @@ def predict_contacts(model: ESM2, sequence: str) -> Embeddings:
     Warns:
         UserWarning: the result was not finite.
     """
-    if model.contact_head is None:
-        raise CheckpointError(
-            f"{model.model_name} was loaded without contact-regression weights: put the file "
-            "NAME-contact-regression.pt beside NAME.pt"
-        )
+    _check_contact_head(model)
     ids = _encode("sequence", sequence)
-    contacts = _contacts(model, ids)
-    if not is_finite({"contacts": contacts}):
-        _, reason = model.rescue.replace(
-            {"contacts": contacts},
-            lambda fp32: {"contacts": _contacts(fp32, ids)},
-            f"dtype {model.precision}",
-        )
+    (array,), changed = _contacts_of_all(model, [ids], token_budget=1)
+    for reason in changed:
         warnings.warn(f"the contacts are {reason}", stacklevel=2)
-    return contacts
+    return array
+
+
+def attention_maps(
+    model: ESM2, sequence: str, *, layers: Sequence[int] | None = None, heads: Sequence[int] | None = None
+) -> Embeddings:
+    """Attention maps of one protein, held as they are asked for: for contacts none is needed.
+
+    Args:
+        sequence: one-letter residues of one protein.
+        layers: 1 to num_layers; negative counts from the last, which is -1. None for all.
+        heads: 0 to num_heads - 1; negative counts from the last. None for all.
+
+    Returns:
+        (layers, heads, num_residues + 2, num_residues + 2) FP32 (FP64 in the FP64 mode), in the order asked
+        for. BOS and EOS are the first and the last row and column, and rows sum to one.
+
+    Raises:
+        ValueError: there is no such layer or head, the sequence is empty, or it has a character outside the
+            alphabet.
+    """
+    config = model.config
+    ids = _encode("sequence", sequence)
+    wanted_layers = [
+        config.resolve_layer(layer)
+        for layer in (range(1, config.num_layers + 1) if layers is None else layers)
+    ]
+    if 0 in wanted_layers:
+        raise ValueError(f"layers: 0 is the embedding, which has no attention; pass 1 to {config.num_layers}")
+    wanted_heads = list(range(config.num_heads) if heads is None else heads)
+    for head in wanted_heads:
+        if not -config.num_heads <= head < config.num_heads:
+            raise ValueError(f"head {head} does not exist: the model has heads 0 to {config.num_heads - 1}")
+    batch = pack([ids]).to(model.device)
+    collect = AttentionMaps(_attend(model), wanted_layers, wanted_heads)
+    model.with_attention(("attention maps", collect))(batch)
+    return torch.stack([collect.maps[layer] for layer in wanted_layers]).cpu().numpy()
 
 
 def embed_together(
@@ -198,13 +259,57 @@ def _recompute(model: ESM2, token_ids: npt.NDArray[np.uint8], rows: Mapping[str,
     return reason
 
 
-def _contacts(model: ESM2, token_ids: npt.NDArray[np.uint8]) -> Embeddings:
+def _check_contact_head(model: ESM2) -> None:
+    if model.contact_head is None:
+        raise CheckpointError(
+            f"{model.model_name} was loaded without contact-regression weights: put the file "
+            "NAME-contact-regression.pt beside NAME.pt"
+        )
+
+
+def _contacts_of_all(
+    model: ESM2, token_ids: Sequence[npt.NDArray[np.uint8]], token_budget: int
+) -> tuple[list[Embeddings], dict[str, list[int]]]:
+    """Contacts of each protein, and of those that were not finite, by what became of them, the indices."""
+    arrays: dict[int, Embeddings] = {}
+    for members in plan_packs([len(ids) + SPECIAL_TOKENS for ids in token_ids], token_budget):
+        together = _contacts_together(model, [token_ids[index] for index in members])
+        arrays.update(zip(members.tolist(), together, strict=True))
+    changed: dict[str, list[int]] = {}
+    for index, ids in enumerate(token_ids):
+        rows = {"contacts": arrays[index]}
+        if not is_finite(rows):
+
+            def compute(fp32: ESM2, ids: npt.NDArray[np.uint8] = ids) -> dict[str, Embeddings]:
+                return {"contacts": _contacts_together(fp32, [ids])[0]}
+
+            _, reason = model.rescue.replace(rows, compute, f"dtype {model.precision}")
+            changed.setdefault(reason, []).append(index)
+    return [arrays[index] for index in range(len(token_ids))], changed
+
+
+def _contacts_together(model: ESM2, token_ids: Sequence[npt.NDArray[np.uint8]]) -> list[Embeddings]:
+    """Contacts of proteins that make one pack."""
     head = model.contact_head
     assert head is not None
-    collect = AttentionMaps()
-    model.with_attention(("attention maps", collect))(pack([token_ids]).to(model.device))
-    with torch.no_grad():
-        return contact_probabilities(collect.maps, head.weight, head.bias).cpu().numpy()
+    batch = pack(token_ids)
+    bounds = batch.residue_bounds.tolist()
+    batch = batch.to(model.device)
+    collect = ContactSums(
+        _attend(model), head.weight.view(model.config.num_layers, model.config.num_heads), batch
+    )
+    model.with_attention(("contacts", collect))(batch)
+    # TF32 has too few bits for the difference of a map and its average product.
+    with torch.no_grad(), matmul_precision(PRECISIONS["fp32"]):
+        matrices = collect.probabilities(head.bias, bounds)
+    return [
+        (matrix if len(matrices) == 1 else matrix.clone()).contiguous().cpu().numpy() for matrix in matrices
+    ]
+
+
+def _attend(model: ESM2) -> PackedAttention:
+    """What computes the model's attention."""
+    return next(iter(model.layers)).attention.attend
 
 
 def _layer_numbers(layer: int | Sequence[int]) -> tuple[list[int], bool]:

@@ -318,7 +318,9 @@ class ESM2(nn.Module):
         return kept_outputs(output, batch, names, residue_dtype)
 
     embed = embedding.embed
+    contacts = embedding.contacts
     predict_contacts = embedding.predict_contacts
+    attention_maps = embedding.attention_maps
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> ESM2:
         # `.half()` would round inv_freq and leave `precision` untrue.
