@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -56,7 +57,12 @@ def test_an_output_that_is_there_is_opened_and_another_run_is_refused(fasta: Pat
 
 def test_options_have_the_types_of_python(fasta: Path, tmp_path: Path) -> None:
     """Paths as text, layers of NumPy."""
-    options = {"model": "demo", "device": "cpu", "layers": np.array([2, 5]), "progress": False}
+    options: dict[str, Any] = {
+        "model": "demo",
+        "device": "cpu",
+        "layers": np.array([2, 5]),
+        "progress": False,
+    }
     with esm_packed.embed_file(fasta, tmp_path / "old.h5", **options) as old:
         rows = old[:]
     options["reuse"] = str(tmp_path / "old.h5")

@@ -270,7 +270,7 @@ def in_windows(fair: Fair, sequence: str, dtype: str, size: int, overlap: int) -
             for name, values in fair.outputs([sequence], dtype)[0].items()
             if name.startswith(("mean/", "per_residue/"))
         }
-    starts = []
+    starts: list[int] = []
     while (start := len(starts) * (size - overlap)) + size < length:
         starts.append(start)
     starts.append(length - size)

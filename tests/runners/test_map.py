@@ -55,6 +55,12 @@ def test_legend_and_axes(output: Output) -> None:
     assert {output.ids[row] for row in (0, 1, 4, 5, 6)} & set(texts)
 
 
+def found_in(page: str, pattern: str) -> str:
+    found = re.search(pattern, page)
+    assert found is not None, pattern
+    return found[1]
+
+
 def test_a_page_says_what_each_point_is(output: Output) -> None:
     color = f"{table(x=['</script>', 'v', 'v', 'v', '', 'v', 'v'])}:x"
     assert cli.main(["map", "in.h5", "-o", "x.html", "--color", color]) == 0
@@ -62,16 +68,17 @@ def test_a_page_says_what_each_point_is(output: Output) -> None:
     assert page.count("</script>") == 1
     assert not re.search("(?:src|href)=.(?!data:)", page)  # needs nothing else
     stated = {
-        name: json.loads(re.search(rf"\b{name} = (\[.*?\])[,;]", page)[1])
+        name: json.loads(found_in(page, rf"\b{name} = (\[.*?\])[,;]"))
         for name in ("ids", "notes", "xs", "ys")
     }
     assert stated["ids"] == [output.ids[row] for row in (0, 1, 4, 5, 6)]
     assert stated["notes"] == ["x: </script>", "x: v", "", "x: v", "x: v"]
-    picture = ElementTree.fromstring(base64.b64decode(re.search('base64,([^"]+)', page)[1]))
-    width, height = map(float, picture.get("viewBox").split()[2:])
+    picture = ElementTree.fromstring(base64.b64decode(found_in(page, 'base64,([^"]+)')))
+    width, height = map(float, picture.attrib["viewBox"].split()[2:])
     group = picture.find(".//*[@id='PathCollection_1']")
+    assert group is not None
     drawn = [
-        (float(use.get("x")) / width, float(use.get("y")) / height)
+        (float(use.attrib["x"]) / width, float(use.attrib["y"]) / height)
         for use in group.iter("{http://www.w3.org/2000/svg}use")
     ]
     assert len(drawn) == 5
@@ -87,7 +94,7 @@ def test_many_are_fitted_to_a_sample_and_all_are_drawn(
         assert cli.main(["map", str(tmp_path / "in.h5"), "-o", str(tmp_path / f"{name}.html")]) == 0
     assert "mean of layer 6, 2,500 proteins (components fitted to 200)" in capsys.readouterr().out
     page = (tmp_path / "one.html").read_text(encoding="utf-8")
-    assert len(json.loads(re.search(r"\bxs = (\[.*?\]),", page)[1])) == 2500
+    assert len(json.loads(found_in(page, r"\bxs = (\[.*?\]),"))) == 2500
     assert page == (tmp_path / "two.html").read_text(encoding="utf-8")
 
 

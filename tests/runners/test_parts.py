@@ -401,8 +401,9 @@ def test_a_partial_output_has_the_rows_of_the_shards_that_are_there(
 ) -> None:
     monkeypatch.setitem(cut.FLOPS_PER_SHARD, "cpu", FLOPS_PER_SHARD)
     fasta = write_fasta(tmp_path / "in.fasta", proteins_with_copies(30, 40))
-    output, options = tmp_path / "out.h5", {"model": "demo", "device": "cpu", "progress": False}
-    options |= {"include": ["mean", "per_residue", "logits"]}
+    output = tmp_path / "out.h5"
+    options: dict[str, Any] = {"model": "demo", "device": "cpu", "progress": False}
+    options["include"] = ["mean", "per_residue", "logits"]
     esm_packed.embed_file(fasta, tmp_path / "whole.h5", **options).close()
     esm_packed.embed_file(fasta, output, keep_run=True, **options).close()
     output.unlink()
