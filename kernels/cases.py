@@ -155,6 +155,7 @@ class Case:
         max_error: relative L2 error that is the arithmetic's own (TF32), 0 for that of the dtype.
         since: oldest compute capability that runs it, 80 for sm_80.
         size: the width by which it is tuned, an attribute of `Shape`.
+        launches: Triton kernels that one call launches.
         tuned_by_stream: it is tuned by the dtype of the residual stream, not by that of the operands.
         candidates: makes settings to try beside the heuristic's, of its module, a shape and a dtype; None
             where nothing is tuned, or another case is in its place.
@@ -176,6 +177,7 @@ class Case:
     max_error: float = 0.0
     since: int = 75
     size: str = "hidden_size"
+    launches: int = 1
     tuned_by_stream: bool = False
     candidates: Callable[[Any, Shape, torch.dtype], list[Settings]] | None = None
     reference: Callable[..., Any] = field(init=False)
@@ -434,6 +436,7 @@ CASES: dict[str, Case] = {
             lambda w: 2 * w.shape.hidden_size * w.sum_of_squares,
             since=80,
             size="head_dim",
+            launches=3,
         ),
         Case(
             "gemm_bias_gelu",

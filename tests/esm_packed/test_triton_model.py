@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import fair_esm_reference
+import numpy as np
 import pytest
 import torch
 from tolerances import relative_error
@@ -86,3 +87,15 @@ def test_the_model_is_within_twice_the_error_of_fair_esm(
         truth = case.truth[name]
         assert actual.shape == truth.shape
         assert relative_error(actual, truth) <= 2 * relative_error(fair[name], truth), name
+
+
+@pytest.mark.parametrize("case", [24], indirect=True)
+@pytest.mark.parametrize("dtype, bound", [("fp32", 1e-4), ("fp16", 1e-2)])
+def test_contacts_are_those_of_double_precision(
+    case: Case, dtype: str, bound: float, triton_device: torch.device
+) -> None:
+    exact = ESM2.from_pretrained(case.checkpoint, device="cpu", dtype="fp64").contacts(case.sequences)
+    model = ESM2.from_pretrained(case.checkpoint, device=triton_device, dtype=dtype)
+    together = model.with_attention(("triton", kernels.packed_attention)).contacts(case.sequences)
+    for actual, expected in zip(together, exact, strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=bound)
