@@ -236,7 +236,7 @@ def packed_attention(
     return out
 
 
-MAP_TILE = 1 << 18
+MAP_TILE = 1 << 19
 """Most probabilities that `add_attention_maps_` holds at once, in rows of all heads."""
 
 
@@ -278,7 +278,8 @@ def add_attention_maps_(
         for first in range(start + 1, end - 1, num_rows):
             rows = slice(first, min(first + num_rows, end - 1))
             queries = (query[rows].to(dtype) * softmax_scale).transpose(0, 1)
-            maps = (queries @ keys).softmax(-1)
+            maps = queries @ keys
+            torch.softmax(maps, -1, out=maps)
             weighted = (weight @ maps.view(num_heads, -1)).view(maps.shape[1:])
             scores[rows, : end - start - 2] += weighted[:, 1:-1]
             sums[rows] += maps[..., 1:-1].sum(-1).T
