@@ -91,7 +91,7 @@ def add_map(commands: argparse._SubParsersAction[Parser]) -> None:
 
 
 def _add_source(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", type=values.path, metavar="OUT.h5", help="the output")
+    parser.add_argument("source", type=values.existing, metavar="OUT.h5", help="the output")
 
 
 def _add_output(parser: argparse.ArgumentParser, metavar: str) -> None:

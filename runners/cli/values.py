@@ -26,6 +26,13 @@ def path(text: str) -> Path:
     return path
 
 
+def existing(text: str) -> Path:
+    found = path(text)
+    if not found.exists():
+        raise argparse.ArgumentTypeError(f"{text}: there is no such file")
+    return found
+
+
 def output_file(text: str) -> Path:
     file = path(text)
     if text.endswith("/") or file.is_dir():
