@@ -146,8 +146,7 @@ def _add_embed_stored(stored: argparse._ArgumentGroup) -> None:
         "--compression",
         choices=("none", "gzip"),
         default="none",
-        help="gzip saves some 14%% of FP32 or FP16; merging takes 20 times as long, reading 5 to 25 times "
-        "(default: none)",
+        help="gzip saves little, and makes merging and reading many times slower (default: none)",
     )
     add_parts(stored)
     stored.add_argument(
