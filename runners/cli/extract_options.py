@@ -7,7 +7,14 @@ import argparse
 from esm_packed.config import DEFAULT_MAX_LENGTH, DTYPES
 from esm_packed.runners.cli import commands as run
 from esm_packed.runners.cli import values
-from esm_packed.runners.cli.parser import Parser, add_command, add_model, add_read_rules, add_threads
+from esm_packed.runners.cli.parser import (
+    Parser,
+    add_command,
+    add_fasta,
+    add_model,
+    add_read_rules,
+    add_threads,
+)
 
 _EPILOG = """\
 examples:
@@ -38,12 +45,7 @@ def add_extract(commands: argparse._SubParsersAction[Parser]) -> None:
         epilog=_EPILOG,
     )
     add_model(parser)
-    parser.add_argument(
-        "fasta",
-        type=values.input_name,
-        metavar="FASTA",
-        help="FASTA file, plain or gzip; - is standard input",
-    )
+    add_fasta(parser)
     parser.add_argument(
         "output_dir",
         type=values.output_folder,

@@ -20,6 +20,7 @@ from esm_packed.runners.cli.parser import (
     Parser,
     add_command,
     add_device,
+    add_fasta,
     add_max_length,
     add_model,
     add_parts,
@@ -252,12 +253,7 @@ def _add_validate(commands: argparse._SubParsersAction[Parser]) -> None:
         epilog=_VALIDATE_EPILOG,
     )
     add_model(parser)
-    parser.add_argument(
-        "fasta",
-        type=values.input_name,
-        metavar="FASTA",
-        help="FASTA file, plain or gzip; - is standard input",
-    )
+    add_fasta(parser)
     parser.add_argument(
         "-o",
         "--output",

@@ -48,6 +48,15 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_fasta(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "fasta",
+        type=values.input_name,
+        metavar="FASTA",
+        help="FASTA file, plain or gzip; - is standard input",
+    )
+
+
 def add_device(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--device", type=values.device, default="auto", help="auto, cpu, cuda or cuda:INDEX (default: auto)"
