@@ -259,7 +259,7 @@ def space_of(run: Run, num_compared: int, in_parts: bool) -> tuple[int, int]:
     """
     index, plan = run.index, run.plan
     num_computed = index.num_records - index.num_identical
-    num_rows = sum(run.num_rows(shard) for shard in range(plan.num_shards)) if run.bytes_per_residue else 0
+    num_rows = run.total_rows if run.bytes_per_residue else 0
     output = output_bytes(
         index.num_records,
         index.mean_id_bytes,

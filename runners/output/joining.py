@@ -30,8 +30,7 @@ def wants_parts(run: Run, asked: bool | None) -> bool:
     """Whether the output of a run has parts: as asked, or if it is large."""
     if asked is not None or not run.bytes_per_residue:
         return bool(asked)
-    num_rows = sum(run.num_rows(shard) for shard in range(run.plan.num_shards))
-    return num_rows * run.bytes_per_residue >= PARTS_FROM_BYTES
+    return run.total_rows * run.bytes_per_residue >= PARTS_FROM_BYTES
 
 
 def make_parts(run: Run, compression: str, advance: Advance) -> list[Part]:
@@ -72,7 +71,7 @@ def make_parts(run: Run, compression: str, advance: Advance) -> list[Part]:
 def _groups(run: Run) -> Iterator[list[int]]:
     """Shards of each part."""
     num_shards = run.plan.num_shards
-    total = sum(run.num_rows(shard) for shard in range(num_shards)) * run.bytes_per_residue
+    total = run.total_rows * run.bytes_per_residue
     number = max(1, min(MOST_PARTS, num_shards, total // PART_BYTES))
     for shards in np.array_split(np.arange(num_shards), number):
         yield shards.tolist()

@@ -72,7 +72,7 @@ def merge_run(run: Run, console: Console, options: MergeOptions) -> int:
     """
     shards = range(run.plan.num_shards)
     missing = frozenset(shard for shard in shards if options.partial and not run.is_whole(shard))
-    num_rows = sum(run.num_rows(shard) for shard in shards if shard not in missing)
+    num_rows = run.total_rows - sum(map(run.num_rows, missing))
     pooled_bytes = sum(array.row_bytes for array in run.arrays if not array.is_ragged)
     total = run.index.num_records * pooled_bytes + num_rows * run.bytes_per_residue
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,11 @@ class Run:
     def num_rows(self, shard: int) -> int:
         """Rows of each ragged array of a shard."""
         return int(self.item_lengths(shard).sum())
+
+    @cached_property
+    def total_rows(self) -> int:
+        """Rows of each ragged array of all shards."""
+        return sum(map(self.num_rows, range(self.plan.num_shards)))
 
     @property
     def bytes_per_residue(self) -> int:
