@@ -6,26 +6,35 @@ import csv
 import json
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
-from itertools import accumulate, cycle, pairwise
+from itertools import accumulate, cycle
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
+from mistakes import (
+    MISTAKES,
+    PACKED,
+    Mistake,
+    angles_in_fp16,
+    eos_pooled,
+    recomputed_inv_freq,
+    tanh_gelu,
+    tf32,
+    with_tensors,
+)
 from models import model_of
 from tokens import decode
 
-from esm_packed import ESM2, kernels
+from esm_packed import kernels
 from esm_packed.checkpoints import Checkpoint, load_checkpoint, save_fair_esm
 from esm_packed.config import ESM2Config
 from esm_packed.kernels import dispatch
-from esm_packed.layouts import LAYOUTS, Layout
 from esm_packed.outputs import mean_of, output_names
-from esm_packed.packing import PackedBatch, pack
+from esm_packed.packing import pack
 from esm_packed.reports.page import ReportError
 from esm_packed.reports.validation import errors
 from esm_packed.reports.validation.activations import Activations
@@ -85,83 +94,9 @@ def report(validation: Validation, tmp_path_factory: pytest.TempPathFactory) -> 
 # Wrong models
 
 
-Variant = Callable[[Checkpoint, pytest.MonkeyPatch], tuple[ESM2, Layout]]
-PACKED = LAYOUTS["packed"]
-
-
-def with_tensors(checkpoint: Checkpoint, **changed: torch.Tensor) -> Checkpoint:
-    return replace(checkpoint, tensors=dict(checkpoint.tensors) | changed)
-
-
-def boundary_shifted(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> tuple[ESM2, Layout]:
-    def lay_out(token_ids: Sequence[np.ndarray], token_budget: int) -> PackedBatch:
-        batch = pack(token_ids)
-        batch.cu_seqlens[1:-1] -= 1
-        return replace(batch, max_seqlen=batch.max_seqlen + (len(token_ids) > 1))
-
-    return model_of(checkpoint, "fp32"), replace(PACKED, lay_out=lay_out)
-
-
-def eos_pooled(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> tuple[ESM2, Layout]:
-    def segment_mean(hidden_states: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
-        bounds = pairwise(cu_seqlens.tolist())
-        return torch.stack([hidden_states[start + 1 : end].mean(0) for start, end in bounds])
-
-    monkeypatch.setattr("esm_packed.kernels.segment_mean", segment_mean)
-    return model_of(checkpoint, "fp32"), PACKED
-
-
-def recomputed_inv_freq(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> tuple[ESM2, Layout]:
-    exponents = torch.arange(0, CONFIG.head_dim, 2).float() / CONFIG.head_dim
-    names = {name: 1.0 / 10000**exponents for name in checkpoint.tensors if name.endswith("inv_freq")}
-    return model_of(with_tensors(checkpoint, **names), "fp32"), PACKED
-
-
-def no_token_dropout(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> tuple[ESM2, Layout]:
-    return model_of(replace(checkpoint, config=replace(CONFIG, token_dropout=False)), "fp32"), PACKED
-
-
-def tanh_gelu(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> tuple[ESM2, Layout]:
-    monkeypatch.setattr(
-        "esm_packed.kernels.linear_gelu", lambda x, w, b: F.gelu(F.linear(x, w, b), approximate="tanh")
-    )
-    return model_of(checkpoint, "fp32"), PACKED
-
-
-def angles_in_fp16(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> tuple[ESM2, Layout]:
-    model = model_of(checkpoint, "fp32")
-    angles = torch.outer(torch.arange(1026).half(), model.rotary.inv_freq.half())
-    model.rotary.cos, model.rotary.sin = angles.cos().float(), angles.sin().float()
-    return model, PACKED
-
-
-def tf32(values: torch.Tensor) -> torch.Tensor:
-    """Rounded to TF32's 10 bits of mantissa."""
-    return ((values.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
-
-
-def tf32_in_fp32(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> tuple[ESM2, Layout]:
-    monkeypatch.setattr("esm_packed.kernels.linear", lambda x, w, b: F.linear(tf32(x), tf32(w), b))
-    monkeypatch.setattr(
-        "esm_packed.kernels.linear_gelu", lambda x, w, b: F.gelu(F.linear(tf32(x), tf32(w), b))
-    )
-    return model_of(checkpoint, "fp32"), PACKED
-
-
-WRONG: list[Variant] = [
-    boundary_shifted,
-    eos_pooled,
-    recomputed_inv_freq,
-    no_token_dropout,
-    tanh_gelu,
-    angles_in_fp16,
-    tf32_in_fp32,
-]
-
-
-@pytest.mark.parametrize("variant", WRONG)
+@pytest.mark.parametrize("variant", MISTAKES)
 def test_a_wrong_model_fails_in_fp32(
-    variant: Variant, stress: Checkpoint, reference: Reference, monkeypatch: pytest.MonkeyPatch
+    variant: Mistake, stress: Checkpoint, reference: Reference, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, layout = variant(stress, monkeypatch)
     result = measure(model, layout, PROTEINS, reference, TOKEN_BUDGET)
@@ -172,7 +107,7 @@ def test_a_wrong_model_fails_in_fp32(
 
 @pytest.mark.parametrize("variant", [eos_pooled, recomputed_inv_freq, tanh_gelu, angles_in_fp16])
 def test_the_classical_pair_does_not_notice(
-    variant: Variant, stress: Checkpoint, reference: Reference, monkeypatch: pytest.MonkeyPatch
+    variant: Mistake, stress: Checkpoint, reference: Reference, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What `CLASSICAL_NOTE` says, of proteins longer than a peptide."""
     model, layout = variant(stress, monkeypatch)
