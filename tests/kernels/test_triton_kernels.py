@@ -58,7 +58,7 @@ pooling = pytest.mark.parametrize("name", POOLING)
 
 
 def slow_if(slow: bool) -> Any:
-    """Marks of a parameter. Those left out by default take 40 s in the interpreter, all together."""
+    """Marks of a parameter. Those left out by default take a minute in the interpreter, all together."""
     return pytest.mark.slow if slow else ()
 
 
@@ -482,17 +482,21 @@ def test_packed_attention_with_tuned_settings(
     assert tuned.items() <= settings.items()
 
 
-@all_packs
-@all_dtypes
-def test_attention_maps_in_every_pack(
-    lengths: list[int], dtype: torch.dtype, triton_device: torch.device
-) -> None:
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        pytest.param(lengths, id=name, marks=slow_if(lengths in (MANY, LONG_AMONG_SHORT)))
+        for name, lengths in PACKS.items()
+    ],
+)
+def test_attention_maps_in_every_pack(lengths: list[int], triton_device: torch.device) -> None:
     widths = Widths(num_heads=1, head_dim=16) if lengths in (MANY, BOUNDARIES) else SMALL
-    check("add_attention_maps_", example("add_attention_maps_", lengths, dtype, widths), triton_device)
+    arguments = example("add_attention_maps_", lengths, torch.float16, widths)
+    check("add_attention_maps_", arguments, triton_device)
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@all_dtypes
 def test_attention_maps_of_every_head_dim(
     head_dim: int, dtype: torch.dtype, triton_device: torch.device
 ) -> None:
