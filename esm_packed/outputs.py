@@ -6,7 +6,13 @@ An output is called by its kind and layer, as `mean/33`, or by its kind alone wh
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+Per = Literal["sequence", "residue", "pair"]
+"""What has a row of its own; a pair is one of residues i <= j."""
 
 
 class Kind(NamedTuple):
@@ -14,24 +20,29 @@ class Kind(NamedTuple):
 
     Args:
         text: what it is, for people.
-        is_ragged: whether it has a row for each residue, not one for a sequence.
+        per: what it has a row for.
         has_layers: whether each layer has its own.
         columns: values in a row; 0 for the hidden size of the model.
     """
 
     text: str
-    is_ragged: bool = False
+    per: Per = "sequence"
     has_layers: bool = False
     columns: int = 0
+
+    @property
+    def is_ragged(self) -> bool:
+        """Whether sequences differ in their numbers of rows."""
+        return self.per != "sequence"
 
 
 KINDS = {
     "mean": Kind("mean over the residues", has_layers=True),
     "max": Kind("maximum over the residues", has_layers=True),
     "bos": Kind("the BOS token", has_layers=True),
-    "per_residue": Kind("each residue", is_ragged=True, has_layers=True),
-    "logits": Kind("logits of the 20 amino acids, each residue", is_ragged=True, columns=20),
-    "logits_all": Kind("logits of all 33 tokens, each residue", is_ragged=True, columns=33),
+    "per_residue": Kind("each residue", per="residue", has_layers=True),
+    "logits": Kind("logits of the 20 amino acids, each residue", per="residue", columns=20),
+    "logits_all": Kind("logits of all 33 tokens, each residue", per="residue", columns=33),
     "unmasked_nll": Kind("mean negative log-likelihood of the residues, unmasked, in nats", columns=1),
 }
 KINDS_IN_WINDOWS = ("mean", "per_residue")
@@ -65,10 +76,25 @@ def layer_of(name: str) -> int | None:
     return int(layer) if layer else None
 
 
-def is_ragged(name: str) -> bool:
-    """Whether the output called `name` has a row for each residue."""
+def per_of(name: str) -> Per:
+    """What the output called `name` has a row for."""
     kind = KINDS.get(kind_of(name))
-    return kind is not None and kind.is_ragged
+    return "sequence" if kind is None else kind.per
+
+
+def is_ragged(name: str) -> bool:
+    """Whether sequences differ in the number of rows of the output called `name`."""
+    return per_of(name) != "sequence"
+
+
+def row_counts(lengths: npt.ArrayLike) -> dict[Per, npt.NDArray[np.int64]]:
+    """(n,) rows that each of n sequences has, by what a row is for.
+
+    Args:
+        lengths: (n,) their residues.
+    """
+    lengths = np.asarray(lengths, np.int64)
+    return {"sequence": np.ones_like(lengths), "residue": lengths, "pair": lengths * (lengths + 1) // 2}
 
 
 def num_columns(name: str, hidden_size: int) -> int:

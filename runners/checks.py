@@ -259,16 +259,15 @@ def space_of(run: Run, num_compared: int, in_parts: bool) -> tuple[int, int]:
     """
     index, plan = run.index, run.plan
     num_computed = index.num_records - index.num_identical
-    num_rows = run.total_rows if run.bytes_per_residue else 0
     output = output_bytes(
         index.num_records,
         index.mean_id_bytes,
         run.arrays,
-        num_rows,
+        run.total_rows,
         problems=[astuple(problem) for problem in index.problems],
         num_compared=min(num_compared, num_computed),
     )
     num_left = plan.num_shards - len(run.finished(range(plan.num_shards)))
     share = num_left / plan.num_shards
-    shards = shards_bytes(num_left, run.arrays, int(num_computed * share), int(num_rows * share))
-    return output, shards + output - (num_rows * run.bytes_per_residue if in_parts else 0)
+    shards = shards_bytes(num_left, run.arrays, {per: int(n * share) for per, n in run.total_rows.items()})
+    return output, shards + output - (run.ragged_bytes if in_parts else 0)

@@ -181,7 +181,7 @@ class RunWorker:
             part = items[first : first + _GIVEN_AT_ONCE]
             writer.write(part, self._earlier.outputs(rows[part], names))
         times.reused += len(items)
-        times.reused_residues += int(writer.shape.lengths[items].sum())
+        times.reused_residues += int(self.run.item_lengths(number)[items].sum())
 
     def _compute(self, inputs: Iterable[ShardInput], output: OpenShard) -> None:
         try:

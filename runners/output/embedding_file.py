@@ -160,7 +160,7 @@ class EmbeddingFile:
     def _residues(self, sequence_id: str, kind: str, layer: int | None) -> Values:
         self._reader.values(kind, layer, 0, 0)  # there is such a kind and layer
         row = self.ids.row(sequence_id)
-        if not self._reader.has_rows(row):
+        if not self._reader.has_rows(row, kind):
             raise NotInFileError(
                 f"{self.path}: {shorten(sequence_id)} was not computed; repeat the command that began the run"
             )

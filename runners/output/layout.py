@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import h5py
 import numpy as np
 
-from esm_packed.runners.state.shard import Array, Comparison
+from esm_packed.outputs import Per
+from esm_packed.runners.state.shard import Array, Comparison, arrays_bytes
 
 FORMAT = "esm-packed"
 FORMAT_VERSION = 1
@@ -58,7 +59,7 @@ def output_bytes(
     num_sequences: int,
     mean_id_bytes: float,
     arrays: Sequence[Array],
-    num_rows: int,
+    num_rows: Mapping[Per, int],
     *,
     problems: Sequence[Sequence[object]] = (),
     num_compared: int = 0,
@@ -69,7 +70,7 @@ def output_bytes(
         num_sequences: of the input.
         mean_id_bytes: mean size of a sequence ID in bytes of UTF-8.
         arrays: that are kept.
-        num_rows: of the ragged arrays.
+        num_rows: of the ragged arrays, by what a row is for.
         problems: records left out, each as the fields of a `StoredProblem`.
         num_compared: sequences compared with FP32.
     """
@@ -79,14 +80,13 @@ def output_bytes(
 
     row_bytes = [np.dtype(dtype).itemsize for dtype in COLUMN_KINDS.values()]
     row_bytes += [_REFERENCE_BYTES, HASH.itemsize]
-    row_bytes += [array.row_bytes for array in arrays if not array.is_ragged]
-    residue_bytes = [array.row_bytes for array in arrays if array.is_ragged]
+    row_bytes += [np.dtype(np.int64).itemsize for _ in {array.per for array in arrays if array.is_ragged}]
     num_ids = num_sequences + num_compared
     texts = [field for problem in problems for field in problem if isinstance(field, str)]
     return (
         _EMPTY_FILE_BYTES
-        + num_sequences * (sum(row_bytes) + 8 * bool(residue_bytes))
-        + num_rows * sum(residue_bytes)
+        + num_sequences * sum(row_bytes)
+        + arrays_bytes(arrays, {**num_rows, "sequence": num_sequences})
         + chunked(len(problems), 3 * _REFERENCE_BYTES + 8)
         + chunked(num_compared, _REFERENCE_BYTES + 3 * 8)
         + num_ids * _HEAP_BYTES

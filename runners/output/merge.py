@@ -15,17 +15,23 @@ import numpy.typing as npt
 from esm_packed.alphabet import sequence_hashes
 from esm_packed.files import whole_or_nothing
 from esm_packed.layouts import LAYOUTS
-from esm_packed.outputs import kind_of, layer_of
+from esm_packed.outputs import Per, kind_of, layer_of
 from esm_packed.runners.output.blocks import Block, ShardNotes, blocks_ahead
 from esm_packed.runners.output.joining import make_parts
 from esm_packed.runners.output.layout import HASH, StoredComparison, StoredProblem
-from esm_packed.runners.output.names import dataset_of
+from esm_packed.runners.output.names import STARTS, dataset_of
 from esm_packed.runners.output.parts import Part
 from esm_packed.runners.output.writer import EmbeddingWriter
 from esm_packed.runners.state.parts import remove_unused_parts
 from esm_packed.runners.state.plan import Plan
 from esm_packed.runners.state.run import Run
-from esm_packed.runners.state.shard import STATUS_COMPUTED, STATUS_NOT_COMPUTED, StoreError
+from esm_packed.runners.state.shard import (
+    STATUS_COMPUTED,
+    STATUS_NOT_COMPUTED,
+    Items,
+    StoreError,
+    arrays_bytes,
+)
 from esm_packed.runners.watch.console import Advance, Console
 
 _COPIES_AT_ONCE = 256
@@ -72,13 +78,11 @@ def merge_run(run: Run, console: Console, options: MergeOptions) -> int:
     """
     shards = range(run.plan.num_shards)
     missing = frozenset(shard for shard in shards if options.partial and not run.is_whole(shard))
-    num_rows = run.total_rows - sum(map(run.num_rows, missing))
-    pooled_bytes = sum(array.row_bytes for array in run.arrays if not array.is_ragged)
-    total = run.index.num_records * pooled_bytes + num_rows * run.bytes_per_residue
+    num_rows = _num_rows(run, missing)
     try:
-        with console.progress("merging", "B", total) as advance:
-            in_parts = options.in_parts and run.bytes_per_residue > 0
-            parts = make_parts(run, options.compression, advance) if in_parts else []
+        with console.progress("merging", "B", arrays_bytes(run.arrays, num_rows)) as advance:
+            in_parts = options.in_parts and bool(run.ragged_arrays)
+            parts = make_parts(run, options.compression, advance) if in_parts else {}
             num_missing = _merge(run, options, missing, parts, num_rows, advance)
     except FileExistsError as error:
         raise StoreError(f"{error.filename}: {error.strerror}") from error
@@ -88,12 +92,19 @@ def merge_run(run: Run, console: Console, options: MergeOptions) -> int:
     return num_missing
 
 
+def _num_rows(run: Run, missing: frozenset[int]) -> dict[Per, int]:
+    """Rows of the output, by what a row is for: one of each record, and those of shards that are whole."""
+    lacking = [run.num_rows(shard) for shard in missing]
+    rows = {per: total - sum(each[per] for each in lacking) for per, total in run.total_rows.items()}
+    return {**rows, "sequence": run.index.num_records}
+
+
 def _merge(
     run: Run,
     options: MergeOptions,
     missing: frozenset[int],
-    parts: Sequence[Part],
-    num_rows: int,
+    parts: Mapping[Per, Sequence[Part]],
+    num_rows: Mapping[Per, int],
     advance: Advance,
 ) -> int:
     plan, index, output = run.plan, run.index, run.directory.output
@@ -103,16 +114,17 @@ def _merge(
         EmbeddingWriter(
             temporary,
             num_sequences=index.num_records,
-            is_ragged=run.bytes_per_residue > 0,
+            starts=[STARTS[per] for per in dict.fromkeys(array.per for array in run.ragged_arrays)],
             compression=options.compression,
         ) as writer,
     ):
         for array in run.arrays:
             dataset = dataset_of(kind_of(array.name), layer_of(array.name), plan.layers)
             if array in copied:
-                writer.create(array, dataset, num_rows if array.is_ragged else index.num_records)
+                writer.create(array, dataset, num_rows[array.per])
             else:
-                writer.create_virtual(array, dataset, num_rows, run.parts.attribute, parts)
+                attribute, files = run.parts.attribute, parts[array.per]
+                writer.create_virtual(array, dataset, num_rows[array.per], attribute, files)
         writer.write_problems(
             [StoredProblem(left.sequence_id, left.file, left.line, left.reason) for left in index.problems]
         )
@@ -152,8 +164,8 @@ class _Append:
         self._writer = writer
         self._advance = advance
         self._reasons: dict[int, str] = {}
-        self._num_rows = 0
-        self._first_row = 0
+        self._num_rows: dict[Per, int] = dict.fromkeys((array.per for array in run.ragged_arrays), 0)
+        self._first_row = dict(self._num_rows)
         self._records = np.zeros(0, np.int64)
         self._sources = np.zeros(0, np.int64)
         self._bounds = 0, 0
@@ -185,8 +197,8 @@ class _Append:
             "modified": run.index.modified(start, stop),
             "sequence_hash": _hashes(run, start, stop),
         }
-        if run.bytes_per_residue:
-            columns["starts"] = self._with_copies("starts", self._starts(shard.number, has_rows))
+        for per, starts in self._starts(shard.number, has_rows).items():
+            columns[STARTS[per]] = self._with_copies(STARTS[per], starts)
         sequence_ids = run.index.sequence_ids(start, stop)
         self._writer.write_rows(start, sequence_ids, columns)
         self._writer.write_problems(
@@ -203,21 +215,21 @@ class _Append:
         )
         self.num_missing += int(np.count_nonzero(status == STATUS_NOT_COMPUTED))
 
-    def _starts(self, shard: int, has_rows: bool) -> npt.NDArray[np.int64]:
-        """First row of each item in the ragged arrays of the output; -1 if there are none."""
-        lengths = self._run.item_lengths(shard)
+    def _starts(self, shard: int, has_rows: bool) -> dict[Per, Items]:
+        """First row of each item in the ragged arrays of the output, by what a row is for; -1 if none."""
+        counts = self._run.row_counts(shard)
         if not has_rows:
-            return np.full(len(lengths), -1)
-        self._first_row = self._num_rows
-        ends = self._first_row + np.cumsum(lengths)
-        self._num_rows += int(lengths.sum())
-        return ends - lengths
+            return {per: np.full(len(counts[per]), -1) for per in self._num_rows}
+        self._first_row = dict(self._num_rows)
+        for per in self._num_rows:
+            self._num_rows[per] += int(counts[per].sum())
+        return {per: first + np.cumsum(counts[per]) - counts[per] for per, first in self._first_row.items()}
 
     def add(self, block: Block) -> None:
         """Append a block of an array."""
         array, first, rows = block
         if array.is_ragged:
-            self._writer.write(array.name, self._first_row + first, rows)
+            self._writer.write(array.name, self._first_row[array.per] + first, rows)
             self._advance(rows.nbytes)
             return
         start, stop = self._bounds

@@ -10,12 +10,21 @@ from esm_packed.alphabet import AMINO_ACIDS, TOKENS
 POOLED = tuple(name for name, kind in outputs.KINDS.items() if kind.has_layers and not kind.is_ragged)
 """Kinds with one row for each sequence and layer."""
 RAGGED = tuple(name for name, kind in outputs.KINDS.items() if kind.is_ragged)
-"""Kinds with one row for each residue; `starts` says where those of a sequence begin."""
+"""Kinds in which sequences differ in their numbers of rows."""
+STARTS: dict[outputs.Per, str] = {"residue": "starts", "pair": "pair_starts"}
+"""Columns that say where the rows of a sequence begin, by what a row is for."""
+PARTS: dict[outputs.Per, str] = {"residue": "parts", "pair": "pair_parts"}
+"""Data sets that list the files of rows that are beside the output, by what a row is for."""
 KINDS = tuple(outputs.KINDS)
 PER_LAYER = tuple(name for name, kind in outputs.KINDS.items() if kind.has_layers)
 """Kinds that there are of each layer."""
 TOKENS_OF = {"logits": AMINO_ACIDS, "logits_all": TOKENS}
 """What the columns of a kind stand for."""
+
+
+def row_shape(kind: str, columns: int) -> tuple[int, ...]:
+    """Shape of a row of a kind in its data set."""
+    return () if outputs.KINDS[kind].columns == 1 else (columns,)
 
 
 def dataset_of(kind: str, layer: int | None, layers: Sequence[int]) -> str:

@@ -41,7 +41,7 @@ class DataSetType(NamedTuple):
     """What the rows of a data set are."""
 
     dtype: np.dtype[Any]
-    columns: int
+    shape: tuple[int, ...]
 
 
 class Parts:
@@ -52,7 +52,7 @@ class Parts:
         folder: root attribute `parts`.
         parts: in row order.
         plan_hash: of the output.
-        datasets: of each ragged data set what it should be.
+        datasets: of each data set that has rows there what they should be.
 
     Raises:
         PartError: a part is missing, or is not the one that belongs there.
@@ -103,7 +103,7 @@ class Parts:
         return stored
 
     def rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.floating[Any]]:
-        """(stop - start, columns) rows of data set `name`, 0 <= start <= stop <= num_rows.
+        """Rows [start, stop) of data set `name`, 0 <= start <= stop <= num_rows.
 
         Raises:
             StoreError: a part was removed, replaced or damaged meanwhile.
@@ -112,8 +112,8 @@ class Parts:
         pieces = [self._read(name, number, *rows) for number, *rows in self._places(start, stop)]
         if len(pieces) == 1:
             return pieces[0]
-        dtype, columns = self._datasets[name]
-        return np.concatenate([np.empty((0, columns), dtype), *pieces])
+        dtype, shape = self._datasets[name]
+        return np.concatenate([np.empty((0, *shape), dtype), *pieces])
 
     def _places(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """The parts that hold rows [start, stop), each with the range of them within it."""
@@ -165,8 +165,8 @@ class Parts:
             attributes = file.attributes()
             if (attributes.get("format"), attributes.get("plan_hash")) != (PART_FORMAT, self._plan_hash):
                 raise StoreError(f"{file.path}: no part, or one of another run")
-            for name, (dtype, columns) in self._datasets.items():
-                file.expect(name, f"{dtype.kind}{dtype.itemsize}", (part.num_rows, columns))
+            for name, (dtype, shape) in self._datasets.items():
+                file.expect(name, f"{dtype.kind}{dtype.itemsize}", (part.num_rows, *shape))
 
     def close(self) -> None:
         """Close the parts that are open."""

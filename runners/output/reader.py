@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from esm_packed.errors import UserError
+from esm_packed.outputs import Per, is_ragged, per_of, row_counts
 from esm_packed.runners.input.fasta import Modified
 from esm_packed.runners.output.checked import CheckedFile
 from esm_packed.runners.output.layout import (
@@ -26,12 +27,14 @@ from esm_packed.runners.output.layout import (
 )
 from esm_packed.runners.output.names import (
     KINDS,
+    PARTS,
     PER_LAYER,
     POOLED,
-    RAGGED,
+    STARTS,
     TOKENS_OF,
     dataset_of,
     datasets_of,
+    row_shape,
 )
 from esm_packed.runners.output.parts import PART, DataSetType, Part, Parts
 from esm_packed.runners.state.plan import plan_hash
@@ -89,9 +92,9 @@ class EmbeddingReader:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._path = os.fspath(path)
-        self._parts: Parts | None = None
-        self._num_rows = 0
-        self._places: tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]] | None = None
+        self._parts: dict[Per, Parts] = {}
+        self._num_rows: dict[Per, int] = {}
+        self._places: dict[Per, tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]] = {}
         self._file = CheckedFile(path, "esm-packed output")
         try:
             with self._file.reading():
@@ -116,12 +119,12 @@ class EmbeddingReader:
                 self._file.expect_records(name, record)
         self._file.expect("plan", "text", ())
         self._plan = self._read_plan()
-        is_virtual = "parts" in self._attributes
+        self._is_in_parts = "parts" in self._attributes
         datasets = list(datasets_of(self.kinds, self.layers))
         self._hidden_size: int | None = None
         for kind, layer, name in datasets:
             if layer is not None:
-                found = self._file.dataset(name, is_virtual=is_virtual and kind in RAGGED)
+                found = self._file.dataset(name, is_virtual=self._is_in_parts and is_ragged(kind))
                 self._hidden_size = int(found.shape[1])
                 break
         for kind, _, name in datasets:
@@ -129,7 +132,10 @@ class EmbeddingReader:
                 self._file.expect(name, "f2 f4", (self._num_sequences, self._columns(kind)))
         if "unmasked_nll" in self.kinds:
             self._file.expect("unmasked_nll", "f4", (self._num_sequences,))
-        self._check_ragged({name: kind for kind, _, name in datasets if kind in RAGGED}, is_virtual)
+        for per in STARTS:
+            names = {name: kind for kind, _, name in datasets if per_of(kind) == per}
+            if names:
+                self._check_ragged(per, names)
         self._check_sequences()
 
     def _check_attributes(self) -> None:
@@ -152,44 +158,43 @@ class EmbeddingReader:
         """Values in a row of residues or of a sequence."""
         return len(TOKENS_OF[kind]) if kind in TOKENS_OF else self._hidden_size or 0
 
-    def _check_ragged(self, kinds: dict[str, str], is_virtual: bool) -> None:
-        """See that the rows of residues are there; `kinds` are those of the data sets that hold them."""
-        if not kinds:
-            return
-        types = {}
-        self._num_rows = self._file.dataset(next(iter(kinds)), is_virtual=is_virtual).shape[0]
+    def _check_ragged(self, per: Per, kinds: dict[str, str]) -> None:
+        """See that rows for `per` are there; `kinds` are those of the data sets that hold them."""
+        types, is_virtual = {}, self._is_in_parts
+        num_rows = self._file.dataset(next(iter(kinds)), is_virtual=is_virtual).shape[0]
+        self._num_rows[per] = num_rows
         for name, kind in kinds.items():
-            columns = self._columns(kind)
-            dtype = self._file.expect(name, "f2 f4", (self._num_rows, columns), is_virtual=is_virtual)
-            types[name] = DataSetType(dtype, columns)
+            shape = row_shape(kind, self._columns(kind))
+            dtype = self._file.expect(name, "f2 f4", (num_rows, *shape), is_virtual=is_virtual)
+            types[name] = DataSetType(dtype, shape)
             tokens = self._file.attributes(name).get("tokens", ())
             if kind in TOKENS_OF and list(tokens) != list(TOKENS_OF[kind]):
                 raise ValueError(f"{name} has the columns {tokens!r}")
         if is_virtual:
-            self._file.expect_records("parts", PART)
-            parts = [
-                Part(file.decode(), *numbers) for file, *numbers in self._file.dataset("parts")[:].tolist()
-            ]
+            self._file.expect_records(PARTS[per], PART)
+            records = self._file.dataset(PARTS[per])[:].tolist()
+            parts = [Part(file.decode(), *numbers) for file, *numbers in records]
             folder, run = str(self._attributes["parts"]), str(self._attributes["plan_hash"])
-            self._parts = Parts(Path(self._path), folder, parts, run, types)
-            if self._parts.num_rows != self._num_rows:
-                raise ValueError(f"{self._parts.num_rows} rows in parts, not {self._num_rows}")
+            self._parts[per] = found = Parts(Path(self._path), folder, parts, run, types)
+            if found.num_rows != num_rows:
+                raise ValueError(f"{found.num_rows} rows in parts, not {num_rows}")
 
     def _check_sequences(self) -> None:
-        """See that each sequence has a known status, and that its residues are rows that there are."""
-        has_starts = any(kind in RAGGED for kind in self.kinds)
-        if has_starts:
-            self._file.expect("starts", "i8", (self._num_sequences,))
+        """See that each sequence has a known status, and that its rows are ones that there are."""
+        for per in self._num_rows:
+            self._file.expect(STARTS[per], "i8", (self._num_sequences,))
         for start in range(0, self._num_sequences, _ROWS_AT_ONCE):
             stop = start + _ROWS_AT_ONCE
             status = self.column("status", start, stop)
             if status.max() > max(STATUS_LABELS):
                 raise ValueError(f"a status of {status.max()}")
-            if has_starts:
-                starts, lengths = self.starts(start, stop), self.column("embedded_lengths", start, stop)
-                is_within = (starts >= 0) & (lengths >= 0) & (starts <= np.int64(self._num_rows) - lengths)
+            lengths = self.column("embedded_lengths", start, stop)
+            counts = row_counts(lengths)
+            for per, num_rows in self._num_rows.items():
+                starts = self.column(STARTS[per], start, stop)
+                is_within = (starts >= 0) & (lengths >= 0) & (starts <= num_rows - counts[per])
                 if not np.where(status == STATUS_NOT_COMPUTED, starts == -1, is_within).all():
-                    raise ValueError("starts are not rows that there are")
+                    raise ValueError(f"{STARTS[per]} are not rows that there are")
 
     def _read_plan(self) -> dict[str, Any]:
         plan: dict[str, Any] = json.loads(self._file.dataset("plan").asstr()[()])
@@ -224,19 +229,16 @@ class EmbeddingReader:
 
     @property
     def parts(self) -> list[Part]:
-        """The files beside it that hold its rows of residues; none if it holds them itself."""
-        return [] if self._parts is None else self._parts.parts
+        """The files beside it that hold its ragged kinds, with rows of one of them; none if it holds them."""
+        return next((each.parts for each in self._parts.values()), [])
 
     def datasets(self) -> list[StoredDataSet]:
         """The data sets of all kinds."""
         found = []
         for kind, layer, name in datasets_of(self.kinds, self.layers):
-            is_virtual = self._parts is not None and kind in RAGGED
-            dataset = self._file.dataset(name, is_virtual=is_virtual)
-            if self._parts is not None and is_virtual:
-                num_bytes = self._parts.stored_bytes[name]
-            else:
-                num_bytes = dataset.id.get_storage_size()
+            parts = self._parts.get(per_of(kind))
+            dataset = self._file.dataset(name, is_virtual=parts is not None)
+            num_bytes = dataset.id.get_storage_size() if parts is None else parts.stored_bytes[name]
             found.append(StoredDataSet(kind, layer, name, dataset.shape, dataset.dtype, num_bytes))
         return found
 
@@ -284,7 +286,7 @@ class EmbeddingReader:
     def values(
         self, kind: str, layer: int | None = None, start: int = 0, stop: int | None = None
     ) -> npt.NDArray[np.floating[Any]]:
-        """Rows [start, stop) of a kind, each of one sequence, or of one residue if the kind is ragged.
+        """Rows [start, stop) of a kind, each of one sequence, of one residue or of a pair of residues.
 
         Args:
             kind: one of `kinds`.
@@ -306,16 +308,16 @@ class EmbeddingReader:
             raise NotInFileError(f"{self._path}: no layer {layer}; it has {listed}")
         name = dataset_of(kind, layer, self.layers)
         with self._file.reading():
-            if self._parts is not None and kind in RAGGED:
-                start, stop, _ = slice(start, stop).indices(self._num_rows)
-                return self._parts.rows(name, start, stop)
+            if parts := self._parts.get(per_of(kind)):
+                start, stop, _ = slice(start, stop).indices(parts.num_rows)
+                return parts.rows(name, start, stop)
             rows: npt.NDArray[np.floating[Any]] = self._file.dataset(name)[start:stop]
         return rows
 
     def value(self, sequence: int, kind: str, layer: int | None = None) -> npt.NDArray[np.floating[Any]]:
         """What there is of one sequence.
 
-        The first of a ragged kind reads where the residues of all sequences are, 12 bytes for each.
+        The first of a ragged kind reads where the rows of all sequences are, 16 bytes for each.
 
         Args:
             sequence: 0 <= sequence < num_sequences.
@@ -328,25 +330,25 @@ class EmbeddingReader:
         Raises:
             NotInFileError: it has no such kind or layer.
         """
-        if kind not in RAGGED:
+        if not is_ragged(kind):
             row: npt.NDArray[np.floating[Any]] = self.values(kind, layer, sequence, sequence + 1)[0]
             return row
-        starts, lengths = self._residues()
-        if not self.has_rows(sequence):
+        start, number = (int(each[sequence]) for each in self._rows_of_sequences(per_of(kind)))
+        if start < 0:
             empty = self.values(kind, layer, 0, 0)
-            return np.full((lengths[sequence], empty.shape[1]), np.nan, empty.dtype)
-        start = int(starts[sequence])
-        return self.values(kind, layer, start, start + int(lengths[sequence]))
+            return np.full((number, *empty.shape[1:]), np.nan, empty.dtype)
+        return self.values(kind, layer, start, start + number)
 
-    def has_rows(self, sequence: int) -> bool:
-        """Whether there are rows of residues of a sequence."""
-        return bool(self._residues()[0][sequence] >= 0)
+    def has_rows(self, sequence: int, kind: str) -> bool:
+        """Whether there are rows of a sequence in the data sets of a ragged kind."""
+        return bool(self._rows_of_sequences(per_of(kind))[0][sequence] >= 0)
 
-    def _residues(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
-        """First row and number of residues of every sequence."""
-        if self._places is None:
-            self._places = self.starts(), self.column("embedded_lengths")
-        return self._places
+    def _rows_of_sequences(self, per: Per) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """First row, -1 if there are none, and number of rows of every sequence."""
+        if per not in self._places:
+            counts = row_counts(self.column("embedded_lengths"))[per]
+            self._places[per] = self.column(STARTS[per]), counts
+        return self._places[per]
 
     def missing(self, start: int = 0, stop: int | None = None) -> npt.NDArray[np.int64]:
         """Those of the sequences [start, stop) that failed or were not computed, as numbers of rows."""
@@ -394,8 +396,8 @@ class EmbeddingReader:
 
     def close(self) -> None:
         """Close the file and its parts."""
-        if self._parts is not None:
-            self._parts.close()
+        for parts in self._parts.values():
+            parts.close()
         self._file.close()
 
     def __enter__(self) -> EmbeddingReader:

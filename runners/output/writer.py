@@ -11,7 +11,7 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
-from esm_packed.outputs import kind_of
+from esm_packed.outputs import Per, kind_of
 from esm_packed.runners.input.fasta import Modified
 from esm_packed.runners.output.layout import (
     CHUNK_BYTES,
@@ -26,7 +26,7 @@ from esm_packed.runners.output.layout import (
     StoredComparison,
     StoredProblem,
 )
-from esm_packed.runners.output.names import TOKENS_OF
+from esm_packed.runners.output.names import PARTS, TOKENS_OF, row_shape
 from esm_packed.runners.output.parts import PART, Part
 from esm_packed.runners.state.plan import plan_hash
 from esm_packed.runners.state.shard import Array
@@ -59,8 +59,7 @@ class ArrayWriter(NewFile):
             dataset: its name in the file.
             rows: how many it has.
         """
-        kind = kind_of(array.name)
-        shape = (rows,) if kind == "unmasked_nll" else (rows, array.columns)
+        shape = (rows, *row_shape(kind_of(array.name), array.columns))
         options: dict[str, Any] = {}
         if self._compression == "gzip" and rows:
             chunk = min(rows, max(1, CHUNK_BYTES // array.row_bytes))
@@ -82,11 +81,12 @@ class ArrayWriter(NewFile):
             folder: of the parts, relative to this file.
             parts: that have the rows.
         """
-        layout = h5py.VirtualLayout((rows, array.columns), array.dtype)
+        shape = row_shape(kind_of(array.name), array.columns)
+        layout = h5py.VirtualLayout((rows, *shape), array.dtype)
         folder = folder.replace("%", "%%")  # HDF5 takes %b for the number of a block
         for file, _, first, count in parts:
             if count:
-                source = h5py.VirtualSource(f"{folder}/{file}", dataset, (count, array.columns), array.dtype)
+                source = h5py.VirtualSource(f"{folder}/{file}", dataset, (count, *shape), array.dtype)
                 layout[first : first + count] = source
         with self.writing():
             self._arrays[array.name] = self.file.create_virtual_dataset(dataset, layout, fillvalue=np.nan)
@@ -117,7 +117,7 @@ class EmbeddingWriter(ArrayWriter):
     Args:
         path: the file to create; it must not exist.
         num_sequences: of the input.
-        is_ragged: whether there are ragged arrays, and so the column `starts`.
+        starts: columns, of `names.STARTS`, that say where rows of ragged arrays begin.
         compression: of the arrays, none or gzip.
 
     Raises:
@@ -125,13 +125,13 @@ class EmbeddingWriter(ArrayWriter):
     """
 
     def __init__(
-        self, path: Path, *, num_sequences: int, is_ragged: bool = False, compression: str = "none"
+        self, path: Path, *, num_sequences: int, starts: Sequence[str] = (), compression: str = "none"
     ) -> None:
         super().__init__(path, compression)
         try:
             with self.writing():
                 dtypes = {"sequence_ids": TEXT, "sequence_hash": HASH, **COLUMN_KINDS}
-                dtypes |= {"starts": "i8"} if is_ragged else {}
+                dtypes |= dict.fromkeys(starts, "i8")
                 self._columns = {
                     name: self.file.create_dataset(name, (num_sequences,), dtype)
                     for name, dtype in dtypes.items()
@@ -154,8 +154,7 @@ class EmbeddingWriter(ArrayWriter):
         Args:
             start: first row.
             sequence_ids: (n,) names.
-            columns: (n,) each: those of `COLUMN_KINDS`, `sequence_hash`, and `starts` if there are ragged
-                arrays.
+            columns: (n,) each: those of `COLUMN_KINDS`, `sequence_hash`, and `starts`.
         """
         rows = slice(start, start + len(sequence_ids))
         with self.writing():
@@ -170,10 +169,11 @@ class EmbeddingWriter(ArrayWriter):
             values: npt.NDArray[Any] = dataset[rows]
         return values.reshape(len(rows), -1) if name in self._arrays else values
 
-    def write_parts(self, parts: Sequence[Part]) -> None:
-        """List the files that have the rows of virtual data sets."""
+    def write_parts(self, parts: Mapping[Per, Sequence[Part]]) -> None:
+        """List the files that have the rows of virtual data sets, by what a row is for."""
         with self.writing():
-            self.file.create_dataset("parts", data=np.array([tuple(part) for part in parts], PART))
+            for per, files in parts.items():
+                self.file.create_dataset(PARTS[per], data=np.array([tuple(part) for part in files], PART))
 
     def write_problems(self, problems: Sequence[StoredProblem]) -> None:
         """Append records that are left out or failed."""

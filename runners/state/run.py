@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from esm_packed.outputs import is_ragged, kind_of, num_columns
+from esm_packed.outputs import Per, kind_of, num_columns, per_of, row_counts
 from esm_packed.runners.input.index import FastaIndex, reopen_index
 from esm_packed.runners.state.directory import RunDirectory
 from esm_packed.runners.state.parts import PartsFolder
@@ -20,11 +20,13 @@ from esm_packed.runners.state.plan import Plan, PlanError
 from esm_packed.runners.state.request import STORE_DTYPES
 from esm_packed.runners.state.shard import (
     Array,
+    Items,
     ShardInput,
     ShardReader,
     ShardShape,
     ShardWriter,
     StoreError,
+    arrays_bytes,
     shard_output,
 )
 
@@ -112,28 +114,40 @@ class Run:
                 name,
                 "float32" if kind_of(name) == "unmasked_nll" else store_dtype,
                 num_columns(name, self.plan.hidden_size),
-                is_ragged(name),
+                per_of(name),
             )
             for name in self.plan.outputs
         ]
 
-    def num_rows(self, shard: int) -> int:
-        """Rows of each ragged array of a shard."""
-        return int(self.item_lengths(shard).sum())
+    @property
+    def ragged_arrays(self) -> list[Array]:
+        """Those of the arrays in which items differ in their numbers of rows."""
+        return [array for array in self.arrays if array.is_ragged]
+
+    def row_counts(self, shard: int) -> Mapping[Per, Items]:
+        """Rows of each item of a shard, by what a row is for."""
+        return row_counts(self.item_lengths(shard))
+
+    def num_rows(self, shard: int) -> dict[Per, int]:
+        """Rows of a shard, by what a row is for."""
+        return {per: int(counts.sum()) for per, counts in self.row_counts(shard).items()}
 
     @cached_property
-    def total_rows(self) -> int:
-        """Rows of each ragged array of all shards."""
-        return sum(map(self.num_rows, range(self.plan.num_shards)))
+    def total_rows(self) -> dict[Per, int]:
+        """Rows of all shards, by what the arrays have a row for."""
+        if not self.ragged_arrays:  # no shard needs to be looked at
+            return {"sequence": self.index.num_records - self.index.num_identical}
+        rows = [self.num_rows(shard) for shard in range(self.plan.num_shards)]
+        return {per: sum(each[per] for each in rows) for per in rows[0]}
 
     @property
-    def bytes_per_residue(self) -> int:
-        """Size of a row of all ragged arrays."""
-        return sum(array.row_bytes for array in self.arrays if array.is_ragged)
+    def ragged_bytes(self) -> int:
+        """Size of the ragged arrays of all shards."""
+        return arrays_bytes(self.ragged_arrays, self.total_rows)
 
     def shape(self, shard: int) -> ShardShape:
         """Where all that is lies in the file of a shard."""
-        return ShardShape(self.arrays, self.item_lengths(shard))
+        return ShardShape(self.arrays, self.row_counts(shard))
 
     @property
     def parts(self) -> PartsFolder:

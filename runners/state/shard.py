@@ -1,15 +1,15 @@
 """A shard: what computing it needs, and the file of what was computed.
 
-    arrays      one behind the other, each of rows: one for each item, or as many as the item is long
+    arrays      one behind the other, each of rows: one for each item, residue or pair of residues
     manifest    JSON: the run and the shard, shapes, what there is to say of single items, checksums
     trailer     length of the manifest (8 bytes, little-endian) and its SHA-256
 
 The ragged arrays of a shard may have moved to a part of the output, an HDF5 file; then the manifest names it.
 
-An item is what is computed as one thing, such as a sequence. The lengths of the items say where their rows
-lie, so rows are written as they come, in any order, and the file is never in memory as a whole. Each block of
-an array has a CRC-32, which is verified when it is read. It guards against accidents, not against somebody
-who alters the file on purpose, and takes half as long as SHA-256 does with the instructions for it.
+An item is what is computed as one thing, such as a sequence. Its numbers of rows say where they lie, so rows
+are written as they come, in any order, and the file is never in memory as a whole. Each block of an array has
+a CRC-32, which is verified when it is read. It guards against accidents, not against somebody who alters the
+file on purpose, and takes half as long as SHA-256 does with the instructions for it.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ import numpy.typing as npt
 
 from esm_packed.errors import UserError
 from esm_packed.files import open_regular, whole_or_nothing
+from esm_packed.outputs import Per
 
-SHARD_FORMAT = "esm-packed shard 2"
+SHARD_FORMAT = "esm-packed shard 3"
 STATUS_COMPUTED = 0
 STATUS_RECOMPUTED = 1
 STATUS_FAILED = 2
@@ -102,13 +103,18 @@ class Array(NamedTuple):
         name: of an output, as `mean/33`.
         dtype: of its values.
         columns: values in a row.
-        is_ragged: whether item i has `lengths[i]` rows, not one.
+        per: what it has a row for.
     """
 
     name: str
     dtype: str
     columns: int
-    is_ragged: bool = False
+    per: Per = "sequence"
+
+    @property
+    def is_ragged(self) -> bool:
+        """Whether items differ in their numbers of rows."""
+        return self.per != "sequence"
 
     @property
     def row_bytes(self) -> int:
@@ -126,21 +132,17 @@ class ShardShape:
 
     Args:
         arrays: in the order of the file.
-        lengths: (num_items,) rows of each item in the ragged arrays.
+        counts: (num_items,) rows of each item, by what a row is for.
         has_ragged: whether the ragged arrays are in the file, not in a part of the output.
-
-    Attributes:
-        lengths: (num_items,) int64.
     """
 
-    def __init__(self, arrays: Sequence[Array], lengths: npt.ArrayLike, *, has_ragged: bool = True) -> None:
+    def __init__(
+        self, arrays: Sequence[Array], counts: Mapping[Per, Items], *, has_ragged: bool = True
+    ) -> None:
         self.arrays = {array.name: array for array in arrays}
-        self.lengths = np.asarray(lengths, np.int64)
-        self.num_items = len(self.lengths)
-        self._starts = {
-            False: np.arange(self.num_items + 1),
-            True: np.concatenate([[0], np.cumsum(self.lengths)]),
-        }
+        self.num_items = len(counts["sequence"])
+        self._counts = counts
+        self._starts = {per: np.concatenate([[0], np.cumsum(each)]) for per, each in counts.items()}
         self.block_bytes = max((array.block_rows * array.row_bytes for array in arrays), default=0)
         self.array_bytes = 0
         self._offsets: dict[str, int] = {}
@@ -151,7 +153,7 @@ class ShardShape:
 
     def starts(self, array: Array) -> Items:
         """(num_items + 1,) first row of each item, and the number of rows."""
-        return self._starts[array.is_ragged]
+        return self._starts[array.per]
 
     def num_rows(self, array: Array) -> int:
         """Rows of an array."""
@@ -169,28 +171,26 @@ class ShardShape:
 
     def piece(self, first: int, last: int) -> ShardShape:
         """The shape of a shard of the items [first, last)."""
-        return ShardShape(list(self.arrays.values()), self.lengths[first:last])
+        counts = {per: each[first:last] for per, each in self._counts.items()}
+        return ShardShape(list(self.arrays.values()), counts)
 
     def without_ragged(self) -> ShardShape:
         """The shape of the same shard when its ragged arrays have moved to a part of the output."""
-        return ShardShape(list(self.arrays.values()), self.lengths, has_ragged=False)
+        return ShardShape(list(self.arrays.values()), self._counts, has_ragged=False)
 
     def describe(self) -> list[list[str | int]]:
         """Names, types and sizes of the arrays."""
         return [[*array, self.num_items, self.num_rows(array)] for array in self.arrays.values()]
 
 
-def shards_bytes(num_shards: int, arrays: Iterable[Array], num_items: int, num_rows: int) -> int:
-    """Size in bytes of shards.
+def arrays_bytes(arrays: Iterable[Array], num_rows: Mapping[Per, int]) -> int:
+    """Size in bytes of arrays with so many rows, by what a row is for."""
+    return sum(array.row_bytes * num_rows[array.per] for array in arrays)
 
-    Args:
-        num_shards: how many.
-        arrays: that they hold.
-        num_items: in all of them.
-        num_rows: of all items in the ragged arrays.
-    """
-    rows = sum(array.row_bytes * (num_rows if array.is_ragged else num_items) for array in arrays)
-    return num_shards * _MANIFEST_BYTES + rows
+
+def shards_bytes(num_shards: int, arrays: Iterable[Array], num_rows: Mapping[Per, int]) -> int:
+    """Size in bytes of so many shards, which have so many rows together."""
+    return num_shards * _MANIFEST_BYTES + arrays_bytes(arrays, num_rows)
 
 
 class ShardWriter:
@@ -328,7 +328,7 @@ class ShardReader:
         parts: folder of the parts of the output, for ragged arrays that have moved there.
 
     Attributes:
-        part: the file of that folder that has them, and their first row there; None if they have not moved.
+        part: the file of that folder that has them; None if they have not moved.
         statuses: of items that were not simply computed.
         comparisons: sampled items and how they compare with FP32.
         made_by: the device, attention backend and versions that computed it.
@@ -354,9 +354,8 @@ class ShardReader:
         except BaseException:
             self._file.close()
             raise
-        self.part: tuple[str, int] | None = None
-        if "part" in manifest:
-            self.part = str(manifest["part"][0]), int(manifest["part"][1])
+        self.part: str | None = manifest.get("part")
+        self._first_rows: dict[Per, int] = manifest.get("first_rows", {})
         self.shape = shape if self.part is None else shape.without_ragged()
         self.statuses = {int(item): ItemStatus(*each) for item, each in manifest["statuses"].items()}
         self.comparisons = {int(item): Comparison(*each) for item, each in manifest["comparisons"].items()}
@@ -410,23 +409,25 @@ class ShardReader:
         """Rows [start, stop) of a ragged array, which are in a part; none if there is no such part."""
         if self.part is None or self._parts is None:
             raise self._damaged()
-        name, first = self.part
         try:
             if self._part_file is None:
-                self._part_file = h5py.File(self._parts / Path(name).name, "r")
+                self._part_file = h5py.File(self._parts / Path(self.part).name, "r")
+            first = self._first_rows[array.per]
             rows: Rows = self._part_file[array.name][first + start : first + stop]
         except (OSError, RuntimeError, KeyError):
-            raise StoreError(f"{self._parts / name}: missing or damaged") from None
+            raise StoreError(f"{self._parts / self.part}: missing or damaged") from None
         return np.ascontiguousarray(rows, array.dtype)
 
-    def write_without_ragged(self, path: Path, scratch: Path, part: str, first_row: int) -> None:
+    def write_without_ragged(
+        self, path: Path, scratch: Path, part: str, first_rows: Mapping[Per, int]
+    ) -> None:
         """Write the shard anew, without its ragged arrays, which are in a part now.
 
         Args:
             path: the file to make.
             scratch: a folder on the same file system for the unfinished file.
             part: the file that has them.
-            first_row: of theirs in it.
+            first_rows: of theirs in it, by what a row is for.
         """
         shape, buffer = self.shape.without_ragged(), bytearray(self.shape.block_bytes)
         with whole_or_nothing(path, scratch) as temporary, temporary.open("x+b", buffering=0) as file:
@@ -435,7 +436,7 @@ class ShardReader:
                     for start, stop in shape.blocks(array):
                         rows = self.block(array, start, stop, buffer)
                         _write_at(file, rows, shape.offset(array, start))
-            _write_manifest(file, {**self._content, "part": [part, first_row]}, shape)
+            _write_manifest(file, {**self._content, "part": part, "first_rows": first_rows}, shape)
 
     def verify(self) -> None:
         """See that all is what was written."""

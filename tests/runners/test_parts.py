@@ -148,9 +148,8 @@ def test_parts_hold_what_one_file_holds(nursery: Nursery, work: Work, tmp_path: 
 @pytest.mark.parametrize("num_shards", [1, 127, 128, 129, 20_000])
 def test_there_are_at_most_128_parts(num_shards: int) -> None:
     run = cast(Run, SimpleNamespace(plan=SimpleNamespace(num_shards=num_shards)))
-    for rows_of_each, number in ((1, 1), (joining.PART_BYTES, min(num_shards, 128))):
-        run.total_rows = rows_of_each * num_shards
-        run.bytes_per_residue = 1  # type: ignore[misc]
+    for bytes_of_each, number in ((1, 1), (joining.PART_BYTES, min(num_shards, 128))):
+        run.ragged_bytes = bytes_of_each * num_shards  # type: ignore[misc]
         groups = list(joining._groups(run))
         assert len(groups) == number
         assert [shard for group in groups for shard in group] == list(range(num_shards))

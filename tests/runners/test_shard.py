@@ -11,6 +11,7 @@ import pytest
 from kept_shards import read_all
 from nursery import names_in
 
+from esm_packed.outputs import row_counts
 from esm_packed.runners.input.build import build_index
 from esm_packed.runners.input.fasta import ReadOptions
 from esm_packed.runners.state import shard as shard_module
@@ -33,9 +34,10 @@ from esm_packed.runners.state.shard import (
 
 ARRAYS = [
     Array("mean/3", "float32", 12),
-    Array("per_residue/6", "float16", 5, is_ragged=True),
+    Array("per_residue/6", "float16", 5, per="residue"),
     Array("mean/6", "float16", 12),
-    Array("logits", "float32", 3, is_ragged=True),
+    Array("pairs", "float16", 1, per="pair"),
+    Array("logits", "float32", 3, per="residue"),
 ]
 LENGTHS = [3, 0, 7, 1, 1, 20, 4]
 STATUSES = {2: ItemStatus(STATUS_RECOMPUTED, "recomputed"), 4: ItemStatus(STATUS_FAILED, "not finite")}
@@ -51,7 +53,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def shape() -> ShardShape:
-    return ShardShape(ARRAYS, LENGTHS)
+    return ShardShape(ARRAYS, row_counts(LENGTHS))
 
 
 def rows_of(shape: ShardShape, items: list[int]) -> dict[str, Rows]:
@@ -235,7 +237,7 @@ def test_a_shard_of_another_shape_is_not_that_of_the_plan(
     else:
         arrays.reverse()
     path = tmp_path / "00003.shard"
-    other = ShardShape(arrays, lengths)
+    other = ShardShape(arrays, row_counts(lengths))
     write(path, other, [list(range(other.num_items))])
     with pytest.raises(StoreError, match="not the arrays of this run"):
         ShardReader(path, 3, "plan", shape)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from esm_packed.outputs import layer_of, mean_of
+from esm_packed.outputs import layer_of, mean_of, row_counts
 from esm_packed.runners.compute.pipeline import Pipeline
 from esm_packed.runners.state.shard import (
     Array,
@@ -56,7 +56,7 @@ def run_pipeline(
 
     def seen() -> Iterator[ShardInput]:
         for each in inputs:
-            shapes[each.number] = ShardShape(arrays, list(map(len, each.token_ids)))
+            shapes[each.number] = ShardShape(arrays, row_counts(list(map(len, each.token_ids))))
             yield each
 
     @contextmanager
