@@ -16,6 +16,9 @@ DEFAULT_MAX_LENGTH = 1022
 DEFAULT_OVERLAP = 256
 """Residues that neighbouring windows of a long protein share."""
 
+SCORING_METHODS = ("masked", "wild-type")
+"""How mutants are scored: each site masked in a copy of its own, or all read from one of the wild type."""
+
 DTYPES = ("fp64", "fp32", "tf32", "fp16", "bf16")
 """Precision modes, as in `numerics.PRECISIONS`."""
 

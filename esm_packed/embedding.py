@@ -86,7 +86,7 @@ def embed(
     numbers, is_list = _layer_numbers(layer)
     asked = {number: model.config.resolve_layer(number) for number in numbers}
     layers = list(dict.fromkeys(asked.values()))
-    token_ids = _encode_all(sequences)
+    token_ids = encode_proteins(sequences)
     if token_budget is None:
         token_budget = DEFAULT_TOKEN_BUDGETS[model.device.type]
     kind = "per_residue" if per_residue else "mean"
@@ -134,7 +134,7 @@ def contacts(model: ESM2, sequences: Sequence[str], *, token_budget: int | None 
         UserWarning: contacts were not finite; says how many, whose, and what became of them.
     """
     _check_contact_head(model)
-    token_ids = _encode_all(sequences)
+    token_ids = encode_proteins(sequences)
     if token_budget is None:
         token_budget = DEFAULT_TOKEN_BUDGETS[model.device.type]
     arrays, changed = _contacts_of_all(model, token_ids, token_budget)
@@ -163,7 +163,7 @@ def predict_contacts(model: ESM2, sequence: str) -> Embeddings:
         UserWarning: the result was not finite.
     """
     _check_contact_head(model)
-    ids = _encode("sequence", sequence)
+    ids = encode_protein("sequence", sequence)
     (array,), changed = _contacts_of_all(model, [ids], token_budget=1)
     for reason in changed:
         warnings.warn(f"the contacts are {reason}", stacklevel=2)
@@ -189,7 +189,7 @@ def attention_maps(
             alphabet.
     """
     config = model.config
-    ids = _encode("sequence", sequence)
+    ids = encode_protein("sequence", sequence)
     wanted_layers = [
         config.resolve_layer(layer)
         for layer in (range(1, config.num_layers + 1) if layers is None else layers)
@@ -331,20 +331,27 @@ def _layer_numbers(layer: int | Sequence[int]) -> tuple[list[int], bool]:
         raise error from None
 
 
-def _encode_all(sequences: Sequence[str]) -> list[npt.NDArray[np.uint8]]:
+def encode_proteins(sequences: Sequence[str]) -> list[npt.NDArray[np.uint8]]:
+    """Token ids of the argument `sequences` of a method.
+
+    Raises:
+        TypeError: it is no list of strings.
+        ValueError: one is empty, or has a character outside the alphabet.
+    """
     if isinstance(sequences, (str, bytes)):
         raise TypeError("sequences is one string; pass a list of them")
     if isinstance(sequences, Mapping):
         raise TypeError(
             f"sequences is a {type(sequences).__name__}; pass list(sequences.values()), whose order the "
-            "embeddings keep"
+            "results keep"
         )
     if not isinstance(sequences, Iterable):
         raise TypeError(f"sequences is {sequences!r}; pass a list of strings of one-letter residues")
-    return [_encode(f"sequences[{index}]", sequence) for index, sequence in enumerate(sequences)]
+    return [encode_protein(f"sequences[{index}]", sequence) for index, sequence in enumerate(sequences)]
 
 
-def _encode(name: str, sequence: str) -> npt.NDArray[np.uint8]:
+def encode_protein(name: str, sequence: str) -> npt.NDArray[np.uint8]:
+    """Token ids of one protein, which messages call `name`; errors as for `encode_proteins`."""
     if not isinstance(sequence, str):
         raise TypeError(f"{name} is a {type(sequence).__name__}; pass a string of one-letter residues")
     try:

@@ -156,6 +156,25 @@ def check_packed(batch: PackedBatch, device: torch.device) -> None:
             raise ValueError(f"max_seqlen = {max_seqlen}, but a sequence has {int(lengths.max())} tokens")
 
 
+def check_rows(rows: torch.Tensor, batch: PackedBatch) -> None:
+    """See that `rows` are tokens of a batch that `check_packed` has passed.
+
+    Raises:
+        ValueError: they are not.
+    """
+    device = batch.input_ids.device
+    if rows.ndim != 1 or rows.dtype != torch.int64 or rows.device != device or not rows.numel():
+        raise ValueError(
+            f"rows must be a 1-D int64 tensor on {device} that is not empty, "
+            f"got {tuple(rows.shape)} {rows.dtype} on {rows.device}"
+        )
+    # elsewhere reading it would wait for the device
+    if rows.device.type == "cpu" and not 0 <= int(rows.min()) <= int(rows.max()) < batch.total_tokens:
+        raise ValueError(
+            f"rows must be within 0 to {batch.total_tokens - 1}, got {int(rows.min())} to {int(rows.max())}"
+        )
+
+
 def plan_packs(lengths: npt.ArrayLike, token_budget: int) -> list[npt.NDArray[np.int64]]:
     """Distribute sequences over packs by first-fit decreasing.
 

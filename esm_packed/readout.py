@@ -63,5 +63,9 @@ def kept_outputs(
 
 def _negative_log_likelihood(logits: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
     """(total_tokens, 1) of each token, in nats."""
-    log_likelihoods = logits.to(statistics_dtype(logits.dtype)).log_softmax(1)
-    return -log_likelihoods.gather(1, input_ids[:, None].long())
+    return -log_probabilities_of(logits).gather(1, input_ids[:, None].long())
+
+
+def log_probabilities_of(logits: torch.Tensor) -> torch.Tensor:
+    """(num_rows, vocab_size) FP32 (FP64 for FP64) log-probabilities of all tokens, in nats."""
+    return logits.to(statistics_dtype(logits.dtype)).log_softmax(1)
