@@ -8,9 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
-import numpy as np
-import numpy.typing as npt
-
 Per = Literal["sequence", "residue", "pair"]
 """What has a row of its own; a pair is one of residues i <= j."""
 
@@ -85,16 +82,6 @@ def per_of(name: str) -> Per:
 def is_ragged(name: str) -> bool:
     """Whether sequences differ in the number of rows of the output called `name`."""
     return per_of(name) != "sequence"
-
-
-def row_counts(lengths: npt.ArrayLike) -> dict[Per, npt.NDArray[np.int64]]:
-    """(n,) rows that each of n sequences has, by what a row is for.
-
-    Args:
-        lengths: (n,) their residues.
-    """
-    lengths = np.asarray(lengths, np.int64)
-    return {"sequence": np.ones_like(lengths), "residue": lengths, "pair": lengths * (lengths + 1) // 2}
 
 
 def num_columns(name: str, hidden_size: int) -> int:

@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from esm_packed.errors import UserError
-from esm_packed.outputs import Per, is_ragged, per_of, row_counts
+from esm_packed.outputs import Per, is_ragged, per_of
+from esm_packed.rows import row_counts
 from esm_packed.runners.input.fasta import Modified
 from esm_packed.runners.output.checked import CheckedFile
 from esm_packed.runners.output.layout import (

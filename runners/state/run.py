@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from esm_packed.outputs import Per, kind_of, num_columns, per_of, row_counts
+from esm_packed.outputs import Per, kind_of, num_columns, per_of
+from esm_packed.rows import row_counts
 from esm_packed.runners.input.index import FastaIndex, reopen_index
 from esm_packed.runners.state.directory import RunDirectory
 from esm_packed.runners.state.parts import PartsFolder

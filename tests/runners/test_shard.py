@@ -11,7 +11,7 @@ import pytest
 from kept_shards import read_all
 from nursery import names_in
 
-from esm_packed.outputs import row_counts
+from esm_packed.rows import row_counts
 from esm_packed.runners.input.build import build_index
 from esm_packed.runners.input.fasta import ReadOptions
 from esm_packed.runners.state import shard as shard_module

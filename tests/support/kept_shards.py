@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from esm_packed.outputs import layer_of, mean_of, row_counts
+from esm_packed.outputs import layer_of, mean_of
+from esm_packed.rows import row_counts
 from esm_packed.runners.compute.pipeline import Pipeline
 from esm_packed.runners.state.shard import (
     Array,
