@@ -61,6 +61,18 @@ class Query(NamedTuple):
         """Tokens that are computed, BOS and EOS included."""
         return self.stop - self.start + SPECIAL_TOKENS
 
+    @property
+    def places(self) -> npt.NDArray[np.int64]:
+        """(num_sites,) sites counted in the copy."""
+        return np.array(self.sites, np.int64) - self.start
+
+    def copy_of(self, token_ids: TokenIds) -> TokenIds:
+        """The copy of a protein with these token ids."""
+        copy = token_ids[self.start : self.stop].copy()
+        if self.masked:
+            copy[self.places] = MASK_ID
+        return copy
+
 
 class PseudoLikelihood(NamedTuple):
     """How probable a model finds the residues of a protein, each masked in turn (Salazar et al. 2020).
@@ -162,12 +174,8 @@ def pack_queries(asked: Sequence[tuple[TokenIds, Query]]) -> tuple[PackedBatch, 
     """
     copies, rows, first = [], [], SPECIAL_TOKENS // 2
     for token_ids, query in asked:
-        copy = token_ids[query.start : query.stop].copy()
-        places = np.array(query.sites, np.int64) - query.start
-        if query.masked:
-            copy[places] = MASK_ID
-        copies.append(copy)
-        rows.append(first + places)
+        copies.append(query.copy_of(token_ids))
+        rows.append(first + query.places)
         first += query.num_tokens
     return pack(copies), torch.from_numpy(np.concatenate(rows))
 
