@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
-Per = Literal["sequence", "residue", "pair"]
-"""What has a row of its own; a pair is one of residues i <= j."""
+Per = Literal["sequence", "residue", "pair", "site"]
+"""What has a row of its own; a pair is one of residues i <= j, a site a residue that is scored."""
 
 
 class Kind(NamedTuple):
@@ -41,6 +41,7 @@ KINDS = {
     "logits": Kind("logits of the 20 amino acids, each residue", per="residue", columns=20),
     "logits_all": Kind("logits of all 33 tokens, each residue", per="residue", columns=33),
     "unmasked_nll": Kind("mean negative log-likelihood of the residues, unmasked, in nats", columns=1),
+    "contacts": Kind("contact probability of each pair of residues", per="pair", columns=1),
 }
 KINDS_IN_WINDOWS = ("mean", "per_residue")
 """Kinds that a protein in windows has."""
@@ -91,4 +92,9 @@ def num_columns(name: str, hidden_size: int) -> int:
 
 def needs_logits(names: Iterable[str]) -> bool:
     """Whether the language-model head must run for these outputs."""
-    return any(layer_of(name) is None for name in names)
+    return any(kind_of(name) in ("logits", "logits_all", "unmasked_nll") for name in names)
+
+
+def needs_contacts(names: Iterable[str]) -> bool:
+    """Whether contacts must be predicted for these outputs."""
+    return "contacts" in names

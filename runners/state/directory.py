@@ -4,6 +4,7 @@ OUT.h5.run/
     ESM-PACKED-RUN          the marker: this folder is ours, and so is all that it holds
     claim                   held by the one process that plans, admits, merges or cleans up
     plan.json               what the run is (see `plan`)
+    queries.npz             of a scoring run, what is computed (see `queries`)
     index/                  the records of the inputs (see `index`); index.new/ until known to be the plan's
     shards/00007.shard      finished work, each file whole or not there
     slices/3-of-8.claim     held by a process that computes one slice of the shards
@@ -51,6 +52,7 @@ class RunDirectory:
         self.output = output
         self.path = output.with_name(f"{output.name}.run")
         self.plan_path = self.path / "plan.json"
+        self.queries_path = self.path / "queries.npz"
         self.index_path = self.path / "index"
         self.new_index_path = self.path / "index.new"
         self.logs_path = self.path / "logs"

@@ -33,7 +33,7 @@ class Plan:
     Args:
         identity: what makes two runs the same one.
         input_names: the inputs as the user named them.
-        starts: first record of each shard, and the number of records at the end.
+        starts: first record of each shard, and the number of records at the end; of a scoring run, queries.
         model_name: for people; `model_sha256` in the identity says which model it is.
         hidden_size: columns of the embeddings.
         command: the one that began the run, for people.
@@ -57,6 +57,11 @@ class Plan:
     def outputs(self) -> list[str]:
         """Names of the outputs that are kept."""
         return output_names(self.identity["kinds"], self.layers)
+
+    @property
+    def is_scoring(self) -> bool:
+        """Whether variants are scored, in place of proteins embedded."""
+        return "scoring" in self.identity
 
     @property
     def windows(self) -> Windows | None:
@@ -85,7 +90,7 @@ class Plan:
         return len(self.starts) - 1
 
     def records(self, shard: int) -> tuple[int, int]:
-        """Records [start, stop) of a shard."""
+        """Records [start, stop) of a shard; of a scoring run, queries."""
         return self.starts[shard], self.starts[shard + 1]
 
     def write(self, path: Path, scratch: Path) -> None:

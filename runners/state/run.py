@@ -18,6 +18,7 @@ from esm_packed.runners.input.index import FastaIndex, reopen_index
 from esm_packed.runners.state.directory import RunDirectory
 from esm_packed.runners.state.parts import PartsFolder
 from esm_packed.runners.state.plan import Plan, PlanError
+from esm_packed.runners.state.queries import Queries
 from esm_packed.runners.state.request import STORE_DTYPES
 from esm_packed.runners.state.shard import (
     Array,
@@ -33,6 +34,9 @@ from esm_packed.runners.state.shard import (
 
 IDENTIFYING_RULES = ("invalid", "duplicates", "gaps", "full_header")
 """What of the rules for the input makes another run."""
+
+LOG_PROBABILITIES = Array("log_probabilities", "float32", 20, "site")
+"""Of the 20 amino acids at each site of a scoring run, in nats."""
 
 _BLOCK_RECORDS = 1 << 16
 
@@ -53,23 +57,31 @@ class Run:
     plan: Plan
     index: FastaIndex
 
-    @classmethod
-    def open(cls, directory: RunDirectory) -> Run:
+    @staticmethod
+    def open(directory: RunDirectory) -> Run:
         """The run that a directory holds.
 
         Raises:
             PlanError: its plan cannot be read, or the index is not that of the plan.
+            QueriesError: it is a scoring run whose queries cannot be read.
             InputError: its index cannot be read, or an input has changed.
             OSError: there is none.
         """
-        run = cls(directory, Plan.read(directory.plan_path), reopen_index(directory.index_path))
-        if run.index.num_records != run.plan.starts[-1] or any(
-            run.plan.identity[name] != value for name, value in input_identity(run.index).items()
+        plan = Plan.read(directory.plan_path)
+        kind = ScoringRun if plan.is_scoring else Run
+        run = kind(directory, plan, reopen_index(directory.index_path))
+        if run.num_items != plan.starts[-1] or any(
+            plan.identity[name] != value for name, value in input_identity(run.index).items()
         ):
             raise PlanError(
                 f"{directory.index_path}: not the index of this plan; repeat the command that began the run"
             )
         return run
+
+    @property
+    def num_items(self) -> int:
+        """Items of all shards, copied records included."""
+        return self.index.num_records
 
     def is_computed(self, start: int, stop: int) -> npt.NDArray[np.bool_]:
         """Which of the records [start, stop) are computed; the others are copies of an earlier record."""
@@ -226,8 +238,63 @@ class Run:
         start, stop = self.plan.records(shard)
         records = self.computed(shard)
         residues = self.index.token_ids(start, stop, self.plan.max_length)
-        total = self.plan.num_shards
-        share = min(num_compared * (shard + 1) // total - num_compared * shard // total, len(records))
-        random = np.random.default_rng([int(self.plan.hash[:16], 16), shard])
-        compared = np.sort(random.choice(len(records), share, replace=False)).tolist() if share else []
+        compared = self._compared(shard, len(records), num_compared)
         return ShardInput(shard, [residues[record - start] for record in records.tolist()], compared)
+
+    def _compared(self, shard: int, num_items: int, num_compared: int) -> list[int]:
+        """Items of a shard that are compared with FP32, as places among those that are computed."""
+        total = self.plan.num_shards
+        share = min(num_compared * (shard + 1) // total - num_compared * shard // total, num_items)
+        random = np.random.default_rng([int(self.plan.hash[:16], 16), shard])
+        return np.sort(random.choice(num_items, share, replace=False)).tolist() if share else []
+
+
+@dataclass(frozen=True)
+class ScoringRun(Run):
+    """A run whose items are queries: copies of proteins, of which log-probabilities are read at sites."""
+
+    @cached_property
+    def queries(self) -> Queries:
+        """What is computed.
+
+        Raises:
+            QueriesError: it cannot be read.
+        """
+        return Queries.read(self.directory.queries_path, self.plan.hash)
+
+    @property
+    def num_items(self) -> int:
+        """Queries of all shards."""
+        return len(self.queries)
+
+    def computed(self, shard: int) -> npt.NDArray[np.int64]:
+        """Numbers of the queries of a shard."""
+        return np.arange(*self.plan.records(shard))
+
+    def item_lengths(self, shard: int) -> npt.NDArray[np.int64]:
+        """Residues of each query of a shard."""
+        return self.queries.lengths[slice(*self.plan.records(shard))].astype(np.int64)
+
+    @property
+    def arrays(self) -> list[Array]:
+        """What the file of a shard holds."""
+        return [LOG_PROBABILITIES]
+
+    def row_counts(self, shard: int) -> Mapping[Per, Items]:
+        """Rows of each query of a shard, by what a row is for."""
+        start, stop = self.plan.records(shard)
+        return {**super().row_counts(shard), "site": np.diff(self.queries.ends[start : stop + 1])}
+
+    def input_of(self, shard: int, num_compared: int = 0) -> ShardInput:
+        """What computing a shard needs; see `Run.input_of`."""
+        start, stop = self.plan.records(shard)
+        copies, places = [], []
+        record, token_ids = -1, np.zeros(0, np.uint8)
+        for number in range(start, stop):
+            if self.queries.records[number] != record:
+                record = int(self.queries.records[number])
+                (token_ids,) = self.index.token_ids(record, record + 1)
+            query = self.queries[number]
+            copies.append(query.copy_of(token_ids))
+            places.append(query.places)
+        return ShardInput(shard, copies, self._compared(shard, len(copies), num_compared), sites=places)

@@ -88,12 +88,14 @@ class ShardInput:
         compared: items, as places in `token_ids`, that are also computed in FP32 on their own.
         given: (num_items,) whether an item's rows come from elsewhere, so that it is not computed; None if
             none do.
+        sites: of each item the residues that log-probabilities are read at; None where items are embedded.
     """
 
     number: int
     token_ids: Sequence[npt.NDArray[np.uint8]]
     compared: Sequence[int] = ()
     given: npt.NDArray[np.bool_] | None = None
+    sites: Sequence[Items] | None = None
 
 
 class Array(NamedTuple):
