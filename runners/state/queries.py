@@ -98,4 +98,6 @@ class Queries:
                     return cls(*(found[name] for name in _ARRAYS), bool(found["are_masked"]))
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             pass
-        raise QueriesError(f"{path}: missing, damaged or another run's; repeat the command that began the run")
+        raise QueriesError(
+            f"{path}: missing, damaged or another run's; repeat the command that began the run"
+        )
