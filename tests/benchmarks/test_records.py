@@ -14,6 +14,8 @@ from measuring import FIELDS
 
 from esm_packed.config import ESM2_MODELS
 
+pytestmark = pytest.mark.slow  # 15 s
+
 pytest.importorskip("pytest_benchmark", reason="benchmarks need pytest-benchmark")
 
 ROOT = Path(__file__).parents[2]

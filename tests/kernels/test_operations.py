@@ -267,6 +267,11 @@ def test_a_layer_compiles_whole_and_once_for_all_shapes(dtype: torch.dtype, devi
 
 
 @pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize(
+    "device",
+    ["pytorch", pytest.param("triton", marks=pytest.mark.slow)],
+    indirect=True,  # 6 s
+)
 def test_mark_dynamic_alone_serves_every_shape(device: torch.device) -> None:
     """Where no Python number changes, the first compilation serves every number of tokens and sequences."""
     backend = CompileCounterWithBackend("aot_eager")

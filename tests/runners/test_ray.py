@@ -410,7 +410,8 @@ def test_options_that_do_not_fit(
         run(fasta, tmp_path / "out.h5", **changes)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
+@pytest.mark.slow  # 12 s each
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_no_worker_outlives_its_driver(
     nursery: Nursery, fasta: Path, tmp_path: Path, expected: Result, number: signal.Signals
 ) -> None:

@@ -15,6 +15,7 @@ pytest.importorskip("ray", reason="Ray is not installed")
 DRIVER = Path(__file__).parents[1] / "support" / "ray_token.py"
 
 
+@pytest.mark.slow  # 17 s
 def test_nobody_without_the_token_may_use_a_cluster_that_is_started_here(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {
         "HOME": str(tmp_path),
