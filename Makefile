@@ -1,5 +1,7 @@
 # make embed   embed FASTA with MODEL into OUT (ARGS: more options), in an environment made for it
 # make test    lint, type-check and test, in an environment made for it
+# make docs    build the documentation into build/site, in an environment without torch; warnings are errors
+# make dist    build and check the wheel and the source archive in dist/
 
 FASTA ?= examples/proteins.fasta
 MODEL ?= demo
@@ -9,11 +11,13 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 ARGS ?=
 PYTEST_ARGS ?=
+DOCS_VENV ?= .venv-docs
+DIST_VENV ?= .venv-dist
 
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint $(CONSTRAINTS)
 
-.PHONY: embed test clean
+.PHONY: embed test docs dist clean
 
 embed: $(VENV)/embed.stamp
 	$(BIN)/esm-packed embed $(FASTA) --model $(MODEL) --output $(OUT) $(ARGS)
@@ -30,8 +34,29 @@ test: $(VENV)/test.stamp
 	MYPYPATH=build/typed:tests/support:benchmarks $(BIN)/mypy --explicit-package-bases build/typed/esm_packed tests
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
+docs: $(DOCS_VENV)/docs.stamp
+	rm -rf build/docs build/lib
+	$(DOCS_VENV)/bin/python -m pip install --disable-pip-version-check --quiet --no-deps --target build/docs .
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict --quiet
+	@echo "build/site/index.html"
+
+dist: $(DIST_VENV)/dist.stamp
+	rm -rf dist build/lib
+	$(DIST_VENV)/bin/python -m build --outdir dist
+	$(DIST_VENV)/bin/twine check --strict dist/*
+
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
+
+$(DOCS_VENV)/docs.stamp: docs/requirements.txt
+	$(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip install --disable-pip-version-check --quiet --requirement $<
+	touch $@
+
+$(DIST_VENV)/dist.stamp:
+	$(PYTHON) -m venv $(DIST_VENV)
+	$(DIST_VENV)/bin/python -m pip install --disable-pip-version-check --quiet build==1.6.1 twine==7.0.0
+	touch $@
 
 $(VENV)/embed.stamp: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 	@echo "Installing esm-packed into $(VENV) (once, a few minutes)"
@@ -43,4 +68,4 @@ $(VENV)/test.stamp: $(VENV)/embed.stamp
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(DOCS_VENV) $(DIST_VENV) build dist *.egg-info
