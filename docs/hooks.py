@@ -27,14 +27,14 @@ def _commands(parser: argparse.ArgumentParser) -> Iterator[str]:
     """Sections of all commands, those of commands included."""
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
-            for name, command in action.choices.items():
-                yield from _command(name, command)
+            for command in action.choices.values():
+                yield from _command(command)
                 yield from _commands(command)
 
 
-def _command(name: str, parser: argparse.ArgumentParser) -> Iterator[str]:
+def _command(parser: argparse.ArgumentParser) -> Iterator[str]:
     formatter = parser._get_formatter()
-    yield f"## {name}\n\n{_escaped(parser.description or '')}\n"
+    yield f"## {parser.prog.removeprefix('esm-packed ')}\n\n{_escaped(parser.description or '')}\n"
     yield _block(re.sub(r"^usage: ", "", parser.format_usage()))
     for group in parser._action_groups:
         shown = [a for a in group._group_actions if not isinstance(a, argparse._SubParsersAction)]

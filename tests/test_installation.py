@@ -26,7 +26,7 @@ def test_pytest_gets_the_plugins_it_is_configured_for(extra: str) -> None:
     assert names(EXTRAS[extra]) >= {"pytest", "pytest-benchmark", "pytest-timeout"}
 
 
-FOLDERS = ("esm_packed", "kernels", "runners", "reports", "benchmarks")
+FOLDERS = ("esm_packed", "kernels", "runners", "reports", "benchmarks", "docs")
 FILES = [
     *ROOT.glob("*.md"),
     *(p for f in FOLDERS for p in (ROOT / f).rglob("*") if p.suffix in (".py", ".md")),

@@ -1,0 +1,144 @@
+"""Every command and code example of the README and of `docs/` runs, or says why it cannot.
+
+A fenced block behind the comment `not run: REASON` is left out; one behind `needs: PACKAGES` runs where these
+are installed. The blocks of a page run in order in one folder, with small proteins, and the 650M model is a
+tiny one of 33 layers.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from esm_packed import read_fasta
+from esm_packed.checkpoints import save_fair_esm
+from esm_packed.config import DEFAULT_MODEL, ESM2Config
+from esm_packed.runners.cli.main import main
+from esm_packed.stress import stress_checkpoint
+
+ROOT = Path(__file__).parents[1]
+PUBLISHED = ROOT / "reports" / "published"
+PAGES = [
+    ROOT / "README.md",
+    *sorted(page for page in (ROOT / "docs").glob("*.md") if not page.is_symlink()),
+]
+SLOW = {"precision.md": "validate takes 6 s"}
+RUN = ("sh", "python")
+NOT_RUN = ("r", "text", "bibtex")
+REASON = re.compile(r"<!-- (not run|needs): (.+) -->")
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block.
+
+    Args:
+        where: page and line.
+        language: of the fence.
+        code: its lines.
+        reason: why it is not run; empty if it is.
+        needs: packages without which it is not run.
+    """
+
+    where: str
+    language: str
+    code: str
+    reason: str
+    needs: tuple[str, ...]
+
+
+def blocks_of(page: Path) -> Iterator[Block]:
+    lines = iter(enumerate(page.read_text().splitlines(), 1))
+    before = ""
+    for number, line in lines:
+        if line.startswith("```"):
+            code = []
+            for _, inside in lines:
+                if inside == "```":
+                    break
+                code.append(inside)
+            word, text = found.groups() if (found := REASON.fullmatch(before)) else ("", "")
+            yield Block(
+                f"{page.name}:{number}",
+                line.removeprefix("```"),
+                "\n".join(code) + "\n",
+                text if word == "not run" else "",
+                tuple(text.split(", ")) if word == "needs" else (),
+            )
+        before = line
+
+
+def commands_of(code: str) -> Iterator[list[str]]:
+    for line in code.replace("\\\n", " ").splitlines():
+        if words := shlex.split(line, comments=True):
+            yield words
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of torch.hub in which a tiny model has the default's name."""
+    folder = tmp_path_factory.mktemp("torch")
+    path = folder / "hub" / "checkpoints" / f"{DEFAULT_MODEL}.pt"
+    path.parent.mkdir(parents=True)
+    save_fair_esm(stress_checkpoint(ESM2Config(33, 32, 2)), path)
+    return folder
+
+
+@pytest.fixture
+def folder(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder in which the blocks of a page run."""
+    monkeypatch.setenv("TORCH_HOME", str(models))
+    monkeypatch.setattr("esm_packed.checkpoints.download.OFFICIAL_FILES", {})
+    proteins = dict(read_fasta(ROOT / "examples" / "proteins.fasta"))
+    short = {
+        name: proteins[name][:60] for name in ("P01308", "P69905", "P99999", "P62987") if name in proteins
+    }
+    (tmp_path / "proteins.fasta").write_text("".join(f">{name} x\n{text}\n" for name, text in short.items()))
+    (tmp_path / "more.fasta").write_text(f">more\n{proteins['P62805'][:40]}\n")
+    (tmp_path / "proteins.tsv").write_text("id\tfamily\n" + "".join(f"{name}\tglobin\n" for name in short))
+    (tmp_path / "published").symlink_to(PUBLISHED)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, id=page.name, marks=[pytest.mark.slow] * (page.name in SLOW)) for page in PAGES],
+)
+def test_examples_run(page: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    namespace: dict[str, object] = {"__name__": "__main__"}
+    if page.name in ("README.md", "citing.md"):
+        assert main(["embed", "proteins.fasta", "-o", "proteins.h5", "--model", "demo", "--quiet"]) == 0
+    for block in blocks_of(page):
+        missing = [name for name in block.needs if importlib.util.find_spec(name) is None]
+        if block.reason or missing or block.language not in RUN:
+            continue
+        if block.language == "python":
+            exec(compile(block.code, block.where, "exec"), namespace)
+            continue
+        for program, *words in commands_of(block.code):
+            assert program == "esm-packed", f"{block.where}: {program} cannot run here; say why"
+            code = main(words)
+            assert code == 0, f"{block.where}: {shlex.join(words)}\n{capsys.readouterr().err}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_fences_are_closed_and_known(page: Path) -> None:
+    assert sum(line.startswith("```") for line in page.read_text().splitlines()) % 2 == 0
+    assert {block.language for block in blocks_of(page)} <= {*RUN, *NOT_RUN}
+
+
+@pytest.mark.parametrize("name", ["precision.md", "equality.md"])
+def test_errors_of_mistakes_are_the_published_ones(name: str) -> None:
+    published = json.loads((PUBLISHED / "cpu-amd-epyc-2-cores" / "mistakes.json").read_text())
+    rows = [line for line in (ROOT / "docs" / name).read_text().splitlines() if line.startswith("|")]
+    for mistake, errors in published["mistakes_in_fp32"].items():
+        shown = f"{errors['worst_relative_l2']:.1e}".replace("e-0", "e-")
+        assert sum(f"| {shown} |" in row for row in rows) == 1, f"{mistake}: {shown}"
