@@ -13,6 +13,7 @@ import numpy.typing as npt
 from esm_packed.alphabet import AMINO_ACID_IDS, AMINO_ACIDS, TOKENS, encode
 
 _MUTATION = re.compile(r"(.)(-?[0-9]+)(.)")
+_LETTERS = bytes(ord(token) if len(token) == 1 else ord("?") for token in TOKENS).ljust(256, b"?")
 _IDS = {letter: TOKENS.index(letter) for letter in AMINO_ACIDS}
 
 
@@ -44,6 +45,7 @@ class WildType:
     def __init__(self, token_ids: npt.NDArray[np.uint8], offset: int = 1) -> None:
         self._token_ids = token_ids
         self._offset = offset
+        self._letters = token_ids.tobytes().translate(_LETTERS)
         self._known: dict[str, Substitution] = {}
 
     def mutant(self, text: str) -> Mutant:
@@ -89,12 +91,12 @@ class WildType:
                     raise ValueError(f"{place}: {_no_amino_acid(TOKENS[token_id])}")
         return tuple(found)
 
-    def mutated(self, mutant: Iterable[Substitution]) -> npt.NDArray[np.uint8]:
-        """(num_residues,) token ids of a mutant."""
-        token_ids = self._token_ids.copy()
-        for substitution in mutant:
-            token_ids[substitution.site] = substitution.mutant
-        return token_ids
+    def mutated(self, mutant: Iterable[Substitution]) -> str:
+        """The residues of a mutant in upper case."""
+        letters = bytearray(self._letters)
+        for site, _, residue in mutant:
+            letters[site] = _LETTERS[residue]
+        return letters.decode("ascii")
 
     def _substitution(self, text: str) -> Substitution:
         match = _MUTATION.fullmatch(text)

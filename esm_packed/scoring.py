@@ -277,31 +277,35 @@ def score(
         UserWarning: scores were not finite; says whose, and what became of them.
     """
     check_method(method, joint=joint)
-    is_one = isinstance(sequences, str)
-    token_ids = (
-        [encode_protein("sequence", sequences)] if isinstance(sequences, str) else encode_proteins(sequences)
-    )
-    of_each: Sequence[Any] = [mutations] if is_one else mutations
-    if len(of_each) != len(token_ids):
-        raise ValueError(f"{len(of_each)} lists of mutations for {len(token_ids)} sequences")
-    parsed = [
-        _parse("mutations" if is_one else f"mutations[{index}]", ids, texts, offset)
-        for index, (ids, texts) in enumerate(zip(token_ids, of_each, strict=True))
+    if isinstance(sequences, str):
+        token_ids = [encode_protein("sequence", sequences)]
+        parsed = [_parse("mutations", token_ids[0], mutations, offset)]
+    else:
+        token_ids = encode_proteins(sequences)
+        if len(mutations) != len(token_ids):
+            raise ValueError(f"{len(mutations)} lists of mutations for {len(token_ids)} sequences")
+        parsed = [
+            _parse(f"mutations[{index}]", *each, offset)
+            for index, each in enumerate(zip(token_ids, mutations, strict=True))
+        ]
+    plans = [
+        _plan(len(ids), mutants, method, window, joint=joint)
+        for ids, mutants in zip(token_ids, parsed, strict=True)
     ]
-    plans = []
-    for ids, mutants in zip(token_ids, parsed, strict=True):
-        sets = [[substitution.site for substitution in mutant] for mutant in mutants]
-        single = [] if joint else [site for sites in sets for site in sites]
-        plans.append(
-            plan_queries(len(ids), single, joint=sets if joint else (), method=method, window=window)
-        )
     answers = _answers(model, token_ids, plans, token_budget)
     dtype = np.float64 if model.dtype == torch.float64 else np.float32
     scores = [
         np.array(_sums(queries, arrays, mutants, joint=joint), dtype)
         for queries, arrays, mutants in zip(plans, answers, parsed, strict=True)
     ]
-    return scores[0] if is_one else scores
+    return scores[0] if isinstance(sequences, str) else scores
+
+
+def _plan(length: int, mutants: Sequence[Mutant], method: str, window: int, *, joint: bool) -> list[Query]:
+    sets = [[substitution.site for substitution in mutant] for mutant in mutants]
+    if joint:
+        return plan_queries(length, [], joint=sets, method=method, window=window)
+    return plan_queries(length, [site for sites in sets for site in sites], method=method, window=window)
 
 
 def _sums(
@@ -405,7 +409,7 @@ def pseudo_likelihood(log_probabilities: LogProbabilities, residues: TokenIds) -
     return PseudoLikelihood(total, mean, math.exp(-mean), len(own))
 
 
-def _parse(name: str, token_ids: TokenIds, texts: Sequence[str], offset: int) -> list[Mutant]:
+def _parse(name: str, token_ids: TokenIds, texts: Sequence[Any], offset: int) -> list[Mutant]:
     if isinstance(texts, str):
         raise TypeError(f"{name} is one string; pass a list of them")
     wild_type, mutants = WildType(token_ids, offset), []

@@ -1,0 +1,331 @@
+"""Tables of mutants: CSV or TSV with a header and a row for each mutant, as ProteinGym has them.
+
+The column `mutant` holds mutants such as `A24G` or `A24G:K30R`; `mutated_sequence`, the residues of the
+mutant, is held against it, or stands for it. A column called as one of `ID_COLUMNS` says which record of the
+FASTA file a mutant is of; it may be left out if there is one record. Other columns are carried along.
+"""
+
+from __future__ import annotations
+
+import csv
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from esm_packed.errors import UsageError
+from esm_packed.mutations import Mutant, WildType
+from esm_packed.runners.input.fasta import shorten
+from esm_packed.runners.input.index import FastaIndex
+from esm_packed.runners.system.terminal import counted
+
+ID_COLUMNS = ("sequence_id", "id", "protein")
+MUTANT = "mutant"
+SEQUENCE = "mutated_sequence"
+SCORE = "score"
+"""The column that an output adds."""
+
+_MOST_LISTED = 10
+_IDS_AT_ONCE = 1 << 14
+
+
+class TableProblem(NamedTuple):
+    """Why a row cannot be used; `row` is the line of the table in which it ends, the header being line 1."""
+
+    row: int
+    column: str
+    reason: str
+
+    def __str__(self) -> str:
+        column = f", column {self.column}" if self.column else ""
+        return f"row {self.row}{column}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Mutants:
+    """The mutants of a table, in its order.
+
+    Args:
+        path: the table.
+        columns: its header.
+        rows: (n,) int64 lines of the table in which the mutants stand, ascending.
+        records: (n,) int64 records of the FASTA file that they are of.
+        starts: (n + 1,) int64; the substitutions of mutant i are those from starts[i] to starts[i + 1].
+        sites: (num_substitutions,) int32, counted from 0, ascending in a mutant.
+        wild_types, mutants: (num_substitutions,) uint8 token ids.
+        problems: rows that were left out.
+    """
+
+    path: Path
+    columns: tuple[str, ...]
+    rows: npt.NDArray[np.int64]
+    records: npt.NDArray[np.int64]
+    starts: npt.NDArray[np.int64]
+    sites: npt.NDArray[np.int32]
+    wild_types: npt.NDArray[np.uint8]
+    mutants: npt.NDArray[np.uint8]
+    problems: tuple[TableProblem, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def owners(self) -> npt.NDArray[np.int64]:
+        """(num_substitutions,) mutant that each is of."""
+        return np.repeat(np.arange(len(self)), np.diff(self.starts))
+
+    def sums(self, effects: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.float64]:
+        """(n,) scores from the (num_substitutions,) effects of the substitutions."""
+        return np.bincount(self.owners, effects, len(self))
+
+    def table_rows(self) -> Iterator[list[str]]:
+        """The cells of each mutant's row, from the table, which is read again.
+
+        Raises:
+            UsageError: it is not what it was.
+        """
+        place = 0
+        for row, cells in _rows(self.path):
+            if place < len(self) and row == self.rows[place]:
+                if len(cells) != len(self.columns):
+                    break
+                place += 1
+                yield cells
+        if place < len(self):
+            raise UsageError(f"{self.path}: was changed while it was in use")
+
+
+def read_mutants(path: Path, index: FastaIndex, *, offset: int = 1, skip_bad: bool = False) -> Mutants:
+    """Read a table and check it against the proteins.
+
+    Args:
+        path: a file; tabs separate its columns if there is one in the header, else commas.
+        index: of the FASTA file.
+        offset: number of the first residue of each protein.
+        skip_bad: leave out rows with faults and list them, where otherwise they are an error.
+
+    Raises:
+        UsageError: a row has a fault, or the table has no rows, or not the columns; the message names the
+            table, and row and column of the first faults.
+        OSError: the table cannot be read.
+    """
+    reader = _Reader(path, index, offset)
+    most = None if skip_bad else _MOST_LISTED
+    mutants = reader.read(most)
+    repeated = _repeated(mutants)
+    problems = reader.problems
+    for later, earlier in list(repeated.items())[:most]:
+        reason = f"row {mutants.rows[earlier]} is the same mutant"
+        problems.append(TableProblem(int(mutants.rows[later]), reader.mutant_column, reason))
+    problems.sort()
+    keep = np.ones(len(mutants), np.bool_)
+    keep[list(repeated)] = False
+    num_problems = reader.num_problems + len(repeated)
+    if num_problems and (not skip_bad or not keep.any()):
+        raise _error(path, num_problems, problems[:_MOST_LISTED], skip_bad=skip_bad)
+    if not keep.any():
+        raise UsageError(f"{path}: the table is empty: there is no row below the header")
+    return _chosen(mutants, keep, problems)
+
+
+def _error(path: Path, count: int, listed: Sequence[TableProblem], *, skip_bad: bool) -> UsageError:
+    hint = "no row is left" if skip_bad else "--skip-bad leaves such rows out and lists them"
+    if count == 1:
+        return UsageError(f"{path}, {listed[0]} ({hint})")
+    more = [f"and {count - len(listed):,} more"] if count > len(listed) else []
+    return UsageError(f"{path}: {count:,} rows cannot be used:", [*map(str, listed), *more, hint])
+
+
+def _chosen(mutants: Mutants, keep: npt.NDArray[np.bool_], problems: Sequence[TableProblem]) -> Mutants:
+    """Those of the mutants for which `keep` (n,) holds."""
+    counts = np.diff(mutants.starts)
+    of_chosen = np.repeat(keep, counts)
+    return replace(
+        mutants,
+        rows=mutants.rows[keep],
+        records=mutants.records[keep],
+        starts=np.concatenate([mutants.starts[:1], np.cumsum(counts[keep])]),
+        sites=mutants.sites[of_chosen],
+        wild_types=mutants.wild_types[of_chosen],
+        mutants=mutants.mutants[of_chosen],
+        problems=tuple(problems),
+    )
+
+
+def _repeated(mutants: Mutants) -> dict[int, int]:
+    """Mutants that are there before, and where; mutants are compared that have one sum of hashes."""
+    mixed = (mutants.sites.astype(np.uint64) * np.uint64(32) + mutants.mutants) * np.uint64(
+        0x9E3779B97F4A7C15
+    )
+    mixed ^= mixed >> np.uint64(29)
+    sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(mixed, dtype=np.uint64)])  # sums may overflow
+    keys = sums[mutants.starts[1:]] - sums[mutants.starts[:-1]] + mutants.records.astype(np.uint64)
+    _, inverse, counts = np.unique(keys, return_inverse=True, return_counts=True)
+    first: dict[tuple[int, bytes, bytes], int] = {}
+    repeated = {}
+    for place in np.flatnonzero(counts[inverse] > 1).tolist():
+        own = slice(*mutants.starts[place : place + 2].tolist())
+        key = int(mutants.records[place]), mutants.sites[own].tobytes(), mutants.mutants[own].tobytes()
+        if first.setdefault(key, place) != place:
+            repeated[place] = first[key]
+    return repeated
+
+
+class _Fault(Exception):
+    """What is wrong in a row."""
+
+    def __init__(self, column: str, reason: str) -> None:
+        super().__init__(reason)
+        self.column, self.reason = column, reason
+
+
+def _difference(sequence: str, expected: str, mutant: str) -> str:
+    if len(sequence) != len(expected):
+        return f"{len(sequence)} residues, where the protein has {len(expected)}"
+    place = next(place for place, letter in enumerate(expected) if sequence[place] != letter)
+    return f"letter {place + 1} is {sequence[place]}, where the protein with {mutant} has {expected[place]}"
+
+
+class _Reader:
+    """Reads a table; `problems` are the first of the `num_problems` rows that cannot be used."""
+
+    def __init__(self, path: Path, index: FastaIndex, offset: int) -> None:
+        self._path = path
+        self.columns = tuple(next(_rows(path), (0, list[str]()))[1])
+        self._check_columns()
+        self._mutant, self._sequence = self._place(MUTANT), self._place(SEQUENCE)
+        places = [place for name in ID_COLUMNS if (place := self._place(name)) is not None]
+        self._id = places[0] if places else None
+        self.mutant_column = SEQUENCE if self._mutant is None else MUTANT
+        self._proteins = {
+            name: (record, WildType(index.token_ids(record, record + 1)[0], offset))
+            for name, record in self._records(index).items()
+        }
+        self.problems: list[TableProblem] = []
+        self.num_problems = 0
+
+    def read(self, most_listed: int | None) -> Mutants:
+        """All rows that can be used; whether one repeats another is not looked for."""
+        rows, records, counts = array("q"), array("q"), array("q")
+        substitutions = array("i")
+        for row, cells in self._below_header():
+            try:
+                record, mutant = self._parse(cells)
+            except _Fault as fault:
+                self.num_problems += 1
+                if most_listed is None or len(self.problems) < most_listed:
+                    self.problems.append(TableProblem(row, fault.column, fault.reason))
+                continue
+            rows.append(row)
+            records.append(record)
+            counts.append(len(mutant))
+            for substitution in mutant:
+                substitutions.extend(substitution)
+        sites, wild_types, mutants = np.array(substitutions, np.int32).reshape(-1, 3).T
+        return Mutants(
+            self._path,
+            self.columns,
+            np.array(rows, np.int64),
+            np.array(records, np.int64),
+            np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]),
+            sites.copy(),
+            wild_types.astype(np.uint8),
+            mutants.astype(np.uint8),
+        )
+
+    def _below_header(self) -> Iterator[tuple[int, list[str]]]:
+        rows = _rows(self._path)
+        next(rows, None)
+        return rows
+
+    def _parse(self, cells: Sequence[str]) -> tuple[int, Mutant]:
+        """Record and substitutions of a row.
+
+        Raises:
+            _Fault: it cannot be used.
+        """
+        if len(cells) != len(self.columns):
+            raise _Fault("", f"{counted(len(cells), 'cell')}, where the header has {len(self.columns)}")
+        name = "" if self._id is None else cells[self._id].strip()
+        if name not in self._proteins:
+            assert self._id is not None
+            raise _Fault(self.columns[self._id], f"{shorten(name)} is no record of the FASTA file")
+        record, wild_type = self._proteins[name]
+        try:
+            if self._mutant is None:
+                assert self._sequence is not None
+                return record, wild_type.difference(cells[self._sequence].strip())
+            mutant = wild_type.mutant(cells[self._mutant].strip())
+        except ValueError as error:
+            raise _Fault(self.mutant_column, str(error)) from None
+        if self._sequence is not None:
+            expected, sequence = wild_type.mutated(mutant), cells[self._sequence].strip().upper()
+            if sequence != expected:
+                raise _Fault(SEQUENCE, _difference(sequence, expected, cells[self._mutant].strip()))
+        return record, mutant
+
+    def _check_columns(self) -> None:
+        shown = ", ".join(map(shorten, self.columns[:_MOST_LISTED])) or "nothing"
+        if MUTANT not in self.columns and SEQUENCE not in self.columns:
+            raise UsageError(
+                f"{self._path}: no column {MUTANT} (such as A24G or A24G:K30R) and no column {SEQUENCE}; the "
+                f"header has {shown}"
+            )
+        for column in self.columns:
+            if self.columns.count(column) > 1:
+                raise UsageError(f"{self._path}: the column {shorten(column)} is there twice")
+        if SCORE in self.columns:
+            raise UsageError(f"{self._path}: rename the column {SCORE}, which the output adds")
+
+    def _place(self, column: str) -> int | None:
+        return self.columns.index(column) if column in self.columns else None
+
+    def _records(self, index: FastaIndex) -> dict[str, int]:
+        """The records that the table names; the only one is called "" where there is no column for it.
+
+        Raises:
+            UsageError: there is no such column, and more than one record.
+        """
+        if self._id is None:
+            if index.num_records != 1:
+                raise UsageError(
+                    f"{self._path}: no column {', '.join(ID_COLUMNS[:-1])} or {ID_COLUMNS[-1]} says which of "
+                    f"the {index.num_records:,} records a mutant is of"
+                )
+            return {"": 0}
+        named = {cells[self._id].strip() for _, cells in self._below_header() if len(cells) > self._id}
+        return {
+            name: record
+            for start in range(0, index.num_records, _IDS_AT_ONCE)
+            for record, name in enumerate(
+                index.sequence_ids(start, min(start + _IDS_AT_ONCE, index.num_records)), start
+            )
+            if name in named
+        }
+
+
+def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """The rows of a table, header first, that are not blank, and the lines in which they end.
+
+    Raises:
+        UsageError: there is no such file, it is no text, or a row is no CSV.
+    """
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            delimiter = "\t" if "\t" in file.readline() else ","
+            file.seek(0)
+            reader = csv.reader(file, delimiter=delimiter, strict=True)
+            try:
+                for cells in reader:
+                    if cells:
+                        yield reader.line_num, cells
+            except csv.Error as error:
+                raise UsageError(f"{path}, row {reader.line_num}: {error}") from error
+    except FileNotFoundError as error:
+        raise UsageError(f"{path}: there is no such file") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: no UTF-8 text; a table of mutants is CSV or TSV") from error
