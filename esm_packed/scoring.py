@@ -208,7 +208,10 @@ def effects(
         wild_types, mutants: (num_sites,) token ids.
     """
     each, first = np.arange(len(wild_types)), AMINO_ACID_IDS.start
-    return log_probabilities[each, mutants - first] - log_probabilities[each, wild_types - first]
+    differences: npt.NDArray[np.floating[Any]] = (
+        log_probabilities[each, mutants - first] - log_probabilities[each, wild_types - first]
+    )
+    return differences
 
 
 @overload
@@ -294,7 +297,7 @@ def score(
     ]
     answers = _answers(model, token_ids, plans, token_budget)
     dtype = np.float64 if model.dtype == torch.float64 else np.float32
-    scores = [
+    scores: list[LogProbabilities] = [
         np.array(_sums(queries, arrays, mutants, joint=joint), dtype)
         for queries, arrays, mutants in zip(plans, answers, parsed, strict=True)
     ]

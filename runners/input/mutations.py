@@ -80,7 +80,7 @@ class Mutants:
 
     def sums(self, effects: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.float64]:
         """(n,) scores from the (num_substitutions,) effects of the substitutions."""
-        return np.bincount(self.owners, effects, len(self))
+        return np.bincount(self.owners, effects, len(self)).astype(np.float64)
 
     def table_rows(self) -> Iterator[list[str]]:
         """The cells of each mutant's row, from the table, which is read again.

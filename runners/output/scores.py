@@ -1,0 +1,223 @@
+"""Tables of scores, CSV or Parquet, written row by row and whole or not at all.
+
+Scores are log p(mutant) - log p(wild type) in nats, summed over the sites of a mutant. CSV has six decimals,
+and an empty cell where a number is missing as its computation failed; Parquet has the numbers as they were
+computed, NaN for those. Residues that are none of the 20 amino acids are not scored: they have no row in a
+scan, and do not count as scored residues of a protein.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from esm_packed.alphabet import AMINO_ACID_IDS, AMINO_ACIDS
+from esm_packed.errors import UsageError
+from esm_packed.files import whole_or_nothing
+from esm_packed.runners.input.mutations import SCORE, Mutants
+from esm_packed.runners.system.packages import optional_package
+from esm_packed.scoring import LogProbabilities, PseudoLikelihood, TokenIds, scored_sites
+
+SUFFIXES = (".csv", ".parquet")
+
+_ROWS_AT_ONCE = 1 << 16
+_PROTEINS_AT_ONCE = 1 << 12
+_INSTALL = "pip install pyarrow"
+_LETTERS = np.array(AMINO_ACIDS)
+
+Block = Mapping[str, Sequence[str] | npt.NDArray[Any]]
+"""Columns of some rows: text, or numbers."""
+
+
+class ProteinScan(NamedTuple):
+    """A protein of which every substitution is scored.
+
+    Args:
+        sequence_id: its name.
+        token_ids: (num_residues,) uint8.
+        log_probabilities: (num_scored, 20) at its `scoring.scored_sites`.
+    """
+
+    sequence_id: str
+    token_ids: TokenIds
+    log_probabilities: LogProbabilities
+
+
+class ProteinLikelihood(NamedTuple):
+    """The pseudo-likelihood of a protein of `length` residues."""
+
+    sequence_id: str
+    length: int
+    likelihood: PseudoLikelihood
+
+
+def check_table(path: Path) -> None:
+    """See that a table can be written to `path`, before anything is computed for it.
+
+    Raises:
+        UsageError: its suffix is of no table.
+        UserError: pyarrow is not installed, which Parquet needs.
+    """
+    if path.suffix.lower() not in SUFFIXES:
+        raise UsageError(f"{path}: a table of scores is {' or '.join(f'OUT{each}' for each in SUFFIXES)}")
+    if path.suffix.lower() == ".parquet":
+        optional_package("pyarrow", _INSTALL)
+
+
+def write_mutants(
+    path: Path,
+    mutants: Mutants,
+    scores: npt.NDArray[np.floating[Any]],
+    provenance: Mapping[str, object],
+    *,
+    overwrite: bool = True,
+) -> None:
+    """Write the rows of a table of mutants, as text, and their scores.
+
+    Args:
+        path: of one of the `SUFFIXES`.
+        mutants: the table.
+        scores: (n,) of the mutants.
+        provenance: what the scores are; kept as JSON in the metadata of Parquet.
+        overwrite: replace `path` if it is there.
+
+    Raises:
+        UsageError: the table of mutants was changed.
+        FileExistsError: `path` is there and may not be replaced.
+        OSError: the disk is full or fails.
+    """
+    _write(path, _mutant_blocks(mutants, scores), provenance, overwrite=overwrite)
+
+
+def write_scan(
+    path: Path,
+    proteins: Iterable[ProteinScan],
+    provenance: Mapping[str, object],
+    *,
+    offset: int = 1,
+    overwrite: bool = True,
+) -> None:
+    """Write every substitution of proteins: 19 rows for each scored residue.
+
+    Columns are `id`, `position`, `wild_type`, `mutant`, `score` and `log_prob`, log p(mutant).
+
+    Args:
+        path, provenance, overwrite: as for `write_mutants`; errors, too.
+        proteins: at least one.
+        offset: number of the first residue of each protein.
+    """
+    blocks = (_scan_block(protein, offset) for protein in proteins)
+    _write(path, blocks, provenance, overwrite=overwrite)
+
+
+def write_likelihoods(
+    path: Path,
+    proteins: Iterable[ProteinLikelihood],
+    provenance: Mapping[str, object],
+    *,
+    overwrite: bool = True,
+) -> None:
+    """Write pseudo-likelihoods of proteins, a row for each.
+
+    Columns are `id`, `length`, `scored_residues`, `pseudo_log_likelihood`, the sum over them in nats, and
+    `pseudo_perplexity`.
+
+    Args:
+        path, provenance, overwrite: as for `write_mutants`; errors, too.
+        proteins: at least one.
+    """
+    _write(path, _likelihood_blocks(proteins), provenance, overwrite=overwrite)
+
+
+def _mutant_blocks(mutants: Mutants, scores: npt.NDArray[np.floating[Any]]) -> Iterator[Block]:
+    rows = mutants.table_rows()
+    for start in range(0, len(mutants), _ROWS_AT_ONCE):
+        block = scores[start : start + _ROWS_AT_ONCE]
+        cells = zip(*islice(rows, len(block)), strict=True)
+        yield {**dict(zip(mutants.columns, cells, strict=True)), SCORE: block}
+
+
+def _scan_block(protein: ProteinScan, offset: int) -> Block:
+    sites = scored_sites(protein.token_ids)
+    columns = protein.token_ids[sites].astype(np.int64) - AMINO_ACID_IDS.start
+    own = protein.log_probabilities[np.arange(len(sites)), columns]
+    place, mutant = np.nonzero(columns[:, None] != np.arange(len(AMINO_ACIDS)))
+    log_probs = protein.log_probabilities[place, mutant]
+    return {
+        "id": [protein.sequence_id] * len(place),
+        "position": sites[place] + offset,
+        "wild_type": _LETTERS[columns[place]].tolist(),
+        "mutant": _LETTERS[mutant].tolist(),
+        SCORE: log_probs - own[place],
+        "log_prob": log_probs,
+    }
+
+
+def _likelihood_blocks(proteins: Iterable[ProteinLikelihood]) -> Iterator[Block]:
+    left = iter(proteins)
+    while some := list(islice(left, _PROTEINS_AT_ONCE)):
+        yield {
+            "id": [protein.sequence_id for protein in some],
+            "length": np.array([protein.length for protein in some]),
+            "scored_residues": np.array([protein.likelihood.num_scored for protein in some]),
+            "pseudo_log_likelihood": np.array([protein.likelihood.sum for protein in some], np.float64),
+            "pseudo_perplexity": np.array([protein.likelihood.perplexity for protein in some], np.float64),
+        }
+
+
+def _write(path: Path, blocks: Iterable[Block], provenance: Mapping[str, object], *, overwrite: bool) -> None:
+    check_table(path)
+    write = _write_csv if path.suffix.lower() == ".csv" else _write_parquet
+    with whole_or_nothing(path, overwrite=overwrite) as unfinished:
+        write(unfinished, blocks, provenance)
+
+
+def _write_csv(path: Path, blocks: Iterable[Block], provenance: Mapping[str, object]) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        for number, block in enumerate(blocks):
+            if number == 0:
+                writer.writerow(block)
+            writer.writerows(zip(*map(_cells, block.values()), strict=True))
+
+
+def _cells(column: Sequence[str] | npt.NDArray[Any]) -> Sequence[str | int]:
+    if not isinstance(column, np.ndarray):
+        return column
+    if column.dtype.kind != "f":
+        integers: list[int] = column.tolist()
+        return integers
+    return [f"{number:.6f}" if number == number else "" for number in column.tolist()]
+
+
+def _write_parquet(path: Path, blocks: Iterable[Block], provenance: Mapping[str, object]) -> None:
+    arrow = optional_package("pyarrow", _INSTALL)
+    parquet = optional_package("pyarrow.parquet", _INSTALL)
+    metadata = {"esm-packed": json.dumps(provenance)}
+    writer: Any = None
+    waiting, num_rows = list[Any](), 0
+    try:
+        for block in blocks:
+            columns = {
+                name: column if isinstance(column, np.ndarray) else arrow.array(column, arrow.string())
+                for name, column in block.items()
+            }
+            waiting.append(arrow.table(columns, metadata=metadata))
+            num_rows += len(waiting[-1])
+            if writer is None:
+                writer = parquet.ParquetWriter(str(path), waiting[0].schema)
+            if num_rows >= _ROWS_AT_ONCE:  # small proteins share a row group
+                writer.write_table(arrow.concat_tables(waiting))
+                waiting, num_rows = [], 0
+        if waiting:
+            writer.write_table(arrow.concat_tables(waiting))
+    finally:
+        if writer is not None:
+            writer.close()
