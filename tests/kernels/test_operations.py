@@ -240,7 +240,10 @@ def test_eager_calls_bypass_the_dispatcher(name: str, device: torch.device) -> N
 
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize(
-    "device, dtype", [("pytorch", torch.float32), ("triton", torch.float16)], indirect=["device"], ids=str
+    "device, dtype",
+    [("pytorch", torch.float32), pytest.param("triton", torch.float16, marks=pytest.mark.slow)],  # 10 s
+    indirect=["device"],
+    ids=str,
 )
 def test_a_layer_compiles_whole_and_once_for_all_shapes(dtype: torch.dtype, device: torch.device) -> None:
     """The first shape may be taken for the only one; from the second on all are served."""

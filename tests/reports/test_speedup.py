@@ -139,6 +139,7 @@ def test_a_cpu_run(cpu_report: Written) -> None:
     assert all(float(row["seconds_p20"]) <= float(row["seconds_median"]) for row in rows)
 
 
+@pytest.mark.slow  # 11 s with the report that it shares
 def test_a_gpu_like_file_and_an_older_one(gpu_report: Written) -> None:
     names = {"speedups", "forward", "rivals", "roofline", "attention", "packing", "stages", "scaling"}
     check_pictures(gpu_report.folder, names | {"change-2"})
@@ -460,6 +461,7 @@ def test_a_share_above_all_is_explained(tmp_path: Path) -> None:
         assert ("A share above 100%" in text) == (name == "above")
 
 
+@pytest.mark.slow
 def test_the_expectation_is_marked_on_a_gpu_only(cpu_report: Written, gpu_report: Written) -> None:
     assert any(
         "FP16 over FP32, packed: " in line and "expected 1.5x to 1.8x: above" in line

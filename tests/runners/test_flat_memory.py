@@ -70,9 +70,9 @@ def test_memory_is_flat(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "numbers, options",
     [
-        ((2000, 32_000), ()),
+        pytest.param((2000, 32_000), (), marks=pytest.mark.slow),  # 3 s each
         ((400, 4000), ("--kind", "per_residue")),
-        ((400, 4000), ("--kind", "per_residue", "--parts")),
+        pytest.param((400, 4000), ("--kind", "per_residue", "--parts"), marks=pytest.mark.slow),
     ],
     ids=["mean", "per_residue", "per_residue in parts"],
 )
