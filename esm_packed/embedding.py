@@ -12,14 +12,13 @@ import numpy.typing as npt
 import torch
 
 from esm_packed.alphabet import encode
-from esm_packed.attention import PackedAttention
 from esm_packed.config import DEFAULT_TOKEN_BUDGETS
-from esm_packed.contacts import AttentionMaps, ContactSums
-from esm_packed.errors import CheckpointError
-from esm_packed.numerics import PRECISIONS, matmul_precision
-from esm_packed.outputs import is_ragged, output_names
-from esm_packed.packing import SPECIAL_TOKENS, pack, plan_packs
+from esm_packed.contacts import MOST_PAIRS, AttentionMaps, attend_of, check_contact_head
+from esm_packed.contacts import forward as forward_with_contacts
+from esm_packed.outputs import is_ragged, output_names, per_of
+from esm_packed.packing import SPECIAL_TOKENS, limit_pairs, pack, plan_packs
 from esm_packed.rescue import is_finite, named
+from esm_packed.rows import row_counts
 from esm_packed.windows import Blend, Rows, Windows, names_in_windows
 
 if TYPE_CHECKING:
@@ -133,7 +132,7 @@ def contacts(model: ESM2, sequences: Sequence[str], *, token_budget: int | None 
     Warns:
         UserWarning: contacts were not finite; says how many, whose, and what became of them.
     """
-    _check_contact_head(model)
+    check_contact_head(model)
     token_ids = encode_proteins(sequences)
     if token_budget is None:
         token_budget = DEFAULT_TOKEN_BUDGETS[model.device.type]
@@ -162,7 +161,7 @@ def predict_contacts(model: ESM2, sequence: str) -> Embeddings:
     Warns:
         UserWarning: the result was not finite.
     """
-    _check_contact_head(model)
+    check_contact_head(model)
     ids = encode_protein("sequence", sequence)
     (array,), changed = _contacts_of_all(model, [ids], token_budget=1)
     for reason in changed:
@@ -201,7 +200,7 @@ def attention_maps(
         if not -config.num_heads <= head < config.num_heads:
             raise ValueError(f"head {head} does not exist: the model has heads 0 to {config.num_heads - 1}")
     batch = pack([ids]).to(model.device)
-    collect = AttentionMaps(_attend(model), wanted_layers, wanted_heads)
+    collect = AttentionMaps(attend_of(model), wanted_layers, wanted_heads)
     model.with_attention(("attention maps", collect))(batch)
     return torch.stack([collect.maps[layer] for layer in wanted_layers]).cpu().numpy()
 
@@ -217,15 +216,23 @@ def embed_together(
         names: of the outputs.
 
     Returns:
-        Of each sequence by name: (columns,) or (num_residues, columns) FP32 (FP64 in the FP64 mode).
+        Of each sequence by name: (columns,), (num_residues, columns) or (num_pairs, 1), FP32 (FP64 in the
+        FP64 mode).
     """
     batch = pack(token_ids)
     outputs = model.embed_packed(batch.to(model.device), names, model.precision_mode.table_dtype)
     arrays = {name: outputs[name].cpu().numpy() for name in names}
-    return [
-        {name: rows[first:last].copy() if is_ragged(name) else rows[index] for name, rows in arrays.items()}
-        for index, (first, last) in enumerate(batch.residue_bounds.tolist())
-    ]
+    counts = row_counts([len(ids) for ids in token_ids])
+    firsts = {per: np.cumsum(each) - each for per, each in counts.items()}
+    firsts["residue"] = batch.residue_bounds[:, 0].astype(np.int64)
+
+    def rows_of(name: str, index: int) -> Embeddings:
+        per = per_of(name)
+        first = int(firsts[per][index])
+        rows = arrays[name][first : first + int(counts[per][index])]
+        return rows.copy() if is_ragged(name) else rows[0]
+
+    return [{name: rows_of(name, index) for name in names} for index in range(len(token_ids))]
 
 
 def embed_in_windows(
@@ -240,7 +247,7 @@ def embed_in_windows(
         windows: how it is cut; None for not at all.
 
     Returns:
-        By name: (columns,) or (num_residues, columns).
+        By name: (columns,) or (rows, columns), as `embed_together` gives them.
     """
     if windows is None or len(token_ids) <= windows.size:
         return dict(embed_together(model, [token_ids], names)[0])
@@ -259,20 +266,13 @@ def _recompute(model: ESM2, token_ids: npt.NDArray[np.uint8], rows: Mapping[str,
     return reason
 
 
-def _check_contact_head(model: ESM2) -> None:
-    if model.contact_head is None:
-        raise CheckpointError(
-            f"{model.model_name} was loaded without contact-regression weights: put the file "
-            "NAME-contact-regression.pt beside NAME.pt"
-        )
-
-
 def _contacts_of_all(
     model: ESM2, token_ids: Sequence[npt.NDArray[np.uint8]], token_budget: int
 ) -> tuple[list[Embeddings], dict[str, list[int]]]:
     """Contacts of each protein, and of those that were not finite, by what became of them, the indices."""
     arrays: dict[int, Embeddings] = {}
-    for members in plan_packs([len(ids) + SPECIAL_TOKENS for ids in token_ids], token_budget):
+    lengths = [len(ids) + SPECIAL_TOKENS for ids in token_ids]
+    for members in limit_pairs(plan_packs(lengths, token_budget), lengths, MOST_PAIRS):
         together = _contacts_together(model, [token_ids[index] for index in members])
         arrays.update(zip(members.tolist(), together, strict=True))
     changed: dict[str, list[int]] = {}
@@ -290,26 +290,10 @@ def _contacts_of_all(
 
 def _contacts_together(model: ESM2, token_ids: Sequence[npt.NDArray[np.uint8]]) -> list[Embeddings]:
     """Contacts of proteins that make one pack."""
-    head = model.contact_head
-    assert head is not None
-    batch = pack(token_ids)
-    bounds = batch.residue_bounds.tolist()
-    batch = batch.to(model.device)
-    collect = ContactSums(
-        _attend(model), head.weight.view(model.config.num_layers, model.config.num_heads), batch
-    )
-    model.with_attention(("contacts", collect))(batch)
-    # TF32 has too few bits for the difference of a map and its average product.
-    with torch.no_grad(), matmul_precision(PRECISIONS["fp32"]):
-        matrices = collect.probabilities(head.bias, bounds)
+    _, matrices = forward_with_contacts(model, pack(token_ids).to(model.device))
     return [
         (matrix if len(matrices) == 1 else matrix.clone()).contiguous().cpu().numpy() for matrix in matrices
     ]
-
-
-def _attend(model: ESM2) -> PackedAttention:
-    """What computes the model's attention."""
-    return next(iter(model.layers)).attention.attend
 
 
 def _layer_numbers(layer: int | Sequence[int]) -> tuple[list[int], bool]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from esm_packed.contacts import MOST_PAIRS
 from esm_packed.model import ESM2
-from esm_packed.packing import PackedBatch, fill, pack, plan_packs
+from esm_packed.outputs import needs_contacts
+from esm_packed.packing import PackedBatch, fill, limit_pairs, pack, plan_packs
 from esm_packed.padding import pad, padded_attention, plan_padded
 
 
@@ -30,6 +32,19 @@ class Layout:
     plan: Callable[[npt.ArrayLike, int], list[npt.NDArray[np.int64]]]
     lay_out: Callable[[Sequence[npt.NDArray[np.uint8]], int], PackedBatch]
     prepare: Callable[[ESM2], ESM2] = lambda model: model
+
+    def packs(
+        self, lengths: npt.ArrayLike, token_budget: int, names: Iterable[str]
+    ) -> list[npt.NDArray[np.int64]]:
+        """Indices of the sequences of each pack, longest first.
+
+        Args:
+            lengths: (num_sequences,) tokens of each sequence, BOS and EOS included.
+            token_budget: most tokens of a pack; a longer sequence is a pack of its own.
+            names: of the outputs; for contacts packs are limited to `contacts.MOST_PAIRS`.
+        """
+        packs = self.plan(lengths, token_budget)
+        return limit_pairs(packs, lengths, MOST_PAIRS) if needs_contacts(names) else packs
 
 
 def _pack_in_one_shape(token_ids: Sequence[npt.NDArray[np.uint8]], token_budget: int) -> PackedBatch:

@@ -23,6 +23,7 @@ from esm_packed.attention import BackendError, PackedAttention, select_backend
 from esm_packed.checkpoints import Checkpoint, load_checkpoint
 from esm_packed.checkpoints.names import fill_parameter
 from esm_packed.config import DEFAULT_MODEL, ESM2Config
+from esm_packed.contacts import forward as forward_with_contacts
 from esm_packed.modules import Attention, LayerNorm, Linear, LinearGELU, LMHead
 from esm_packed.numerics import (
     PRECISIONS,
@@ -33,7 +34,7 @@ from esm_packed.numerics import (
     resolve_device,
     resolve_precision,
 )
-from esm_packed.outputs import layer_of, needs_logits
+from esm_packed.outputs import layer_of, needs_contacts, needs_logits
 from esm_packed.packing import PackedBatch, check_packed, check_rows
 from esm_packed.readout import kept_outputs, log_probabilities_of
 from esm_packed.rescue import Rescue
@@ -325,14 +326,21 @@ class ESM2(nn.Module):
         Args:
             batch: the sequences, on the model's device.
             names: of the outputs, as `outputs.output_names` gives them.
-            residue_dtype: of outputs with a row for each residue.
+            residue_dtype: of outputs with a row for each residue, or each pair of residues.
 
         Returns:
             See `readout.kept_outputs`; on the model's device.
+
+        Raises:
+            CheckpointError: contacts are asked of a checkpoint without its contact-regression file.
         """
-        layers = {layer for name in names if (layer := layer_of(name)) is not None}
-        output = self(batch, sorted(layers), needs_logits(names))
-        return kept_outputs(output, batch, names, residue_dtype)
+        layers = sorted({layer for name in names if (layer := layer_of(name)) is not None})
+        contacts: list[torch.Tensor] = []
+        if needs_contacts(names):
+            output, contacts = forward_with_contacts(self, batch, layers, needs_logits(names))
+        else:
+            output = self(batch, layers, needs_logits(names))
+        return kept_outputs(output, batch, names, residue_dtype, contacts)
 
     def log_probabilities_packed(self, batch: PackedBatch, rows: torch.Tensor) -> torch.Tensor:
         """Log-probabilities of the 20 amino acids, of some tokens.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -25,6 +25,7 @@ class PackedBatch:
         max_seqlen: tokens of the longest sequence, a Python int.
         sequence_ids: names of the sequences, kept on the host.
         segments: which of the pieces that `cu_seqlens` bounds are sequences; the others are padding.
+        host_cu_seqlens: `cu_seqlens` on the CPU, for a batch that was moved from there.
     """
 
     input_ids: torch.Tensor
@@ -32,6 +33,7 @@ class PackedBatch:
     max_seqlen: int
     sequence_ids: tuple[str, ...] | None = None
     segments: slice = field(default_factory=lambda: slice(None))
+    host_cu_seqlens: torch.Tensor | None = None
 
     @property
     def num_sequences(self) -> int:
@@ -47,9 +49,9 @@ class PackedBatch:
     def residue_bounds(self) -> npt.NDArray[np.int32]:
         """(num_sequences, 2) first row of each sequence's residues, and the row behind the last one.
 
-        For a batch on the CPU; elsewhere it would wait for the device.
+        For a batch that is on the CPU or comes from there: another would wait for its device.
         """
-        bounds = self.cu_seqlens.numpy()
+        bounds = (self.cu_seqlens if self.host_cu_seqlens is None else self.host_cu_seqlens).numpy()
         return np.stack([bounds[:-1] + 1, bounds[1:] - 1], axis=1)[self.segments]
 
     @property
@@ -61,10 +63,12 @@ class PackedBatch:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> PackedBatch:
         """The same batch on another device."""
+        is_on_host = self.cu_seqlens.device.type == "cpu"
         return replace(
             self,
             input_ids=self.input_ids.to(device, non_blocking=non_blocking),
             cu_seqlens=self.cu_seqlens.to(device, non_blocking=non_blocking),
+            host_cu_seqlens=self.cu_seqlens if is_on_host else self.host_cu_seqlens,
         )
 
 
@@ -122,6 +126,7 @@ def fill(batch: PackedBatch, total_tokens: int) -> PackedBatch:
         input_ids=torch.cat([batch.input_ids, batch.input_ids.new_full((missing,), PAD_ID)]),
         cu_seqlens=torch.cat([batch.cu_seqlens, ends_of_padding]),
         segments=slice(batch.cu_seqlens.numel() - 1),
+        host_cu_seqlens=None,
     )
 
 
@@ -206,6 +211,28 @@ def plan_packs(lengths: npt.ArrayLike, token_budget: int) -> list[npt.NDArray[np
     by_pack = np.argsort(pack_of_sequence, kind="stable")
     ends = np.cumsum(np.bincount(pack_of_sequence, minlength=num_packs))[:-1]
     return np.split(longest_first[by_pack], ends)
+
+
+def limit_pairs(
+    packs: Iterable[npt.NDArray[np.int64]], lengths: npt.ArrayLike, most_pairs: int
+) -> list[npt.NDArray[np.int64]]:
+    """Cut packs whose tokens, times the tokens of the longest sequence, are more than `most_pairs`.
+
+    Args:
+        packs: indices of sequences, longest first.
+        lengths: (num_sequences,) tokens of each sequence.
+        most_pairs: of a pack with more than one sequence.
+    """
+    lengths = np.asarray(lengths, dtype=np.int64)
+    found = []
+    for members in packs:
+        left = members
+        while len(left):
+            tokens = np.cumsum(lengths[left])
+            count = max(1, int(np.searchsorted(tokens, most_pairs // tokens[0], side="right")))
+            found.append(left[:count])
+            left = left[count:]
+    return found
 
 
 def _first_fit(

@@ -9,6 +9,7 @@ import torch
 
 from esm_packed import kernels
 from esm_packed.alphabet import AMINO_ACID_IDS
+from esm_packed.contacts import upper_triangle
 from esm_packed.kernels.reference import statistics_dtype
 from esm_packed.outputs import is_ragged, kind_of, layer_of
 from esm_packed.packing import PackedBatch
@@ -17,11 +18,15 @@ if TYPE_CHECKING:
     from esm_packed.model import PackedOutput
 
 FINITE = "finite"
-"""Whether all residues of a sequence are finite: there beside outputs that have a row for each residue."""
+"""Whether all rows of a sequence are finite: there beside ragged outputs."""
 
 
 def kept_outputs(
-    output: PackedOutput, batch: PackedBatch, names: Sequence[str], residue_dtype: torch.dtype | None = None
+    output: PackedOutput,
+    batch: PackedBatch,
+    names: Sequence[str],
+    residue_dtype: torch.dtype | None = None,
+    contacts: Sequence[torch.Tensor] = (),
 ) -> dict[str, torch.Tensor]:
     """What is kept of a forward pass.
 
@@ -29,16 +34,23 @@ def kept_outputs(
         output: with the layers, and the logits, that `names` need.
         batch: what was computed.
         names: of the outputs.
-        residue_dtype: of outputs with a row for each residue; None for the one they are computed in, which
-            for BF16 is FP32, as NumPy has no BF16.
+        residue_dtype: of ragged outputs; None for the one they are computed in, which for BF16 is FP32, as
+            NumPy has no BF16.
+        contacts: (num_residues, num_residues) of each sequence, if `names` need them.
 
     Returns:
-        By name: (num_sequences, columns) FP32 (FP64 for FP64), or (total_tokens, columns) rows of all tokens,
-        BOS, EOS and padding included. With the latter also `FINITE`, (num_sequences,) bool.
+        By name: (num_sequences, columns) FP32 (FP64 for FP64), (total_tokens, columns) rows of all tokens,
+        BOS, EOS and padding included, or (total_pairs, 1) of the sequences one after the other, each as
+        `upper_triangle` gives it. With ragged ones also `FINITE`, (num_sequences,) bool.
     """
     kept, finite = {}, []
     for name in names:
         kind, layer = kind_of(name), layer_of(name)
+        if kind == "contacts":
+            triangles = [upper_triangle(matrix) for matrix in contacts]
+            finite.append(torch.stack([pairs.sum() for pairs in triangles]).isfinite())
+            kept[name] = torch.cat(triangles)[:, None].to(residue_dtype or triangles[0].dtype)
+            continue
         rows = output.logits if layer is None else output.representations[layer]
         assert rows is not None
         if kind == "unmasked_nll":

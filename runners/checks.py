@@ -12,10 +12,12 @@ from typing import Any
 import torch
 
 from esm_packed.attention import WAITING_BACKENDS, select_backend
+from esm_packed.checkpoints import Checkpoint
 from esm_packed.config import DEFAULT_MAX_LENGTH
-from esm_packed.errors import UsageError
+from esm_packed.contacts import no_contact_head
+from esm_packed.errors import CheckpointError, UsageError
 from esm_packed.numerics import resolve_device
-from esm_packed.outputs import KINDS, KINDS_IN_WINDOWS
+from esm_packed.outputs import KINDS, KINDS_IN_WINDOWS, needs_contacts, needs_logits
 from esm_packed.runners.compute.worker import check_threads
 from esm_packed.runners.input.index import STDIN
 from esm_packed.runners.output.layout import output_bytes
@@ -150,7 +152,9 @@ def _check_outputs(request: EmbedRequest) -> None:
         possible = " and ".join(KINDS_IN_WINDOWS)
         raise UsageError(f"--windows with --include {refused[0]}: a protein in windows has only {possible}")
     if request.parts and not ragged:
-        raise UsageError("--parts: only kinds with a row for each residue, such as per_residue, have parts")
+        raise UsageError(
+            "--parts: only kinds with a row for each residue, such as per_residue, or each pair have parts"
+        )
 
 
 def check_request(request: EmbedRequest) -> None:
@@ -195,10 +199,25 @@ def check_device(request: EmbedRequest, device: torch.device) -> None:
     if request.cuda_graphs and (request.layout != "fixed" or device.type != "cuda"):
         missing = "a GPU" if request.layout == "fixed" else "--reproducible, which makes packs of one size"
         raise UsageError(f"--cuda-graphs needs {missing}")
+    if request.cuda_graphs and needs_contacts(request.kinds):
+        raise UsageError("--cuda-graphs with --include contacts: contacts cannot be recorded; leave it out")
     if request.ray_address is None:
         backend, _ = select_backend(request.attention, device, request.precision(device), head_dim=64)
         if request.cuda_graphs and backend in WAITING_BACKENDS:
             raise UsageError(f"--cuda-graphs: attention {backend!r} waits for the device; choose another one")
+
+
+def check_heads(request: EmbedRequest, checkpoint: Checkpoint) -> None:
+    """See that a model has the heads that the kinds of output need.
+
+    Raises:
+        CheckpointError: it has not.
+    """
+    if needs_logits(request.kinds) and "lm_head.bias" not in checkpoint.tensors:
+        kind = next(kind for kind in request.kinds if needs_logits([kind]))
+        raise CheckpointError(f"--include {kind}: {checkpoint.model_name} has no language-model head")
+    if needs_contacts(request.kinds) and "contact_head.regression.weight" not in checkpoint.tensors:
+        raise CheckpointError(f"--include contacts: {no_contact_head(checkpoint.model_name)}")
 
 
 def first_device(request: EmbedRequest) -> torch.device:

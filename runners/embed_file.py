@@ -41,7 +41,8 @@ def embed_file(
         fasta: a FASTA file, plain or gzip, or several.
         output: the HDF5 file to make.
         model: a name, a checkpoint file or a folder.
-        include: kinds of output, of mean, max, bos, per_residue, logits, logits_all and unmasked_nll.
+        include: kinds of output, of mean, max, bos, per_residue, logits, logits_all, unmasked_nll and
+            contacts.
         layers: layers to keep, negative ones counted from the last.
         windows: size and overlap, in residues, of the windows in which longer proteins are computed.
         progress: show it, on the terminal or in the notebook.

@@ -18,6 +18,7 @@ from esm_packed.model import ESM2
 from esm_packed.packing import SPECIAL_TOKENS
 from esm_packed.runners.checks import (
     check_device,
+    check_heads,
     check_output,
     check_request,
     first_device,
@@ -67,6 +68,7 @@ def estimate(request: EmbedRequest, console: Console) -> list[str]:
             index = build_index(request.inputs, directory.index_path, request.read, progress=advance)
         with console.byte_steps() as report:
             checkpoint = load_checkpoint(request.model, progress=report)
+        check_heads(request, checkpoint)
         set_threads(request.threads)
         model = Worker(request, checkpoint, device).model
         identity = run_identity(request, index, checkpoint, device, _token_budget(request, model))
@@ -168,6 +170,6 @@ def _sample(
     chosen = rng.permutation(lengths)
     chosen = chosen[: max(1, int(np.searchsorted(np.cumsum(chosen + SPECIAL_TOKENS), num_tokens)))]
     layout, budget = LAYOUTS[run.plan.identity["layout"]], run.plan.token_budget
-    packs = layout.plan(chosen + SPECIAL_TOKENS, budget)
+    packs = layout.packs(chosen + SPECIAL_TOKENS, budget, run.plan.outputs)
     for members in packs:
         yield [rng.integers(4, 24, length).astype(np.uint8) for length in chosen[members].tolist()]

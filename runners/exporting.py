@@ -61,7 +61,7 @@ def export_file(request: ExportRequest, console: Console) -> list[str]:
         if selection.is_ragged and request.format in TABLES:
             raise UsageError(
                 f"--kind {selection.kind}: {request.format} has one row for each sequence, of "
-                f"{', '.join(POOLED)}; uniprot and pt take residues"
+                f"{', '.join(POOLED)}; uniprot and pt take matrices"
             )
         if not len(selection):
             raise UsageError(

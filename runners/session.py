@@ -17,6 +17,7 @@ from esm_packed.errors import UsageError
 from esm_packed.runners.checks import (
     ExistingOutput,
     check_device,
+    check_heads,
     check_output,
     check_paths,
     check_request,
@@ -190,6 +191,7 @@ class _Session:
         index = self._opened_index = open_or_build_index(request, directory, self.claim, self.console)
         with self.console.byte_steps() as report:
             self.checkpoint = load_checkpoint(request.model, progress=report)
+        check_heads(request, self.checkpoint)
         check_paths(request, files_of(self.checkpoint))
         plan = existing_plan(directory, request.overwrite)
         token_budget = self._token_budget(plan, existing)

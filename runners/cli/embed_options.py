@@ -42,6 +42,7 @@ examples:
   esm-packed embed proteome.fasta -o proteome.h5 --slice $SLURM_ARRAY_TASK_ID/8
 
   esm-packed embed proteins.fasta -o residues.h5 --include mean,per_residue --store-dtype fp16
+  esm-packed embed proteins.fasta -o contacts.h5 --include mean,contacts
   esm-packed embed release-2.fasta -o release-2.h5 --reuse release-1.h5
   esm-packed embed titins.fasta -o titins.h5 --windows 1022 --overlap 256
 
@@ -49,6 +50,9 @@ The work is done in OUT.h5.run. Interrupted or killed, the same command continue
 
 kinds of output:
 {_kinds()}
+contacts are L (L + 1) / 2 numbers for a protein of L residues, and `contacts(ID)` of the opened file is the
+L x L matrix. What they are summed up in takes up to 64 MB, or 4 L^2 bytes for more than 4,096 residues; no
+attention map is held.
 
 models: {", ".join(list(ESM2_MODELS)[:3])},
 {", ".join(list(ESM2_MODELS)[3:])},

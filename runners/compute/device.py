@@ -14,7 +14,7 @@ import torch
 from esm_packed.graphs import GraphedESM2
 from esm_packed.layouts import Layout
 from esm_packed.model import ESM2
-from esm_packed.outputs import is_ragged
+from esm_packed.outputs import is_ragged, per_of
 from esm_packed.packing import PackedBatch
 from esm_packed.readout import FINITE
 from esm_packed.runners.state.shard import Rows
@@ -75,7 +75,7 @@ class Device:
         Args:
             batch: the pack.
             names: of the outputs.
-            residue_dtype: of outputs with a row for each residue; None for the one they are computed in.
+            residue_dtype: of ragged outputs; None for the one they are computed in.
         """
         if self._streams is None:
             begin = time.monotonic()
@@ -118,7 +118,7 @@ class Device:
             dtypes: of the outputs by name.
 
         Returns:
-            Outputs by name, (n, columns) or (total residues, columns), and which sequences are (n,) finite.
+            Outputs by name, (rows of all sequences, columns), and which sequences are (n,) finite.
         """
         if launched.events:
             going, gone, start, end, returning, returned = launched.events
@@ -156,7 +156,7 @@ class Device:
 def _as_stored(name: str, tensor: torch.Tensor, residue_bounds: npt.NDArray[np.int32], dtype: str) -> Rows:
     """An output as it is stored: of one with a row for each token, the rows of residues."""
     values = tensor.numpy()
-    if not is_ragged(name):
+    if per_of(name) != "residue":
         return values.astype(dtype)
     rows = np.empty(((residue_bounds[:, 1] - residue_bounds[:, 0]).sum(), values.shape[1]), dtype)
     start = 0

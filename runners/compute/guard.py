@@ -50,7 +50,7 @@ class Guard:
         """Replace outputs of a sequence that are not finite by what FP32 gives, or by NaN.
 
         Args:
-            rows: by name, (columns,) or (num_residues, columns), modified.
+            rows: by name, (columns,) or (rows, columns), modified.
             token_ids: residues of the sequence.
 
         Returns:

@@ -25,9 +25,10 @@ import torch
 from esm_packed.layouts import LAYOUTS, Layout
 from esm_packed.model import ESM2
 from esm_packed.numerics import is_out_of_memory
-from esm_packed.outputs import is_ragged
+from esm_packed.outputs import is_ragged, per_of
 from esm_packed.packing import SPECIAL_TOKENS, PackedBatch
 from esm_packed.rescue import is_finite
+from esm_packed.rows import row_counts
 from esm_packed.runners.compute.blending import Blends
 from esm_packed.runners.compute.device import Device, Launched
 from esm_packed.runners.compute.guard import Guard, TokenIds
@@ -211,7 +212,9 @@ class Pipeline:
         whole = np.flatnonzero(is_whole)
         packs: list[tuple[Items, Items | None]] = [
             (whole[members], None)
-            for members in self._layout.plan(lengths[whole] + SPECIAL_TOKENS, self._token_budget)
+            for members in self._layout.packs(
+                lengths[whole] + SPECIAL_TOKENS, self._token_budget, self._dtypes
+            )
         ]
         if self._windows and is_long.any():
             starts_of = {
@@ -221,7 +224,8 @@ class Pipeline:
             starts = np.concatenate(list(starts_of.values()))
             tokens = np.full(len(items), self._windows.size + SPECIAL_TOKENS)
             packs += [
-                (items[members], starts[members]) for members in self._layout.plan(tokens, self._token_budget)
+                (items[members], starts[members])
+                for members in self._layout.packs(tokens, self._token_budget, self._dtypes)
             ]
         return packs
 
@@ -352,12 +356,10 @@ class Pipeline:
     @staticmethod
     def _outputs_of(shard: ShardInput, result: _Result, place: int) -> dict[str, Rows]:
         """Views of what one of the items of a result has."""
-        start, stop = (
-            _lengths(shard, result.items[:place]).sum(),
-            _lengths(shard, result.items[: place + 1]).sum(),
-        )
+        counts = row_counts(_lengths(shard, result.items[: place + 1]))
+        ends = {per: (int(each[:-1].sum()), int(each.sum())) for per, each in counts.items()}
         return {
-            name: values[start:stop] if is_ragged(name) else values[place]
+            name: values[slice(*ends[per_of(name)])] if is_ragged(name) else values[place]
             for name, values in result.rows.items()
         }
 

@@ -23,7 +23,7 @@ class Block(NamedTuple):
     Args:
         ids: (n,) of them.
         columns: (n,) arrays, as `EmbeddingReader.columns` gives them.
-        values: (n, D), or an iterator of n (L, columns) arrays if the kind is ragged.
+        values: (n, D), or an iterator of n (L, columns) or (L, L) arrays if the kind is ragged.
     """
 
     ids: list[str]
@@ -43,7 +43,8 @@ class Selection:
     Attributes:
         reader, kind, layer: as above, without None but for the layer of a kind that has none.
         num_missing: sequences that failed or were not computed.
-        dtype, width: of the values.
+        dtype: of the values.
+        width: D.
 
     Raises:
         NotInFileError: there is no such kind or layer.
@@ -56,10 +57,10 @@ class Selection:
         self.reader = reader
         self.kind = kind or next((each for each in POOLED if each in reader.kinds), reader.kinds[0])
         empty = reader.values(self.kind, layer, 0, 0)
-        if empty.ndim != 2:
+        if empty.ndim != 2 and not self.is_ragged:
             raise UsageError(f"--kind {self.kind}: one number a sequence; name {', '.join(POOLED + RAGGED)}")
         self.layer = reader.layers[-1] if layer is None and self.kind in PER_LAYER else layer
-        self.dtype, self.width = empty.dtype, empty.shape[1]
+        self.dtype, self.width = empty.dtype, empty.shape[-1]
         self._keep_missing = keep_missing
         status = reader.column("status")
         self.num_missing = int(np.isin(status, MISSING).sum())
@@ -70,7 +71,7 @@ class Selection:
 
     @property
     def is_ragged(self) -> bool:
-        """Whether there is a row for each residue."""
+        """Whether there is a matrix for each sequence, not a row."""
         return self.kind in RAGGED
 
     @property

@@ -24,8 +24,8 @@ class EmbeddingDataset(Dataset[tuple[str, torch.Tensor]]):
     Args:
         path: what `esm-packed embed` wrote.
         kind: one of the kinds of the file. Tensors are (D,) for `mean`, `max` and `bos`, scalars for
-            `unmasked_nll`, and (L, D), (L, 20) or (L, 33) for `per_residue`, `logits` and `logits_all`, which
-            need a `collate_fn` that pads them or a batch size of None.
+            `unmasked_nll`, and (L, D), (L, 20), (L, 33) or (L, L) for `per_residue`, `logits`, `logits_all`
+            and `contacts`, which need a `collate_fn` that pads them or a batch size of None.
         layer: one of the layers of the file; None stands for the last one.
         skip_missing: leave out sequences that failed or were not computed. Their tensors are NaN otherwise.
 

@@ -94,7 +94,7 @@ class EmbeddingFile:
         """Values of a sequence, by its ID or number, or of a slice of them.
 
         Returns:
-            (D,), or (n, D) of a slice; of a ragged kind (L, columns), or a list of such.
+            (D,), or (n, D) of a slice; of a ragged kind (L, columns), (L, L) for contacts, or a list of such.
 
         Raises:
             NotInFileError: there is no such ID.
@@ -138,7 +138,7 @@ class EmbeddingFile:
         Raises:
             NotInFileError: there is no such ID or layer, or the sequence was not computed.
         """
-        return self._residues(sequence_id, "per_residue", layer)
+        return self._of_residues(sequence_id, "per_residue", layer)
 
     def logits(self, sequence_id: str) -> Values:
         """(L, 20) logits of the amino acids, or (L, 33) of all tokens if the file has these; see `tokens`.
@@ -146,7 +146,7 @@ class EmbeddingFile:
         Raises:
             NotInFileError: there is no such ID, there are no logits, or the sequence was not computed.
         """
-        return self._residues(sequence_id, self._logits_kind, None)
+        return self._of_residues(sequence_id, self._logits_kind, None)
 
     @property
     def tokens(self) -> list[str]:
@@ -157,7 +157,17 @@ class EmbeddingFile:
     def _logits_kind(self) -> str:
         return "logits_all" if "logits_all" in self.kinds else "logits"
 
-    def _residues(self, sequence_id: str, kind: str, layer: int | None) -> Values:
+    def contacts(self, sequence_id: str) -> Values:
+        """(L, L) contact probabilities of the residues of a sequence, symmetric; NaN if it failed.
+
+        The diagonal is that of fair-esm's regression, which means nothing.
+
+        Raises:
+            NotInFileError: there is no such ID, there are no contacts, or the sequence was not computed.
+        """
+        return self._of_residues(sequence_id, "contacts", None)
+
+    def _of_residues(self, sequence_id: str, kind: str, layer: int | None) -> Values:
         self._reader.values(kind, layer, 0, 0)  # there is such a kind and layer
         row = self.ids.row(sequence_id)
         if not self._reader.has_rows(row, kind):

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from esm_packed.errors import UserError
 from esm_packed.outputs import Per, is_ragged, per_of
-from esm_packed.rows import row_counts
+from esm_packed.rows import row_counts, symmetric_matrix
 from esm_packed.runners.input.fasta import Modified
 from esm_packed.runners.output.checked import CheckedFile
 from esm_packed.runners.output.layout import (
@@ -295,7 +295,7 @@ class EmbeddingReader:
             start, stop: as in a slice.
 
         Returns:
-            (n, hidden_size), (n, tokens) for logits or (n,) for `unmasked_nll`.
+            (n, hidden_size), (n, tokens) for logits, or (n,) for `unmasked_nll` and `contacts`.
 
         Raises:
             NotInFileError: it has no such kind or layer.
@@ -325,15 +325,25 @@ class EmbeddingReader:
             kind, layer: as in `values`.
 
         Returns:
-            (hidden_size,), a scalar for `unmasked_nll`, or (embedded_length, columns) for a ragged kind; NaN
-            where the sequence failed or was not computed.
+            (hidden_size,), a scalar for `unmasked_nll`, (embedded_length, columns) for a kind with a row for
+            each residue, or a symmetric (embedded_length, embedded_length) for `contacts`; NaN where the
+            sequence failed or was not computed.
 
         Raises:
             NotInFileError: it has no such kind or layer.
         """
+        rows = self.rows(sequence, kind, layer)
+        if per_of(kind) == "pair":
+            return symmetric_matrix(rows)
+        if is_ragged(kind):
+            return rows
+        row: npt.NDArray[np.floating[Any]] = rows[0]
+        return row
+
+    def rows(self, sequence: int, kind: str, layer: int | None = None) -> npt.NDArray[np.floating[Any]]:
+        """The rows of one sequence, as `values` gives them; arguments and errors as for `value`."""
         if not is_ragged(kind):
-            row: npt.NDArray[np.floating[Any]] = self.values(kind, layer, sequence, sequence + 1)[0]
-            return row
+            return self.values(kind, layer, sequence, sequence + 1)
         start, number = (int(each[sequence]) for each in self._rows_of_sequences(per_of(kind)))
         if start < 0:
             empty = self.values(kind, layer, 0, 0)

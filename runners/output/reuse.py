@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from esm_packed.alphabet import sequence_hashes
 from esm_packed.errors import UsageError
-from esm_packed.outputs import is_ragged, kind_of, layer_of
+from esm_packed.outputs import kind_of, layer_of
 from esm_packed.runners.output.reader import EmbeddingReader
 from esm_packed.runners.state.plan import differences
 from esm_packed.runners.state.shard import STATUS_COMPUTED, Items, Rows, StoreError
@@ -81,12 +81,11 @@ class EarlierOutput:
         return np.where(self._hashes[places] == hashes, self._rows[places], -1)
 
     def outputs(self, rows: Items, names: Sequence[str]) -> dict[str, Rows]:
-        """By name, what `rows` have: (n, columns), or (total residues, columns)."""
+        """By name, the rows of arrays that the sequences in `rows` have, (total, columns)."""
         found: dict[str, Rows] = {}
         for name in names:
             kind, layer = kind_of(name), layer_of(name)
-            values = [self._reader.value(row, kind, layer) for row in rows.tolist()]
-            joined = np.concatenate(values) if is_ragged(name) else np.stack(values)
+            joined = np.concatenate([self._reader.rows(row, kind, layer) for row in rows.tolist()])
             found[name] = joined.reshape(len(joined), -1)
         return found
 

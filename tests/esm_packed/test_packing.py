@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from esm_packed.alphabet import BOS_ID, EOS_ID, encode
-from esm_packed.packing import pack, plan_packs
+from esm_packed.packing import limit_pairs, pack, plan_packs
 
 UNIREF_LENGTHS = Path(__file__).parents[1] / "data" / "uniref_lengths.txt"
 """Residues of 1,000 proteins of UniRef, such as ESM-2 was trained on."""
@@ -59,6 +59,19 @@ def test_a_sequence_over_the_budget_is_a_pack_of_its_own() -> None:
     lengths = [50, 300, 50]
     packs = plan_packs(lengths, 100)
     assert [members.tolist() for members in packs] == [[1], [0, 2]]
+
+
+@given(st.lists(st.integers(1, 60), max_size=60), st.integers(1, 6_000))
+def test_packs_of_limited_pairs(lengths: list[int], most_pairs: int) -> None:
+    packs = plan_packs(lengths, 100)
+    limited = limit_pairs(packs, lengths, most_pairs)
+    assert [i for pack in limited for i in pack] == [i for pack in packs for i in pack]
+    for members in limited:
+        tokens = [lengths[index] for index in members]
+        assert len(tokens) == 1 or sum(tokens) * max(tokens) <= most_pairs
+    assert len(limited) == len(packs) or any(
+        sum(lengths[i] for i in pack) * lengths[pack[0]] > most_pairs for pack in packs
+    )
 
 
 def test_no_sequences_no_packs() -> None:

@@ -33,6 +33,7 @@ def assert_items(items: list[tuple[str, torch.Tensor]], output: Output, name: st
         ("per_residue", 6, "per_residue/6"),
         ("logits", None, "logits"),
         ("unmasked_nll", None, "unmasked_nll"),
+        ("contacts", None, "contacts"),
     ],
 )
 @whole_and_in_parts

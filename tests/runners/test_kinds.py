@@ -1,4 +1,7 @@
-"""Every kind of output, from a FASTA file to the rows on disk, against fair-esm and the definitions."""
+"""Kinds of output, from a FASTA file to the rows on disk, against fair-esm and the definitions.
+
+Contacts have tests of their own, in test_contact_kind.
+"""
 
 from __future__ import annotations
 
@@ -16,16 +19,17 @@ from hypothesis import strategies as st
 from proteins import write_fasta
 
 import esm_packed
-from esm_packed import ESM2
+from esm_packed import ESM2, outputs
 from esm_packed.alphabet import encode
 from esm_packed.model import PackedOutput
-from esm_packed.outputs import KINDS, is_ragged, output_names
+from esm_packed.outputs import is_ragged, output_names
 from esm_packed.packing import PackedBatch, pack
 from esm_packed.runners.cli.main import main
 from esm_packed.runners.output.reader import EmbeddingReader
 from esm_packed.runners.state.shard import STATUS_COMPUTED, STATUS_FAILED, STATUS_RECOMPUTED
 from esm_packed.windows import Blend, Windows
 
+KINDS = [kind for kind in outputs.KINDS if kind != "contacts"]
 NUM_LAYERS = 3
 LAYERS = (0, 2, 3)
 ALL_KINDS = ("--include", ",".join(KINDS), "--layers", ",".join(map(str, LAYERS)))

@@ -27,7 +27,7 @@ from esm_packed.runners.state import cut
 from esm_packed.runners.state.parts import MARKER, PartsFolder
 from esm_packed.runners.state.run import Run
 
-KINDS = ("--include", "mean,per_residue,logits", "--layers", "2,5")
+KINDS = ("--include", "mean,per_residue,logits,contacts", "--layers", "2,5")
 FLOPS_PER_SHARD = 1.2e8
 PART_BYTES = 60_000
 SMALL_PARTS = f"""
@@ -54,11 +54,11 @@ in_one_file_and_in_parts = pytest.mark.parametrize("place", ["--merge", "--parts
 
 
 def contents(path: Path) -> dict[str, Any]:
-    """What plain h5py finds in all data sets; the list of parts is left out."""
+    """What plain h5py finds in all data sets; the lists of parts are left out."""
     found: dict[str, Any] = {}
 
     def add(name: str, item: Any) -> None:
-        if isinstance(item, h5py.Dataset) and name != "parts":
+        if isinstance(item, h5py.Dataset) and name not in ("parts", "pair_parts"):
             values = item[()]
             found[name] = values if isinstance(values, bytes) else (item.shape, values.tolist())
             if item.dtype.kind == "f":
@@ -142,6 +142,7 @@ def test_parts_hold_what_one_file_holds(nursery: Nursery, work: Work, tmp_path: 
                         parts.per_residue(name, layer), one.per_residue(name, layer)
                     )
                 np.testing.assert_array_equal(parts.logits(name), one.logits(name))
+                np.testing.assert_array_equal(parts.contacts(name), one.contacts(name))
                 np.testing.assert_array_equal(parts[name], one[name])
 
 

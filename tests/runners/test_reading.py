@@ -87,7 +87,9 @@ def test_more_residues_than_an_int32_counts(tmp_path: Path) -> None:
         np.testing.assert_array_equal(reader.value(6, "per_residue"), [[0]])
 
 
-@pytest.mark.parametrize("kinds", [["mean"], ["logits"], ["bos", "per_residue"], ["unmasked_nll"]], ids=str)
+@pytest.mark.parametrize(
+    "kinds", [["mean"], ["logits"], ["bos", "per_residue"], ["unmasked_nll"], ["contacts"]], ids=str
+)
 def test_only_what_was_asked_for_is_there(tmp_path: Path, kinds: list[str]) -> None:
     output = write_output(tmp_path / "out.h5", kinds)
     with esm_packed.open(output.path) as embeddings:
@@ -150,6 +152,9 @@ def test_residues_by_id(tmp_path: Path, num_parts: int) -> None:
         np.testing.assert_array_equal(embeddings.logits("long"), output.value("logits_all", 5))
         assert embeddings.tokens == list(TOKENS)
         np.testing.assert_array_equal(embeddings.per_residue("same as a"), embeddings.per_residue("a"))
+        np.testing.assert_array_equal(embeddings.contacts("long"), output.value("contacts", 5))
+        with pytest.raises(KeyError, match="'absent' was not computed"):
+            embeddings.contacts("absent")
     output = write_output(tmp_path / "amino_acids.h5", ["logits"])
     with esm_packed.open(output.path) as embeddings:
         np.testing.assert_array_equal(embeddings.logits("long"), output.value("logits", 5))
@@ -342,12 +347,16 @@ def unwritten(*names: str, num_rows: int) -> Callable[[h5py.File], None]:
 
 
 DAMAGES = {
-    "a kind of the future": attribute("kinds", ["mean", "contacts"]),
+    "a kind of the future": attribute("kinds", ["mean", "structures"]),
     "kinds is text": attribute("kinds", "mean"),
     "no kinds": attribute("kinds", np.zeros(0, h5py.string_dtype())),
     **{
-        f"no {name}": without(name) for name in ("starts", "max/1", "per_residue/6", "logits", "unmasked_nll")
+        f"no {name}": without(name)
+        for name in ("starts", "max/1", "per_residue/6", "logits", "unmasked_nll", "pair_starts", "contacts")
     },
+    "contacts are matrices": instead("contacts", data=np.zeros((77, 1), np.float32)),
+    "contacts are short": instead("contacts", data=np.zeros(76, np.float32)),
+    "a pair behind the last": put("pair_starts", 1, 63),
     "max is wide": instead("max/1", data=np.zeros((7, HIDDEN_SIZE + 1), np.float32)),
     "bos is short": instead("bos/1", data=np.zeros((6, HIDDEN_SIZE), np.float32)),
     "per_residue is short": instead("per_residue/6", data=np.zeros((21, HIDDEN_SIZE), np.float32)),
@@ -370,6 +379,10 @@ DAMAGES = {
 }
 DAMAGES_IN_PARTS = {
     "no parts": without("parts"),
+    "no parts of pairs": without("pair_parts"),
+    "a gap between pairs": instead(
+        "pair_parts", data=np.array([("00000.h5", 9_999, 0, 3), ("00001.h5", 9_999, 4, 73)], PART)
+    ),
     "virtual without parts": lambda file: file.attrs.__delitem__("parts"),
     "parts above": attribute("parts", "../out.h5.parts/1a2b3c4d"),
     "parts elsewhere": attribute("parts", "/tmp"),
@@ -414,9 +427,10 @@ def in_part(change: Callable[[h5py.File], None]) -> Callable[[Path], None]:
         with h5py.File(path, "r+") as file:
             change(file)
         with h5py.File(path.parents[2] / "out.h5", "r+") as file:
-            parts = file["parts"][:]
-            parts["bytes"][int(path.stem)] = path.stat().st_size
-            file["parts"][:] = parts
+            for name in ("parts", "pair_parts"):
+                parts = file[name][:]
+                parts["bytes"][int(path.stem)] = path.stat().st_size
+                file[name][:] = parts
 
     return damage
 
@@ -446,6 +460,7 @@ def remove_folder(path: Path) -> None:
         (in_part(attribute("plan_hash", "0" * 64)), "of another run"),
         (in_part(attribute("format", "esm-packed")), "of another run"),
         (in_part(without("logits")), "damaged, or not a whole part of .*no data set logits"),
+        (in_part(without("contacts")), "damaged, or not a whole part of .*no data set contacts"),
     ],
 )
 @pytest.mark.parametrize("number", [0, 4])

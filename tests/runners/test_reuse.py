@@ -57,6 +57,8 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         {},
         {"include": ["mean", "per_residue", "unmasked_nll"], "layers": [2, 5], "store_dtype": "fp16"},
         {"include": ["per_residue", "logits"], "parts": True},
+        {"include": ["mean", "per_residue", "contacts"], "store_dtype": "fp16"},
+        {"include": ["contacts"], "parts": True},
         {"include": ["mean", "per_residue"], "windows": (50, 10)},
     ],
 )

@@ -13,8 +13,10 @@ import h5py
 import numpy as np
 
 from esm_packed.alphabet import TOKENS
+from esm_packed.outputs import Per, per_of
+from esm_packed.rows import row_counts
 from esm_packed.runners.output.layout import FORMAT, FORMAT_VERSION, PROBLEM
-from esm_packed.runners.output.names import KINDS, RAGGED, TOKENS_OF, datasets_of
+from esm_packed.runners.output.names import KINDS, PARTS, RAGGED, STARTS, TOKENS_OF, datasets_of
 from esm_packed.runners.output.parts import PART, PART_FORMAT
 from esm_packed.runners.state.plan import plan_hash
 
@@ -24,8 +26,11 @@ HIDDEN_SIZE = 8
 IDS = ("a", "päf", "failed", "absent", "same as a", "long", "last")
 _STATUS = (0, 1, 2, 3, 0, 0, 0)
 _EMBEDDED_LENGTHS = (3, 5, 4, 6, 3, 9, 1)
-_STARTS = (0, 3, 8, -1, 0, 12, 21)
-_NUM_ROWS = 22
+_STARTS: dict[Per, tuple[int, ...]] = {
+    "residue": (0, 3, 8, -1, 0, 12, 21),
+    "pair": (0, 6, 21, -1, 0, 31, 76),
+}
+_NUM_ROWS: dict[Per, int] = {"sequence": len(IDS), "residue": 22, "pair": 77}
 FAILED_REASON = "NaN in FP32, too"
 ABSENT_REASON = "its shard is missing"
 
@@ -37,7 +42,8 @@ class Output:
     Args:
         path: the output; its parts are in `folder`.
         ids: (n,) of sequences: computed, recomputed, failed, not computed, equal to the first, cut, computed.
-        status, lengths, starts: (n,) columns; `lengths` are those embedded.
+        status, lengths: (n,) columns; `lengths` are those embedded.
+        starts: (n,) columns, by what a row is for.
         values: rows of each data set.
     """
 
@@ -46,16 +52,22 @@ class Output:
     ids: list[str]
     status: np.ndarray
     lengths: np.ndarray
-    starts: np.ndarray
+    starts: dict[Per, np.ndarray]
     values: dict[str, np.ndarray]
 
     def value(self, dataset: str, sequence: int) -> np.ndarray:
         """What there is of a sequence, as `EmbeddingReader.value` gives it."""
-        rows = self.values[dataset]
-        if len(rows) == len(self.ids):
+        rows, per, length = self.values[dataset], per_of(dataset), int(self.lengths[sequence])
+        if per == "sequence":
             return np.asarray(rows[sequence])
-        start, length = self.starts[sequence], self.lengths[sequence]
-        return rows[start : start + length] if start >= 0 else np.full((length, rows.shape[1]), np.nan)
+        start = self.starts[per][sequence]
+        if per == "residue":
+            return rows[start : start + length] if start >= 0 else np.full((length, rows.shape[1]), np.nan)
+        matrix = np.full((length, length), np.nan, rows.dtype)
+        if start >= 0:
+            upper = np.triu_indices(length)
+            matrix[upper] = matrix.T[upper] = rows[start : start + len(upper[0])]
+        return matrix
 
 
 def write_output(
@@ -79,28 +91,31 @@ def write_output(
         options: of h5py's `create_dataset`, for the values.
         change: called with the open file at the end.
     """
-    offsets = np.repeat(np.arange(repeats), len(IDS)) * _NUM_ROWS
-    starts = np.tile(_STARTS, repeats)
+    number = np.repeat(np.arange(repeats), len(IDS))
+    starts = {per: np.tile(each, repeats) for per, each in _STARTS.items()}
     output = Output(
         path=path,
         folder=path.with_name(f"{path.name}.parts") / "1a2b3c4d",
         ids=[name + f".{number}" * (number > 0) for number in range(repeats) for name in IDS],
         status=np.tile(np.array(_STATUS, np.uint8), repeats),
         lengths=np.tile(np.array(_EMBEDDED_LENGTHS, np.int32), repeats),
-        starts=np.where(starts < 0, -1, starts + offsets),
+        starts={per: np.where(each < 0, -1, each + number * _NUM_ROWS[per]) for per, each in starts.items()},
         values={},
     )
     rng = np.random.default_rng(0)
     ragged = [name for kind, _, name in datasets_of(kinds, LAYERS) if kind in RAGGED]
     for kind, _, name in datasets_of(kinds, LAYERS):
-        columns = () if kind == "unmasked_nll" else (len(TOKENS_OF.get(kind, range(HIDDEN_SIZE))),)
-        rows = rng.standard_normal((repeats * _NUM_ROWS if name in ragged else len(output.ids), *columns))
+        is_flat = kind in ("unmasked_nll", "contacts")
+        columns = () if is_flat else (len(TOKENS_OF.get(kind, range(HIDDEN_SIZE))),)
+        rows = rng.standard_normal((repeats * _NUM_ROWS[per_of(kind)], *columns))
         output.values[name] = rows.astype("float32" if kind == "unmasked_nll" else store_dtype)
         for sequence in range(len(output.ids)):
             if name not in ragged and output.status[sequence] >= 2:
                 output.values[name][sequence] = np.nan
             elif output.status[sequence] == 2:
-                output.value(name, sequence)[:] = np.nan
+                start = output.starts[per_of(kind)][sequence]
+                count = row_counts(output.lengths)[per_of(kind)][sequence]
+                output.values[name][start : start + count] = np.nan
     with h5py.File(path, "w") as file:
         _write_columns(file, output, kinds)
         for name, rows in output.values.items():
@@ -140,8 +155,8 @@ def _write_columns(file: h5py.File, output: Output, kinds: Sequence[str]) -> Non
     file.create_dataset("problems", data=np.array(problems, dtype=PROBLEM))
     plan = {"identity": IDENTITY, "input_names": ["in.fasta"]}
     file.create_dataset("plan", data=json.dumps(plan), dtype=text)
-    if any(kind in RAGGED for kind in kinds):
-        file["starts"] = output.starts.astype(np.int64)
+    for per in {per_of(kind) for kind in kinds if kind in RAGGED}:
+        file[STARTS[per]] = output.starts[per].astype(np.int64)
 
 
 def _write_parts(
@@ -149,25 +164,33 @@ def _write_parts(
 ) -> None:
     """Cut the rows between sequences, one of each part, the rest of the last one."""
     output.folder.mkdir(parents=True)
-    num_rows = len(output.values[names[0]])
-    begins = np.unique(output.starts[output.starts >= 0])[:num_parts].tolist()
-    assert len(begins) == num_parts
-    records = []
-    for number, (begin, end) in enumerate(pairwise([*begins, num_rows])):
-        path = output.folder / f"{number:05d}.h5"
+    bounds: dict[Per, list[tuple[int, int]]] = {}
+    for per in dict.fromkeys(map(per_of, names)):
+        starts = output.starts[per]
+        begins = np.unique(starts[starts >= 0])[:num_parts].tolist()
+        assert len(begins) == num_parts
+        num_rows = len(next(output.values[name] for name in names if per_of(name) == per))
+        bounds[per] = list(pairwise([*begins, num_rows]))
+    paths = [output.folder / f"{number:05d}.h5" for number in range(num_parts)]
+    for number, path in enumerate(paths):
         with h5py.File(path, "w") as part:
             part.attrs["format"] = PART_FORMAT
             part.attrs["plan_hash"] = plan_hash(IDENTITY)
             for name in names:
-                part.create_dataset(name, data=output.values[name][begin:end], **options)
-        records.append((path.name, path.stat().st_size, begin, end - begin))
+                rows = output.values[name][slice(*bounds[per_of(name)][number])]
+                part.create_dataset(name, data=rows, **options)
     folder = str(output.folder.relative_to(output.path.parent))
     file.attrs["parts"] = folder
-    file.create_dataset("parts", data=np.array(records, dtype=PART))
+    for per, each in bounds.items():
+        records = [
+            (path.name, path.stat().st_size, begin, end - begin)
+            for path, (begin, end) in zip(paths, each, strict=True)
+        ]
+        file.create_dataset(PARTS[per], data=np.array(records, dtype=PART))
     for name in names:
         rows = output.values[name]
         layout = h5py.VirtualLayout(rows.shape, rows.dtype)
-        for part_name, _, begin, count in records:
-            source = h5py.VirtualSource(f"{folder}/{part_name}", name, (count, rows.shape[1]), rows.dtype)
-            layout[begin : begin + count] = source
+        for path, (begin, end) in zip(paths, bounds[per_of(name)], strict=True):
+            shape = (end - begin, *rows.shape[1:])
+            layout[begin:end] = h5py.VirtualSource(f"{folder}/{path.name}", name, shape, rows.dtype)
         file.create_virtual_dataset(name, layout)
