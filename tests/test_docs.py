@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
+import runpy
 import shlex
+import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,7 +106,6 @@ def folder(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     (tmp_path / "proteins.fasta").write_text("".join(f">{name} x\n{text}\n" for name, text in short.items()))
     (tmp_path / "more.fasta").write_text(f">more\n{proteins['P62805'][:40]}\n")
     (tmp_path / "proteins.tsv").write_text("id\tfamily\n" + "".join(f"{name}\tglobin\n" for name in short))
-    (tmp_path / "published").symlink_to(PUBLISHED)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -142,3 +144,45 @@ def test_errors_of_mistakes_are_the_published_ones(name: str) -> None:
     for mistake, errors in published["mistakes_in_fp32"].items():
         shown = f"{errors['worst_relative_l2']:.1e}".replace("e-0", "e-")
         assert sum(f"| {shown} |" in row for row in rows) == 1, f"{mistake}: {shown}"
+
+
+def run_script(name: str, *words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = ROOT / "examples" / name
+    monkeypatch.setattr("sys.argv", [str(script), *words])
+    runpy.run_path(str(script), run_name="__main__")
+
+
+def test_embed_and_look(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = str(ROOT / "examples" / "locations.tsv")
+    run_script("embed_and_look.py", "proteins.fasta", "--table", table, monkeypatch=monkeypatch)
+    assert Path("map.png").stat().st_size > 10_000
+    assert Path("map.h5").is_file()
+
+
+def test_classify_scores_held_out_proteins(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of four proteins in two classes each is predicted by a model that has seen a class twice at most."""
+    pytest.importorskip("sklearn")
+    Path("classes.tsv").write_text("id\tclass\nP01308\ta\nP69905\tb\nP99999\tb\nP62987\ta\n")
+    run_script("classify.py", "proteins.fasta", "classes.tsv", monkeypatch=monkeypatch)
+    *_, frequencies, most_frequent = capsys.readouterr().out.splitlines()
+    assert most_frequent.split()[-2:] == ["50.0%", "50.0%"]
+    assert frequencies.split()[-2] in {"0.0%", "25.0%", "50.0%", "75.0%", "100.0%"}
+
+
+def test_the_slurm_script_makes_the_output(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its call, taken down by a program of the same name, in the environment of an array of two."""
+    stub = folder / "bin" / "esm-packed"
+    stub.parent.mkdir()
+    stub.write_text('#!/bin/sh\nprintf "%s\\n" "$@" > call.txt\n')
+    stub.chmod(0o755)
+    script = ROOT / "examples" / "embed.sbatch"
+    words = [str(script), "proteins.fasta", "slurm.h5", "--model", "demo"]
+    subprocess.run(words, check=True, env=os.environ | {"PATH": f"{stub.parent}:{os.environ['PATH']}"})
+    call = Path("call.txt").read_text().splitlines()
+    for task in ("0", "1"):
+        for name, value in {"ID": task, "MIN": "0", "MAX": "1", "STEP": "1", "COUNT": "2"}.items():
+            monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", value)
+        assert main(call) == 0
+    assert Path("slurm.h5").is_file()
