@@ -16,7 +16,7 @@ import numpy as np
 from esm_packed.checkpoints import Checkpoint
 from esm_packed.errors import UsageError
 from esm_packed.files import sync
-from esm_packed.outputs import KINDS
+from esm_packed.outputs import KINDS, Per
 from esm_packed.runners.input.fasta import ReadOptions
 from esm_packed.runners.input.index import STDIN, FastaIndex
 from esm_packed.runners.output import pt_files
@@ -84,7 +84,7 @@ class ExtractRequest:
             token_budget=self.toks_per_batch,
             read=self.read,
             threads=self.threads,
-            parts=True if "per_tok" in self.include else None,
+            parts=True if any(KINDS[pt_files.KINDS[name]].is_ragged for name in self.include) else None,
             overwrite=self.overwrite,
             command=self.command,
         )
@@ -238,18 +238,16 @@ class _Files:
     def _check_space(self, index: FastaIndex, checkpoint: Checkpoint) -> None:
         request = self._request
         most = request.truncation_seq_length or np.iinfo(np.int32).max
-        lengths = (
-            np.minimum(index.lengths[start : start + _RECORDS_AT_ONCE], most)
-            for start in range(0, index.num_records, _RECORDS_AT_ONCE)
-        )
-        num_residues = sum(int(each.sum()) for each in lengths)
-        rows = sum(
-            num_residues if KINDS[kind].is_ragged else index.num_records
-            for kind in set(request.run(self.output).kinds)
-        )
-        layers = request.run(self.output).resolved_layers(checkpoint.config)
-        needed = 4 * rows * len(layers) * checkpoint.config.hidden_size
-        needed += pt_files.FILE_OVERHEAD_BYTES * index.num_records
+        rows: dict[Per, int] = {"sequence": index.num_records, "residue": 0, "pair": 0}
+        for start in range(0, index.num_records, _RECORDS_AT_ONCE):
+            lengths = np.minimum(index.lengths[start : start + _RECORDS_AT_ONCE], most).astype(np.int64)
+            rows["residue"] += int(lengths.sum())
+            rows["pair"] += int((lengths**2).sum())  # of whole matrices
+        run = request.run(self.output)
+        width = len(run.resolved_layers(checkpoint.config)) * checkpoint.config.hidden_size
+        needed = pt_files.FILE_OVERHEAD_BYTES * index.num_records
+        for kind in map(KINDS.__getitem__, set(run.kinds)):
+            needed += 4 * rows[kind.per] * (width if kind.has_layers else kind.columns)
         free = shutil.disk_usage(self._folder).free
         sizes = f"the .pt files take about {byte_size(needed)}, besides the output they are made of"
         if needed > free:

@@ -89,8 +89,6 @@ def extract(options: argparse.Namespace) -> int:
     from esm_packed.runners.watch.console import Console
 
     _check_standard_input([options.fasta])
-    if "contacts" in options.include:
-        raise UsageError("--include contacts: esm-packed does not write contacts yet; leave it out")
     request = _request(
         ExtractRequest,
         options,

@@ -20,11 +20,11 @@ _EPILOG = """\
 examples:
   esm-packed extract esm2_t33_650M_UR50D proteins.fasta out --include mean
   esm-packed extract my-finetune.pt proteins.fasta out --include mean per_tok --repr_layers 0 32 33
-  esm-packed extract demo proteins.fasta out --include bos --truncation_seq_length 2000 --nogpu
+  esm-packed extract demo proteins.fasta out --include bos contacts --truncation_seq_length 2000 --nogpu
 
 OUTPUT_DIR gets LABEL.pt for each sequence, LABEL being its whole header line, and index.tsv: label, file,
 status, reason. A file holds a dict with `label` and, by layer, FP32 tensors: `representations` (L, D) for
-per_tok, `mean_representations` (D,) and `bos_representations` (D,).
+per_tok, `mean_representations` (D,) and `bos_representations` (D,); and `contacts` (L, L).
 Interrupted or killed, the same command continues.
 
 Other than esm-extract:
@@ -70,7 +70,7 @@ def _add_esm_extract_options(parser: Parser) -> None:
         nargs="+",
         required=True,
         choices=("mean", "per_tok", "bos", "contacts"),
-        help="kinds of output (contacts are still to come)",
+        help="kinds of output",
     )
     parser.add_argument(
         "--repr_layers",

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from esm_packed.runners.output.names import PER_LAYER
 from esm_packed.runners.output.reader import EmbeddingReader
 
 MOST_NAME_BYTES = 200
@@ -24,9 +25,14 @@ MOST_NAME_BYTES = 200
 FILE_OVERHEAD_BYTES = 2048
 """What a file takes besides its values, about."""
 
-KINDS = {"per_tok": "per_residue", "mean": "mean", "bos": "bos"}
+KINDS = {"per_tok": "per_residue", "mean": "mean", "bos": "bos", "contacts": "contacts"}
 """What esm-extract calls kinds of output, in the order of its files, and what they are called here."""
-_KEYS = {"per_tok": "representations", "mean": "mean_representations", "bos": "bos_representations"}
+_KEYS = {
+    "per_tok": "representations",
+    "mean": "mean_representations",
+    "bos": "bos_representations",
+    "contacts": "contacts",
+}
 
 _HASH_DIGITS = 16
 _HASHED = re.compile(f".*-[0-9a-f]{{{_HASH_DIGITS}}}", re.DOTALL)
@@ -109,16 +115,19 @@ def content_of(reader: EmbeddingReader, row: int, label: str, include: Sequence[
         include: some of `KINDS`.
 
     Returns:
-        `label`, and FP32 tensors by layer: (L, D) in `representations`, (D,) in `mean_representations` and
-        `bos_representations`.
+        `label`, and FP32 tensors: by layer (L, D) in `representations`, (D,) in `mean_representations` and
+        `bos_representations`; (L, L) `contacts`.
     """
+
+    def tensor(kind: str, layer: int | None = None) -> torch.Tensor:
+        return torch.tensor(reader.value(row, kind, layer), dtype=torch.float32)
+
     content: dict[str, Any] = {"label": label}
-    for name in KINDS:
-        if name in include:
-            content[_KEYS[name]] = {
-                layer: torch.tensor(reader.value(row, KINDS[name], layer), dtype=torch.float32)
-                for layer in sorted(reader.layers)
-            }
+    for name, kind in KINDS.items():
+        if name in include and kind in PER_LAYER:
+            content[_KEYS[name]] = {layer: tensor(kind, layer) for layer in sorted(reader.layers)}
+        elif name in include:
+            content[_KEYS[name]] = tensor(kind)
     return content
 
 

@@ -53,7 +53,8 @@ def fair_extract(
     for batch in dataset.get_batch_indices(TOKENS, extra_toks_per_seq=1):
         labels, strings, tokens = convert([dataset[item] for item in batch])
         with torch.no_grad():
-            representations = model(tokens, repr_layers=layers)["representations"]
+            output = model(tokens, repr_layers=layers, return_contacts="contacts" in include)
+        representations = output["representations"]
         for row, label in enumerate(labels):
             result = results[label] = {"label": label}
             length = min(truncation, len(strings[row]))
@@ -69,6 +70,8 @@ def fair_extract(
                 result["bos_representations"] = {
                     layer: t[row, 0].clone() for layer, t in representations.items()
                 }
+            if "contacts" in include:
+                result["contacts"] = output["contacts"][row, :length, :length].clone()
     return results
 
 
@@ -76,9 +79,12 @@ def assert_same_content(found: dict[str, Any], expected: dict[str, Any]) -> None
     assert list(found) == list(expected)
     assert found["label"] == expected["label"]
     for key in list(expected)[1:]:
-        assert set(found[key]) == set(expected[key])
-        for layer, tensor in expected[key].items():
-            ours = found[key][layer]
+        ours_by_layer, by_layer = (
+            each[key] if isinstance(each[key], dict) else {None: each[key]} for each in (found, expected)
+        )
+        assert set(ours_by_layer) == set(by_layer)
+        for layer, tensor in by_layer.items():
+            ours = ours_by_layer[layer]
             assert (ours.dtype, ours.shape) == (torch.float32, tensor.shape)
             assert ours.untyped_storage().nbytes() == 4 * tensor.numel()
             assert torch.linalg.norm(ours - tensor) <= 1e-5 * torch.linalg.norm(tensor), (key, layer)
@@ -106,7 +112,8 @@ def load(path: Path) -> dict[str, Any]:
     [
         (["mean"], None, None),
         (["bos", "per_tok", "mean"], [0, 2, -1], None),
-        (["per_tok", "bos"], [-2], 100),
+        (["per_tok", "contacts", "bos"], [-2], 100),
+        (["contacts"], None, 60),
     ],
 )
 def test_files_are_those_of_esm_extract(
@@ -190,7 +197,6 @@ def test_names_that_are_alike_are_told_apart() -> None:
     [
         (">a\nMK<mask>V\n", [], "'<' is not in ESM-2's alphabet"),
         (">\nMKV\n", [], "no ID after '>'"),
-        (">a\nMKV\n", ["--include", "contacts", "mean"], "--include contacts"),
         (">a\nMKV\n", ["--repr_layers", "2", "6"], "--repr_layers: layer 6 does not exist"),
         (">a\nMKV\n", ["--repr_layers", "1,2"], "is not a layer"),
         (">a\nMKV\n", ["--include", "max"], "invalid choice: 'max'"),
