@@ -36,7 +36,7 @@ test: $(VENV)/test.stamp
 
 docs: $(DOCS_VENV)/docs.stamp
 	rm -rf build/docs build/lib
-	$(DOCS_VENV)/bin/python -m pip install --disable-pip-version-check --quiet --no-deps --target build/docs .
+	$(DOCS_VENV)/bin/python -m pip install --disable-pip-version-check --quiet --no-compile --no-deps --target build/docs .
 	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict --quiet
 	@echo "build/site/index.html"
 
@@ -50,7 +50,7 @@ $(BIN)/python:
 
 $(DOCS_VENV)/docs.stamp: docs/requirements.txt
 	$(PYTHON) -m venv $(DOCS_VENV)
-	$(DOCS_VENV)/bin/python -m pip install --disable-pip-version-check --quiet --requirement $<
+	$(DOCS_VENV)/bin/python -m pip install --disable-pip-version-check --quiet --no-compile --requirement $<
 	touch $@
 
 $(DIST_VENV)/dist.stamp:
