@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from esm_packed.errors import UserError
 
@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 
 OKABE_ITO = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#000000")
 """Colours that stay apart for colour-blind readers (Okabe and Ito 2008, "Color Universal Design")."""
+
+PICTURES = (".png", ".svg", ".pdf")
+"""Names of pictures end in one of these."""
+PICTURE_DPI = 150
+_NO_DATE = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 100rem;
@@ -224,12 +229,27 @@ def figure_style() -> Iterator[None]:
             "grid.color": "#dddddd",
             "font.size": 10.0,
             "legend.frameon": False,
-            "savefig.dpi": 150,
+            "savefig.dpi": PICTURE_DPI,
             "svg.fonttype": "none",
             "svg.hashsalt": "esm-packed",
         }
     ):
         yield
+
+
+def write_picture(figure: Figure, file: Path | IO[bytes], suffix: str, dpi: float = PICTURE_DPI) -> None:
+    """Write a figure, drawn within `figure_style`; the same figure gives the same bytes.
+
+    Args:
+        figure: what is written.
+        file: where to.
+        suffix: one of `PICTURES`, which says what is made.
+        dpi: pixels in an inch, of what is no vector.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    figure.savefig(file, format=suffix[1:], dpi=dpi, metadata=_NO_DATE.get(suffix))
 
 
 def _save_figure(figure: Figure, directory: Path, name: str) -> str:

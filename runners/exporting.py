@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -12,7 +11,7 @@ from esm_packed.files import whole_or_nothing
 from esm_packed.runners.exports.selection import Selection
 from esm_packed.runners.output.names import POOLED
 from esm_packed.runners.output.reader import EmbeddingReader
-from esm_packed.runners.system.paths import check_apart
+from esm_packed.runners.system.paths import check_apart, check_free
 from esm_packed.runners.system.terminal import counted
 from esm_packed.runners.watch.console import Console, byte_size
 
@@ -94,7 +93,4 @@ def check_new(output: Path, source: Path, reader: EmbeddingReader, *, overwrite:
     """
     parts = [source.parent / reader.attributes["parts"] / part.file for part in reader.parts]
     check_apart({"--output": output}, [source, *parts])
-    if os.path.lexists(output) and not overwrite:
-        raise UsageError(f"{output}: exists already; --overwrite replaces it")
-    if not output.parent.is_dir():
-        raise UsageError(f"{output.parent}: there is no such folder")
+    check_free(output, overwrite=overwrite)

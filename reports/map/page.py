@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from esm_packed.reports.map.figure import Map, draw
-from esm_packed.reports.page import figure_style, page_html
+from esm_packed.reports.page import figure_style, page_html, write_picture
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -81,17 +81,13 @@ def write_map(drawn: Map, path: Path, suffix: str, notes: Sequence[str]) -> None
         if suffix == ".html":
             path.write_text(_page(drawn, figure, notes), encoding="utf-8")
         else:
-            path.write_bytes(_picture(figure, suffix[1:]))
-
-
-def _picture(figure: Figure, format: str) -> bytes:
-    picture = io.BytesIO()
-    figure.savefig(picture, format=format, metadata={"Date": None} if format == "svg" else None)
-    return picture.getvalue()
+            write_picture(figure, path, suffix)
 
 
 def _page(drawn: Map, figure: Figure, notes: Sequence[str]) -> str:
-    source = base64.b64encode(_picture(figure, "svg")).decode()
+    picture = io.BytesIO()
+    write_picture(figure, picture, ".svg")
+    source = base64.b64encode(picture.getvalue()).decode()
     # as laid out for the picture; from the upper left corner, as shares of its size
     places = figure.axes[0].transData.transform(drawn.points) / (figure.bbox.width, figure.bbox.height)
     body = _BODY.format(

@@ -109,6 +109,17 @@ def extract(options: argparse.Namespace) -> int:
     return EXIT_COMPLETE
 
 
+def contacts(options: argparse.Namespace) -> int:
+    from esm_packed.runners.contacts import ContactsRequest, contacts_file
+    from esm_packed.runners.input.fasta import ReadOptions
+    from esm_packed.runners.watch.console import Console
+
+    _check_standard_input([options.fasta])
+    request = _request(ContactsRequest, options, read=_request(ReadOptions, options))
+    say(contacts_file(request, Console()))
+    return EXIT_COMPLETE
+
+
 def _check_standard_input(inputs: Sequence[str]) -> None:
     """See that `-` is there to be read, once."""
     from esm_packed.runners.input.index import STDIN

@@ -13,6 +13,7 @@ from esm_packed.config import (
 from esm_packed.reports.validation.thresholds import THRESHOLDS
 from esm_packed.runners.cli import commands as run
 from esm_packed.runners.cli import values
+from esm_packed.runners.cli.contacts_options import add_contacts
 from esm_packed.runners.cli.embed_options import add_embed
 from esm_packed.runners.cli.export_options import add_export, add_map
 from esm_packed.runners.cli.extract_options import add_extract
@@ -88,6 +89,7 @@ def build_parser() -> argparse.ArgumentParser:
         add_extract,
         add_export,
         add_map,
+        add_contacts,
         _add_info,
         _add_check,
         _add_checkpoint,

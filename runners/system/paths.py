@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -21,6 +22,18 @@ def resolved(path: Path) -> Path:
     except (OSError, RuntimeError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "its symbolic links lead in a circle"
         raise UsageError(f"{path}: {reason}") from error
+
+
+def check_free(output: Path, *, overwrite: bool) -> None:
+    """See that a file can be made.
+
+    Raises:
+        UsageError: it is there and may not be replaced, or its folder is not there.
+    """
+    if os.path.lexists(output) and not overwrite:
+        raise UsageError(f"{output}: exists already; --overwrite replaces it")
+    if not output.parent.is_dir():
+        raise UsageError(f"{output.parent}: there is no such folder")
 
 
 def check_apart(written: Mapping[str, Path], read: Iterable[str | Path]) -> None:
