@@ -192,6 +192,14 @@ def test_embed_and_look(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert Path("map.h5").is_file()
 
 
+def test_variant_scan(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_script("variant_scan.py", "proteins.fasta", "P01308", monkeypatch=monkeypatch)
+    assert Path("scan.png").stat().st_size > 10_000
+    assert capsys.readouterr().out.splitlines()[0] == "scan.png: 1,200 scores"
+
+
 def test_classify_scores_held_out_proteins(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
