@@ -97,7 +97,7 @@ def test_what_is_drawn() -> None:
     upper = np.triu_indices(length, 1)
     np.testing.assert_allclose(np.ma.getdata(shown)[upper], probabilities[upper], rtol=1e-6)
     np.testing.assert_array_equal(np.ma.getmaskarray(shown), np.tri(length, dtype=bool))
-    assert image.get_extent() == [0.5, 9.5, 9.5, 0.5]
+    assert list(image.get_extent()) == [0.5, 9.5, 9.5, 0.5]
     marked = np.asarray(axes.collections[0].get_offsets())
     assert {tuple(place) for place in marked.tolist()} == {(i + 1, j + 1) for i, j in pairs.tolist()}
 
@@ -108,7 +108,8 @@ def test_a_protein_too_short_for_contacts(
     assert contacts(checkpoint, "short.npy", "--record", "short") == 0
     assert len(capsys.readouterr().out.splitlines()) == 1
     with figure_style():
-        assert not len(draw(ContactMap(np.load("short.npy"), "short")).axes[0].collections[0].get_offsets())
+        marked = draw(ContactMap(np.load("short.npy"), "short")).axes[0].collections[0].get_offsets()
+    assert not np.asarray(marked).size
 
 
 @pytest.mark.parametrize(
