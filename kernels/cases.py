@@ -437,6 +437,7 @@ CASES: dict[str, Case] = {
             since=80,
             size="head_dim",
             launches=3,
+            candidates=lambda contacts, shape, dtype: contacts.candidates(dtype),
         ),
         Case(
             "gemm_bias_gelu",

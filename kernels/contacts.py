@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from esm_packed.kernels.launch import Settings, check_contiguous, launch_settings, next_power_of_2
+from esm_packed.kernels.launch import Settings, check_contiguous, grid, launch_settings, next_power_of_2
 from esm_packed.kernels.segments import sequence_of_tile
 
 
@@ -250,3 +250,22 @@ def _heuristic(head_dim: int, dtype: torch.dtype) -> Settings:
     if dtype == torch.float32:
         block_m, block_n, num_warps = 32, 32 if head_dim <= 64 else 16, 8 if head_dim > 16 else 4
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": num_warps, "num_stages": 2}
+
+
+_CANDIDATES = {
+    "half": grid(
+        "BLOCK_M BLOCK_N num_warps",
+        [(32, 32, 4), (64, 32, 4), (64, 64, 4), (64, 64, 8), (128, 32, 4), (128, 64, 8)],
+        num_stages=(2, 3),
+    ),
+    "fp32": grid(
+        "BLOCK_M BLOCK_N num_warps",
+        [(16, 16, 4), (32, 16, 4), (32, 16, 8), (32, 32, 4), (32, 32, 8), (64, 16, 8), (64, 32, 8)],
+        num_stages=(1, 2),
+    ),
+}
+
+
+def candidates(dtype: torch.dtype) -> list[Settings]:
+    """Settings to try on a GPU, the same in all three launches."""
+    return _CANDIDATES["fp32" if dtype == torch.float32 else "half"]

@@ -85,7 +85,7 @@ def test_every_kernel_of_a_precision_is_searched(precision: str, triton_device: 
     half = precision in ("fp16", "bf16")
     expected = {
         "embed_tokens", "layer_norm", "add_layer_norm_", "rotary_qk_", "bias_gelu_",
-        "segment_mean", "segment_max",
+        "segment_mean", "segment_max", "add_attention_maps_",
         *({"fp32": ["packed_attention", "packed_attention_tf32x3"], "tf32": ["packed_attention_tf32"]}
           .get(precision, ["packed_attention", "gemm_bias_gelu", "linear_gelu"])),
     }  # fmt: skip
