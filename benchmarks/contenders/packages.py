@@ -160,6 +160,9 @@ class FairEsm(_Batched):
 class Transformers(_Batched):
     """transformers' EsmModel with SDPA on padded batches of `layout`, means over residues."""
 
+    prefix = "esm."
+    """Of the hub's names of tensors, which the model's own names are without."""
+
     def __init__(
         self,
         model_name: str,
@@ -173,9 +176,7 @@ class Transformers(_Batched):
         with torch.device(DEVICE):  # values that are replaced at once are made fastest there
             model = self._make(checkpoint.config)
         tensors = {
-            name.removeprefix("esm."): tensor
-            for name, tensor in hub_tensors(checkpoint.tensors).items()
-            if not name.startswith("lm_head.")
+            name.removeprefix(self.prefix): tensor for name, tensor in hub_tensors(checkpoint.tensors).items()
         }
         frequencies = checkpoint.tensors["layers.0.self_attn.rot_emb.inv_freq"]
         wanted = model.state_dict()

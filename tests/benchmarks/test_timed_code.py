@@ -132,6 +132,43 @@ def test_the_model_behind_transformers_interface_is_timed_with_its_packing(
     assert record["relative_error"] < 1e-5
 
 
+@pytest.fixture(scope="module")
+def marginals() -> Any:
+    return importlib.import_module("contenders.marginals").MarginalsContest(new_contest())
+
+
+@pytest.mark.parametrize(
+    ("provider", "copies"),
+    [("esm_packed", 0), ("esm_packed_every_row", 0), ("fair_esm", 1), ("transformers", 3)],
+)
+def test_masked_marginals_are_timed_without_preparation(
+    provider: str, copies: int, marginals: Any, strict: StrictBenchmark
+) -> None:
+    bench = importlib.import_module("bench_scoring")
+    options = SimpleNamespace(getoption={"--tokens": 9, "--token-budget": 30}.get)
+    bench.test_masked_marginals(0, "demo", "fp32", provider, copies, marginals, strict, options)
+    assert strict.calls == 1
+    record = strict.extra_info
+    assert record["max_error"] < 5e-5
+    assert (record["sequences"], record["useful_tokens"]) == (7, 7 * 9)
+    assert record["token_budget"] == (copies or 3) * 9
+
+
+def test_masked_marginals_of_another_residue_are_not_timed(
+    marginals: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, contest = (importlib.import_module(f"contenders.{name}") for name in ("marginals", "contest"))
+    prepare = module.MarginalsInBatches.prepare
+
+    def shifted(self: Any, sequence: str) -> None:
+        prepare(self, sequence)
+        self.places = [(copies, sites - 1) for copies, sites in self.places]
+
+    monkeypatch.setattr(module.MarginalsInBatches, "prepare", shifted)
+    with pytest.raises(contest.OtherModelError, match="log-probabilities to FP64 are off by"):
+        marginals.ready(module.Marginals("fair_esm", "demo", "fp32", 7, 2))
+
+
 def test_attention_is_timed_without_preparation(options: Any, strict: StrictBenchmark) -> None:
     contests = importlib.import_module("kernel_contests")
     importlib.import_module("bench_attention").test_attention(

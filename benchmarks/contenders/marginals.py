@@ -1,0 +1,198 @@
+"""Masked marginals of a protein by this package and by others: checked against FP64, and only then timed."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from contenders.contest import Contest, OtherModelError
+from contenders.packages import FairEsm, Transformers, token_ids_with_ends
+from measuring import DEVICE, synchronize
+from workloads import proteins
+
+from esm_packed.alphabet import AMINO_ACID_IDS, MASK_ID, encode
+from esm_packed.config import ESM2Config
+from esm_packed.model import ESM2
+from esm_packed.numerics import matmul_precision
+from esm_packed.packing import plan_packs
+from esm_packed.readout import log_probabilities_of
+from esm_packed.scoring import pack_queries, plan_queries
+from esm_packed.transformers import esm_config
+
+MAX_ERRORS = {"fp32": 1e-4, "tf32": 0.1, "fp16": 0.1, "bf16": 1.0}
+"""In log-probability; more is another model, or another residue."""
+
+NUM_CHECKED = 5
+
+
+@cache
+def protein(num_residues: int) -> str:
+    """A made-up protein of residues as frequent as in UniRef50."""
+    return "".join(proteins("uniref", 2 * num_residues + 1024))[:num_residues]
+
+
+class PackedMarginals:
+    """This package: copies packed together, of which the masked rows alone are computed to the end.
+
+    With `every_row` the logits of all tokens are computed, of which those rows are taken.
+    """
+
+    def __init__(self, model: ESM2, token_budget: int, *, every_row: bool) -> None:
+        self.model, self.token_budget, self.every_row = model, token_budget, every_row
+        self.backend = model.attention_backend
+
+    def prepare(self, sequence: str) -> None:
+        token_ids = encode(sequence)
+        queries = plan_queries(len(token_ids), range(len(token_ids)))
+        self.packs, self.order = [], []
+        for members in plan_packs([query.num_tokens for query in queries], self.token_budget):
+            batch, rows = pack_queries([(token_ids, queries[index]) for index in members])
+            self.packs.append((batch.to(DEVICE), rows.to(DEVICE)))
+            self.order += members.tolist()
+
+    def run(self) -> None:
+        self.rows = [
+            log_probabilities_of(self.model(batch, return_logits=True).logits[rows])[:, AMINO_ACID_IDS]
+            if self.every_row
+            else self.model.log_probabilities_packed(batch, rows)
+            for batch, rows in self.packs
+        ]
+
+    def log_probabilities(self) -> torch.Tensor:
+        rows = torch.cat(self.rows)
+        ordered = torch.full_like(rows, torch.nan)
+        ordered[torch.tensor(self.order)] = rows
+        return ordered
+
+
+class MarginalsInBatches:
+    """Copies of a protein in batches of `copies`, without padding, as they are of one length.
+
+    Args:
+        loaded: a rival's model and how it computes.
+        copies: in a batch.
+    """
+
+    def __init__(self, loaded: FairEsm | Transformers, copies: int) -> None:
+        self._model, self._precision, self._copies = loaded.model, loaded.precision, copies
+        self.backend = f"batches of {copies}"
+
+    def prepare(self, sequence: str) -> None:
+        length = len(sequence)
+        masked = token_ids_with_ends(sequence).repeat(length, 1)
+        masked[torch.arange(length), torch.arange(length) + 1] = MASK_ID  # behind BOS
+        starts = range(0, length, self._copies)
+        self.tokens = [masked[start : start + self._copies].to(DEVICE) for start in starts]
+        self.places = [
+            (torch.arange(len(tokens), device=DEVICE), torch.arange(len(tokens), device=DEVICE) + start + 1)
+            for start, tokens in zip(starts, self.tokens, strict=True)
+        ]
+
+    @torch.no_grad()
+    def run(self) -> None:
+        with matmul_precision(self._precision):
+            self.rows = [
+                log_probabilities_of(self._model(tokens)["logits"][places])[:, AMINO_ACID_IDS]
+                for tokens, places in zip(self.tokens, self.places, strict=True)
+            ]
+
+    def log_probabilities(self) -> torch.Tensor:
+        return torch.cat(self.rows)
+
+
+class MaskedLM(Transformers):
+    """transformers' EsmForMaskedLM with SDPA."""
+
+    prefix = ""
+
+    def _make(self, config: ESM2Config) -> Any:
+        hub = esm_config(config, attn_implementation="sdpa")
+        return importlib.import_module("transformers").EsmForMaskedLM(hub)
+
+
+@dataclass(frozen=True)
+class Marginals:
+    """One variant.
+
+    Args:
+        provider: `esm_packed`, `esm_packed_every_row`, `fair_esm` or `transformers`.
+        model: as `ESM2.from_pretrained` takes it.
+        dtype: precision mode.
+        num_residues: of the protein.
+        copies: that are computed together.
+    """
+
+    provider: str
+    model: str
+    dtype: str
+    num_residues: int
+    copies: int
+
+
+class MarginalsContest:
+    """Variants, each loaded and checked once.
+
+    Args:
+        contest: holds this package's models.
+    """
+
+    def __init__(self, contest: Contest) -> None:
+        self._contest = contest
+        self._ready: dict[Marginals, Any] = {}
+        self._truths: dict[tuple[str, int], torch.Tensor] = {}
+        self.max_errors: dict[Marginals, float] = {}
+
+    def ready(self, variant: Marginals) -> Any:
+        """Load, run once and hold against FP64.
+
+        Raises:
+            ImportError: the provider's package is missing.
+            OtherModelError: a rival computes something else.
+            AssertionError: this package is wrong.
+        """
+        if variant not in self._ready:
+            provider = self._load(variant)
+            provider.prepare(protein(variant.num_residues))
+            provider.run()
+            synchronize()
+            actual = provider.log_probabilities().double().cpu()
+            sites = list(self._checked(variant))
+            error = float((actual[sites] - self._truth(variant, sites)).abs().max())
+            if not (error <= MAX_ERRORS[variant.dtype] and actual.isfinite().all()):
+                is_own = variant.provider.startswith("esm_packed")
+                refusal = AssertionError if is_own else OtherModelError
+                raise refusal(f"log-probabilities to FP64 are off by {error:.1e}")
+            self._ready[variant], self.max_errors[variant] = provider, error
+        return self._ready[variant]
+
+    def config(self, model: str) -> ESM2Config:
+        """Shape of a model that has been loaded."""
+        return self._contest.model(model, "fp64").config
+
+    def _load(self, variant: Marginals) -> Any:
+        if variant.provider.startswith("esm_packed"):
+            model = self._contest.model(variant.model, variant.dtype)
+            budget = variant.copies * (variant.num_residues + 2)
+            return PackedMarginals(model, budget, every_row=variant.provider.endswith("every_row"))
+        rival = {"fair_esm": FairEsm, "transformers": MaskedLM}[variant.provider]
+        return MarginalsInBatches(rival(variant.model, variant.dtype, token_budget=0), variant.copies)
+
+    def _checked(self, variant: Marginals) -> Iterator[int]:
+        last = variant.num_residues - 1
+        yield from dict.fromkeys(last * step // (NUM_CHECKED - 1) for step in range(NUM_CHECKED))
+
+    def _truth(self, variant: Marginals, sites: Sequence[int]) -> torch.Tensor:
+        key = variant.model, variant.num_residues
+        if key not in self._truths:
+            model = self._contest.model(variant.model, "fp64")
+            token_ids = encode(protein(variant.num_residues))
+            rows = []
+            for query in plan_queries(len(token_ids), sites):
+                batch, places = pack_queries([(token_ids, query)])
+                rows.append(model.log_probabilities_packed(batch.to(DEVICE), places.to(DEVICE)).cpu())
+            self._truths[key] = torch.cat(rows)
+        return self._truths[key]
