@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from kept_shards import Shard, mean_arrays, run_pipeline
+from proteins import write_fasta
 from workloads import token_lengths
 
 from esm_packed import ESM2
@@ -156,3 +157,26 @@ def test_from_fasta_to_file(
     assert len(comparisons) == 10
     assert all(0 < each.relative_error <= 5e-3 and each.cosine >= 0.99999 for each in comparisons)
     assert summary.stages.sequences == len(sequences)
+
+
+def test_contacts_on_disk_are_those_of_the_model(
+    cuda_device: torch.device, sequences: list[str], tmp_path: Path
+) -> None:
+    """In packs of many, beside other kinds, with the results of one pack on their way while the next runs."""
+    chosen = sequences[:40]
+    write_fasta(tmp_path / "in.fasta", chosen)
+    request = EmbedRequest(
+        (str(tmp_path / "in.fasta"),),
+        tmp_path / "out.h5",
+        model=MODEL,
+        device=str(cuda_device),
+        dtype="fp16",
+        kinds=("mean", "contacts"),
+        max_length=0,
+        token_budget=4096,
+    )
+    embed_files(request, Console(quiet=True))
+    truth = ESM2.from_pretrained(MODEL, device=cuda_device, dtype="fp64").contacts(chosen)
+    with EmbeddingReader(request.output) as reader:
+        for row, expected in enumerate(truth):
+            np.testing.assert_allclose(reader.value(row, "contacts"), expected, rtol=0, atol=4e-3)

@@ -28,7 +28,7 @@ def estimate(capsys: pytest.CaptureFixture[str], fasta: Path, *options: str, cod
     return dict(re.split(r"\s{2,}", line, maxsplit=1) for line in capsys.readouterr().out.splitlines())
 
 
-@pytest.mark.parametrize("include", ["mean", "mean,per_residue"])
+@pytest.mark.parametrize("include", ["mean", "mean,per_residue", "contacts"])
 def test_says_what_the_run_then_does_and_writes_nothing(
     fasta: Path, capsys: pytest.CaptureFixture[str], include: str
 ) -> None:

@@ -95,7 +95,13 @@ def test_ids_of_one_accession_are_named(
 
 
 @pytest.mark.parametrize(
-    ("kind", "dataset"), [("mean", "embeddings"), ("per_residue", "per_residue/6"), ("logits", "logits")]
+    ("kind", "dataset"),
+    [
+        ("mean", "embeddings"),
+        ("per_residue", "per_residue/6"),
+        ("logits", "logits"),
+        ("contacts", "contacts"),
+    ],
 )
 def test_pt_with_torch(output: Output, kind: str, dataset: str) -> None:
     loaded = torch.load(export(output, "pt", "--kind", kind), weights_only=True)
