@@ -206,7 +206,10 @@ def attention_maps(
 
 
 def embed_together(
-    model: ESM2, token_ids: Sequence[npt.NDArray[np.uint8]], names: Sequence[str]
+    model: ESM2,
+    token_ids: Sequence[npt.NDArray[np.uint8]],
+    names: Sequence[str],
+    sites: Sequence[npt.NDArray[np.int64]] | None = None,
 ) -> list[dict[str, Embeddings]]:
     """Outputs of sequences that make one pack.
 
@@ -214,15 +217,18 @@ def embed_together(
         model: computes.
         token_ids: residues of each sequence.
         names: of the outputs.
+        sites: of each sequence the residues whose log-probabilities are read, counted from 0.
 
     Returns:
-        Of each sequence by name: (columns,), (num_residues, columns) or (num_pairs, 1), FP32 (FP64 in the
-        FP64 mode).
+        Of each sequence by name: (columns,), (num_residues, columns), (num_pairs, 1) or (num_sites, columns),
+        FP32 (FP64 in the FP64 mode).
     """
     batch = pack(token_ids)
+    if sites is not None:
+        batch = batch.read_at(sites)
     outputs = model.embed_packed(batch.to(model.device), names, model.precision_mode.table_dtype)
     arrays = {name: outputs[name].cpu().numpy() for name in names}
-    counts = row_counts([len(ids) for ids in token_ids])
+    counts = row_counts([len(ids) for ids in token_ids], sites)
     firsts = {per: np.cumsum(each) - each for per, each in counts.items()}
     firsts["residue"] = batch.residue_bounds[:, 0].astype(np.int64)
 
@@ -236,7 +242,11 @@ def embed_together(
 
 
 def embed_in_windows(
-    model: ESM2, token_ids: npt.NDArray[np.uint8], names: Sequence[str], windows: Windows | None
+    model: ESM2,
+    token_ids: npt.NDArray[np.uint8],
+    names: Sequence[str],
+    windows: Windows | None,
+    sites: npt.NDArray[np.int64] | None = None,
 ) -> dict[str, Rows]:
     """Outputs of one protein, in windows if it is longer than one.
 
@@ -245,12 +255,13 @@ def embed_in_windows(
         token_ids: residues of the protein.
         names: of the outputs, of `KINDS_IN_WINDOWS` alone if there are windows.
         windows: how it is cut; None for not at all.
+        sites: as for `embed_together`; without windows.
 
     Returns:
         By name: (columns,) or (rows, columns), as `embed_together` gives them.
     """
     if windows is None or len(token_ids) <= windows.size:
-        return dict(embed_together(model, [token_ids], names)[0])
+        return dict(embed_together(model, [token_ids], names, None if sites is None else [sites])[0])
     blend = Blend(windows, len(token_ids))
     for start in windows.starts(len(token_ids)):
         window = token_ids[start : start + windows.size]

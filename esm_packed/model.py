@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from esm_packed import embedding, kernels, scoring
-from esm_packed.alphabet import AMINO_ACID_IDS, MASK_ID, VOCAB_SIZE
+from esm_packed.alphabet import MASK_ID, VOCAB_SIZE
 from esm_packed.attention import BackendError, PackedAttention, select_backend
 from esm_packed.checkpoints import Checkpoint, load_checkpoint
 from esm_packed.checkpoints.names import fill_parameter
@@ -35,8 +35,8 @@ from esm_packed.numerics import (
     resolve_precision,
 )
 from esm_packed.outputs import layer_of, needs_contacts, needs_logits
-from esm_packed.packing import PackedBatch, check_packed, check_rows
-from esm_packed.readout import kept_outputs, log_probabilities_of
+from esm_packed.packing import PackedBatch, check_packed
+from esm_packed.readout import kept_outputs
 from esm_packed.rescue import Rescue
 from esm_packed.rotary import RotaryTables
 
@@ -51,7 +51,7 @@ class PackedOutput:
         representations: layer to (total_tokens, hidden_size); 0 is the embedding, the last is normalised.
         logits: (total_tokens, vocab_size), or None when not asked for.
 
-    With `rows` given, logits and the last layer are of these tokens alone.
+    Of a batch with `rows`, logits and the last layer are of these tokens alone.
     """
 
     representations: dict[int, torch.Tensor]
@@ -243,19 +243,12 @@ class ESM2(nn.Module):
         batch: PackedBatch | None = None,
         repr_layers: Sequence[int] = (),
         return_logits: bool = False,
-        rows: torch.Tensor | None = None,
     ) -> PackedOutput:
         """As `forward_packed`, for a batch in one piece; forward hooks see it.
 
-        Args:
-            batch: the sequences, on the model's device.
-            repr_layers, return_logits: as for `forward_packed`.
-            rows: (num_rows,) int64 tokens whose logits and last layer are wanted: nothing else is computed
-                behind the last attention. None for all tokens.
-
         Raises:
             TypeError: `batch` is none.
-            ValueError: as `forward_packed`; or `rows` has another shape, dtype or device.
+            ValueError: as `forward_packed`; or the batch has rows of another shape, dtype or device.
         """
         if not isinstance(batch, PackedBatch):
             raise TypeError(
@@ -264,19 +257,15 @@ class ESM2(nn.Module):
                 "esm_packed.packing.pack makes"
             )
         check_packed(batch, self.device)
-        if rows is not None:
-            check_rows(rows, batch)
         for layer in repr_layers:
             if not 0 <= layer <= self.config.num_layers:
                 raise ValueError(f"repr_layers: {layer} is not within 0 to {self.config.num_layers}")
         if return_logits and self.lm_head is None:
             raise ValueError(f"{self.model_name} has no language-model head, so it gives no logits")
         with torch.no_grad(), matmul_precision(self.precision_mode):
-            return self._forward(batch, set(repr_layers), return_logits, rows)
+            return self._forward(batch, set(repr_layers), return_logits)
 
-    def _forward(
-        self, batch: PackedBatch, repr_layers: set[int], return_logits: bool, rows: torch.Tensor | None
-    ) -> PackedOutput:
+    def _forward(self, batch: PackedBatch, repr_layers: set[int], return_logits: bool) -> PackedOutput:
         rotary_tables = self.rotary(batch.max_seqlen)
         mask_id = MASK_ID if self.config.token_dropout else None
         representations = {}
@@ -299,9 +288,9 @@ class ESM2(nn.Module):
 
             hidden_states = layer.qkv(hidden_states)
             hidden_states = layer.attention(hidden_states, rotary_tables, position_ids, batch)
-            if rows is not None and next_norm is self.final_norm:
+            if batch.rows is not None and next_norm is self.final_norm:
                 # from here on no token depends on another
-                hidden_states, residual = hidden_states[rows], residual[rows]
+                hidden_states, residual = hidden_states[batch.rows], residual[batch.rows]
             hidden_states = layer.attention_out(hidden_states)
             hidden_states = layer.ffn_norm(hidden_states, residual)
 
@@ -341,24 +330,6 @@ class ESM2(nn.Module):
         else:
             output = self(batch, layers, needs_logits(names))
         return kept_outputs(output, batch, names, residue_dtype, contacts)
-
-    def log_probabilities_packed(self, batch: PackedBatch, rows: torch.Tensor) -> torch.Tensor:
-        """Log-probabilities of the 20 amino acids, of some tokens.
-
-        Args:
-            batch: the sequences, on the model's device.
-            rows: (num_rows,) int64 tokens, on the model's device.
-
-        Returns:
-            (num_rows, 20) FP32 (FP64 for FP64), in nats, in the order of `alphabet.AMINO_ACIDS`; normalised
-            over all 33 tokens.
-
-        Raises:
-            ValueError: the checkpoint has no language-model head, or a tensor does not fit.
-        """
-        output: PackedOutput = self(batch, return_logits=True, rows=rows)
-        assert output.logits is not None
-        return log_probabilities_of(output.logits)[:, AMINO_ACID_IDS]
 
     embed = embedding.embed
     contacts = embedding.contacts

@@ -43,6 +43,13 @@ KINDS = {
     "unmasked_nll": Kind("mean negative log-likelihood of the residues, unmasked, in nats", columns=1),
     "contacts": Kind("contact probability of each pair of residues", per="pair", columns=1),
 }
+LOG_PROBABILITIES = "log_probabilities"
+"""What a scoring run keeps, which embeds nothing; its batches say where it is read."""
+
+_ALL_KINDS = KINDS | {
+    LOG_PROBABILITIES: Kind("log-probabilities of the 20 amino acids, each site", per="site", columns=20)
+}
+
 KINDS_IN_WINDOWS = ("mean", "per_residue")
 """Kinds that a protein in windows has."""
 
@@ -76,7 +83,7 @@ def layer_of(name: str) -> int | None:
 
 def per_of(name: str) -> Per:
     """What the output called `name` has a row for."""
-    kind = KINDS.get(kind_of(name))
+    kind = _ALL_KINDS.get(kind_of(name))
     return "sequence" if kind is None else kind.per
 
 
@@ -92,7 +99,7 @@ def num_columns(name: str, hidden_size: int) -> int:
 
 def needs_logits(names: Iterable[str]) -> bool:
     """Whether the language-model head must run for these outputs."""
-    return any(kind_of(name) in ("logits", "logits_all", "unmasked_nll") for name in names)
+    return any(kind_of(name) in ("logits", "logits_all", "unmasked_nll", LOG_PROBABILITIES) for name in names)
 
 
 def needs_contacts(names: Iterable[str]) -> bool:

@@ -26,6 +26,8 @@ class PackedBatch:
         sequence_ids: names of the sequences, kept on the host.
         segments: which of the pieces that `cu_seqlens` bounds are sequences; the others are padding.
         host_cu_seqlens: `cu_seqlens` on the CPU, for a batch that was moved from there.
+        rows: (num_rows,) int64 tokens whose last layer and logits are wanted: nothing else is computed behind
+            the last attention. None for all tokens.
     """
 
     input_ids: torch.Tensor
@@ -34,6 +36,7 @@ class PackedBatch:
     sequence_ids: tuple[str, ...] | None = None
     segments: slice = field(default_factory=lambda: slice(None))
     host_cu_seqlens: torch.Tensor | None = None
+    rows: torch.Tensor | None = None
 
     @property
     def num_sequences(self) -> int:
@@ -69,7 +72,27 @@ class PackedBatch:
             input_ids=self.input_ids.to(device, non_blocking=non_blocking),
             cu_seqlens=self.cu_seqlens.to(device, non_blocking=non_blocking),
             host_cu_seqlens=self.cu_seqlens if is_on_host else self.host_cu_seqlens,
+            rows=None if self.rows is None else self.rows.to(device, non_blocking=non_blocking),
         )
+
+    def pinned(self) -> PackedBatch:
+        """The same batch in page-locked memory of the CPU."""
+        return replace(
+            self,
+            input_ids=self.input_ids.pin_memory(),
+            cu_seqlens=self.cu_seqlens.pin_memory(),
+            rows=None if self.rows is None else self.rows.pin_memory(),
+        )
+
+    def read_at(self, sites: Sequence[npt.NDArray[np.int64]]) -> PackedBatch:
+        """The same batch, on the CPU, of which only some residues are read.
+
+        Args:
+            sites: for each sequence the residues, counted from 0.
+        """
+        firsts = self.residue_bounds[:, 0].tolist()
+        rows = np.concatenate([first + places for first, places in zip(firsts, sites, strict=True)])
+        return replace(self, rows=torch.from_numpy(rows))
 
 
 def pack(
@@ -159,14 +182,11 @@ def check_packed(batch: PackedBatch, device: torch.device) -> None:
             )
         if lengths.max() > max_seqlen:
             raise ValueError(f"max_seqlen = {max_seqlen}, but a sequence has {int(lengths.max())} tokens")
+    if batch.rows is not None:
+        _check_rows(batch.rows, batch)
 
 
-def check_rows(rows: torch.Tensor, batch: PackedBatch) -> None:
-    """See that `rows` are tokens of a batch that `check_packed` has passed.
-
-    Raises:
-        ValueError: they are not.
-    """
+def _check_rows(rows: torch.Tensor, batch: PackedBatch) -> None:
     device = batch.input_ids.device
     if rows.ndim != 1 or rows.dtype != torch.int64 or rows.device != device or not rows.numel():
         raise ValueError(

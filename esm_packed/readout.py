@@ -11,7 +11,7 @@ from esm_packed import kernels
 from esm_packed.alphabet import AMINO_ACID_IDS
 from esm_packed.contacts import upper_triangle
 from esm_packed.kernels.reference import statistics_dtype
-from esm_packed.outputs import is_ragged, kind_of, layer_of
+from esm_packed.outputs import LOG_PROBABILITIES, is_ragged, kind_of, layer_of
 from esm_packed.packing import PackedBatch
 
 if TYPE_CHECKING:
@@ -41,7 +41,8 @@ def kept_outputs(
     Returns:
         By name: (num_sequences, columns) FP32 (FP64 for FP64), (total_tokens, columns) rows of all tokens,
         BOS, EOS and padding included, or (total_pairs, 1) of the sequences one after the other, each as
-        `upper_triangle` gives it. With ragged ones also `FINITE`, (num_sequences,) bool.
+        `upper_triangle` gives it. Log-probabilities are (num_rows, 20) FP32 (FP64 for FP64) of `batch.rows`,
+        in nats, normalised over all 33 tokens. With ragged ones also `FINITE`, (num_sequences,) bool.
     """
     kept, finite = {}, []
     for name in names:
@@ -53,6 +54,10 @@ def kept_outputs(
             continue
         rows = output.logits if layer is None else output.representations[layer]
         assert rows is not None
+        if name == LOG_PROBABILITIES:
+            kept[name] = rows = log_probabilities_of(rows)[:, AMINO_ACID_IDS]
+            finite.append(_are_finite(rows, batch))
+            continue
         if kind == "unmasked_nll":
             rows, kind = _negative_log_likelihood(rows, batch.input_ids), "mean"
         if kind == "logits":
@@ -76,6 +81,15 @@ def kept_outputs(
 def _negative_log_likelihood(logits: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
     """(total_tokens, 1) of each token, in nats."""
     return -log_probabilities_of(logits).gather(1, input_ids[:, None].long())
+
+
+def _are_finite(values: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
+    """(num_sequences,) bool, whether all that was read of a sequence is finite."""
+    assert batch.rows is not None
+    sequences = torch.searchsorted(batch.cu_seqlens, batch.rows.to(torch.int32), right=True) - 1
+    faults = torch.zeros(batch.cu_seqlens.numel() - 1, device=values.device)
+    faults.index_add_(0, sequences, (~values.isfinite().all(1)).to(faults.dtype))
+    return faults[batch.segments] == 0
 
 
 def log_probabilities_of(logits: torch.Tensor) -> torch.Tensor:

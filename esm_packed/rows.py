@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,14 +14,24 @@ from esm_packed.outputs import Per
 Values = npt.NDArray[np.floating[Any]]
 
 
-def row_counts(lengths: npt.ArrayLike) -> dict[Per, npt.NDArray[np.int64]]:
+def row_counts(
+    lengths: npt.ArrayLike, sites: Sequence[npt.NDArray[np.int64]] | None = None
+) -> dict[Per, npt.NDArray[np.int64]]:
     """(n,) rows that each of n sequences has, by what a row is for.
 
     Args:
         lengths: (n,) their residues.
+        sites: of each the residues that are read, where only these are.
     """
     lengths = np.asarray(lengths, np.int64)
-    return {"sequence": np.ones_like(lengths), "residue": lengths, "pair": lengths * (lengths + 1) // 2}
+    counts: dict[Per, npt.NDArray[np.int64]] = {
+        "sequence": np.ones_like(lengths),
+        "residue": lengths,
+        "pair": lengths * (lengths + 1) // 2,
+    }
+    if sites is not None:
+        counts["site"] = np.fromiter(map(len, sites), np.int64, len(sites))
+    return counts
 
 
 def symmetric_matrix(rows: Values) -> Values:

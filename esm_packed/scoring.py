@@ -25,9 +25,10 @@ import torch
 
 from esm_packed.alphabet import AMINO_ACID_IDS, MASK_ID
 from esm_packed.config import DEFAULT_MAX_LENGTH, DEFAULT_TOKEN_BUDGETS, SCORING_METHODS
-from esm_packed.embedding import encode_protein, encode_proteins
+from esm_packed.embedding import embed_together, encode_protein, encode_proteins
 from esm_packed.mutations import Mutant, WildType
-from esm_packed.packing import SPECIAL_TOKENS, PackedBatch, pack, plan_packs
+from esm_packed.outputs import LOG_PROBABILITIES
+from esm_packed.packing import SPECIAL_TOKENS, plan_packs
 from esm_packed.rescue import is_finite, named
 from esm_packed.windows import Windows
 
@@ -163,37 +164,20 @@ def check_method(method: str, *, joint: bool) -> None:
         raise ValueError(f"joint masks the sites of a mutant together; the method {method} masks none")
 
 
-def pack_queries(asked: Sequence[tuple[TokenIds, Query]]) -> tuple[PackedBatch, torch.Tensor]:
-    """Lay copies of proteins end to end, on the CPU.
-
-    Args:
-        asked: token ids of a whole protein, and what is read of it.
-
-    Returns:
-        The batch, and the (total sites,) int64 tokens of the sites of all queries, one after the other.
-    """
-    copies, rows, first = [], [], SPECIAL_TOKENS // 2
-    for token_ids, query in asked:
-        copies.append(query.copy_of(token_ids))
-        rows.append(first + query.places)
-        first += query.num_tokens
-    return pack(copies), torch.from_numpy(np.concatenate(rows))
-
-
 def answer_together(model: ESM2, asked: Sequence[tuple[TokenIds, Query]]) -> list[LogProbabilities]:
     """Log-probabilities at the sites of queries that make one pack.
 
     Args:
         model: computes.
-        asked: as for `pack_queries`.
+        asked: token ids of a whole protein, and what is read of it.
 
     Returns:
         Of each query (num_sites, 20) FP32 (FP64 in the FP64 mode).
     """
-    batch, rows = pack_queries(asked)
-    values = model.log_probabilities_packed(batch.to(model.device), rows.to(model.device)).cpu().numpy()
-    ends = np.cumsum([len(query.sites) for _, query in asked])[:-1]
-    return np.split(values, ends)
+    copies = [query.copy_of(token_ids) for token_ids, query in asked]
+    sites = [query.places for _, query in asked]
+    found = embed_together(model, copies, [LOG_PROBABILITIES], sites)
+    return [outputs[LOG_PROBABILITIES] for outputs in found]
 
 
 def effects(

@@ -179,7 +179,8 @@ def check_request(request: EmbedRequest) -> None:
         check_threads(request.threads)
     reused = [] if request.reuse is None else [request.reuse]
     check_paths(request, [*reused, *(path for path in request.inputs if path != STDIN)])
-    _check_suffix(request.output)
+    if request.scoring is None:
+        _check_suffix(request.output)
     if request.log_json is not None:
         if request.log_json.is_fifo():  # opening one waits for its reader
             raise UsageError(f"--log-json {request.log_json}: is a pipe; name a file")
@@ -213,9 +214,10 @@ def check_heads(request: EmbedRequest, checkpoint: Checkpoint) -> None:
     Raises:
         CheckpointError: it has not.
     """
-    if needs_logits(request.kinds) and "lm_head.bias" not in checkpoint.tensors:
-        kind = next(kind for kind in request.kinds if needs_logits([kind]))
-        raise CheckpointError(f"--include {kind}: {checkpoint.model_name} has no language-model head")
+    needing = [kind for kind in request.kinds if needs_logits([kind])]
+    if (needing or request.scoring is not None) and "lm_head.bias" not in checkpoint.tensors:
+        what = f"--include {needing[0]}" if needing else "score"
+        raise CheckpointError(f"{what}: {checkpoint.model_name} has no language-model head")
     if needs_contacts(request.kinds) and "contact_head.regression.weight" not in checkpoint.tensors:
         raise CheckpointError(f"--include contacts: {no_contact_head(checkpoint.model_name)}")
 
@@ -245,19 +247,18 @@ def gpu_numbers(request: EmbedRequest) -> tuple[int, ...]:
     return request.devices or tuple(range(count))
 
 
-def check_space(run: Run, num_compared: int, in_parts: bool, console: Console) -> None:
+def check_space(run: Run, needs: tuple[int, int], console: Console) -> None:
     """Say what the output takes, what the run still takes with its shards before they go, and what is free.
 
     Args:
         run: whose finished shards are there already.
-        num_compared: sequences that are compared with FP32.
-        in_parts: whether rows of residues stay in files beside the output, where no copy of them is made.
+        needs: bytes that the output takes, and that the run still takes until it is made.
         console: where it is said.
 
     Raises:
         OSError: ENOSPC, when that is too little.
     """
-    output, needed = space_of(run, num_compared, in_parts)
+    output, needed = needs
     folder = run.directory.output.parent
     free = shutil.disk_usage(folder).free
     sizes = (
@@ -274,7 +275,9 @@ def space_of(run: Run, num_compared: int, in_parts: bool) -> tuple[int, int]:
     """Bytes that the output takes, parts included, and that the run still takes until it is merged.
 
     Args:
-        run, num_compared, in_parts: as in `check_space`.
+        run: whose finished shards are there already.
+        num_compared: sequences that are compared with FP32.
+        in_parts: whether rows of residues stay in files beside the output, where no copy of them is made.
     """
     index, plan = run.index, run.plan
     num_computed = index.num_records - index.num_identical

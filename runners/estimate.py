@@ -19,18 +19,17 @@ from esm_packed.packing import SPECIAL_TOKENS
 from esm_packed.runners.checks import (
     check_device,
     check_heads,
-    check_output,
     check_request,
     first_device,
     gpu_numbers,
-    space_of,
 )
 from esm_packed.runners.compute.budget import measured_token_budget
 from esm_packed.runners.compute.worker import Worker, device_name, set_threads
 from esm_packed.runners.input.build import build_index
 from esm_packed.runners.output.joining import wants_parts
 from esm_packed.runners.output.reuse import EarlierOutput
-from esm_packed.runners.planning import input_bytes, new_plan, run_identity
+from esm_packed.runners.planning import input_bytes, new_plan, run_identity, run_of
+from esm_packed.runners.product import EmbeddingOutput, Product
 from esm_packed.runners.state.cut import sequence_flops
 from esm_packed.runners.state.directory import RunDirectory
 from esm_packed.runners.state.request import EmbedRequest
@@ -44,12 +43,13 @@ MEASURED_SECONDS = 20.0
 """No further pack is measured after this time."""
 
 
-def estimate(request: EmbedRequest, console: Console) -> list[str]:
+def estimate(request: EmbedRequest, console: Console, product: Product | None = None) -> list[str]:
     """Read the input, plan, and time a few packs of it; nothing is written but temporary files.
 
     Args:
         request: the run.
         console: shows how far reading is.
+        product: what the run makes; None for a file of embeddings.
 
     Returns:
         Lines for the terminal.
@@ -57,7 +57,8 @@ def estimate(request: EmbedRequest, console: Console) -> list[str]:
     Raises:
         UsageError, InputError, CheckpointError, BackendError: as `session.embed_files`.
     """
-    check_output(resolved(request.output), overwrite=True)
+    product = product or EmbeddingOutput(request)
+    product.existing(resolved(request.output), overwrite=True)
     check_request(request)
     device = first_device(request)
     check_device(request, device)
@@ -71,10 +72,14 @@ def estimate(request: EmbedRequest, console: Console) -> list[str]:
         check_heads(request, checkpoint)
         set_threads(request.threads)
         model = Worker(request, checkpoint, device).model
-        identity = run_identity(request, index, checkpoint, device, _token_budget(request, model))
-        plan = new_plan(identity, index, checkpoint, device, directory, request.command)
-        run = Run(directory, plan, index)
-        lines = _lines(request, run, checkpoint, model)
+        identity = {
+            **run_identity(request, index, checkpoint, device, _token_budget(request, model)),
+            **product.identity(index),
+        }
+        queries = product.queries(index)
+        plan = new_plan(identity, index, checkpoint, device, directory, request.command, queries)
+        run = run_of(directory, plan, index, queries)
+        lines = _lines(request, run, checkpoint, model, product)
         index.close()
     return [f"{name:<20}{line}" for name, line in lines.items()]
 
@@ -86,10 +91,12 @@ def _token_budget(request: EmbedRequest, model: ESM2) -> int:
     return measured_token_budget(model, default)
 
 
-def _lines(request: EmbedRequest, run: Run, checkpoint: Checkpoint, model: ESM2) -> dict[str, str]:
+def _lines(
+    request: EmbedRequest, run: Run, checkpoint: Checkpoint, model: ESM2, product: Product
+) -> dict[str, str]:
     plan, index = run.plan, run.index
     lengths, num_reused = _computed_lengths(request, run)
-    computed = counted(len(lengths), "sequence") + " and windows" * (plan.windows is not None)
+    computed = run.counted_items(len(lengths)) + " and windows" * (plan.windows is not None)
     lines = {
         "sequences": f"{index.num_records:,} ({counted(index.total_residues, 'residue')})",
         "computed": f"{computed} ({counted(int(lengths.sum()), 'residue')})"
@@ -104,8 +111,8 @@ def _lines(request: EmbedRequest, run: Run, checkpoint: Checkpoint, model: ESM2)
         workers = f" with {num_workers} workers, each as fast as this one" * (num_workers > 1)
         packs = f"measured on {counted(num_packs, 'pack')} of such lengths"
         lines["time"] = f"about {duration(total)}{workers}, {lengths.sum() / total:,.0f} residues/s; {packs}"
-    in_parts = wants_parts(run, request.parts)
-    output, needed = space_of(run, request.fp32_compare, in_parts)
+    in_parts = not plan.is_scoring and wants_parts(run, request.parts)
+    output, needed = product.space(run)
     folder = resolved(request.output).parent
     free = shutil.disk_usage(folder).free
     lines["output"] = f"about {byte_size(output)}" + ", residues in parts" * in_parts
@@ -143,13 +150,15 @@ def _measure(run: Run, model: ESM2, lengths: npt.NDArray[np.int64]) -> tuple[int
     """Packs that were timed, seconds that they took, and operations in them."""
     num_packs, seconds, flops = 0, 0.0, 0.0
     layout, budget = LAYOUTS[run.plan.identity["layout"]], run.plan.token_budget
-    computing = layout.prepare(model)
+    computing, names = layout.prepare(model), [array.name for array in run.arrays]
     begin = time.monotonic()
     for token_ids in _sample(run, lengths, MEASURED_PACKS * budget):
         batch = layout.lay_out(token_ids, budget)
+        if run.plan.is_scoring:
+            batch = batch.read_at([np.array([len(ids) // 2]) for ids in token_ids])
         for is_timed in (False, True) if not num_packs else (True,):  # the first one warms up
             start = time.perf_counter()
-            outputs = computing.embed_packed(batch.to(model.device), run.plan.outputs)
+            outputs = computing.embed_packed(batch.to(model.device), names)
             for values in outputs.values():
                 values.cpu()
             elapsed = time.perf_counter() - start
@@ -170,6 +179,6 @@ def _sample(
     chosen = rng.permutation(lengths)
     chosen = chosen[: max(1, int(np.searchsorted(np.cumsum(chosen + SPECIAL_TOKENS), num_tokens)))]
     layout, budget = LAYOUTS[run.plan.identity["layout"]], run.plan.token_budget
-    packs = layout.packs(chosen + SPECIAL_TOKENS, budget, run.plan.outputs)
+    packs = layout.packs(chosen + SPECIAL_TOKENS, budget, [array.name for array in run.arrays])
     for members in packs:
         yield [rng.integers(4, 24, length).astype(np.uint8) for length in chosen[members].tolist()]

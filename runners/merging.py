@@ -75,6 +75,10 @@ def merge_files(
         raise UsageError(f"{directory.path}: there is no run to merge; esm-packed embed begins one")
     with undisturbed(directory), claimed(directory, "merging", console):
         run = Run.open(directory)
+        if run.plan.is_scoring:
+            raise UsageError(
+                f"{directory.path}: a run of esm-packed score, which the same command puts together"
+            )
         existing = check_output(output, overwrite)
         if existing is not None:
             if existing.plan_hash != run.plan.hash:

@@ -22,8 +22,9 @@ from esm_packed.runners.state.claims import Claim
 from esm_packed.runners.state.cut import ShardSize, cut_shards
 from esm_packed.runners.state.directory import RunDirectory
 from esm_packed.runners.state.plan import Plan, PlanError
+from esm_packed.runners.state.queries import Queries, QueriesError
 from esm_packed.runners.state.request import EmbedRequest
-from esm_packed.runners.state.run import Run, input_identity
+from esm_packed.runners.state.run import Run, ScoringRun, input_identity
 from esm_packed.runners.watch.console import Console
 
 
@@ -124,8 +125,9 @@ def new_plan(
     device: torch.device,
     directory: RunDirectory,
     command: str,
+    queries: Queries | None = None,
 ) -> Plan:
-    """The plan of a new run, its records cut into shards."""
+    """The plan of a new run, its records, or its queries, cut into shards."""
     config = checkpoint.config
     uncut = Plan(
         identity,
@@ -137,8 +139,29 @@ def new_plan(
         secrets.token_hex(4),
     )
     run = Run(directory, uncut, index)
-    lengths, is_computed = run.embedded_lengths(0, index.num_records), run.is_computed(0, index.num_records)
+    if queries is not None:
+        lengths, is_computed = queries.lengths, np.ones(len(queries), np.bool_)
+    else:
+        lengths, is_computed = (
+            run.embedded_lengths(0, index.num_records),
+            run.is_computed(0, index.num_records),
+        )
     if uncut.windows is not None:
         lengths = uncut.windows.num_residues(lengths).astype(np.int32)
     size = ShardSize.of_run(lengths, is_computed, config, device.type, uncut.token_budget)
     return replace(uncut, starts=cut_shards(lengths, is_computed, config, size))
+
+
+def run_of(directory: RunDirectory, plan: Plan, index: FastaIndex, queries: Queries | None) -> Run:
+    """The run of a plan; the queries of a scoring run are written, unless they are there.
+
+    Call it with the claim held.
+    """
+    if queries is None:
+        return Run(directory, plan, index)
+    run = ScoringRun(directory, plan, index)
+    try:
+        _ = run.queries
+    except QueriesError:
+        queries.write(directory.queries_path, directory.scratch_path, plan.hash)
+    return run

@@ -1,4 +1,4 @@
-"""FASTA files to one HDF5 file of embeddings: index, plan, compute what is left, merge."""
+"""FASTA files to one file, of embeddings or of scores: index, plan, compute what is left, merge."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from esm_packed.runners.checks import (
     ExistingOutput,
     check_device,
     check_heads,
-    check_output,
     check_paths,
     check_request,
     check_space,
@@ -30,9 +29,6 @@ from esm_packed.runners.holding import check_held, check_others, claimed, undist
 from esm_packed.runners.input.fasta import DamagedIndexError
 from esm_packed.runners.input.index import STDIN, FastaIndex, reopen_index
 from esm_packed.runners.output.blocks import DamagedShardError
-from esm_packed.runners.output.changes import log_changes
-from esm_packed.runners.output.joining import wants_parts
-from esm_packed.runners.output.merge import MergeOptions, merge_run
 from esm_packed.runners.output.reuse import EarlierOutput
 from esm_packed.runners.planning import (
     existing_plan,
@@ -40,7 +36,9 @@ from esm_packed.runners.planning import (
     new_plan,
     open_or_build_index,
     run_identity,
+    run_of,
 )
+from esm_packed.runners.product import EmbeddingOutput, Product
 from esm_packed.runners.state.claims import Claim
 from esm_packed.runners.state.directory import WHOLE_RUN, RunDirectory
 from esm_packed.runners.state.parts import remove_unused_parts
@@ -50,7 +48,6 @@ from esm_packed.runners.state.run import Run
 from esm_packed.runners.state.slices import Slice
 from esm_packed.runners.summary import Summary
 from esm_packed.runners.system.paths import files_of, resolved
-from esm_packed.runners.system.terminal import counted
 from esm_packed.runners.watch.console import Console
 from esm_packed.runners.watch.watch import watching
 
@@ -66,7 +63,20 @@ class DerivedFiles(Protocol):
 
 
 def embed_files(request: EmbedRequest, console: Console, derived: DerivedFiles | None = None) -> Summary:
-    """Embed every record of `request.inputs` into `request.output`, which appears only when it is whole.
+    """Embed every record of `request.inputs` into `request.output`; see `carry_out`.
+
+    Args:
+        request: what is asked for.
+        console: shows how far it is.
+        derived: made of the output, if it is there or when it is made; without slices.
+    """
+    return carry_out(request, console, EmbeddingOutput(request), derived)
+
+
+def carry_out(
+    request: EmbedRequest, console: Console, product: Product, derived: DerivedFiles | None = None
+) -> Summary:
+    """Compute what `product` is made of, and make it: `request.output` appears only when it is whole.
 
     The work is done in the run directory `OUTPUT.run`. If one is there, the run it holds is continued. With
     `request.part` only that slice of the shards is computed, and the output is made by the process that finds
@@ -75,6 +85,7 @@ def embed_files(request: EmbedRequest, console: Console, derived: DerivedFiles |
     Args:
         request: what is asked for.
         console: shows how far it is.
+        product: what is made.
         derived: made of the output, if it is there or when it is made; without slices.
 
     Raises:
@@ -89,43 +100,44 @@ def embed_files(request: EmbedRequest, console: Console, derived: DerivedFiles |
     output = resolved(request.output)
     if request.reuse is not None:  # workers may have another working directory
         request = replace(request, reuse=resolved(request.reuse))
-    check_output(output, request.overwrite)
+    product.existing(output, request.overwrite)
     check_request(request)
     device = first_device(request)
     check_device(request, device)
     directory = RunDirectory(output)
     try:
-        summary = _embed(request, directory, device, console, derived)
+        summary = _carry_out(request, directory, device, console, product, derived)
     except DamagedIndexError as error:
         can_read = bool(request.inputs) and STDIN not in request.inputs
         if not can_read or directory.live_slices():  # others use the index
             raise
         console.note(f"{error.what}; reading the inputs again")
-        summary = _embed(request, directory, device, console, derived)
+        summary = _carry_out(request, directory, device, console, product, derived)
     summary.seconds = time.monotonic() - begin
     return summary
 
 
-def _embed(
+def _carry_out(
     request: EmbedRequest,
     directory: RunDirectory,
     device: torch.device,
     console: Console,
+    product: Product,
     derived: DerivedFiles | None,
 ) -> Summary:
     with undisturbed(directory), ExitStack() as stack:
-        session = _Session(request, directory, device, console, stack, derived)
+        session = _Session(request, directory, device, console, product, stack, derived)
         if request.part is None:
             with claimed(directory, WHOLE_RUN, console) as session.claim:
                 if session.prepare():
                     session.compute(range(session.run.plan.num_shards))
                     session.finish()
         else:
-            _embed_slice(session, request.part)
+            _compute_slice(session, request.part)
     return session.summary
 
 
-def _embed_slice(session: _Session, part: Slice) -> None:
+def _compute_slice(session: _Session, part: Slice) -> None:
     """Join the run, compute one slice of it, and merge if that was the last one."""
     directory, console = session.directory, session.console
     with ExitStack() as member:
@@ -161,6 +173,7 @@ class _Session:
         directory: RunDirectory,
         device: torch.device,
         console: Console,
+        product: Product,
         stack: ExitStack,
         derived: DerivedFiles | None,
     ) -> None:
@@ -168,6 +181,7 @@ class _Session:
         self.directory = directory
         self.device = device
         self.console = console
+        self._product = product
         self._stack = stack  # closes the engine
         self._derived = derived
         self._engine: Engine | None = None
@@ -179,7 +193,7 @@ class _Session:
         Call it with the claim held.
         """
         request = self.request
-        existing = check_output(self.directory.output, request.overwrite)
+        existing = self._product.existing(self.directory.output, request.overwrite)
         shutil.rmtree(self.directory.new_index_path, ignore_errors=True)  # of a killed process
         try:
             return self._prepare(request, existing)
@@ -195,7 +209,10 @@ class _Session:
         check_paths(request, files_of(self.checkpoint))
         plan = existing_plan(directory, request.overwrite)
         token_budget = self._token_budget(plan, existing)
-        identity = run_identity(request, index, self.checkpoint, self.device, token_budget)
+        identity = {
+            **run_identity(request, index, self.checkpoint, self.device, token_budget),
+            **self._product.identity(index),
+        }
         if request.reuse is not None:
             EarlierOutput(request.reuse, identity).close()  # refused before anything is computed
         self.summary = Summary.of_run(request, self.checkpoint, index, identity)
@@ -214,15 +231,18 @@ class _Session:
             index.close()
             directory.adopt_index()
             index = self._opened_index = reopen_index(directory.index_path)
+        queries = self._product.queries(index)
         if plan is None:
-            plan = new_plan(identity, index, self.checkpoint, self.device, directory, request.command)
+            plan = new_plan(
+                identity, index, self.checkpoint, self.device, directory, request.command, queries
+            )
             check_held(self.claim)
             if dropped := directory.forget_shards():
                 self.console.note(
                     f"{directory.path}: {dropped:,} shards of a run that is given up are removed"
                 )
             plan.write(directory.plan_path, directory.scratch_path)
-        self.run = Run(directory, plan, index)
+        self.run = run_of(directory, plan, index, queries)
         return True
 
     def _token_budget(self, plan: Plan | None, existing: ExistingOutput | None) -> int:
@@ -250,16 +270,13 @@ class _Session:
             shards: their numbers.
             verify: read the finished ones, and compute again what is damaged; else merging does that.
         """
-        run, request = self.run, self.request
+        run = self.run
         if verify:
             left = [shard for shard in shards if not run.is_whole(shard)]
         else:
             finished = set(run.finished(shards))
             left = [shard for shard in shards if shard not in finished]
-        in_parts = wants_parts(run, request.parts)
-        if in_parts:
-            run.parts.check()
-        check_space(run, request.fp32_compare, in_parts, self.console)
+        check_space(run, self._product.space(run), self.console)
         if len(left) < len(shards):
             self.console.note(
                 f"continuing: {len(shards) - len(left):,} of {len(shards):,} shards are finished"
@@ -272,9 +289,8 @@ class _Session:
         engine, run = self.engine(), self.run
         self.summary.device = engine.describe()
         self.console.note(
-            f"embedding {counted(run.index.num_records, 'sequence')}, "
-            f"{counted(run.index.total_residues, 'residue')}, with "
-            f"{run.plan.model_name} ({run.plan.identity['dtype']}) on {self.summary.device}"
+            f"{run.describe()}, with {run.plan.model_name} ({run.plan.identity['dtype']}) on "
+            f"{self.summary.device}"
         )
         total = sum(run.residues(shard) for shard in shards)
         with watching(self.console, engine.num_workers, self.request.log_json, total) as watch:
@@ -286,14 +302,6 @@ class _Session:
             finally:
                 self.summary.stages = engine.times
         self.summary.embedding_seconds += time.monotonic() - begin
-
-    def _is_partial_output(self) -> bool:
-        """Whether the output is there, made of a part of this run."""
-        try:
-            existing = check_output(self.directory.output, overwrite=False)
-        except UsageError:  # something else, which merging does not replace
-            return False
-        return existing is not None and existing.plan_hash == self.run.plan.hash and not existing.is_complete
 
     def _say_what_is_saved(self, shards: Sequence[int], done: int) -> None:
         """Tell an interrupted user what the run has.
@@ -321,23 +329,14 @@ class _Session:
         while True:
             check_held(self.claim)
             try:
-                overwrite = self.request.overwrite or self._is_partial_output()
-                options = MergeOptions(
-                    overwrite=overwrite,
-                    compression=self.request.compression,
-                    in_parts=wants_parts(self.run, self.request.parts),
-                    keep_run=self.request.keep_run,
-                )
-                merge_run(self.run, self.console, options)
+                self._product.make(self.run, self.console)
                 break
             except DamagedShardError as damaged:
                 self.console.note(f"{damaged}; it is computed again")
                 self._compute([damaged.shard])
         self.summary.merging_seconds = time.monotonic() - begin
         self.summary.device = self.summary.device or "none, all was computed before"
-        self.summary.read_output()
-        if self.request.log_json is not None:
-            log_changes(self.console, self.request.log_json, self.directory.output)
+        self._product.read(self.summary)
         if self._derived is not None:
             self._derived.make()
             remove_unused_parts(self.directory.output, None)
@@ -351,7 +350,7 @@ class _Session:
         Raises:
             UsageError: another run has taken this one's place.
         """
-        existing = check_output(self.directory.output, overwrite=False)
+        existing = self._product.existing(self.directory.output, overwrite=False)
         is_there = existing is not None and existing.is_complete
         with suppress(FileNotFoundError, PlanError):
             if not is_there and Plan.read(self.directory.plan_path).hash == self.run.plan.hash:
@@ -366,7 +365,7 @@ class _Session:
         return True
 
     def _is_complete(self, existing: ExistingOutput) -> None:
-        self.summary.read_output()
+        self._product.read(self.summary)
         parts = existing.parts
         if self._derived is not None:
             self._derived.make()

@@ -11,6 +11,7 @@ import numpy as np
 from esm_packed.runners.input.fasta import DamagedIndexError
 from esm_packed.runners.input.index import reopen_index
 from esm_packed.runners.output.reader import EmbeddingReader
+from esm_packed.runners.score_output import read_description
 from esm_packed.runners.state.claims import describe_holder, holder_of, is_live
 from esm_packed.runners.state.directory import RunDirectory
 from esm_packed.runners.state.plan import Plan, PlanError
@@ -31,11 +32,12 @@ class RunState:
         command: the one that began it, empty if it is not known.
         num_shards: parts of the work; None while the input is read.
         num_shards_finished: those that are done.
-        num_records: of the input.
+        num_records: of the input; copies of proteins that are scored, or rows of a table of scores.
         num_records_finished: those in finished shards.
         shards_per_minute: None where it cannot be told.
         seconds_since_last: since the last shard was finished.
         workers: processes at work on it.
+        is_scoring: whether variants are scored.
         index_fault: why the records of its inputs cannot be read, empty if they can.
     """
 
@@ -51,14 +53,15 @@ class RunState:
     shards_per_minute: float | None = None
     seconds_since_last: float | None = None
     workers: tuple[str, ...] = ()
+    is_scoring: bool = False
     index_fault: str = ""
 
     def lines(self) -> list[str]:
         """For the terminal."""
         if self.complete:
             kept = f"; {self.run} is kept" if self.run else ""
-            sequences = counted(self.num_records or 0, "sequence")
-            return [f"{self.output}: complete, {sequences}{kept}", *self.workers]
+            records = counted(self.num_records or 0, "row" if self.is_scoring else "sequence")
+            return [f"{self.output}: complete, {records}{kept}", *self.workers]
         partial = []
         if self.num_not_computed is not None:
             missing = f"{self.num_not_computed:,} of {self.num_records:,} proteins not computed"
@@ -72,7 +75,7 @@ class RunState:
             return [f"{self.run}: no plan yet, the input is being read", *lines]
         if self.index_fault:
             lines.append(self.index_fault)
-        if self.num_shards_finished == self.num_shards:
+        if self.num_shards_finished == self.num_shards and not self.is_scoring:
             lines.append(f"esm-packed merge {self.output} puts them together")
         if self.shards_per_minute is not None:
             lines.insert(
@@ -80,10 +83,11 @@ class RunState:
                 f"{self.shards_per_minute:.1f} shards a minute so far, the last one "
                 f"{self.seconds_since_last:,.0f} s ago",
             )
+        noun = "copies" if self.is_scoring else "records"
         return [
             *partial,
             f"{self.run}: {self.num_shards_finished:,} of {self.num_shards:,} shards finished, "
-            f"{self.num_records_finished:,} of {self.num_records:,} records "
+            f"{self.num_records_finished:,} of {self.num_records:,} {noun} "
             f"({self.num_records_finished / self.num_records:.0%})",
             *lines,
         ]
@@ -100,6 +104,10 @@ def run_state(directory: RunDirectory) -> RunState:
             return _state_of_run(directory)
         if not directory.output.exists():
             raise PlanError(f"{directory.output}: there is neither this output nor a run that makes it")
+        if (found := read_description(directory.output)) is not None:
+            return RunState(
+                "", str(directory.output), complete=True, num_records=found["num_rows"], is_scoring=True
+            )
         with EmbeddingReader(directory.output) as reader:
             return RunState(
                 "", str(directory.output), *_completeness(reader), num_records=reader.num_sequences
@@ -136,6 +144,7 @@ def _state_of_run(directory: RunDirectory) -> RunState:
         shards_per_minute=60 * (len(times) - 1) / (times[-1] - times[0]) if has_rate else None,
         seconds_since_last=time.time() - times[-1] if times else None,
         workers=_workers(directory),
+        is_scoring=plan.is_scoring,
         index_fault=_index_fault(directory),
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -18,9 +18,10 @@ from esm_packed.alphabet import AMINO_ACID_IDS, MASK_ID, encode
 from esm_packed.config import ESM2Config
 from esm_packed.model import ESM2
 from esm_packed.numerics import matmul_precision
-from esm_packed.packing import plan_packs
+from esm_packed.outputs import LOG_PROBABILITIES
+from esm_packed.packing import pack, plan_packs
 from esm_packed.readout import log_probabilities_of
-from esm_packed.scoring import pack_queries, plan_queries
+from esm_packed.scoring import answer_together, plan_queries
 from esm_packed.transformers import esm_config
 
 MAX_ERRORS = {"fp32": 1e-4, "tf32": 0.1, "fp16": 0.1, "bf16": 1.0}
@@ -50,16 +51,19 @@ class PackedMarginals:
         queries = plan_queries(len(token_ids), range(len(token_ids)))
         self.packs, self.order = [], []
         for members in plan_packs([query.num_tokens for query in queries], self.token_budget):
-            batch, rows = pack_queries([(token_ids, queries[index]) for index in members])
-            self.packs.append((batch.to(DEVICE), rows.to(DEVICE)))
+            chosen = [queries[index] for index in members]
+            batch = pack([query.copy_of(token_ids) for query in chosen])
+            self.packs.append(batch.read_at([query.places for query in chosen]).to(DEVICE))
             self.order += members.tolist()
 
     def run(self) -> None:
         self.rows = [
-            log_probabilities_of(self.model(batch, return_logits=True).logits[rows])[:, AMINO_ACID_IDS]
+            log_probabilities_of(
+                self.model(replace(batch, rows=None), return_logits=True).logits[batch.rows]
+            )[:, AMINO_ACID_IDS]
             if self.every_row
-            else self.model.log_probabilities_packed(batch, rows)
-            for batch, rows in self.packs
+            else self.model.embed_packed(batch, [LOG_PROBABILITIES])[LOG_PROBABILITIES]
+            for batch in self.packs
         ]
 
     def log_probabilities(self) -> torch.Tensor:
@@ -190,9 +194,9 @@ class MarginalsContest:
         if key not in self._truths:
             model = self._contest.model(variant.model, "fp64")
             token_ids = encode(protein(variant.num_residues))
-            rows = []
-            for query in plan_queries(len(token_ids), sites):
-                batch, places = pack_queries([(token_ids, query)])
-                rows.append(model.log_probabilities_packed(batch.to(DEVICE), places.to(DEVICE)).cpu())
+            rows = [
+                torch.from_numpy(answer_together(model, [(token_ids, query)])[0])
+                for query in plan_queries(len(token_ids), sites)
+            ]
             self._truths[key] = torch.cat(rows)
         return self._truths[key]

@@ -11,7 +11,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -31,36 +31,18 @@ from esm_packed.runners.system.terminal import (
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
+    from esm_packed.runners.state.request import EmbedRequest
     from esm_packed.windows import Windows
 
     Request = TypeVar("Request", bound=DataclassInstance)
 
 
 def embed(options: argparse.Namespace) -> int:
-    import torch
-
-    from esm_packed.runners.input.fasta import ReadOptions
     from esm_packed.runners.session import embed_files
-    from esm_packed.runners.state.request import EmbedRequest
-    from esm_packed.runners.state.slices import local_device_number, parse_slice
     from esm_packed.runners.watch.console import Console
 
-    _check_standard_input(options.inputs)
     options.disable_packing |= is_on("ESM_PACKED_DISABLE_PACKING")
-    options.disable_fp16 |= is_on("ESM_PACKED_DISABLE_FP16")
-    device = options.device
-    if options.part == "auto" and device in ("auto", "cuda") and (num_devices := torch.cuda.device_count()):
-        device = f"cuda:{local_device_number(os.environ, num_devices)}"
-    request = _request(
-        EmbedRequest,
-        options,
-        inputs=tuple(options.inputs),
-        device=device,
-        part=None if options.part is None else parse_slice(options.part, os.environ),
-        layout=_layout(options),
-        windows=_windows(options),
-        read=_request(ReadOptions, options),
-    )
+    request = _run_request(options, layout=_layout(options), windows=_windows(options))
     if options.estimate:
         from esm_packed.runners.estimate import estimate
 
@@ -78,6 +60,41 @@ def embed(options: argparse.Namespace) -> int:
         complain(
             f"{summary.num_failed:,} of {summary.num_sequences:,} embeddings are not finite; their rows are "
             "NaN, and `problems` in the output names them"
+        )
+        return EXIT_FAILED_ROWS
+    return EXIT_COMPLETE
+
+
+def score(options: argparse.Namespace) -> int:
+    from esm_packed.runners.scoring import score_file
+    from esm_packed.runners.state.request import Scoring
+    from esm_packed.runners.watch.console import Console
+
+    table = "proteins" if options.pseudo_perplexity else "scan" if options.mutations is None else "mutants"
+    if options.joint and (table != "mutants" or options.method != "masked"):
+        raise UsageError(
+            "--joint masks the sites of a mutant together: it needs --mutations and --method masked"
+        )
+    if options.skip_bad and table != "mutants":
+        raise UsageError("--skip-bad leaves out mutants of a table: give --mutations")
+    if options.pseudo_perplexity and options.method != "masked":
+        raise UsageError("--pseudo-perplexity masks each residue in turn: leave out --method")
+    if options.heat_map is not None and (table != "scan" or options.part is not None):
+        raise UsageError("--heat-map draws a scan: leave out --mutations, --pseudo-perplexity and --slice")
+    request = _run_request(options, scoring=_request(Scoring, options, table=table))
+    if options.estimate:
+        from esm_packed.runners.estimate import estimate
+        from esm_packed.runners.scoring import ScoreTable
+
+        say(estimate(request, Console(options.quiet), ScoreTable(request)))
+        return EXIT_COMPLETE
+    scored = score_file(request, Console(options.quiet), options.heat_map)
+    if not options.quiet:
+        say(scored.lines())
+    if scored.num_failed:
+        complain(
+            f"{scored.num_failed:,} copies of proteins gave no number; their scores are empty, and `failed` "
+            f"in {request.output}.json says why"
         )
         return EXIT_FAILED_ROWS
     return EXIT_COMPLETE
@@ -150,6 +167,33 @@ def _layout(options: argparse.Namespace) -> str:
             "--reproducible and --disable-packing (or ESM_PACKED_DISABLE_PACKING) exclude each other"
         )
     return "fixed" if options.reproducible else "padded" if options.disable_packing else "packed"
+
+
+def _run_request(options: argparse.Namespace, **others: object) -> EmbedRequest:
+    """The request of a command that is a run; fields of which it has no option keep their defaults."""
+    import torch
+
+    from esm_packed.runners.input.fasta import ReadOptions
+    from esm_packed.runners.state.request import EmbedRequest
+    from esm_packed.runners.state.slices import local_device_number, parse_slice
+
+    _check_standard_input(options.inputs)
+    options.disable_fp16 |= is_on("ESM_PACKED_DISABLE_FP16")
+    device = options.device
+    if options.part == "auto" and device in ("auto", "cuda") and (num_devices := torch.cuda.device_count()):
+        device = f"cuda:{local_device_number(os.environ, num_devices)}"
+    for field in fields(EmbedRequest):
+        if field.default is not MISSING and not hasattr(options, field.name):
+            others.setdefault(field.name, field.default)
+    return _request(
+        EmbedRequest,
+        options,
+        inputs=tuple(options.inputs),
+        device=device,
+        part=None if options.part is None else parse_slice(options.part, os.environ),
+        read=_request(ReadOptions, options),
+        **others,
+    )
 
 
 def _request(kind: type[Request], options: argparse.Namespace, **others: object) -> Request:

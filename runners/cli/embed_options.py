@@ -4,26 +4,12 @@ from __future__ import annotations
 
 import argparse
 
-from esm_packed.config import (
-    ATTENTIONS,
-    DEFAULT_MODEL,
-    DEFAULT_OVERLAP,
-    DEFAULT_TOKEN_BUDGETS,
-    DTYPES,
-    ESM2_MODELS,
-)
+from esm_packed.config import DEFAULT_MODEL, DEFAULT_OVERLAP, ESM2_MODELS
 from esm_packed.outputs import KINDS, KINDS_IN_WINDOWS
 from esm_packed.runners.cli import commands as run
 from esm_packed.runners.cli import values
-from esm_packed.runners.cli.parser import (
-    Parser,
-    add_command,
-    add_device,
-    add_max_length,
-    add_parts,
-    add_read_rules,
-    add_threads,
-)
+from esm_packed.runners.cli.parser import Parser, add_command, add_max_length, add_parts, add_read_rules
+from esm_packed.runners.cli.run_options import add_computing, add_run, add_workers
 
 
 def _kinds() -> str:
@@ -70,40 +56,11 @@ def add_embed(commands: argparse._SubParsersAction[Parser]) -> None:
         "the mean over its residues of the last layer, or what --include and --layers ask for.",
         epilog=_EMBED_EPILOG,
     )
-    parser.add_argument(
-        "inputs",
-        nargs="*",
-        type=values.input_name,
-        metavar="FASTA",
-        help="FASTA file, plain or gzip; - is standard input, which a run that has read it can be continued "
-        "without",
-    )
-    parser.add_argument(
-        "-o", "--output", required=True, type=values.output_file, metavar="OUT.h5", help="HDF5 file to make"
-    )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace OUT.h5, or an unfinished run of other options"
-    )
-    parser.add_argument(
-        "--estimate",
-        action="store_true",
-        help="say what would be computed, in what time (measured on a few packs) and how large it gets; "
-        "write nothing",
-    )
-    parser.add_argument("--keep-run", action="store_true", help="keep OUT.h5.run when OUT.h5 is made")
-    amount = parser.add_mutually_exclusive_group()
-    amount.add_argument("--quiet", action="store_true", help="say nothing but what goes wrong")
-    amount.add_argument("--verbose", action="store_true", help="a summary with stages and packing at the end")
-    parser.add_argument(
-        "--log-json",
-        type=values.path,
-        metavar="FILE",
-        help="append metrics to FILE every ten seconds, a JSON object in each line",
-    )
+    add_run(parser, "OUT.h5", "HDF5 file to make")
     _add_embed_model(parser.add_argument_group("model"))
     _add_embed_stored(parser.add_argument_group("output"))
     _add_embed_computing(parser.add_argument_group("computing"))
-    _add_embed_workers(parser.add_argument_group("several devices and machines"))
+    add_workers(parser.add_argument_group("several devices and machines"), "OUT.h5")
     add_read_rules(parser)
 
 
@@ -163,8 +120,7 @@ def _add_embed_stored(stored: argparse._ArgumentGroup) -> None:
 
 
 def _add_embed_computing(compute: argparse._ArgumentGroup) -> None:
-    add_device(compute)
-    compute.add_argument("--dtype", choices=DTYPES, help="precision (default: fp16 on a GPU, fp32 on a CPU)")
+    add_computing(compute, "which --reproducible always takes")
     compute.add_argument(
         "--fp32-compare",
         type=values.whole_number(0),
@@ -172,21 +128,6 @@ def _add_embed_computing(compute: argparse._ArgumentGroup) -> None:
         metavar="N",
         help="compute N sampled sequences in FP32, too, and report how far off the others are",
     )
-    compute.add_argument(
-        "--attention",
-        choices=ATTENTIONS,
-        default="auto",
-        help="attention backend (default: the best installed)",
-    )
-    compute.add_argument(
-        "--token-budget",
-        type=values.whole_number(1),
-        metavar="N",
-        help=f"tokens computed together, BOS and EOS included (default: {DEFAULT_TOKEN_BUDGETS['cpu']} on a "
-        "CPU; on a GPU what its memory is measured to hold, at most "
-        f"{DEFAULT_TOKEN_BUDGETS['cuda']}, which --reproducible always takes)",
-    )
-    add_threads(compute, " of each worker")
     compute.add_argument(
         "--reproducible",
         action="store_true",
@@ -203,38 +144,4 @@ def _add_embed_computing(compute: argparse._ArgumentGroup) -> None:
         "--disable-packing",
         action="store_true",
         help="padded batches in place of packs, to compare with (also ESM_PACKED_DISABLE_PACKING=1)",
-    )
-    compute.add_argument(
-        "--disable-fp16",
-        action="store_true",
-        help="FP32 wherever FP16 or BF16 would be used (also ESM_PACKED_DISABLE_FP16=1)",
-    )
-
-
-def _add_embed_workers(many: argparse._ArgumentGroup) -> None:
-    many.add_argument(
-        "--devices",
-        type=values.gpu_numbers,
-        metavar="all|LIST",
-        help="GPUs of this machine, such as 0,1; a worker on each, through Ray",
-    )
-    many.add_argument(
-        "--workers",
-        type=values.whole_number(1),
-        metavar="N",
-        help="Ray workers, each with one GPU or --threads CPU threads",
-    )
-    many.add_argument(
-        "--engine",
-        choices=("auto", "in-process", "ray"),
-        default="auto",
-        help="who computes (default: Ray for several workers, else this process)",
-    )
-    many.add_argument("--ray-address", metavar="ADDRESS", help="a Ray cluster, such as auto or HEAD:6379")
-    many.add_argument(
-        "--slice",
-        dest="part",
-        metavar="INDEX/COUNT|auto",
-        help="compute this slice of the run alone, without Ray; auto takes both from torchrun or Slurm. The "
-        "process that finishes last makes OUT.h5",
     )

@@ -28,6 +28,7 @@ from esm_packed.runners.cli.parser import (
     add_read_rules,
     add_threads,
 )
+from esm_packed.runners.cli.score_options import add_score
 from esm_packed.version import __version__
 
 TUNED_DTYPES = tuple(dtype for dtype in DTYPES if dtype != "fp64")
@@ -87,6 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
     for add in (
         add_embed,
         add_extract,
+        add_score,
         add_export,
         add_map,
         add_contacts,

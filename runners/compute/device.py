@@ -93,8 +93,9 @@ class Device:
             batch = batch.to(self._device, non_blocking=True)
             gone.record()
         streams.compute.wait_event(gone)
-        for tensor in (batch.input_ids, batch.cu_seqlens):
-            tensor.record_stream(streams.compute)
+        for tensor in (batch.input_ids, batch.cu_seqlens, batch.rows):
+            if tensor is not None:
+                tensor.record_stream(streams.compute)
         start.record(streams.compute)
         on_device = self._computing.embed_packed(batch, names, residue_dtype)
         end.record(streams.compute)

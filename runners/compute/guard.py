@@ -16,6 +16,7 @@ from esm_packed.runners.state.shard import (
     STATUS_FAILED,
     STATUS_RECOMPUTED,
     Comparison,
+    Items,
     ItemStatus,
     Rows,
 )
@@ -46,12 +47,13 @@ class Guard:
         self._rescue = Rescue(in_fp32)
         self._windows = windows
 
-    def rescue(self, rows: Mapping[str, Rows], token_ids: TokenIds) -> ItemStatus:
+    def rescue(self, rows: Mapping[str, Rows], token_ids: TokenIds, sites: Items | None = None) -> ItemStatus:
         """Replace outputs of a sequence that are not finite by what FP32 gives, or by NaN.
 
         Args:
             rows: by name, (columns,) or (rows, columns), modified.
             token_ids: residues of the sequence.
+            sites: those whose log-probabilities are read.
 
         Returns:
             What became of them.
@@ -59,7 +61,7 @@ class Guard:
         stored = next(iter(rows.values())).dtype
         rescued, reason = self._rescue.replace(
             rows,
-            lambda fp32: self._alone(token_ids, fp32),
+            lambda fp32: self._alone(token_ids, fp32, sites),
             f"dtype {self._model.precision}, stored as {stored}",
         )
         if not rescued and stored == np.float16:
@@ -67,18 +69,21 @@ class Guard:
         status = STATUS_RECOMPUTED if rescued else STATUS_FAILED
         return ItemStatus(status, f"the embedding is {reason}")
 
-    def compare(self, rows: Mapping[str, Rows], token_ids: TokenIds) -> Comparison | None:
+    def compare(
+        self, rows: Mapping[str, Rows], token_ids: TokenIds, sites: Items | None = None
+    ) -> Comparison | None:
         """How outputs of a sequence compare with the same in FP32 on its own.
 
         Args:
             rows: by name; the mean of the last layer is compared, or the last output without it.
             token_ids: residues of the sequence.
+            sites: those whose log-probabilities are read.
 
         Returns:
             None where memory does not suffice.
         """
         try:
-            alone = self._alone(token_ids, self._rescue.model or self._model)
+            alone = self._alone(token_ids, self._rescue.model or self._model, sites)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -93,5 +98,5 @@ class Guard:
             relative_error=float(np.linalg.norm(row - truth)) / norms[1],
         )
 
-    def _alone(self, token_ids: TokenIds, model: ESM2) -> dict[str, Rows]:
-        return embed_in_windows(model, token_ids, self._names, self._windows)
+    def _alone(self, token_ids: TokenIds, model: ESM2, sites: Items | None) -> dict[str, Rows]:
+        return embed_in_windows(model, token_ids, self._names, self._windows, sites)

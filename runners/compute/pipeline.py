@@ -237,9 +237,10 @@ class Pipeline:
                 ids[start : start + size] for ids, start in zip(token_ids, starts.tolist(), strict=True)
             ]
         batch = self._layout.lay_out(token_ids, self._token_budget)
+        if (sites := progress.shard.sites) is not None:
+            batch = batch.read_at([sites[item] for item in items.tolist()])
         if self._pins:
-            pinned = batch.input_ids.pin_memory(), batch.cu_seqlens.pin_memory()
-            batch = replace(batch, input_ids=pinned[0], cu_seqlens=pinned[1])
+            batch = batch.pinned()
         return _Pack(progress, items, starts, token_ids, batch)
 
     def _compute(self, packs: Ahead[_Pack], results: Behind[_Result]) -> None:
@@ -349,14 +350,16 @@ class Pipeline:
                 continue
             rows, token_ids = self._outputs_of(shard, result, place), shard.token_ids[item]
             if not finite[place]:
-                result.statuses[item] = self._guard.rescue(rows, token_ids)
-            elif (comparison := self._guard.compare(rows, token_ids)) is not None:
+                result.statuses[item] = self._guard.rescue(rows, token_ids, shard.sites_of(item))
+            elif (comparison := self._guard.compare(rows, token_ids, shard.sites_of(item))) is not None:
                 result.comparisons[item] = comparison
 
     @staticmethod
     def _outputs_of(shard: ShardInput, result: _Result, place: int) -> dict[str, Rows]:
         """Views of what one of the items of a result has."""
-        counts = row_counts(_lengths(shard, result.items[: place + 1]))
+        items = result.items[: place + 1]
+        sites = None if shard.sites is None else [shard.sites[item] for item in items.tolist()]
+        counts = row_counts(_lengths(shard, items), sites)
         ends = {per: (int(each[:-1].sum()), int(each.sum())) for per, each in counts.items()}
         return {
             name: values[slice(*ends[per_of(name)])] if is_ragged(name) else values[place]

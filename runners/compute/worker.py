@@ -160,8 +160,7 @@ class RunWorker:
                 yield writer
 
         self._log.info("shard %d: sequences %d to %d of it on their own", shard, first, last)
-        token_ids = self.run.input_of(shard).token_ids[first:last]
-        self._compute([ShardInput(shard, token_ids)], output)
+        self._compute([self.run.input_of(shard).piece(first, last)], output)
 
     def _without_given(self, shard: ShardInput) -> ShardInput:
         """The shard without what an earlier output has."""

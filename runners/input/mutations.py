@@ -99,7 +99,9 @@ class Mutants:
             raise UsageError(f"{self.path}: was changed while it was in use")
 
 
-def read_mutants(path: Path, index: FastaIndex, *, offset: int = 1, skip_bad: bool = False) -> Mutants:
+def read_mutants(
+    path: Path, index: FastaIndex, *, offset: int = 1, skip_bad: bool = False, most_span: int | None = None
+) -> Mutants:
     """Read a table and check it against the proteins.
 
     Args:
@@ -107,13 +109,14 @@ def read_mutants(path: Path, index: FastaIndex, *, offset: int = 1, skip_bad: bo
         index: of the FASTA file.
         offset: number of the first residue of each protein.
         skip_bad: leave out rows with faults and list them, where otherwise they are an error.
+        most_span: residues from the first to the last site of a mutant, at most; None for any number.
 
     Raises:
         UsageError: a row has a fault, or the table has no rows, or not the columns; the message names the
             table, and row and column of the first faults.
         OSError: the table cannot be read.
     """
-    reader = _Reader(path, index, offset)
+    reader = _Reader(path, index, offset, most_span)
     most = None if skip_bad else _MOST_LISTED
     mutants = reader.read(most)
     repeated = _repeated(mutants)
@@ -193,8 +196,9 @@ def _difference(sequence: str, expected: str, mutant: str) -> str:
 class _Reader:
     """Reads a table; `problems` are the first of the `num_problems` rows that cannot be used."""
 
-    def __init__(self, path: Path, index: FastaIndex, offset: int) -> None:
+    def __init__(self, path: Path, index: FastaIndex, offset: int, most_span: int | None) -> None:
         self._path = path
+        self._most_span = most_span
         self.columns = tuple(next(_rows(path), (0, list[str]()))[1])
         self._check_columns()
         self._mutant, self._sequence = self._place(MUTANT), self._place(SEQUENCE)
@@ -215,6 +219,7 @@ class _Reader:
         for row, cells in self._below_header():
             try:
                 record, mutant = self._parse(cells)
+                self._check_span(mutant)
             except _Fault as fault:
                 self.num_problems += 1
                 if most_listed is None or len(self.problems) < most_listed:
@@ -236,6 +241,16 @@ class _Reader:
             wild_types.astype(np.uint8),
             mutants.astype(np.uint8),
         )
+
+    def _check_span(self, mutant: Mutant) -> None:
+        if mutant and self._most_span is not None:
+            span = mutant[-1].site - mutant[0].site + 1
+            if span > self._most_span:
+                raise _Fault(
+                    self.mutant_column,
+                    f"the sites span {span:,} residues, more than a window of {self._most_span:,}, so they "
+                    "cannot be masked together",
+                )
 
     def _below_header(self) -> Iterator[tuple[int, list[str]]]:
         rows = _rows(self._path)

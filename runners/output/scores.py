@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from esm_packed.alphabet import AMINO_ACID_IDS, AMINO_ACIDS
+from esm_packed.alphabet import AMINO_ACID_IDS, AMINO_ACIDS, encode
 from esm_packed.errors import UsageError
 from esm_packed.files import whole_or_nothing
 from esm_packed.runners.input.mutations import SCORE, Mutants
@@ -115,6 +115,39 @@ def write_scan(
     """
     blocks = (_scan_block(protein, offset) for protein in proteins)
     _write(path, blocks, provenance, overwrite=overwrite)
+
+
+def read_scan(path: Path) -> tuple[str, int, TokenIds, LogProbabilities]:
+    """The one protein of a table that `write_scan` wrote.
+
+    Returns:
+        Its name, the number of its first residue, its token ids, X where none is scored, and its
+        log-probabilities, of the wild types, too.
+    """
+    names, positions, own, mutants, scores, log_probs = _columns_of(path)
+    places, firsts = np.unique(positions.astype(np.int64), return_index=True)
+    token_ids = np.full(places[-1] - places[0] + 1, encode("X")[0], np.uint8)
+    token_ids[places - places[0]] = encode("".join(own[firsts]))
+    found = np.full((len(places), len(AMINO_ACIDS)), np.nan, np.float64)
+    rows = np.searchsorted(places, positions.astype(np.int64))
+    found[rows, encode("".join(mutants)).astype(np.int64) - AMINO_ACID_IDS.start] = log_probs
+    columns = encode("".join(own[firsts])).astype(np.int64) - AMINO_ACID_IDS.start
+    found[np.arange(len(places)), columns] = (log_probs - scores)[firsts]
+    return str(names[0]), int(places[0]), token_ids, found
+
+
+def _columns_of(path: Path) -> list[npt.NDArray[Any]]:
+    """Columns of a scan: text, integers, text, text, and twice numbers, NaN where one is missing."""
+    if path.suffix.lower() == ".csv":
+        with path.open(encoding="utf-8", newline="") as file:
+            reader = csv.reader(file)
+            next(reader)
+            columns = [np.array(column) for column in zip(*reader, strict=True)]
+    else:
+        table = optional_package("pyarrow.parquet", _INSTALL).read_table(path)
+        columns = [column.to_numpy() for column in table.columns]
+    numbers = [np.where(column == "", "nan", column).astype(np.float64) for column in columns[4:]]
+    return [*columns[:4], *numbers]
 
 
 def write_likelihoods(

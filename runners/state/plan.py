@@ -64,6 +64,12 @@ class Plan:
         return "scoring" in self.identity
 
     @property
+    def scoring(self) -> Mapping[str, Any]:
+        """How variants are scored: the fields of `request.Scoring` that make another run."""
+        scoring: Mapping[str, Any] = self.identity["scoring"]
+        return scoring
+
+    @property
     def windows(self) -> Windows | None:
         """How long proteins are cut into windows; None for not at all."""
         windows = self.identity["windows"]

@@ -95,7 +95,8 @@ class Queries:
         try:
             with open_regular(path) as file, np.load(file) as found:
                 if str(found["plan"]) == plan:
-                    return cls(*(found[name] for name in _ARRAYS), bool(found["are_masked"]))
+                    records, starts, stops, ends, sites = (found[name] for name in _ARRAYS)
+                    return cls(records, starts, stops, ends, sites, bool(found["are_masked"]))
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             pass
         raise QueriesError(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from esm_packed.config import ATTENTIONS, DEFAULT_MAX_LENGTH, DEFAULT_MODEL, ESM2Config
+from esm_packed.config import ATTENTIONS, DEFAULT_MAX_LENGTH, DEFAULT_MODEL, SCORING_METHODS, ESM2Config
 from esm_packed.errors import UsageError
 from esm_packed.layouts import LAYOUTS
 from esm_packed.numerics import PRECISIONS, Precision, resolve_precision
@@ -19,6 +19,7 @@ from esm_packed.windows import Windows
 
 STORE_DTYPES = {"fp32": "float32", "fp16": "float16"}
 COMPRESSIONS = ("none", "gzip")
+SCORE_TABLES = ("scan", "mutants", "proteins")
 _CHOICES: dict[str, Collection[str]] = {
     "store_dtype": STORE_DTYPES,
     "compression": COMPRESSIONS,
@@ -26,6 +27,47 @@ _CHOICES: dict[str, Collection[str]] = {
     "attention": ATTENTIONS,
     "engine": ("auto", "in-process", "ray"),
 }
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How `esm-packed score` scores variants.
+
+    Args:
+        table: what the output has rows for: `scan` for every substitution, `mutants` for the mutants of
+            `mutations`, `proteins` for the pseudo-log-likelihood of each protein.
+        method: one of `config.SCORING_METHODS`.
+        joint: mask all sites of a mutant together.
+        window: residues of a copy of a longer protein.
+        mutations: the table of mutants.
+        offset: number of the first residue of each protein.
+        skip_bad: leave out mutants that do not fit their protein.
+
+    Raises:
+        ValueError: an argument has a value that cannot be.
+    """
+
+    table: str = "scan"
+    method: str = "masked"
+    joint: bool = False
+    window: int = DEFAULT_MAX_LENGTH
+    mutations: Path | None = None
+    offset: int = 1
+    skip_bad: bool = False
+
+    def __post_init__(self) -> None:
+        if self.table not in SCORE_TABLES:
+            raise ValueError(f"table is {self.table!r}; choose from {', '.join(SCORE_TABLES)}")
+        if (self.mutations is not None) != (self.table == "mutants"):
+            raise ValueError("a table of mutations is for scoring mutants, which need one")
+        if self.method not in SCORING_METHODS:
+            raise ValueError(f"method is {self.method!r}; choose from {', '.join(SCORING_METHODS)}")
+        if self.joint and (self.method != "masked" or self.table != "mutants"):
+            raise ValueError("joint masks the sites of a mutant together: only for mutants, method masked")
+        if self.table == "proteins" and self.method != "masked":
+            raise ValueError("a pseudo-log-likelihood masks each residue in turn: method masked")
+        if self.window < 1:
+            raise ValueError("window must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -61,6 +103,7 @@ class EmbedRequest:
         compression: of the output, none or gzip.
         parts: leave rows of residues in files beside the output; None for large outputs alone.
         reuse: an earlier output, whose rows of the same residues are taken; None for none.
+        scoring: score variants, in place of embedding proteins; None for embedding.
         overwrite: replace an output, or a run directory, of another run.
         keep_run: leave the run directory when the output is made.
         command: the command line, to be kept in the output; empty for none.
@@ -96,6 +139,7 @@ class EmbedRequest:
     compression: str = "none"
     parts: bool | None = None
     reuse: Path | None = None
+    scoring: Scoring | None = None
     overwrite: bool = False
     keep_run: bool = False
     command: str = ""

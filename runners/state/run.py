@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from esm_packed.outputs import Per, kind_of, num_columns, per_of
+from esm_packed.outputs import LOG_PROBABILITIES, Per, kind_of, num_columns, per_of
 from esm_packed.rows import row_counts
 from esm_packed.runners.input.index import FastaIndex, reopen_index
 from esm_packed.runners.state.directory import RunDirectory
@@ -31,12 +31,13 @@ from esm_packed.runners.state.shard import (
     arrays_bytes,
     shard_output,
 )
+from esm_packed.runners.system.terminal import counted
 
 IDENTIFYING_RULES = ("invalid", "duplicates", "gaps", "full_header")
 """What of the rules for the input makes another run."""
 
-LOG_PROBABILITIES = Array("log_probabilities", "float32", 20, "site")
-"""Of the 20 amino acids at each site of a scoring run, in nats."""
+SCORED = Array(LOG_PROBABILITIES, "float32", 20, "site")
+"""What a scoring run keeps."""
 
 _BLOCK_RECORDS = 1 << 16
 
@@ -82,6 +83,15 @@ class Run:
     def num_items(self) -> int:
         """Items of all shards, copied records included."""
         return self.index.num_records
+
+    def describe(self) -> str:
+        """What it does, for people."""
+        residues = counted(self.index.total_residues, "residue")
+        return f"embedding {counted(self.index.num_records, 'sequence')}, {residues}"
+
+    def counted_items(self, number: int) -> str:
+        """So many of what it computes, for people."""
+        return counted(number, "sequence")
 
     def is_computed(self, start: int, stop: int) -> npt.NDArray[np.bool_]:
         """Which of the records [start, stop) are computed; the others are copies of an earlier record."""
@@ -267,6 +277,19 @@ class ScoringRun(Run):
         """Queries of all shards."""
         return len(self.queries)
 
+    def describe(self) -> str:
+        """What it does, and how much more than the input it computes."""
+        computed, given = int(self.queries.lengths.sum(dtype=np.int64)), self.index.total_residues
+        return (
+            f"scoring {counted(self.index.num_records, 'protein')}: computing "
+            f"{self.counted_items(self.num_items)}, {counted(computed, 'residue')}, "
+            f"{computed / given:,.1f} times the input"
+        )
+
+    def counted_items(self, number: int) -> str:
+        """So many copies of proteins, for people."""
+        return "1 copy" if number == 1 else f"{number:,} copies"
+
     def computed(self, shard: int) -> npt.NDArray[np.int64]:
         """Numbers of the queries of a shard."""
         return np.arange(*self.plan.records(shard))
@@ -278,7 +301,7 @@ class ScoringRun(Run):
     @property
     def arrays(self) -> list[Array]:
         """What the file of a shard holds."""
-        return [LOG_PROBABILITIES]
+        return [SCORED]
 
     def row_counts(self, shard: int) -> Mapping[Per, Items]:
         """Rows of each query of a shard, by what a row is for."""

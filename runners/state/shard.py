@@ -97,6 +97,15 @@ class ShardInput:
     given: npt.NDArray[np.bool_] | None = None
     sites: Sequence[Items] | None = None
 
+    def sites_of(self, item: int) -> Items | None:
+        """Where an item is read."""
+        return None if self.sites is None else self.sites[item]
+
+    def piece(self, first: int, last: int) -> ShardInput:
+        """The items [first, last), of which none is compared."""
+        sites = None if self.sites is None else self.sites[first:last]
+        return ShardInput(self.number, self.token_ids[first:last], sites=sites)
+
 
 class Array(NamedTuple):
     """An array in a shard.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 from esm_packed import ESM2
 from esm_packed.alphabet import AMINO_ACIDS, encode
 from esm_packed.checkpoints import load_checkpoint, save_fair_esm
+from esm_packed.outputs import LOG_PROBABILITIES
 from esm_packed.packing import PackedBatch, pack
 from esm_packed.scoring import Query, optimal_window, plan_queries
 
@@ -227,7 +228,7 @@ def test_logits_of_rows_are_those_of_all_tokens(fair: Fair, dtype: str) -> None:
         part.register_forward_hook(lambda *call: computed.append(len(call[2])))
         for part in (last.qkv, last.attention_out, last.ffn_norm, last.fc1, last.fc2, model.lm_head)
     ]
-    some = model(batch, [0, 1, 2], return_logits=True, rows=rows)
+    some = model(replace(batch, rows=rows), [0, 1, 2], return_logits=True)
     for hook in hooks:
         hook.remove()
     assert computed == [batch.total_tokens, 5, 5, 5, 5, 5]
@@ -240,7 +241,8 @@ def test_logits_of_rows_are_those_of_all_tokens(fair: Fair, dtype: str) -> None:
         (some.representations[0], every.representations[0]),
     ):
         assert float((actual - expected).abs().max()) <= tolerance * float(expected.abs().max())
-    log_probabilities = model.log_probabilities_packed(batch, rows)
+    outputs = model.embed_packed(replace(batch, rows=rows), [LOG_PROBABILITIES])
+    log_probabilities = outputs[LOG_PROBABILITIES]
     assert log_probabilities.shape == (5, 20)
     assert log_probabilities.dtype == (torch.float64 if dtype == "fp64" else torch.float32)
 
@@ -256,8 +258,9 @@ def test_logits_of_rows_are_those_of_all_tokens(fair: Fair, dtype: str) -> None:
     ],
 )
 def test_rows_that_are_not_in_the_batch(fair: Fair, rows: torch.Tensor, message: str) -> None:
+    batch = replace(pack([encode("M" * 19)]), rows=rows)
     with pytest.raises(ValueError, match=message):
-        fair.model("fp32").log_probabilities_packed(pack([encode("M" * 19)]), rows)
+        fair.model("fp32").embed_packed(batch, [LOG_PROBABILITIES])
 
 
 @pytest.mark.parametrize(

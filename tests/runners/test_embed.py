@@ -18,7 +18,7 @@ from esm_packed.errors import UsageError
 from esm_packed.model import ESM2
 from esm_packed.outputs import mean_of
 from esm_packed.packing import pack
-from esm_packed.runners import session
+from esm_packed.runners import product, session
 from esm_packed.runners.input.fasta import InputError, ReadOptions
 from esm_packed.runners.output.layout import StoredProblem
 from esm_packed.runners.output.reader import EmbeddingReader
@@ -381,7 +381,7 @@ def test_an_unfinished_run_of_other_options_is_kept(fasta, model, monkeypatch):
 def stop_before_merging(fasta: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave a run of which all shards are finished."""
     with monkeypatch.context() as stopped:
-        stopped.setattr(session, "merge_run", lambda *call, **options: pytest.fail("stopped"))
+        stopped.setattr(product, "merge_run", lambda *call, **options: pytest.fail("stopped"))
         with pytest.raises(pytest.fail.Exception):
             run(fasta)
 

@@ -119,6 +119,7 @@ class Nursery:
         *options: str,
         flops_per_shard: float = 1.0,
         patch: str = "",
+        command: str = "embed",
         **changes: Any,
     ) -> Child:
         """Embed `fasta`; by default each record is a shard of its own.
@@ -129,12 +130,13 @@ class Nursery:
             options: further ones of the command line.
             flops_per_shard: how finely to cut.
             patch: run in the process before it begins.
+            command: in place of `embed`; without changes.
             changes: to the request, for what the command line need not offer.
         """
         self._number += 1
         log = output.parent / "logs" / f"{self._number}.log"
         log.parent.mkdir(exist_ok=True)
-        arguments = ["embed", str(fasta), "-o", str(output), "--model", MODEL, "--device", "cpu"]
+        arguments = [command, str(fasta), "-o", str(output), "--model", MODEL, "--device", "cpu"]
         job = {
             "arguments": [*arguments, "--threads", "1", "--token-budget", "256", *options],
             "log": str(log),

@@ -1,0 +1,85 @@
+"""The output of a scoring run: a table, and beside it what it was made from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from esm_packed.errors import UsageError
+from esm_packed.files import open_regular, read_regular, whole_or_nothing
+from esm_packed.runners.checks import ExistingOutput
+from esm_packed.runners.output.scores import check_table
+from esm_packed.runners.state.directory import RunDirectory
+
+FORMAT = "esm-packed scores 1"
+
+
+def described_at(output: Path) -> Path:
+    """The file beside a table that says what it was made from."""
+    return output.with_name(f"{output.name}.json")
+
+
+def existing_table(output: Path, overwrite: bool) -> ExistingOutput | None:
+    """See that a table of scores can be made.
+
+    Returns:
+        The table that is already there and may not simply be replaced, else None.
+
+    Raises:
+        UsageError: it cannot be made, or what is there is something else.
+    """
+    check_table(output)
+    if not output.parent.is_dir():
+        raise UsageError(f"{output.parent}: there is no such folder to write {output.name} to")
+    RunDirectory(output).check_name()
+    if RunDirectory.holds(output):
+        raise UsageError(f"{output.parent}: is a run directory, and removed with all that is in it")
+    description = described_at(output)
+    for path in (output, description):
+        if path.exists() and not path.is_file():
+            raise UsageError(f"{path}: exists and is no regular file")
+    if overwrite or not output.exists():
+        if description.exists() and not overwrite and read_description(output) is None:
+            raise UsageError(f"{description}: exists already and is not ours; --overwrite replaces it")
+        return None
+    found = read_description(output)
+    if found is None or found["sha256"] != _sha256(output):
+        raise UsageError(
+            f"{output}: exists already and is not the table that {description.name} describes; --overwrite "
+            "replaces it"
+        )
+    return ExistingOutput(output, found["plan_hash"], found["identity"], is_complete=True)
+
+
+def read_description(output: Path) -> dict[str, Any] | None:
+    """What was written beside a table; None if it is not there or not ours."""
+    try:
+        found: dict[str, Any] = json.loads(read_regular(described_at(output)))
+        is_ours = found["format"] == FORMAT and {"plan_hash", "identity", "sha256"} <= found.keys()
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return found if is_ours else None
+
+
+def describe(output: Path, table: Path, scratch: Path, content: Mapping[str, Any]) -> None:
+    """Write the file beside a table, before the table gets its name.
+
+    Args:
+        output: the table.
+        table: where it is now.
+        scratch: a folder for the unfinished file.
+        content: what there is to say.
+    """
+    date = datetime.now(UTC).isoformat(timespec="seconds")
+    found = {"format": FORMAT, "sha256": _sha256(table), "date": date, **content}
+    with whole_or_nothing(described_at(output), scratch) as temporary:
+        temporary.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def _sha256(path: Path) -> str:
+    with open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,304 @@
+"""`esm-packed score`: tables equal to the Python interface, whatever interrupts the run."""
+
+from __future__ import annotations
+
+import csv
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from nursery import Nursery, names_in, shards_of, wait_until
+from proteins import random_proteins, write_fasta
+
+from esm_packed import ESM2
+from esm_packed.alphabet import AMINO_ACIDS, encode
+from esm_packed.packing import PackedBatch
+from esm_packed.runners.cli import main as cli
+from esm_packed.runners.output.scores import read_scan
+from esm_packed.runners.state import cut
+
+NAN = float("nan")
+PROTEINS = {
+    "a": "MKTAYIAKQRQISFVKSHF",
+    "b": "MKXAC",
+    "copy": "MKTAYIAKQRQISFVKSHF",
+    "none": "XX",
+    "c": "MKRIL",
+}
+MUTANTS = [
+    ("a", "M1A"),
+    ("c", "K2R:R3S:L5A"),
+    ("copy", "T3A"),
+    ("a", "T3A:K2R"),
+    ("b", "A4C"),
+    ("a", "S17A:M1A"),
+]
+
+
+@pytest.fixture(scope="module")
+def model() -> ESM2:
+    return ESM2.from_pretrained("demo", device="cpu")
+
+
+@pytest.fixture
+def fasta(tmp_path: Path) -> Path:
+    path = tmp_path / "in.fasta"
+    path.write_text("".join(f">{name}\n{sequence}\n" for name, sequence in PROTEINS.items()))
+    return path
+
+
+def score(fasta: Path, output: Path, *options: str) -> int:
+    arguments = ["score", str(fasta), "-o", str(output), "--model", "demo", "--device", "cpu", "--quiet"]
+    return cli.main([*arguments, *options])
+
+
+def rows_of(table: Path) -> list[dict[str, str]]:
+    with table.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def scores_in(table: Path) -> list[float]:
+    return [float(row["score"]) for row in rows_of(table)]
+
+
+def write_mutants(path: Path) -> Path:
+    path.write_text("id,mutant\n" + "".join(f"{protein},{mutant}\n" for protein, mutant in MUTANTS))
+    return path
+
+
+@pytest.mark.parametrize(
+    "options", [("--method", "masked"), ("--method", "wild-type"), ("--window", "4")], ids=" ".join
+)
+def test_a_scan_has_every_substitution_of_every_protein(
+    fasta: Path, tmp_path: Path, model: ESM2, options: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(cut.FLOPS_PER_SHARD, "cpu", 1.0)  # a shard for each copy of a protein
+    output = tmp_path / "scan.csv"
+    assert score(fasta, output, *options, "--offset", "101") == 0
+    arguments = {options[0].lstrip("-"): int(options[1]) if options[1].isdigit() else options[1]}
+    expected = []
+    for name, sequence in PROTEINS.items():
+        (rows,) = model.log_probabilities([sequence], **arguments)
+        for site, own in enumerate(sequence):
+            if own in AMINO_ACIDS:
+                wild_type = rows[site][AMINO_ACIDS.index(own)]
+                expected += [
+                    (name, site + 101, own, mutant, rows[site][column] - wild_type, rows[site][column])
+                    for column, mutant in enumerate(AMINO_ACIDS)
+                    if mutant != own
+                ]
+    found = rows_of(output)
+    assert len(found) == len(expected)
+    for row, (name, position, own, mutant, effect, log_prob) in zip(found, expected, strict=True):
+        assert list(row.values())[:4] == [name, str(position), own, mutant]
+        assert float(row["score"]) == pytest.approx(effect, rel=1e-5, abs=2e-5)
+        assert float(row["log_prob"]) == pytest.approx(log_prob, rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [(), ("--joint",), ("--method", "wild-type"), ("--window", "18")],
+    ids=lambda each: " ".join(each),
+)
+def test_mutants_of_a_table(fasta: Path, tmp_path: Path, model: ESM2, options: tuple[str, ...]) -> None:
+    output, table = tmp_path / "scores.csv", write_mutants(tmp_path / "mutants.csv")
+    assert score(fasta, output, "--mutations", str(table), *options) == 0
+    arguments = {
+        "joint": "--joint" in options,
+        "method": "wild-type" if "wild-type" in options else "masked",
+        "window": 18 if "--window" in options else 1022,
+    }
+    expected = [float(model.score(PROTEINS[name], [mutant], **arguments)[0]) for name, mutant in MUTANTS]
+    assert scores_in(output) == pytest.approx(expected, abs=1e-5)
+    assert [(row["id"], row["mutant"]) for row in rows_of(output)] == MUTANTS
+
+
+def test_only_the_sites_of_mutants_are_computed(fasta: Path, tmp_path: Path) -> None:
+    output, table = tmp_path / "scores.csv", write_mutants(tmp_path / "mutants.csv")
+    assert score(fasta, output, "--mutations", str(table)) == 0
+    described = json.loads((tmp_path / "scores.csv.json").read_text())
+    assert described["num_queries"] == 4 + 1 + 3  # sites of a, its copy and the mutants together; b; c
+    assert described["num_rows"] == len(MUTANTS)
+
+
+def test_pseudo_perplexities(fasta: Path, tmp_path: Path, model: ESM2) -> None:
+    output = tmp_path / "proteins.csv"
+    assert score(fasta, output, "--pseudo-perplexity") == 0
+    expected = model.pseudo_log_likelihood(list(PROTEINS.values()))
+    for row, name, truth in zip(rows_of(output), PROTEINS, expected, strict=True):
+        assert (row["id"], int(row["length"])) == (name, len(PROTEINS[name]))
+        assert int(row["scored_residues"]) == truth.num_scored
+        assert float(row["pseudo_log_likelihood"]) == pytest.approx(truth.sum, abs=1e-4)
+        if truth.num_scored:
+            assert float(row["pseudo_perplexity"]) == pytest.approx(truth.perplexity, rel=1e-4)
+        else:
+            assert row["pseudo_perplexity"] == ""
+
+
+def test_one_protein_is_killed_continued_and_spread_over_slices(nursery: Nursery, tmp_path: Path) -> None:
+    (protein,) = random_proteins([40])
+    fasta = write_fasta(tmp_path / "in.fasta", [protein])
+    whole, output = tmp_path / "whole.csv", tmp_path / "out.csv"
+    assert score(fasta, whole) == 0
+
+    slow = "original = ESM2.embed_packed\n"
+    slow += (
+        "def slowly(*call):\n    time.sleep(0.05)\n    return original(*call)\nESM2.embed_packed = slowly\n"
+    )
+    child = nursery.start(fasta, output, command="score", patch=slow)
+    wait_until(lambda: len(shards_of(output)) >= 5)
+    assert child.kill() == -signal.SIGKILL
+    before = shards_of(output)
+    assert not output.exists()
+
+    for part in ("0/2", "1/2"):
+        child = nursery.start(fasta, output, "--slice", part, "--keep-run", command="score")
+        assert child.wait() == 0, child.output()
+    assert before.items() <= shards_of(output).items(), "a finished shard was computed again"
+    assert len(shards_of(output)) == 40
+    np.testing.assert_allclose(scores_in(output), scores_in(whole), rtol=0, atol=1e-5)
+    child = nursery.start(fasta, output, command="score")
+    assert child.wait() == 0, child.output()
+    assert "already complete" in child.output()
+    assert names_in(tmp_path) == ["in.fasta", "out.csv", "out.csv.json", "whole.csv", "whole.csv.json"]
+
+
+def test_what_is_damaged_in_a_run_is_made_again(
+    fasta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(cut.FLOPS_PER_SHARD, "cpu", 1.0)
+    output, run = tmp_path / "out.csv", tmp_path / "out.csv.run"
+    assert score(fasta, output, "--keep-run") == 0
+    expected = output.read_bytes()
+    for damaged in ("queries.npz", "shards/00003.shard"):
+        output.unlink()
+        content = bytearray((run / damaged).read_bytes())
+        content[len(content) // 3] ^= 1
+        (run / damaged).write_bytes(content)
+        assert score(fasta, output, "--keep-run") == 0
+        assert output.read_bytes() == expected
+
+
+def test_a_table_that_is_there_is_kept(
+    fasta: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out.csv"
+    output.write_text("mine\n")
+    assert score(fasta, output) == 2
+    assert "is not the table that out.csv.json describes; --overwrite replaces it" in capsys.readouterr().err
+    output.unlink()
+    assert score(fasta, output) == 0
+    made = output.stat()
+    assert score(fasta, output) == 0
+    assert output.stat().st_mtime_ns == made.st_mtime_ns
+    assert score(fasta, output, "--method", "wild-type") == 2
+    assert "exists already, made from other input or options (scoring was" in capsys.readouterr().err
+    with output.open("a") as file:
+        file.write("a,1,M,W,0,0\n")
+    assert score(fasta, output) == 2
+    assert "is not the table that" in capsys.readouterr().err
+    assert score(fasta, output, "--overwrite") == 0
+    assert cli.main(["status", str(output)]) == 0
+    assert f"complete, {len(rows_of(output))} rows" in capsys.readouterr().out
+
+
+def test_copies_without_a_number_are_named(
+    fasta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original = ESM2.embed_packed
+
+    def spoiled(self: ESM2, batch: PackedBatch, *call: Any) -> dict[str, torch.Tensor]:
+        found = original(self, batch, *call)
+        assert batch.rows is not None
+        is_bad = batch.cu_seqlens.diff() == len(PROTEINS["c"]) + 2
+        found["log_probabilities"][is_bad[torch.bucketize(batch.rows, batch.cu_seqlens[1:], right=True)]] = (
+            NAN
+        )
+        return {**found, "finite": found["finite"] & ~is_bad}
+
+    monkeypatch.setattr(ESM2, "embed_packed", spoiled)
+    output = tmp_path / "out.csv"
+    assert score(fasta, output) == 3
+    assert "9 copies of proteins gave no number" in capsys.readouterr().err
+    failed = json.loads((tmp_path / "out.csv.json").read_text())["failed"]
+    assert [line.partition(":")[0] for line in failed] == [
+        *(f"b, residue {site}" for site in (1, 2, 4, 5)),
+        *(f"c, residue {site}" for site in (1, 2, 3, 4, 5)),
+    ]
+    for row in rows_of(output):
+        assert (row["score"] == "") == (row["id"] in ("b", "c"))
+
+
+def test_the_heat_map_is_that_of_the_scan(
+    tmp_path: Path, model: ESM2, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fasta = write_fasta(tmp_path / "in.fasta", [PROTEINS["b"]])
+    output, picture = tmp_path / "scan.csv", tmp_path / "scan.svg"
+    picture.write_text("mine")
+    assert score(fasta, output, "--heat-map", str(picture)) == 2
+    assert "scan.svg: exists already; --overwrite replaces it" in capsys.readouterr().err
+    picture.unlink()
+    assert score(fasta, output, "--heat-map", str(picture)) == 0
+    assert "protein0, 5 residues" in picture.read_text()
+    name, first, token_ids, found = read_scan(output)
+    assert (name, first, token_ids.tolist()) == ("protein0", 1, encode(PROTEINS["b"]).tolist())
+    (expected,) = model.log_probabilities([PROTEINS["b"]])
+    np.testing.assert_allclose(found, expected[[0, 1, 3, 4]], atol=1e-5)
+    assert score(fasta, output, "--heat-map", str(picture)) == 0  # once more changes nothing
+
+
+@pytest.mark.parametrize(
+    ("table", "options", "message"),
+    [
+        ("id,mutant\na,A1M\n", (), "row 2, column mutant: A1M: residue 1 is M, not A"),
+        ("id,mutant\nz,M1A\n", (), "row 2, column id: 'z' is no record of the FASTA file"),
+        (
+            "id,mutant\na,M1A:S17A\n",
+            ("--joint", "--window", "5"),
+            "row 2, column mutant: the sites span 17 residues",
+        ),
+    ],
+)
+def test_a_mutant_that_cannot_be_scored_is_named(
+    fasta: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    table: str,
+    options: tuple[str, ...],
+    message: str,
+) -> None:
+    (tmp_path / "mutants.csv").write_text(table)
+    arguments = ("--mutations", str(tmp_path / "mutants.csv"), *options)
+    assert score(fasta, tmp_path / "out.csv", *arguments) == 2
+    assert message in capsys.readouterr().err
+    assert names_in(tmp_path) == ["in.fasta", "mutants.csv"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--joint",), "--joint masks the sites of a mutant together: it needs --mutations"),
+        (("--skip-bad",), "--skip-bad leaves out mutants of a table"),
+        (("--pseudo-perplexity", "--method", "wild-type"), "--pseudo-perplexity masks each residue in turn"),
+        (("--pseudo-perplexity", "--heat-map", "x.png"), "--heat-map draws a scan"),
+        (("--heat-map", "x.png"), "--heat-map draws one protein, and the input has 5"),
+        (("--heat-map", "x.jpg"), "--heat-map x.jpg: a picture is .png, .svg, .pdf"),
+    ],
+)
+def test_options_that_do_not_fit(
+    fasta: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: tuple[str, ...], message: str
+) -> None:
+    assert score(fasta, tmp_path / "out.csv", *options) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_cost_is_said_first(fasta: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert score(fasta, tmp_path / "out.csv", "--estimate") == 0
+    said = capsys.readouterr().out
+    residues = 19 * 19 + 4 * 5 + 5 * 5
+    assert f"computed            28 copies ({residues} residues)" in said
+    assert names_in(tmp_path) == ["in.fasta"]
