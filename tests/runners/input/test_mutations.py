@@ -147,7 +147,7 @@ def test_sites_of_a_mutant_fit_into_a_window(table: Path, one: FastaIndex) -> No
     for lines in (table.read_text(), "mutated_sequence\nMKTAYIMKQR\nMATAYIAKQW\n"):
         table.write_text(lines)
         with pytest.raises(
-            UsageError, match="row 3, column mut.*: its sites span 9 residues, and a window has 8"
+            UsageError, match=r"row 3, column mut.*: its sites span 9 residues, and a window has 8"
         ):
             read_mutants(table, one, max_span=8)
 
