@@ -119,7 +119,7 @@ def contacts(model: ESM2, sequences: Sequence[str], *, token_budget: int | None 
     Args:
         sequences: as for `embed`.
         token_budget: tokens computed together, each with as many numbers as the longest protein among them
-            has residues; None for the default of the device.
+            has residues, 2^24 in all if there are several; None for the default of the device.
 
     Returns:
         In the order of `sequences`, (num_residues, num_residues) FP32 arrays (FP64 in the FP64 mode),

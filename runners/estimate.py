@@ -115,7 +115,7 @@ def _lines(
     output, needed = product.space(run)
     folder = resolved(request.output).parent
     free = shutil.disk_usage(folder).free
-    lines["output"] = f"about {byte_size(output)}" + ", residues in parts" * in_parts
+    lines["output"] = f"about {byte_size(output)}" + ", in parts" * in_parts
     lines["disk"] = (
         f"up to {byte_size(needed + index.num_bytes)} until merged; {byte_size(free)} are free in {folder}"
         + ": too little" * (needed + index.num_bytes > free)

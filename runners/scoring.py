@@ -172,7 +172,7 @@ class ScoreTable:
                 index,
                 offset=self._scoring.offset,
                 skip_bad=self._scoring.skip_bad,
-                most_span=self._scoring.window if self._scoring.joint else None,
+                max_span=self._scoring.window if self._scoring.joint else None,
             )
             scoring["mutations_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
         return {"scoring": scoring, "kinds": [], "layers": [], "windows": [], "max_length": 0}

@@ -180,7 +180,7 @@ class Summary:
             return lines | {"slice": f"{self.part} is done; {shards} of other slices {are} missing"}
         output = f"{self.output} ({byte_size(self.output.stat().st_size)})"
         if self.parts:
-            output += f",\nresidues in {self.parts}"
+            output += f",\nwith {self.parts}"
         return {"output": output} | lines
 
     def _exception_lines(self) -> dict[str, str]:

@@ -88,7 +88,7 @@ def add_parts(parser: argparse._ActionsContainer) -> None:
         "--parts",
         action="store_true",
         default=None,
-        help="leave rows of residues in files of their own, in OUT.h5.parts, where they are not copied "
+        help="leave rows of residues and contacts in files of their own, in OUT.h5.parts, uncopied "
         "(default: from 50 GB on)",
     )
     place.add_argument("--merge", dest="parts", action="store_false", help="one file, however large")

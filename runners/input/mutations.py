@@ -100,7 +100,12 @@ class Mutants:
 
 
 def read_mutants(
-    path: Path, index: FastaIndex, *, offset: int = 1, skip_bad: bool = False, most_span: int | None = None
+    path: Path,
+    index: FastaIndex,
+    *,
+    offset: int = 1,
+    max_span: int | None = None,
+    skip_bad: bool = False,
 ) -> Mutants:
     """Read a table and check it against the proteins.
 
@@ -108,15 +113,16 @@ def read_mutants(
         path: a file; tabs separate its columns if there is one in the header, else commas.
         index: of the FASTA file.
         offset: number of the first residue of each protein.
+        max_span: residues from the first to the last site of a mutant, at most; those of a window where they
+            are masked together.
         skip_bad: leave out rows with faults and list them, where otherwise they are an error.
-        most_span: residues from the first to the last site of a mutant, at most; None for any number.
 
     Raises:
         UsageError: a row has a fault, or the table has no rows, or not the columns; the message names the
             table, and row and column of the first faults.
         OSError: the table cannot be read.
     """
-    reader = _Reader(path, index, offset, most_span)
+    reader = _Reader(path, index, offset, max_span)
     most = None if skip_bad else _MOST_LISTED
     mutants = reader.read(most)
     repeated = _repeated(mutants)
@@ -196,9 +202,8 @@ def _difference(sequence: str, expected: str, mutant: str) -> str:
 class _Reader:
     """Reads a table; `problems` are the first of the `num_problems` rows that cannot be used."""
 
-    def __init__(self, path: Path, index: FastaIndex, offset: int, most_span: int | None) -> None:
-        self._path = path
-        self._most_span = most_span
+    def __init__(self, path: Path, index: FastaIndex, offset: int, max_span: int | None) -> None:
+        self._path, self._max_span = path, max_span
         self.columns = tuple(next(_rows(path), (0, list[str]()))[1])
         self._check_columns()
         self._mutant, self._sequence = self._place(MUTANT), self._place(SEQUENCE)
@@ -219,7 +224,6 @@ class _Reader:
         for row, cells in self._below_header():
             try:
                 record, mutant = self._parse(cells)
-                self._check_span(mutant)
             except _Fault as fault:
                 self.num_problems += 1
                 if most_listed is None or len(self.problems) < most_listed:
@@ -242,16 +246,6 @@ class _Reader:
             mutants.astype(np.uint8),
         )
 
-    def _check_span(self, mutant: Mutant) -> None:
-        if mutant and self._most_span is not None:
-            span = mutant[-1].site - mutant[0].site + 1
-            if span > self._most_span:
-                raise _Fault(
-                    self.mutant_column,
-                    f"the sites span {span:,} residues, more than a window of {self._most_span:,}, so they "
-                    "cannot be masked together",
-                )
-
     def _below_header(self) -> Iterator[tuple[int, list[str]]]:
         rows = _rows(self._path)
         next(rows, None)
@@ -271,13 +265,18 @@ class _Reader:
             raise _Fault(self.columns[self._id], f"{shorten(name)} is no record of the FASTA file")
         record, wild_type = self._proteins[name]
         try:
-            if self._mutant is None:
+            if self._mutant is not None:
+                mutant = wild_type.mutant(cells[self._mutant].strip())
+            else:
                 assert self._sequence is not None
-                return record, wild_type.difference(cells[self._sequence].strip())
-            mutant = wild_type.mutant(cells[self._mutant].strip())
+                mutant = wild_type.difference(cells[self._sequence].strip())
         except ValueError as error:
             raise _Fault(self.mutant_column, str(error)) from None
-        if self._sequence is not None:
+        span = mutant[-1].site - mutant[0].site + 1 if mutant else 0
+        if self._max_span is not None and span > self._max_span:
+            reason = f"its sites span {span:,} residues, and a window has {self._max_span:,}"
+            raise _Fault(self.mutant_column, reason)
+        if self._mutant is not None and self._sequence is not None:
             expected, sequence = wild_type.mutated(mutant), cells[self._sequence].strip().upper()
             if sequence != expected:
                 raise _Fault(SEQUENCE, _difference(sequence, expected, cells[self._mutant].strip()))

@@ -30,6 +30,7 @@ class EmbeddingFile:
             embeddings["P69905"]                # (D,) mean of the last layer
             embeddings[:100]                    # (100, D)
             embeddings.per_residue("P69905")    # (L, D)
+            embeddings.contacts("P69905")       # (L, L), if the file has contacts
             for sequence_id, embedding in embeddings: ...
 
     The values in brackets and of an iteration are the means of the last layer, or the first of `kinds` if

@@ -184,8 +184,8 @@ def test_long_proteins_in_windows(fair: Fair, size: int) -> None:
     mutant = f"{protein[6]}7A:{protein[3]}4C"
     around = 5 - size // 2
     rows = fair.rows(protein[around : around + size], [3 - around, 6 - around])
-    expected = sum_of(f"{protein[6]}{7 - around}A:{protein[3]}{4 - around}C", rows)
-    assert model.score(protein, [mutant], joint=True, window=size)[0] == pytest.approx(expected, abs=1e-8)
+    joint = sum_of(f"{protein[6]}{7 - around}A:{protein[3]}{4 - around}C", rows)
+    assert model.score(protein, [mutant], joint=True, window=size)[0] == pytest.approx(joint, abs=1e-8)
     (likelihood,) = model.pseudo_log_likelihood([protein], window=size)
     own = [masked[site, AMINO_ACIDS.index(residue)] for site, residue in enumerate(protein)]
     assert likelihood.sum == pytest.approx(sum(own), abs=1e-7)
@@ -245,6 +245,14 @@ def test_logits_of_rows_are_those_of_all_tokens(fair: Fair, dtype: str) -> None:
     log_probabilities = outputs[LOG_PROBABILITIES]
     assert log_probabilities.shape == (5, 20)
     assert log_probabilities.dtype == (torch.float64 if dtype == "fp64" else torch.float32)
+
+
+def test_triton_kernels_take_the_rows_that_are_left(fair: Fair, triton_device: torch.device) -> None:
+    """Token dropout of each copy, and few rows behind the last attention, as kernels."""
+    model = ESM2.from_pretrained(fair.checkpoint, dtype="fp32", device=triton_device)
+    masked = fair.masked("MKT")
+    expected = [sum_of(mutant, masked) for mutant in ("K2A", "M1C:K2W")]
+    np.testing.assert_allclose(model.score("MKT", ["K2A", "M1C:K2W"]), expected, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize(

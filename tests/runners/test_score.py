@@ -259,7 +259,7 @@ def test_the_heat_map_is_that_of_the_scan(
         (
             "id,mutant\na,M1A:S17A\n",
             ("--joint", "--window", "5"),
-            "row 2, column mutant: the sites span 17 residues",
+            "row 2, column mutant: its sites span 17 residues",
         ),
     ],
 )

@@ -141,6 +141,17 @@ def test_other_faults_of_a_table(table: Path, one: FastaIndex, two: FastaIndex) 
         read_mutants(table, one)
 
 
+def test_sites_of_a_mutant_fit_into_a_window(table: Path, one: FastaIndex) -> None:
+    table.write_text("mutant,mutated_sequence\nA7M,MKTAYIMKQR\nK2A:R10W:A4A,MATAYIAKQW\n")
+    assert len(read_mutants(table, one, max_span=9)) == 2
+    for lines in (table.read_text(), "mutated_sequence\nMKTAYIMKQR\nMATAYIAKQW\n"):
+        table.write_text(lines)
+        with pytest.raises(
+            UsageError, match=r"row 3, column mut.*: its sites span 9 residues, and a window has 8"
+        ):
+            read_mutants(table, one, max_span=8)
+
+
 def test_all_faults_are_counted_and_ten_listed(table: Path, one: FastaIndex) -> None:
     bad = [f"W{number}A" for number in range(1, 10)] + ["K2A", "K2A", "K2", "K2A"]
     with pytest.raises(UsageError) as caught:
