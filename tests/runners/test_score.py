@@ -79,7 +79,9 @@ def test_a_scan_has_every_substitution_of_every_protein(
     monkeypatch.setitem(cut.FLOPS_PER_SHARD, "cpu", 1.0)  # a shard for each copy of a protein
     output = tmp_path / "scan.csv"
     assert score(fasta, output, *options, "--offset", "101") == 0
-    arguments = {options[0].lstrip("-"): int(options[1]) if options[1].isdigit() else options[1]}
+    arguments: dict[str, Any] = {
+        options[0].lstrip("-"): int(options[1]) if options[1].isdigit() else options[1]
+    }
     expected = []
     for name, sequence in PROTEINS.items():
         (rows,) = model.log_probabilities([sequence], **arguments)
@@ -107,7 +109,7 @@ def test_a_scan_has_every_substitution_of_every_protein(
 def test_mutants_of_a_table(fasta: Path, tmp_path: Path, model: ESM2, options: tuple[str, ...]) -> None:
     output, table = tmp_path / "scores.csv", write_mutants(tmp_path / "mutants.csv")
     assert score(fasta, output, "--mutations", str(table), *options) == 0
-    arguments = {
+    arguments: dict[str, Any] = {
         "joint": "--joint" in options,
         "method": "wild-type" if "wild-type" in options else "masked",
         "window": 18 if "--window" in options else 1022,
