@@ -174,7 +174,7 @@ class ScoreTable:
                 skip_bad=self._scoring.skip_bad,
                 max_span=self._scoring.window if self._scoring.joint else None,
             )
-            scoring["mutations_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+            scoring["mutations_sha256"] = _sha256(path)
         return {"scoring": scoring, "kinds": [], "layers": [], "windows": [], "max_length": 0}
 
     def queries(self, index: FastaIndex) -> Queries:
@@ -234,6 +234,9 @@ class ScoreTable:
         found = answers(run, advance, notes.add)
         provenance = {"scores": _described(self._scoring), "plan": run.plan.identity}
         if self._mutants is not None:
+            path = self._mutants.path  # whose rows are read once more
+            if _sha256(path) != run.plan.scoring["mutations_sha256"]:
+                raise UsageError(f"{path}: was changed while its mutants were scored; repeat the command")
             write_mutants(table, self._mutants, scores_of(self._mutants, run, found), provenance)
             return len(self._mutants)
         proteins = _proteins(run, found)
@@ -242,6 +245,11 @@ class ScoreTable:
             return int(19 * _num_sites(run))
         write_likelihoods(table, map(_likelihood, proteins), provenance)
         return run.index.num_records
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class _Notes:

@@ -119,6 +119,23 @@ def test_mutants_of_a_table(fasta: Path, tmp_path: Path, model: ESM2, options: t
     assert [(row["id"], row["mutant"]) for row in rows_of(output)] == MUTANTS
 
 
+def test_a_table_of_mutants_must_stay_as_it_is(
+    fasta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its rows are read once more when all is computed."""
+    output, table = tmp_path / "scores.csv", write_mutants(tmp_path / "mutants.csv")
+    original = ESM2.embed_packed
+
+    def changing(self: ESM2, *call: Any) -> dict[str, torch.Tensor]:
+        table.write_text(table.read_text().replace("A4C", "A4D"))
+        return original(self, *call)
+
+    monkeypatch.setattr(ESM2, "embed_packed", changing)
+    assert score(fasta, output, "--mutations", str(table)) == 2
+    assert "mutants.csv: was changed while its mutants were scored" in capsys.readouterr().err
+    assert not output.exists()
+
+
 def test_only_the_sites_of_mutants_are_computed(fasta: Path, tmp_path: Path) -> None:
     output, table = tmp_path / "scores.csv", write_mutants(tmp_path / "mutants.csv")
     assert score(fasta, output, "--mutations", str(table)) == 0
