@@ -104,6 +104,8 @@ def folder(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
         name: proteins[name][:60] for name in ("P01308", "P69905", "P99999", "P62987") if name in proteins
     }
     (tmp_path / "proteins.fasta").write_text("".join(f">{name} x\n{text}\n" for name, text in short.items()))
+    (tmp_path / "protein.fasta").write_text(f">P01308\n{proteins['P01308'][:20]}\n")
+    (tmp_path / "mutants.csv").write_text("mutant,measured\nA2G,0.5\nA2G:L3V,0.1\n")
     (tmp_path / "more.fasta").write_text(f">more\n{proteins['P62805'][:40]}\n")
     (tmp_path / "proteins.tsv").write_text("id\tfamily\n" + "".join(f"{name}\tglobin\n" for name in short))
     monkeypatch.chdir(tmp_path)
