@@ -1,5 +1,6 @@
 # make embed   embed FASTA with MODEL into OUT (ARGS: more options), in an environment made for it
-# make test    lint, type-check and test, in an environment made for it
+# make lint    check style and types, in an environment made for it
+# make test    run the tests, in the same environment
 # make docs    build the documentation into build/site, in an environment without torch; warnings are errors
 # make dist    build and check the wheel and the source archive in dist/
 
@@ -17,7 +18,7 @@ DIST_VENV ?= .venv-dist
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint $(CONSTRAINTS)
 
-.PHONY: embed test docs dist clean
+.PHONY: embed lint test docs dist clean
 
 embed: $(VENV)/embed.stamp
 	$(BIN)/esm-packed embed $(FASTA) --model $(MODEL) --output $(OUT) $(ARGS)
@@ -26,12 +27,16 @@ embed: $(VENV)/embed.stamp
 	@echo "A real model:        make embed FASTA=your.fasta MODEL=esm2_t33_650M_UR50D OUT=your.h5"
 	@echo "All options:         $(BIN)/esm-packed embed --help"
 
-test: $(VENV)/test.stamp
+# mypy finds a package where its folders lie as they are imported
+lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	rm -rf build/typed build/lib
-	$(INSTALL) --no-deps --target build/typed .
+	rm -rf build/typed
+	mkdir -p build/typed/esm_packed
+	ln -s $(CURDIR)/esm_packed/* $(CURDIR)/kernels $(CURDIR)/reports $(CURDIR)/runners build/typed/esm_packed
 	MYPYPATH=build/typed:tests/support:benchmarks $(BIN)/mypy --explicit-package-bases build/typed/esm_packed tests
+
+test: $(VENV)/test.stamp
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 docs: $(DOCS_VENV)/docs.stamp
