@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from stub_driver import SHARED_MEMORY
+from stub_driver import SHARED_MEMORY, instructions
 
 from esm_packed.kernels.cases import CASES
 
@@ -23,6 +23,8 @@ pytestmark = pytest.mark.timeout(1800)
 SUPPORT = Path(__file__).parents[1] / "support"
 TABLE = Path(__file__).with_name("compile_table.json")
 REGISTER_MARGIN = 8
+INSTRUCTION_MARGIN = 1.03
+PARTS = ("in all", "before its inner loop", "in its inner loop")
 
 
 def without_interpreter(cache: Path, script: Path, *arguments: str) -> dict[str, Any]:
@@ -65,6 +67,10 @@ def complaints(compiled: dict[str, Any]) -> list[str]:
             limit = recorded[name]["registers"][capability] + REGISTER_MARGIN
             if needs["registers"] > limit:
                 found.append(f"{kernel}: {needs['registers']} registers, at most {limit} expected")
+            counted = recorded[name]["instructions"].get(capability, [])
+            for part, count, most in zip(PARTS, needs["instructions"], counted, strict=False):
+                if count > INSTRUCTION_MARGIN * most:
+                    found.append(f"{kernel}: {count} instructions {part}, {most} expected")
             products = recorded[name]["int32_products"][capability]
             if needs["int32_products"] > products:
                 found.append(
@@ -78,6 +84,27 @@ def complaints(compiled: dict[str, Any]) -> list[str]:
             if narrow > 2:
                 found.append(f"{kernel}: {narrow} accesses of 8 or 16 bits")
     return found
+
+
+def test_instructions_of_the_inner_loop_that_multiplies_are_counted() -> None:
+    code = """
+        /*0000*/                   MOV R1, 0x1 ;
+.L_x_0:
+        /*0010*/                   FFMA R2, R2, R2, R1 ;
+        /*0020*/              @!P0 BRA `(.L_x_0) ;
+.L_x_1:
+        /*0030*/                   MOV R1, 0x2 ;
+.L_x_2:
+        /*0040*/                   HMMA.16816.F32 R4, R8, R12, R4 ;
+        /*0050*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+        /*0060*/               @P0 BRA `(.L_x_2) ;
+        /*0070*/               @P1 BRA `(.L_x_1) ;
+        /*0080*/                   EXIT ;
+.L_x_3:
+        /*0090*/                   BRA `(.L_x_3) ;
+"""
+    assert instructions(code) == [10, 4, 3]
+    assert instructions(code[: code.index(".L_x_0:")]) == [1, 1, 0]
 
 
 @pytest.fixture(scope="module")

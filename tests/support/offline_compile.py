@@ -26,6 +26,8 @@ from esm_packed.kernels import dispatch, launch
 from esm_packed.kernels.cases import ALL_DTYPES, CASES, FLOAT16, FLOAT32, Arguments, Case, Shape, Workload
 
 CAPABILITIES = (75, 80, 86, 89, 90, 100)
+COUNTED = ("80", "90")
+"""For these the table holds instructions."""
 LENGTHS = [100, 133]
 
 
@@ -106,10 +108,13 @@ def main() -> None:
     table = json.loads(options.table.read_text()) if options.table.exists() else {}
     recorded = table.setdefault(triton.__version__, {})
     for name, entry in found.items():
-        recorded[name] = {
-            quantity: {capability: needs[quantity] for capability, needs in entry.items()}
-            for quantity in ("registers", "int32_products")
-        }
+        for quantity in ("registers", "int32_products", "instructions"):
+            values = recorded.setdefault(name, {}).setdefault(quantity, {})
+            values |= {
+                capability: needs[quantity]
+                for capability, needs in entry.items()
+                if quantity != "instructions" or capability in COUNTED
+            }
     lines = (
         f'"{version}": {{\n'
         + ",\n".join(f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in sorted(entries.items()))

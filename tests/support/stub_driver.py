@@ -20,9 +20,39 @@ SHARED_MEMORY = {75: 65536, 80: 166912, 86: 101376, 89: 101376, 90: 232448, 100:
 """Bytes of shared memory a program may use, by compute capability (CUDA C Programming Guide, table 'Compute
 Capabilities', less the 1 KiB each block reserves from 8.0 on)."""
 
+_MATRIX_UNIT = re.compile(r"\b(HMMA|HGMMA|UTCHMMA)\b")
+
 
 def _tool(name: str, *arguments: str) -> str:
     return subprocess.run([str(_TOOLS / name), *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def instructions(code: str) -> list[int]:
+    """Instructions of a disassembled kernel: all, those before its inner loop, and those of that loop.
+
+    Of the loops that hold no other, the inner loop is the one that multiplies most, and the first of equals.
+    """
+    operations: list[str] = []
+    labels: dict[str, int] = {}
+    loops: list[tuple[int, int]] = []
+    for label, operation in re.findall(r"^(\.L_x_\d+):|^\s+/\*[0-9a-f]+\*/\s+(\S.*)", code, re.MULTILINE):
+        if label:
+            labels[label] = len(operations)
+            continue
+        operations.append(operation)
+        target = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", operation)
+        if target and labels.get(target[1], len(operations)) < len(operations) - 1:
+            loops.append((labels[target[1]], len(operations)))
+    innermost = [
+        loop for loop in loops if not any(loop != o and loop[0] <= o[0] < o[1] <= loop[1] for o in loops)
+    ]
+
+    def products(loop: tuple[int, int]) -> tuple[int, int]:
+        inside = " ".join(operations[slice(*loop)])
+        return len(_MATRIX_UNIT.findall(inside)), len(re.findall(r"\bFFMA\b", inside))
+
+    first, end = max(innermost, key=products, default=(len(operations), len(operations)))
+    return [len(operations), first, end - first]
 
 
 def resources(cubin: bytes) -> dict[str, Any]:
@@ -44,8 +74,8 @@ def resources(cubin: bytes) -> dict[str, Any]:
         "stack": stack + local,
         "spills": len(re.findall(r"\b(?:STL|LDL)\b", code)),
         "accesses": {str(width): widths[width] for width in sorted(widths)},
-        "instructions": len(re.findall(r"^\s+/\*[0-9a-f]+\*/\s+\S", code, re.MULTILINE)),
-        "matrix_units": sorted(set(re.findall(r"\b(HMMA|HGMMA|UTCHMMA)\b", code))),
+        "instructions": instructions(code),
+        "matrix_units": sorted(set(_MATRIX_UNIT.findall(code))),
     }
 
 
