@@ -18,7 +18,7 @@ DIST_VENV ?= .venv-dist
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint $(CONSTRAINTS)
 
-.PHONY: embed lint test docs dist clean
+.PHONY: embed tree lint test docs dist clean
 
 embed: $(VENV)/embed.stamp
 	$(BIN)/esm-packed embed $(FASTA) --model $(MODEL) --output $(OUT) $(ARGS)
@@ -27,21 +27,21 @@ embed: $(VENV)/embed.stamp
 	@echo "A real model:        make embed FASTA=your.fasta MODEL=esm2_t33_650M_UR50D OUT=your.h5"
 	@echo "All options:         $(BIN)/esm-packed embed --help"
 
-# mypy finds a package where its folders lie as they are imported
-lint: $(VENV)/test.stamp
+# What mypy and the documentation read: the folders as they are imported.
+tree:
+	rm -rf build/tree
+	mkdir -p build/tree/esm_packed
+	ln -s $(CURDIR)/esm_packed/* $(CURDIR)/kernels $(CURDIR)/reports $(CURDIR)/runners build/tree/esm_packed
+
+lint: $(VENV)/test.stamp tree
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	rm -rf build/typed
-	mkdir -p build/typed/esm_packed
-	ln -s $(CURDIR)/esm_packed/* $(CURDIR)/kernels $(CURDIR)/reports $(CURDIR)/runners build/typed/esm_packed
-	MYPYPATH=build/typed:tests/support:benchmarks $(BIN)/mypy --explicit-package-bases build/typed/esm_packed tests
+	MYPYPATH=build/tree:tests/support:benchmarks $(BIN)/mypy --explicit-package-bases build/tree/esm_packed tests
 
 test: $(VENV)/test.stamp
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
-docs: $(DOCS_VENV)/docs.stamp
-	rm -rf build/docs build/lib
-	$(DOCS_VENV)/bin/python -m pip install --disable-pip-version-check --quiet --no-compile --no-deps --target build/docs .
+docs: $(DOCS_VENV)/docs.stamp tree
 	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict --quiet
 	@echo "build/site/index.html"
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-PACKAGE = Path(__file__).parents[1] / "build" / "docs"
+PACKAGE = Path(__file__).parents[1] / "build" / "tree"
 PLACE = "<!-- the commands -->"
 
 
