@@ -35,7 +35,7 @@ MODELS = [
 BOUNDARIES = [3, 15, 16, 17, 32, 33, 63, 64, 65, 129]
 """Lengths around the blocks of every kernel."""
 ONE = [50]
-MANY = [3] * 150
+MANY = [3] * 130
 """More boundaries than a kernel looks at in one step."""
 LONG_AMONG_SHORT = [3, 5, 200, 4, 3]
 WITH_EMPTY = [5, 0, 0, 20, 3, 0, 17, 0, 0, 0]
@@ -43,7 +43,7 @@ WITH_EMPTY = [5, 0, 0, 20, 3, 0, 17, 0, 0, 0]
 PACKS = {
     "boundaries": BOUNDARIES,
     "one": ONE,
-    "150 short": MANY,
+    "130 short": MANY,
     "long among short": LONG_AMONG_SHORT,
     "with empty": WITH_EMPTY,
     "empty first": [0, 0, 7, 18],
