@@ -23,6 +23,7 @@ from esm_packed.runners.input.index import STDIN
 from esm_packed.runners.output.layout import output_bytes
 from esm_packed.runners.output.parts import PartError
 from esm_packed.runners.output.reader import EmbeddingReader
+from esm_packed.runners.output.scores import described_at
 from esm_packed.runners.state.directory import RunDirectory
 from esm_packed.runners.state.plan import differences, plan_hash
 from esm_packed.runners.state.request import EmbedRequest
@@ -123,11 +124,16 @@ def _check_output(output: Path, overwrite: bool) -> ExistingOutput | None:
 
 def check_paths(request: EmbedRequest, read: Iterable[str | Path]) -> None:
     """See that nothing that is written is among the files `read`."""
-    output = resolved(request.output)
+    output, scoring = resolved(request.output), request.scoring
     written = {"the run directory": RunDirectory(output).path, "--output": output}
+    if scoring is not None:
+        written["the description of --output"] = described_at(output)
+        if scoring.heat_map is not None:
+            written["--heat-map"] = scoring.heat_map
     if request.log_json is not None:
         written["--log-json"] = request.log_json
-    check_apart(written, read)
+    tables = [] if scoring is None or scoring.mutations is None else [scoring.mutations]
+    check_apart(written, [*tables, *read])
 
 
 def _check_suffix(output: Path) -> None:

@@ -12,15 +12,11 @@ from typing import Any
 from esm_packed.errors import UsageError
 from esm_packed.files import open_regular, read_regular, whole_or_nothing
 from esm_packed.runners.checks import ExistingOutput
-from esm_packed.runners.output.scores import check_table
+from esm_packed.runners.output.scores import check_table, described_at
 from esm_packed.runners.state.directory import RunDirectory
+from esm_packed.runners.state.plan import plan_hash
 
 FORMAT = "esm-packed scores 1"
-
-
-def described_at(output: Path) -> Path:
-    """The file beside a table that says what it was made from."""
-    return output.with_name(f"{output.name}.json")
 
 
 def existing_table(output: Path, overwrite: bool) -> ExistingOutput | None:
@@ -35,7 +31,7 @@ def existing_table(output: Path, overwrite: bool) -> ExistingOutput | None:
     check_table(output)
     if not output.parent.is_dir():
         raise UsageError(f"{output.parent}: there is no such folder to write {output.name} to")
-    RunDirectory(output).check_name()
+    RunDirectory(described_at(output)).check_name()
     if RunDirectory.holds(output):
         raise UsageError(f"{output.parent}: is a run directory, and removed with all that is in it")
     description = described_at(output)
@@ -59,8 +55,14 @@ def read_description(output: Path) -> dict[str, Any] | None:
     """What was written beside a table; None if it is not there or not ours."""
     try:
         found: dict[str, Any] = json.loads(read_regular(described_at(output)))
-        is_ours = found["format"] == FORMAT and {"plan_hash", "identity", "sha256"} <= found.keys()
-    except (OSError, ValueError, KeyError, TypeError):
+        is_ours = (
+            found["format"] == FORMAT
+            and found["plan_hash"] == plan_hash(found["identity"])
+            and isinstance(found["sha256"], str)
+            and all(isinstance(found[name], int) for name in ("num_rows", "num_queries", "num_recomputed"))
+            and all(isinstance(found[name], list) for name in ("failed", "left_out"))
+        )
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return found if is_ours else None
 

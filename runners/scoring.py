@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 from esm_packed.alphabet import AMINO_ACIDS
 from esm_packed.errors import UsageError
 from esm_packed.files import whole_or_nothing
-from esm_packed.reports.page import PICTURES
+from esm_packed.reports.page import PICTURES, check_matplotlib
 from esm_packed.reports.scan import Scan, write_scan_figure
 from esm_packed.runners.answers import Answer, answers, queries_of, scores_of
 from esm_packed.runners.checks import ExistingOutput
@@ -88,24 +89,20 @@ class Scored:
         ]
 
 
-def score_file(request: EmbedRequest, console: Console, heat_map: Path | None = None) -> Scored:
+def score_file(request: EmbedRequest, console: Console) -> Scored:
     """Score what `request.scoring` asks for into `request.output`, CSV or Parquet.
 
     The work is done in the run directory `OUTPUT.run`, and the same request continues it. `OUTPUT.json` says
     what the table was made from.
 
-    Args:
-        request: what is asked for.
-        console: shows how far it is.
-        heat_map: a picture of the scan of one protein, made of the table; None for none.
-
     Raises:
         UsageError: as `session.carry_out`, or the table of mutations has a fault.
         InputError, CheckpointError, BackendError, OSError: as `session.carry_out`.
     """
-    summary = carry_out(request, console, ScoreTable(request, heat_map))
-    if heat_map is not None:
-        _draw(request.output, heat_map, overwrite=request.overwrite)
+    product = ScoreTable(request)
+    summary = carry_out(request, console, product)
+    if (picture := product.heat_map) is not None:
+        _draw(request.output, picture, overwrite=request.overwrite)
     return Scored(summary, read_description(summary.output) or {})
 
 
@@ -134,38 +131,40 @@ class ScoreTable:
 
     Args:
         request: what is asked for.
+
+    Attributes:
         heat_map: a picture that is made of the table; None for none.
 
     Raises:
         ValueError: it is no request for scores.
     """
 
-    def __init__(self, request: EmbedRequest, heat_map: Path | None = None) -> None:
+    def __init__(self, request: EmbedRequest) -> None:
         if request.scoring is None:
             raise ValueError("the request is for embeddings: its `scoring` is None")
         self._request = request
-        self._heat_map = heat_map
         self._scoring: Scoring = request.scoring
         self._mutants: Mutants | None = None
+        self.heat_map = request.scoring.heat_map
 
     def existing(self, output: Path, overwrite: bool) -> ExistingOutput | None:
         """See `Product`."""
-        existing, picture = existing_table(output, overwrite), self._heat_map
+        existing, picture = existing_table(output, overwrite), self.heat_map
         if picture is not None:
             if picture.suffix.lower() not in PICTURES:
                 raise UsageError(f"--heat-map {picture}: a picture is {', '.join(PICTURES)}")
-            if not picture.parent.is_dir():
-                raise UsageError(f"--heat-map {picture}: there is no such folder")
+            if not os.access(picture.parent, os.W_OK):
+                raise UsageError(f"--heat-map {picture}: there is no such folder, or it cannot be written to")
+            check_matplotlib()
             if picture.exists() and existing is None and not overwrite:
                 raise _is_there(picture)
         return existing
 
     def identity(self, index: FastaIndex) -> Mapping[str, Any]:
         """How is scored, and the checksum of the table of mutations."""
-        if self._heat_map is not None and index.num_records != 1:
+        if self.heat_map is not None and index.num_records != 1:
             raise UsageError(f"--heat-map draws one protein, and the input has {index.num_records:,}")
-        scoring = asdict(self._scoring)
-        path = scoring.pop("mutations")
+        scoring, path = self._scoring.identity, self._scoring.mutations
         if path is not None:
             self._mutants = read_mutants(
                 path,
@@ -180,8 +179,10 @@ class ScoreTable:
     def queries(self, index: FastaIndex) -> Queries:
         """See `Product`."""
         queries = queries_of(self._scoring, index, self._mutants)
+        if not len(queries) and self._mutants is not None:
+            raise UsageError(f"{self._mutants.path}: each mutant is the wild type; there is nothing to score")
         if not len(queries):
-            raise UsageError(f"no protein has a residue that is one of the 20 amino acids {AMINO_ACIDS}")
+            raise UsageError(f"no protein has a residue that is one of {''.join(AMINO_ACIDS)}")
         return queries
 
     def space(self, run: Run) -> tuple[int, int]:

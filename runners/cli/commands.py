@@ -88,7 +88,7 @@ def score(options: argparse.Namespace) -> int:
 
         say(estimate(request, Console(options.quiet), ScoreTable(request)))
         return EXIT_COMPLETE
-    scored = score_file(request, Console(options.quiet), options.heat_map)
+    scored = score_file(request, Console(options.quiet))
     if not options.quiet:
         say(scored.lines())
     if scored.num_failed:

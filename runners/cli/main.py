@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    can_continue = list(arguments[:1]) in (["embed"], ["extract"], ["merge"])
+    can_continue = list(arguments[:1]) in (["embed"], ["extract"], ["merge"], ["score"])
     remedy = "; repeat the command to continue" if can_continue else ""
 
     def explain_interruption(name: str) -> None:

@@ -74,7 +74,7 @@ def _add_what(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--offset",
-        type=int,
+        type=values.whole_number(-(2**31)),
         default=1,
         metavar="N",
         help="number of the first residue of each protein (default: 1)",

@@ -328,6 +328,8 @@ def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
     Raises:
         UsageError: there is no such file, it is no text, or a row is no CSV.
     """
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{path}: is no regular file, which is read more than once")
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             delimiter = "\t" if "\t" in file.readline() else ","

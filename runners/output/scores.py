@@ -58,6 +58,11 @@ class ProteinLikelihood(NamedTuple):
     likelihood: PseudoLikelihood
 
 
+def described_at(table: Path) -> Path:
+    """The file beside a table that says what it was made from."""
+    return table.with_name(f"{table.name}.json")
+
+
 def check_table(path: Path) -> None:
     """See that a table can be written to `path`, before anything is computed for it.
 

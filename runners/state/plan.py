@@ -160,6 +160,9 @@ class Plan:
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """What differs between the identities of two runs, with both values; empty if nothing does."""
+    before, now = ({**each, **each.get("scoring", {})} for each in (before, now))
+    if "scoring" in before and "scoring" in now:
+        del before["scoring"], now["scoring"]
     return "; ".join(
         f"{name} was {_shown(name, before.get(name))}, now {_shown(name, now.get(name))}"
         for name in sorted(before.keys() | now.keys())

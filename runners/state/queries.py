@@ -97,7 +97,7 @@ class Queries:
                 if str(found["plan"]) == plan:
                     records, starts, stops, ends, sites = (found[name] for name in _ARRAYS)
                     return cls(records, starts, stops, ends, sites, bool(found["are_masked"]))
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile):
             pass
         raise QueriesError(
             f"{path}: missing, damaged or another run's; repeat the command that began the run"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -42,6 +43,7 @@ class Scoring:
         mutations: the table of mutants.
         offset: number of the first residue of each protein.
         skip_bad: leave out mutants that do not fit their protein.
+        heat_map: a picture of the scan of one protein, made of the table; None for none.
 
     Raises:
         ValueError: an argument has a value that cannot be.
@@ -54,6 +56,12 @@ class Scoring:
     mutations: Path | None = None
     offset: int = 1
     skip_bad: bool = False
+    heat_map: Path | None = None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What of it makes another run; `mutations` is known by its content."""
+        return {name: value for name, value in asdict(self).items() if name not in ("mutations", "heat_map")}
 
     def __post_init__(self) -> None:
         if self.table not in SCORE_TABLES:

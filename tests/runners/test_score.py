@@ -215,7 +215,7 @@ def test_a_table_that_is_there_is_kept(
     assert score(fasta, output) == 0
     assert output.stat().st_mtime_ns == made.st_mtime_ns
     assert score(fasta, output, "--method", "wild-type") == 2
-    assert "exists already, made from other input or options (scoring was" in capsys.readouterr().err
+    assert "exists already, made from other input or options (method was" in capsys.readouterr().err
     with output.open("a") as file:
         file.write("a,1,M,W,0,0\n")
     assert score(fasta, output) == 2
@@ -313,6 +313,54 @@ def test_options_that_do_not_fit(
 ) -> None:
     assert score(fasta, tmp_path / "out.csv", *options) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("-o", "mutants.csv"),
+        ("--log-json", "mutants.csv"),
+        ("--heat-map", "in.fasta.png"),
+        ("-o", "in.csv"),
+        ("--log-json", "out.csv.json"),
+    ],
+    ids=" ".join,
+)
+def test_nothing_that_is_read_is_written(
+    fasta: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: tuple[str, str]
+) -> None:
+    fasta = fasta.rename(tmp_path / ("in.csv.json" if options[1] == "in.csv" else "in.fasta.png"))
+    table = write_mutants(tmp_path / "mutants.csv")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    asked = () if options[0] == "--heat-map" else ("--mutations", str(table))
+    assert (
+        score(fasta, tmp_path / "out.csv", *asked, "--overwrite", options[0], str(tmp_path / options[1])) == 2
+    )
+    error = capsys.readouterr().err
+    assert "would write over" in error or "in the way of" in error
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("identity", 3), ("plan_hash", "x"), ("sha256", None), ("num_rows", "many")]
+)
+def test_a_damaged_description_is_none(
+    fasta: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, value: object
+) -> None:
+    output, description = tmp_path / "out.csv", tmp_path / "out.csv.json"
+    assert score(fasta, output, "--method", "wild-type") == 0
+    description.write_text(json.dumps({**json.loads(description.read_text()), name: value}))
+    assert score(fasta, output, "--method", "wild-type") == 2
+    assert "is not the table that out.csv.json describes" in capsys.readouterr().err
+
+
+def test_mutants_that_are_the_wild_type_are_no_work(
+    fasta: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = tmp_path / "mutants.csv"
+    table.write_text(f"id,mutated_sequence\na,{PROTEINS['a']}\n")
+    assert score(fasta, tmp_path / "out.csv", "--mutations", str(table)) == 2
+    assert "mutants.csv: each mutant is the wild type" in capsys.readouterr().err
 
 
 def test_the_cost_is_said_first(fasta: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
