@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import secrets
 import stat
@@ -29,6 +30,12 @@ def read_regular(path: Path) -> bytes:
     """The content of a file, as `open_regular` opens it."""
     with open_regular(path) as file:
         return file.read()
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 (hex) of a file, as `open_regular` opens it."""
+    with open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def is_out_of_space(error: BaseException | None) -> bool:

@@ -285,7 +285,7 @@ def space_of(run: Run, num_compared: int, in_parts: bool) -> tuple[int, int]:
         num_compared: sequences that are compared with FP32.
         in_parts: whether rows of residues stay in files beside the output, where no copy of them is made.
     """
-    index, plan = run.index, run.plan
+    index = run.index
     num_computed = index.num_records - index.num_identical
     output = output_bytes(
         index.num_records,
@@ -295,7 +295,12 @@ def space_of(run: Run, num_compared: int, in_parts: bool) -> tuple[int, int]:
         problems=[astuple(problem) for problem in index.problems],
         num_compared=min(num_compared, num_computed),
     )
-    num_left = plan.num_shards - len(run.finished(range(plan.num_shards)))
-    share = num_left / plan.num_shards
-    shards = shards_bytes(num_left, run.arrays, {per: int(n * share) for per, n in run.total_rows.items()})
-    return output, shards + output - (run.ragged_bytes if in_parts else 0)
+    return output, left_bytes(run) + output - (run.ragged_bytes if in_parts else 0)
+
+
+def left_bytes(run: Run) -> int:
+    """Bytes that the shards of a run take which are not finished."""
+    num_shards = run.plan.num_shards
+    num_left = num_shards - len(run.finished(range(num_shards)))
+    share = num_left / num_shards
+    return shards_bytes(num_left, run.arrays, {per: int(n * share) for per, n in run.total_rows.items()})

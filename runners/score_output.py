@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from esm_packed.errors import UsageError
-from esm_packed.files import open_regular, read_regular, whole_or_nothing
+from esm_packed.files import read_regular, sha256_of, whole_or_nothing
 from esm_packed.runners.checks import ExistingOutput
 from esm_packed.runners.output.scores import check_table, described_at
 from esm_packed.runners.state.directory import RunDirectory
@@ -43,7 +42,7 @@ def existing_table(output: Path, overwrite: bool) -> ExistingOutput | None:
             raise UsageError(f"{description}: exists already and is not ours; --overwrite replaces it")
         return None
     found = read_description(output)
-    if found is None or found["sha256"] != _sha256(output):
+    if found is None or found["sha256"] != sha256_of(output):
         raise UsageError(
             f"{output}: exists already and is not the table that {description.name} describes; --overwrite "
             "replaces it"
@@ -77,11 +76,6 @@ def describe(output: Path, table: Path, scratch: Path, content: Mapping[str, Any
         content: what there is to say.
     """
     date = datetime.now(UTC).isoformat(timespec="seconds")
-    found = {"format": FORMAT, "sha256": _sha256(table), "date": date, **content}
+    found = {"format": FORMAT, "sha256": sha256_of(table), "date": date, **content}
     with whole_or_nothing(described_at(output), scratch) as temporary:
         temporary.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-
-
-def _sha256(path: Path) -> str:
-    with open_regular(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

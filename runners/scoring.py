@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,11 +12,11 @@ import numpy as np
 
 from esm_packed.alphabet import AMINO_ACIDS
 from esm_packed.errors import UsageError
-from esm_packed.files import whole_or_nothing
+from esm_packed.files import sha256_of, whole_or_nothing
 from esm_packed.reports.page import PICTURES, check_matplotlib
 from esm_packed.reports.scan import Scan, write_scan_figure
 from esm_packed.runners.answers import Answer, answers, queries_of, scores_of
-from esm_packed.runners.checks import ExistingOutput
+from esm_packed.runners.checks import ExistingOutput, left_bytes
 from esm_packed.runners.input.index import FastaIndex
 from esm_packed.runners.input.mutations import Mutants, read_mutants
 from esm_packed.runners.output.blocks import ShardNotes
@@ -34,8 +33,9 @@ from esm_packed.runners.session import carry_out
 from esm_packed.runners.state.queries import Queries
 from esm_packed.runners.state.request import EmbedRequest, Scoring
 from esm_packed.runners.state.run import SCORED, Run, ScoringRun
-from esm_packed.runners.state.shard import STATUS_FAILED, STATUS_RECOMPUTED, Rows, shards_bytes
+from esm_packed.runners.state.shard import STATUS_FAILED, STATUS_RECOMPUTED, Rows
 from esm_packed.runners.summary import Summary
+from esm_packed.runners.system.paths import check_free
 from esm_packed.runners.system.terminal import counted
 from esm_packed.runners.watch.console import Advance, Console, byte_size, duration
 from esm_packed.scoring import pseudo_likelihood, scored_sites
@@ -119,11 +119,7 @@ def _draw(table: Path, picture: Path, *, overwrite: bool) -> None:
             Scan(token_ids, log_probabilities, title, first), unfinished, picture.suffix.lower()
         )
         if picture.exists() and not overwrite and picture.read_bytes() != unfinished.read_bytes():
-            raise _is_there(picture)
-
-
-def _is_there(picture: Path) -> UsageError:
-    return UsageError(f"--heat-map {picture}: exists already; --overwrite replaces it")
+            check_free(picture, overwrite=False)
 
 
 class ScoreTable:
@@ -156,8 +152,8 @@ class ScoreTable:
             if not os.access(picture.parent, os.W_OK):
                 raise UsageError(f"--heat-map {picture}: there is no such folder, or it cannot be written to")
             check_matplotlib()
-            if picture.exists() and existing is None and not overwrite:
-                raise _is_there(picture)
+            if existing is None:
+                check_free(picture, overwrite=overwrite)
         return existing
 
     def identity(self, index: FastaIndex) -> Mapping[str, Any]:
@@ -173,7 +169,7 @@ class ScoreTable:
                 skip_bad=self._scoring.skip_bad,
                 max_span=self._scoring.window if self._scoring.joint else None,
             )
-            scoring["mutations_sha256"] = _sha256(path)
+            scoring["mutations_sha256"] = sha256_of(path.resolve())
         return {"scoring": scoring, "kinds": [], "layers": [], "windows": [], "max_length": 0}
 
     def queries(self, index: FastaIndex) -> Queries:
@@ -195,10 +191,7 @@ class ScoreTable:
         output = rows * (_ROW_BYTES[self._scoring.table] + int(run.index.mean_id_bytes))
         if self._mutants is not None:
             output += self._mutants.path.stat().st_size
-        num_left = run.plan.num_shards - len(run.finished(range(run.plan.num_shards)))
-        share = num_left / run.plan.num_shards
-        left = {per: int(rows * share) for per, rows in run.total_rows.items()}
-        return output, output + shards_bytes(num_left, run.arrays, left)
+        return output, output + left_bytes(run)
 
     def make(self, run: Run, console: Console) -> None:
         """See `Product`."""
@@ -224,6 +217,8 @@ class ScoreTable:
         }
         output = run.directory.output
         with whole_or_nothing(output, scratch, overwrite=self._request.overwrite) as unfinished:
+            # or a table that has come to exist meanwhile would lose its own description
+            check_free(output, overwrite=self._request.overwrite)
             describe(output, table, scratch, description)
             table.rename(unfinished)
 
@@ -236,7 +231,7 @@ class ScoreTable:
         provenance = {"scores": _described(self._scoring), "plan": run.plan.identity}
         if self._mutants is not None:
             path = self._mutants.path  # whose rows are read once more
-            if _sha256(path) != run.plan.scoring["mutations_sha256"]:
+            if sha256_of(path.resolve()) != run.plan.scoring["mutations_sha256"]:
                 raise UsageError(f"{path}: was changed while its mutants were scored; repeat the command")
             write_mutants(table, self._mutants, scores_of(self._mutants, run, found), provenance)
             return len(self._mutants)
@@ -246,11 +241,6 @@ class ScoreTable:
             return int(19 * _num_sites(run))
         write_likelihoods(table, map(_likelihood, proteins), provenance)
         return run.index.num_records
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class _Notes:

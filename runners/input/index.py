@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from esm_packed.files import open_regular, read_regular, whole_or_nothing
+from esm_packed.files import read_regular, sha256_of, whole_or_nothing
 from esm_packed.runners.input.blocks import METADATA, SealedFile, StoredRows
 from esm_packed.runners.input.fasta import DamagedIndexError, Modified, ReadOptions, shorten
 
@@ -256,5 +256,4 @@ def _is_unchanged(entry: dict[str, Any]) -> bool:
         return False
     if file_state(Path(path).stat()) == entry["state"]:
         return True
-    with open_regular(Path(path).resolve()) as file:  # the user may have named a link
-        return hashlib.file_digest(file, "sha256").hexdigest() == sha256
+    return sha256_of(Path(path).resolve()) == sha256  # the user may have named a link

@@ -160,14 +160,18 @@ class Plan:
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """What differs between the identities of two runs, with both values; empty if nothing does."""
-    before, now = ({**each, **each.get("scoring", {})} for each in (before, now))
-    if "scoring" in before and "scoring" in now:
-        del before["scoring"], now["scoring"]
+    before, now = _flat(before), _flat(now)
     return "; ".join(
         f"{name} was {_shown(name, before.get(name))}, now {_shown(name, now.get(name))}"
         for name in sorted(before.keys() | now.keys())
         if before.get(name) != now.get(name)
     )
+
+
+def _flat(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """An identity whose ways of scoring stand beside everything else."""
+    rest = {name: value for name, value in identity.items() if name != "scoring"}
+    return rest | identity.get("scoring", {})
 
 
 def _shown(name: str, value: Any) -> str:

@@ -225,6 +225,23 @@ def test_a_table_that_is_there_is_kept(
     assert f"complete, {len(rows_of(output))} rows" in capsys.readouterr().out
 
 
+def test_a_table_that_comes_to_exist_meanwhile_keeps_its_description(
+    fasta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output, original = tmp_path / "out.csv", ESM2.embed_packed
+    theirs = {output: "another's", tmp_path / "out.csv.json": "another's, too"}
+
+    def overtaken(self: ESM2, *call: Any) -> dict[str, torch.Tensor]:
+        for path, text in theirs.items():
+            path.write_text(text)
+        return original(self, *call)
+
+    monkeypatch.setattr(ESM2, "embed_packed", overtaken)
+    assert score(fasta, output) == 2
+    assert "out.csv: exists already; --overwrite replaces it" in capsys.readouterr().err
+    assert {path: path.read_text() for path in theirs} == theirs
+
+
 def test_copies_without_a_number_are_named(
     fasta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
