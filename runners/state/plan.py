@@ -171,7 +171,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 def _flat(identity: Mapping[str, Any]) -> dict[str, Any]:
     """An identity whose ways of scoring stand beside everything else."""
     rest = {name: value for name, value in identity.items() if name != "scoring"}
-    return rest | identity.get("scoring", {})
+    return {**rest, **identity.get("scoring", {})}
 
 
 def _shown(name: str, value: Any) -> str:
