@@ -21,6 +21,9 @@ from esm_packed.kernels.cases import BFLOAT16, FLOAT16, FLOAT32
 SHAPES = [("650M", FLOAT16), ("650M", BFLOAT16), ("650M", FLOAT32), ("8M", FLOAT16), ("3B", FLOAT16)]
 COMPILED = [("650M", FLOAT16)]
 FC1_PROVIDERS = ("fused", "separate", "torch", "matmul_alone")
+HEAD_SIZES = ("8M", "150M", "650M")
+"""Models with heads of 16, 32 and 64."""
+
 BACKEND_NAMES = [name for name in BACKENDS if name != "triton"]
 
 
@@ -43,14 +46,17 @@ def memory_bound_contests() -> Iterator[KernelEntry]:
 
 
 def attention_contests() -> Iterator[KernelEntry]:
-    """All backends in the main shape, the ones a model would use in the others."""
+    """All backends in the main shape, the ones a model would use in the others and on short proteins."""
     name = "packed_attention"
     for lengths in ("uniref", "constant1024"):
         for provider in ("ours", *BACKEND_NAMES):
             yield KernelEntry(name, provider, "650M", FLOAT16, lengths)
-    for size, dtype in SHAPES[1:]:
+    for size, dtype in (*SHAPES[1:], ("150M", FLOAT16)):
         for provider in ("ours", "sdpa") if dtype == FLOAT32 else ("ours", "varlen"):
             yield KernelEntry(name, provider, size, dtype)
+    for size in HEAD_SIZES:
+        for provider in ("ours", "varlen"):
+            yield KernelEntry(name, provider, size, FLOAT16, "short50")
     for precision in ("tf32", "tf32x3"):
         yield KernelEntry(f"{name}_{precision}", "ours", "650M", FLOAT32)
 

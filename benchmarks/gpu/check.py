@@ -1,8 +1,9 @@
-"""Everything that needs a GPU, within a time limit: `python benchmarks/gpu/check.py --out DIR`.
+"""Everything that needs a GPU, in four calls with a time limit: `python benchmarks/gpu/check.py --out DIR`.
 
-Correctness first (commands side by side), then speed (one after the other), then tuning. What takes longer is
-asked for by name, each in a call of its own: `--phases suites`, `--phases rivals`, `--phases evidence`.
-Whatever happens to a command of `commands.STEPS` is recorded in DIR/gpu_check.json, and the rest goes on.
+The first call runs the default model and its profile, then tests of correctness side by side. The others are
+asked for by name, and run one command after the other: `--phases speed`, `--phases tuning`, and
+`--phases rivals evidence`. Whatever happens to a command of `commands.STEPS` is recorded in
+DIR/gpu_check.json, and the rest goes on.
 These files need the standard library alone: the package is installed from the working tree into a temporary
 folder.
 """
@@ -22,7 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
-from commands import DEFAULT_PHASES, PHASES, STEPS, SUITES, Step
+from commands import CALL_SECONDS, CALLS, PHASES, STEPS, SUITES, Step
 from process import CLOSING_SECONDS, Check, Done, Result, num_cpus
 from summary import summary_lines
 
@@ -83,9 +84,11 @@ def fit_reservations(steps: Sequence[Step], seconds: float) -> list[Step]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
-    parser.add_argument("--time-limit", type=float, default=540, help="seconds (default: %(default)s)")
     parser.add_argument(
-        "--phases", nargs="+", choices=PHASES[1:], default=DEFAULT_PHASES, help="default: %(default)s"
+        "--time-limit", type=float, default=CALL_SECONDS, help="seconds (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--phases", nargs="+", choices=PHASES[1:], default=CALLS[0], help="default: %(default)s"
     )
     parser.add_argument("--steps", nargs="+", choices=[s.name for s in STEPS], help="only these")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: for trying it out")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from process import ROOT, Check, Done, Result, num_cpus
 
@@ -188,6 +190,30 @@ def memory_errors(check: Check, step: Step, done: Done) -> Result:
     return result
 
 
+def hardware_counters(check: Check, step: Step, done: Done) -> Result:
+    """What Nsight Compute read of each kernel; it may be missing, or be refused the counters."""
+    file = check.work / f"{step.name}.csv"
+    read = counters_of(file.read_text(errors="replace") if file.exists() else "")
+    result = found(check, step, done) | {"kernels": read}
+    if not read and result["status"] in ("passed", "failed"):
+        result |= {"status": "not available", "output": done.output[-2000:]}
+    return result
+
+
+def counters_of(text: str) -> list[dict[str, Any]]:
+    """Kernels and their metrics from what `ncu --csv --page details` prints, between lines of its own."""
+    lines = [line for line in text.splitlines() if line.startswith('"')]
+    kernels: dict[str, dict[str, Any]] = {}
+    for row in csv.DictReader(lines):
+        if row.get("Metric Name"):
+            kernel = kernels.setdefault(row["ID"], {"kernel": row["Kernel Name"][:120], "metrics": {}})
+            metric = (
+                f"{row['Metric Name']} ({row['Metric Unit']})" if row["Metric Unit"] else row["Metric Name"]
+            )
+            kernel["metrics"][metric] = row["Metric Value"]
+    return list(kernels.values())
+
+
 def validation(check: Check, step: Step, done: Done) -> Result:
     """The page holds the figures."""
     folder = check.out / "validation"
@@ -196,8 +222,11 @@ def validation(check: Check, step: Step, done: Done) -> Result:
     return verdict(check, step, done)
 
 
-PHASES = ("setup", "correctness", "speed", "tuning", "suites", "rivals", "evidence")
-DEFAULT_PHASES = ("correctness", "speed", "tuning")
+PHASES = ("setup", "smoke", "correctness", "speed", "tuning", "rivals", "evidence")
+CALLS = (("smoke", "correctness"), ("speed",), ("tuning",), ("rivals", "evidence"))
+"""The phases of each call, those first that are worth most where GPU time is short."""
+
+CALL_SECONDS = 400.0
 
 PYTHON = (sys.executable,)
 PYTEST = (
@@ -214,7 +243,20 @@ MEMCHECK = (
     *("env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1"),  # so that a step beyond a tensor is seen
     *("compute-sanitizer", "--tool", "memcheck", "--report-api-errors", "no", "--error-exitcode", "86"),
 )
+NCU = (
+    *("env", "ncu", "--clock-control", "none", "--profile-from-start", "off", "--csv", "--page", "details"),
+    *(
+        word
+        for section in (
+            *("SpeedOfLight", "ComputeWorkloadAnalysis", "MemoryWorkloadAnalysis", "LaunchStats"),
+            *("Occupancy", "SchedulerStats", "WarpStateStats"),
+        )
+        for word in ("--section", section)
+    ),
+    *("--log-file", "{work}/{name}.csv"),
+)
 ESM_PACKED = (*PYTHON, "-m", "esm_packed")
+TUNE = (*ESM_PACKED, "tune", "--time-limit", "{seconds}", "-o", "{out}/tuned.json")
 
 PARTS = 6
 """Processes the interpreter's tests are divided among: most of their time is Triton's compiler."""
@@ -222,7 +264,7 @@ PARTS = 6
 OF_650M = ("--model", "random:esm2_t33_650M_UR50D")
 OTHER_SIZES = ("--model", "random:esm2_t30_150M_UR50D,random:esm2_t36_3B_UR50D")
 NEARLY_TWO_PACKS = ("--tokens", "64512")
-"""Of 32,768 tokens: a little more would make a third pack for next to nothing."""
+"""Of 32,768 or 33,792 tokens: a little more would make a third pack for next to nothing."""
 
 
 def gpu_tests(name: str, file: str, select: str = "", on_cpu: tuple[str, ...] | None = None) -> Step:
@@ -243,6 +285,7 @@ STEPS = (
     Step("machine", "setup", (), machine, 5, on_cpu=()),
     Step("install", "setup", (), install, 15, on_cpu=()),
     Step("torch", "setup", (*IN_PROCESS, "machine"), torch_machine, 15, on_cpu=()),
+    Step("forward", "smoke", (*IN_PROCESS, "forward"), found, 40, on_cpu=()),
     # Those that take longest come first.
     Step("memory_checker", "correctness", (*MEMCHECK, *IN_PROCESS, "every_launcher"), memory_errors),
     *(
@@ -270,47 +313,45 @@ STEPS = (
     gpu_tests("compiled", "kernels", "test_compiled_layer"),
     gpu_tests("offsets", "kernels", "test_offsets"),
     gpu_tests("tf32_and_nan", "kernels", "test_tf32 or test_nan", on_cpu=()),
+    Step("matmuls", "speed", (*IN_PROCESS, "matmuls"), found, 20, on_cpu=()),
+    Step("budgets", "speed", (*IN_PROCESS, "budgets"), found, 40, on_cpu=()),
     Step(
         "kernel_benchmarks",
         "speed",
         (*PYTEST, "benchmarks/bench_kernels.py", *BENCHMARK, "{out}/benchmark.json"),
         benchmark_records,
-        130,
-        ("--blocks", "3"),
+        100,
+        ("--blocks", "2"),
         on_cpu=("--blocks", "1"),
     ),
-    Step("model_speed", "speed", (*IN_PROCESS, "model_speed"), found, 60, on_cpu=()),
-    *(
-        Step(
-            name,
-            "tuning",
-            (*ESM_PACKED, "tune", *models, "--time-limit", "{seconds}", "-o", "{out}/tuned.json"),
-            verdict,
-            seconds,
-        )
-        for name, seconds, models in (
-            ("tuning_650M", 40, ("--model", "esm2_t33_650M_UR50D")),
-            ("tuning_others", 35, ()),
-        )
-    ),
-    suite("suites", "reproducible_cost", "model", 60, "-k", "test_reproducible", "--blocks", "3"),
+    Step("counters", "speed", (*NCU, *IN_PROCESS, "counted_launches"), hardware_counters, 40),
+    Step("model_speed", "speed", (*IN_PROCESS, "model_speed"), found, 40, on_cpu=()),
+    suite("speed", "reproducible_cost", "model", 30, "-k", "test_reproducible", "--blocks", "2"),
     suite(
-        *("suites", "forward_passes", "model", 300, "-k", "test_model or test_transfer", "--blocks", "2"),
-        *NEARLY_TWO_PACKS,
+        *("speed", "forward_passes", "model", 80, "-k", "test_model or test_transfer", "--blocks", "2"),
+        *(*OF_650M, *NEARLY_TWO_PACKS),
     ),
-    Step("memory", "suites", (*IN_PROCESS, "memory"), found, 60, on_cpu=()),
-    suite("rivals", "peers", "peers", 300, "--blocks", "3", *OF_650M, *NEARLY_TWO_PACKS),
+    Step("tuning_650M", "tuning", (*TUNE, "--model", "esm2_t33_650M_UR50D"), verdict, 150),
+    Step("tuning_others", "tuning", TUNE, verdict, 150),
+    Step(
+        "tuned_forward",
+        "tuning",
+        (*IN_PROCESS, "tuned_forward", "--tuned", "{out}/tuned.json"),
+        found,
+        40,
+    ),
+    suite("rivals", "peers", "peers", 100, "--blocks", "2", *OF_650M, *NEARLY_TWO_PACKS),
     suite(
-        *("rivals", "end_to_end", "end_to_end", 100, "--blocks", "3", *OF_650M, "--tokens", "2000000"),
+        *("rivals", "end_to_end", "end_to_end", 45, "--blocks", "2", *OF_650M, "--tokens", "1000000"),
         *("--dtype", "fp16", "--workload", "uniref"),
     ),
-    suite("rivals", "attention", "attention", 60, "--blocks", "3", *NEARLY_TWO_PACKS),
+    suite("rivals", "attention", "attention", 40, "--blocks", "2", *NEARLY_TWO_PACKS),
     suite(
-        *("evidence", "model_sizes", "model", 200, "-k", "test_model", "--blocks", "3", *OTHER_SIZES),
+        *("evidence", "model_sizes", "model", 50, "-k", "test_model", "--blocks", "2", *OTHER_SIZES),
         *("--dtype", "fp16", "--workload", "uniref", *NEARLY_TWO_PACKS),
     ),
     Step(
-        *("stress_files", "evidence", ("env", "-C", "{work}", *IN_PROCESS, "stress_files"), found, 40),
+        *("stress_files", "evidence", ("env", "-C", "{work}", *IN_PROCESS, "stress_files"), found, 25),
         on_cpu=(),
     ),
     Step(
@@ -321,8 +362,9 @@ STEPS = (
             *("-o", "{out}/validation", "--device", "{device}"),
         ),
         validation,
-        160,
+        60,
         on_cpu=(),
     ),
+    Step("memory", "evidence", (*IN_PROCESS, "memory"), found, 30, on_cpu=()),
 )
-SUITES = [step.name for step in STEPS if step.phase in ("suites", "rivals", "evidence")]
+SUITES = [step.name for step in STEPS if step.read is outcomes_of_tests and step.phase in PHASES[3:]]

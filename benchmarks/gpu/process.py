@@ -17,10 +17,16 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
+CACHE = ROOT / ".gpu_cache"
+"""What compilers made, for later calls on the same machine; git ignores it."""
+
 CLOSING_SECONDS = 8.0
 GRACE_SECONDS = 8.0
 LOG_CHARACTERS = 300_000
 """Kept of the output of one step."""
+
+_CUDA_TOOLS = ["/usr/local/cuda/bin", *map(str, sorted(Path("/opt/nvidia/nsight-compute").glob("*")))]
+"""Folders of compute-sanitizer and ncu."""
 
 Result = dict[str, Any]
 
@@ -60,12 +66,12 @@ class Check:
             "steps": {},
         }
         self.environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {
-            "PATH": f"{os.environ.get('PATH', '')}:/usr/local/cuda/bin",  # of compute-sanitizer
+            "PATH": os.pathsep.join([os.environ.get("PATH", ""), *_CUDA_TOOLS]),
             "PYTHONSAFEPATH": "1",  # the working tree's folders must not stand in for the installed package
             "PYTHONUNBUFFERED": "1",
             "PYTHONDONTWRITEBYTECODE": "1",
-            "TRITON_CACHE_DIR": str(self.work / "triton"),
-            "TORCHINDUCTOR_CACHE_DIR": str(self.work / "inductor"),
+            "TRITON_CACHE_DIR": str(CACHE / "triton"),
+            "TORCHINDUCTOR_CACHE_DIR": str(CACHE / "inductor"),
             "TORCHINDUCTOR_COMPILE_THREADS": "1",
         }
 

@@ -11,19 +11,29 @@ Key = tuple[str, str, str, str, str]
 
 
 def summary_lines(report: Report) -> Iterator[str]:
-    """Machine, steps, kernels, ratios, model; whatever part of it there is."""
+    """Machine, steps, the first forward pass, kernels, ratios, model; whatever part of it there is."""
     steps = report["steps"]
     machine = report["machine"]
     yield " ".join(f"{name}={machine.get(name)}" for name in ("gpu", "driver", "torch", "triton", "cuda"))
     yield from _step_lines(steps)
+    yield from _forward_lines(_found(steps, "forward"))
+    yield from _matmul_lines(_found(steps, "matmuls"))
+    yield from _budget_lines(_found(steps, "budgets"))
+    yield from _counter_lines(steps.get("counters", {}).get("kernels", []))
+    yield from _tuned_lines(_found(steps, "tuned_forward"))
     results = steps.get("kernel_benchmarks", {}).get("results", [])
     timed = [result for result in results if "seconds" in result]
     if timed:
         yield from _ceiling_lines(timed)
         yield from _kernel_lines(timed)
         yield from _ratio_lines(timed)
-    yield from _model_lines(steps.get("model_speed", {}).get("found", {}))
-    yield from _memory_lines(steps.get("memory", {}).get("found", {}))
+    yield from _model_lines(_found(steps, "model_speed"))
+    yield from _memory_lines(_found(steps, "memory"))
+
+
+def _found(steps: Report, name: str) -> Report:
+    found: Report = steps.get(name, {}).get("found", {})
+    return found
 
 
 def _step_lines(steps: Report) -> Iterator[str]:
@@ -34,6 +44,69 @@ def _step_lines(steps: Report) -> Iterator[str]:
             yield f"    failed: {test.split('::')[-1]}"
         for test in step.get("unfinished", []):
             yield f"    unfinished: {test.split('::')[-1]}"
+
+
+def _forward_lines(found: Report) -> Iterator[str]:
+    """The first forward pass, and each launch of a layer."""
+    if "seconds" not in found:
+        return
+    yield (
+        f"{found['model']} {found['dtype']} {found['attention_backend']}: {found['total_tokens']} tokens in "
+        f"{1e3 * found['seconds']:.2f} ms, {found['tokens_per_second']:,.0f} tokens/s, "
+        f"{found['share_of_matmul_rate']:.1%} of the measured matmul rate"
+        + ", NOT FINITE"
+        * (not found["finite"])
+    )
+    profile = found.get("profile", {})
+    for position, entry in enumerate(profile.get("layer", [])):
+        reached = "".join(
+            f"{entry[key] / 1e12:8.2f} {unit}"
+            for key, unit in (("flops_per_second", "TFLOP/s"), ("bytes_per_second", "TB/s"))
+            if key in entry
+        )
+        name = entry.get("name", f"launch {position + 1}")
+        time_us = f"{entry['microseconds']:9.1f} us{entry['share']:7.1%}"
+        yield f"  {name:22}{time_us}{reached:17}  {entry['kernel'][:50]}"
+    for name, time_us in list(profile.get("kernels", {}).items())[:12]:
+        yield f"  {time_us:9.1f} us  {name[:90]}"
+
+
+def _matmul_lines(found: Report) -> Iterator[str]:
+    for size, rows in found.items():
+        for count, products in rows.items() if isinstance(rows, Mapping) else ():
+            rates = ", ".join(f"{name} {p['flops_per_second'] / 1e12:.1f}" for name, p in products.items())
+            yield f"{size} at {int(count):,} rows, TFLOP/s: {rates}"
+
+
+def _budget_lines(found: Report) -> Iterator[str]:
+    for model, packs in found.items():
+        if isinstance(packs, Mapping):
+            rates = ", ".join(f"{int(n):,}: {p['tokens_per_second']:,.0f}" for n, p in packs.items())
+            yield f"{model}, tokens/s by token budget: {rates}"
+
+
+_COUNTERS = (
+    "Duration",
+    "Compute (SM) Throughput",
+    "Memory Throughput",
+    "Registers Per Thread",
+    "Achieved Occ",
+)
+
+
+def _counter_lines(kernels: Sequence[Report]) -> Iterator[str]:
+    for kernel in kernels:
+        metrics = (f"{k} {v}" for k, v in kernel["metrics"].items() if k.startswith(_COUNTERS))
+        yield f"{kernel['kernel'][:40]:40} {', '.join(metrics)}"
+
+
+def _tuned_lines(found: Report) -> Iterator[str]:
+    if "seconds" in found:
+        before, after = found["seconds"]["heuristic"], found["seconds"]["tuned"]
+        yield (
+            f"{found['model']} with {found['settings']} tuned settings: {1e3 * before:.2f} ms before, "
+            f"{1e3 * after:.2f} ms with them, {before / after - 1:+.1%}"
+        )
 
 
 def _ceiling_lines(results: Sequence[Report]) -> Iterator[str]:
