@@ -15,16 +15,16 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SEPARATION = 6
-"""Residues that those of a contact are apart at least; nearer ones touch in any protein."""
+"""Smallest distance in the sequence between the residues of a contact; closer residues always touch."""
 _ORANGE = OKABE_ITO[1]
 _DPI = 300
 _SIDE_POINTS = 330
-"""Of the square, about."""
+"""Approximate side of the square in points."""
 
 
 @dataclass(frozen=True)
 class ContactMap:
-    """What is drawn.
+    """A contact map to draw.
 
     Args:
         probabilities: (num_residues, num_residues), symmetric.
@@ -35,9 +35,9 @@ class ContactMap:
     title: str
 
     def most_probable(self) -> npt.NDArray[np.int64]:
-        """(n, 2) residues i < j, from 0, of the most probable contacts, falling.
+        """(n, 2) residues i < j, counted from 0, of the most probable contacts, in descending order.
 
-        There are as many as the protein has residues, or all that are `SEPARATION` apart.
+        n is the number of residues, or of pairs at least `SEPARATION` apart if there are fewer.
         """
         length = len(self.probabilities)
         pairs = np.stack(np.triu_indices(length, SEPARATION), axis=1)
@@ -46,7 +46,7 @@ class ContactMap:
 
 
 def write_contact_map(drawn: ContactMap, path: Path, suffix: str) -> None:
-    """Draw a map into `path`, as a picture of the kind `suffix`, one of `page.PICTURES`.
+    """Write a contact map to `path` in the format `suffix`, one of `page.PICTURES`.
 
     Raises:
         OSError: the file cannot be written.
@@ -56,7 +56,7 @@ def write_contact_map(drawn: ContactMap, path: Path, suffix: str) -> None:
 
 
 def draw(drawn: ContactMap) -> Figure:
-    """Probabilities above the diagonal, and the most probable contacts below it; within `figure_style`."""
+    """Probabilities above the diagonal, most probable contacts below it; call within `page.figure_style`."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -71,7 +71,7 @@ def draw(drawn: ContactMap) -> Figure:
     axes.plot(bounds, bounds, color="#aaaaaa", linewidth=0.8)
     rows, columns = drawn.most_probable().T + 1
     size = float(np.clip(_SIDE_POINTS / length, 1.5, 6.0)) ** 2
-    label = f"the {len(rows):,} most probable, |i − j| ≥ {SEPARATION}"
+    label = f"{len(rows):,} most probable contacts, |i − j| ≥ {SEPARATION}"
     axes.scatter(rows, columns, s=size, color=_ORANGE, linewidths=0, label=label)
     axes.set_xlim(*bounds)
     axes.set_ylim(*bounds[::-1])

@@ -1,4 +1,4 @@
-"""Tables, figures and self-contained HTML pages, as every report here uses them."""
+"""Tables, figures and self-contained HTML pages, shared by all reports."""
 
 from __future__ import annotations
 
@@ -18,70 +18,89 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 OKABE_ITO = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#000000")
-"""Colours that stay apart for colour-blind readers (Okabe and Ito 2008, "Color Universal Design")."""
+"""Colours that colour-blind readers can tell apart (Okabe and Ito 2008, "Color Universal Design")."""
 
 PICTURES = (".png", ".svg", ".pdf")
-"""Names of pictures end in one of these."""
+"""File name extensions of pictures."""
 PICTURE_DPI = 150
 _NO_DATE = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
 
+PANEL_WIDTH = 5.6
+"""Inches: two panels fit side by side on a screen of 1280 px, and text stays readable on one of 400 px."""
+
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 100rem;
-       margin: 2rem auto; padding: 0 1rem }
+*, *::before { box-sizing: border-box }
+body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 80rem;
+       margin: 1.5rem auto; padding: 0 1rem; overflow-wrap: break-word }
 p { max-width: 72rem }
 h1 { font-size: 1.6rem } h2 { font-size: 1.25rem; margin-top: 2.5rem }
-table { border-collapse: collapse; margin: 1rem 0; font-size: 0.9rem; font-variant-numeric: tabular-nums }
-th, td { padding: 0.25rem 0.7rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap }
+table { border-collapse: collapse; margin: 1rem 0; font-size: 0.85rem; line-height: 1.35;
+        font-variant-numeric: tabular-nums }
+th, td { padding: 0.25rem 0.45rem; border-bottom: 1px solid #ddd; text-align: right }
 th { border-bottom: 2px solid #888; vertical-align: bottom }
 th.text, td.text { text-align: left }
-td.prose { text-align: left; white-space: normal; overflow-wrap: anywhere; min-width: 20rem }
+td.short { white-space: nowrap } td.long { min-width: 9rem }
+td.prose { text-align: left; overflow-wrap: anywhere; min-width: 16rem }
 .wide { overflow-x: auto }
-.warning { border-left: 0.4rem solid #D55E00; background: #fdf1e8; padding: 0.6rem 1rem; font-weight: 600 }
-.passed, .FAILED { border-left: 0.4rem solid #009E73; background: #e8f6f1; padding: 0.6rem 1rem;
-                   font-size: 1.25rem; font-weight: 600 }
-.FAILED { border-color: #D55E00; background: #fdf1e8 }
-img { max-width: min(100%, 72rem); height: auto }
+.warning, .passed, .FAILED { border-left: 0.4rem solid #D55E00; background: #fdf1e8;
+                             padding: 0.6rem 1rem; font-weight: 600 }
+.passed, .FAILED { font-size: 1.25rem }
+.passed { border-color: #009E73; background: #e8f6f1 }
+.badge { display: inline-block; padding: 0 0.5rem; border-radius: 0.6rem; font-weight: 600;
+         white-space: nowrap; color: #fff; background: #5f6368 }
+.badge-passed { background: #00704f } .badge-FAILED { background: #b34a00 }
+.panels { display: flex; flex-wrap: wrap; gap: 1rem; margin: 1rem 0 }
+.panels img { flex: 0 1 38rem; min-width: min(100%, 28rem) }
+img { max-width: 100%; height: auto }
+summary { cursor: pointer; font-weight: 600 }
 """
 
 _PROSE_CHARACTERS = 60
-"""Cells longer than this are broken into lines."""
+"""Cells longer than this are left-aligned text of several lines."""
+_SHORT_CHARACTERS = 14
+"""Text up to this length stays on one line, longer text has room for several words."""
 
 
 def figure_files(folder: Path) -> list[Path]:
-    """The figures that are in `folder`, which a report there may replace."""
+    """Figures in `folder`, which a report written there may replace."""
     return sorted(path for path in folder.glob("*") if path.suffix in (".png", ".svg"))
 
 
 class ReportError(UserError, ValueError):
-    """The user's mistake, or a package that is missing; `str(error)` is the full message for the terminal."""
+    """A user's mistake or a missing package; `str(error)` is the full message for the terminal."""
+
+
+class Badge(str):
+    """A table cell shown as a badge: `passed`, `FAILED` or `not run`."""
+
+    def html(self) -> str:
+        """As an HTML element, coloured where it is a verdict."""
+        return f'<span class="badge badge-{self.replace(" ", "-")}">{html.escape(self)}</span>'
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table of ready-made cells.
+    """A table of formatted cells.
 
     Args:
-        headers: one for each column, with the unit.
-        rows: cells of each row; a value that is missing is an empty string.
+        headers: one per column, with the unit.
+        rows: cells of each row; an empty string where a value is missing.
     """
 
     headers: Sequence[str]
     rows: Sequence[Sequence[str]]
 
     def html(self) -> str:
-        """As an HTML table; columns that hold numbers are aligned to the right."""
+        """As an HTML table that scrolls sideways where it is too wide; numeric columns are right-aligned."""
         kinds = [
             "" if _is_numeric(row[index] for row in self.rows) else "text"
             for index in range(len(self.headers))
         ]
 
         def line(tag: str, cells: Sequence[str]) -> str:
-            filled = []
-            for kind, cell in zip(kinds, cells, strict=True):
-                name = "prose" if len(cell) > _PROSE_CHARACTERS else kind
-                attribute = f' class="{name}"' if name else ""
-                filled.append(f"<{tag}{attribute}>{html.escape(cell)}</{tag}>")
-            return f"<tr>{''.join(filled)}</tr>"
+            return (
+                f"<tr>{''.join(_cell(tag, kind, cell) for kind, cell in zip(kinds, cells, strict=True))}</tr>"
+            )
 
         body = "\n".join(line("td", row) for row in self.rows)
         return f'<div class="wide"><table>\n{line("th", self.headers)}\n{body}\n</table></div>'
@@ -102,6 +121,18 @@ class Table:
         return text.getvalue()
 
 
+def _cell(tag: str, kind: str, cell: str) -> str:
+    names = ["prose"] if len(cell) > _PROSE_CHARACTERS else [kind] if kind else []
+    if tag == "td" and kind and len(cell) <= _PROSE_CHARACTERS:
+        names.append("short" if len(cell) <= _SHORT_CHARACTERS else "long")
+    text = html.escape(cell)
+    if tag == "td" and not kind:
+        # a number and its unit stay on one line; a range in parentheses may follow on the next
+        text = text.replace(" ", "&nbsp;").replace("&nbsp;(", " (")
+    attribute = f' class="{" ".join(names)}"' if names else ""
+    return f"<{tag}{attribute}>{cell.html() if isinstance(cell, Badge) else text}</{tag}>"
+
+
 def _is_numeric(cells: Iterator[str]) -> bool:
     filled = [cell for cell in cells if cell]
     return bool(filled) and all(cell.lstrip("-+<").startswith(tuple("0123456789")) for cell in filled)
@@ -109,7 +140,7 @@ def _is_numeric(cells: Iterator[str]) -> bool:
 
 @dataclass(frozen=True)
 class Notice:
-    """A sentence that nobody overlooks.
+    """A highlighted sentence.
 
     Args:
         text: plain text.
@@ -122,17 +153,35 @@ class Notice:
 
 @dataclass(frozen=True)
 class Drawing:
-    """A figure, drawn when the page is written.
+    """A figure of one or several panels, drawn when the page is written.
+
+    Panels stand side by side where there is room, and are stacked on a narrow screen.
 
     Args:
-        name: of its files, without a suffix.
-        caption: what it shows, for those who cannot see it.
-        draw: makes it.
+        name: of its files, without a suffix; `NAME-2` and so on for further panels.
+        caption: alternative text.
+        draw: makes the panels, `PANEL_WIDTH` wide.
     """
 
     name: str
     caption: str
-    draw: Callable[[], Figure]
+    draw: Callable[[], Sequence[Figure]]
+
+
+@dataclass(frozen=True)
+class Folded:
+    """Parts that a reader has to unfold.
+
+    Args:
+        summary: what they are, in plain text.
+        parts: as in a `Section`.
+    """
+
+    summary: str
+    parts: Sequence[Part]
+
+
+Part = str | Notice | Table | Drawing | Folded
 
 
 @dataclass(frozen=True)
@@ -140,28 +189,28 @@ class Section:
     """A part of a page.
 
     Args:
-        title: heading; empty for what stands above all headings.
-        parts: what is below it; a string is a paragraph of plain text, an empty one is left out.
+        title: heading; empty at the top of the page.
+        parts: contents; a string is a paragraph of plain text, an empty one is left out.
     """
 
     title: str
-    parts: Sequence[str | Notice | Table | Drawing]
+    parts: Sequence[Part]
 
 
 def write_page(title: str, sections: Iterable[Section], folder: Path, name: str) -> Path:
-    """Write a page as `name.html`, which needs no other file, and as `name.md` with its figures beside it.
+    """Write a page as a self-contained `name.html`, and as `name.md` with its figures in the same folder.
 
     Args:
         title: plain text.
         sections: from top to bottom.
-        folder: exists; files of these names in it are replaced.
+        folder: an existing folder; files of these names in it are replaced.
         name: of the files.
 
     Returns:
         The HTML file.
 
     Raises:
-        OSError: the folder cannot be written to.
+        OSError: a file cannot be written.
     """
     body, markdown = [], [f"# {title}"]
     with figure_style():
@@ -169,8 +218,7 @@ def write_page(title: str, sections: Iterable[Section], folder: Path, name: str)
             if section.title:
                 body.append(f"<h2>{html.escape(section.title)}</h2>")
                 markdown.append(f"## {section.title}")
-            for part in (part for part in section.parts if part):
-                as_html, as_markdown = _rendered(part, folder)
+            for as_html, as_markdown in _rendered(section.parts, folder):
                 body.append(as_html)
                 markdown.append(as_markdown)
     page = folder / f"{name}.html"
@@ -179,30 +227,51 @@ def write_page(title: str, sections: Iterable[Section], folder: Path, name: str)
     return page
 
 
-def _rendered(part: str | Notice | Table | Drawing, folder: Path) -> tuple[str, str]:
-    """As HTML and as Markdown."""
-    if isinstance(part, Table):
-        return part.html(), part.markdown()
-    if isinstance(part, Notice):
-        return f'<p class="{part.kind}">{html.escape(part.text)}</p>', f"**{part.text}**"
-    if isinstance(part, Drawing):
-        source = _save_figure(part.draw(), folder, part.name)
-        caption = html.escape(part.caption)
-        return f'<p><img alt="{caption}" src="{source}"></p>', f"![{part.caption}]({part.name}.png)"
-    return f"<p>{html.escape(part)}</p>", part
+def _rendered(parts: Sequence[Part], folder: Path) -> Iterator[tuple[str, str]]:
+    """Each part that is not empty, as HTML and as Markdown."""
+    for part in parts:
+        if isinstance(part, Table):
+            yield part.html(), part.markdown()
+        elif isinstance(part, Notice):
+            yield f'<p class="{part.kind}">{html.escape(part.text)}</p>', f"**{part.text}**"
+        elif isinstance(part, Drawing):
+            yield _rendered_drawing(part, folder)
+        elif isinstance(part, Folded):
+            inside = list(_rendered(part.parts, folder))
+            summary = f"<summary>{html.escape(part.summary)}</summary>"
+            body = "\n".join(as_html for as_html, _ in inside)
+            # Markdown is read within the element if a blank line follows, or `markdown` asks for it.
+            text = "\n\n".join(as_markdown for _, as_markdown in inside)
+            yield (
+                f"<details>\n{summary}\n{body}\n</details>",
+                f'<details markdown="1">\n{summary}\n\n{text}\n\n</details>',
+            )
+        elif part:
+            yield f"<p>{html.escape(part)}</p>", part
+
+
+def _rendered_drawing(drawing: Drawing, folder: Path) -> tuple[str, str]:
+    images, links = [], []
+    caption = html.escape(drawing.caption)
+    for number, figure in enumerate(drawing.draw(), 1):
+        name = drawing.name if number == 1 else f"{drawing.name}-{number}"
+        images.append(f'<img alt="{caption}" src="{_save_figure(figure, folder, name)}">')
+        links.append(f"![{drawing.caption}]({name}.png)")
+    return f'<div class="panels">{"".join(images)}</div>', "\n\n".join(links)
 
 
 def page_html(title: str, body: str) -> str:
-    """A whole page of a plain-text `title` and an HTML `body`."""
+    """A complete page with a plain-text `title` and an HTML `body`."""
     title = html.escape(title)
     return (
-        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n'
+        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{title}</title>\n'
         f"<style>{_STYLE}</style>\n</head>\n<body>\n<h1>{title}</h1>\n{body}\n</body>\n</html>\n"
     )
 
 
 def check_matplotlib() -> None:
-    """See that figures can be drawn.
+    """Check that figures can be drawn.
 
     Raises:
         ReportError: matplotlib is not installed.
@@ -215,7 +284,7 @@ def check_matplotlib() -> None:
 
 @contextmanager
 def figure_style() -> Iterator[None]:
-    """Colours and sizes that all figures drawn within share."""
+    """Context in which figures are drawn, with the colours and sizes that they share."""
     import matplotlib as mpl
     from cycler import cycler
 
@@ -241,10 +310,10 @@ def write_picture(figure: Figure, file: Path | IO[bytes], suffix: str, dpi: floa
     """Write a figure, drawn within `figure_style`; the same figure gives the same bytes.
 
     Args:
-        figure: what is written.
-        file: where to.
-        suffix: one of `PICTURES`, which says what is made.
-        dpi: pixels in an inch, of what is no vector.
+        figure: the figure.
+        file: path or binary file to write to.
+        suffix: the format, one of `PICTURES`.
+        dpi: pixels per inch of everything that is not a vector.
 
     Raises:
         OSError: the file cannot be written.
@@ -256,7 +325,7 @@ def _save_figure(figure: Figure, directory: Path, name: str) -> str:
     """Write `name.png` and `name.svg` into `directory`.
 
     Returns:
-        The `src` of an HTML image that holds the SVG itself.
+        The `src` of an HTML image, with the SVG in a data URL.
     """
     for suffix in ("png", "svg"):
         metadata = {"Date": None} if suffix == "svg" else None

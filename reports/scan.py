@@ -1,4 +1,4 @@
-"""Heat map of a deep mutational scan: each residue of a protein against the 20 amino acids."""
+"""Heat map of a deep mutational scan: each residue of a protein replaced by each of the 20 amino acids."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ GROUPS = {
 _ORDER = "".join(GROUPS.values())
 _POSITIONS_IN_A_ROW = 100
 _FEWEST_COLUMNS = 40
-"""Room for the title of a short protein."""
+"""Columns of the smallest figure, with room for the title."""
 _TICK_EVERY = 10
 _LIMIT_QUANTILE = 0.99
-"""Of the magnitudes of scores: colours end there, so that a few do not make the others pale."""
+"""Quantile of score magnitudes at which the colours saturate, so that outliers do not make the rest pale."""
 _MOST_LETTERED = 2000
-"""Residues of which each has its letter above it, and each cell is a shape of its own in an SVG or PDF."""
+"""Residues up to which letters are shown above the cells, and cells are vectors in an SVG or PDF."""
 _DPI, _MOST_PIXELS = 300, 5e7
 _NOT_SCORED = "#d0d0d0"
 
@@ -48,7 +48,7 @@ _BAR_WIDTH, _BAR_GAP = 0.12, 0.15
 
 @dataclass(frozen=True)
 class Scan:
-    """What is drawn.
+    """A scan to draw.
 
     Args:
         token_ids: (num_residues,) uint8 of the protein.
@@ -74,7 +74,7 @@ class Scan:
 
 
 def write_scan_figure(scan: Scan, path: Path, suffix: str) -> None:
-    """Draw a scan into `path`, as a picture of the kind `suffix`, one of `page.PICTURES`.
+    """Write the heat map of a scan to `path` in the format `suffix`, one of `page.PICTURES`.
 
     Raises:
         OSError: the file cannot be written.
@@ -86,7 +86,7 @@ def write_scan_figure(scan: Scan, path: Path, suffix: str) -> None:
 
 
 def draw(scan: Scan) -> Figure:
-    """The heat map, broken into rows of 100 positions; to be called within `page.figure_style`."""
+    """The heat map, in rows of 100 positions; call it within `page.figure_style`."""
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
@@ -108,7 +108,7 @@ def draw(scan: Scan) -> Figure:
     figure = Figure(figsize=(width, height))
 
     def axes_at(left: float, top: float, wide: float, high: float) -> Axes:
-        """Axes by inches from the left and the top of the figure."""
+        """Axes placed in inches from the left and top of the figure."""
         place = (left / width, 1 - (top + high) / height, wide / width, high / height)
         return figure.add_axes(place)
 
@@ -178,7 +178,7 @@ def _draw_panel(
 
 
 def _label_groups(axes: Axes) -> None:
-    """Name the groups of amino acids, and draw lines between them."""
+    """Label the groups of amino acids and draw lines between them."""
     first = 0
     for name, letters in GROUPS.items():
         middle = first + (len(letters) - 1) / 2

@@ -1,4 +1,4 @@
-"""What the colours of points stand for: categories or numbers."""
+"""Colours of points: categories or numbers."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ import numpy as np
 import numpy.typing as npt
 
 MOST_CATEGORIES = 9
-"""That have a colour of their own."""
+"""Categories up to which each has its own colour."""
 NO_VALUE = -1
 _BLANKS = frozenset({"", "na", "nan", "n/a", "none", "null"})
 
 
 @dataclass(frozen=True)
 class Categories:
-    """Points of few kinds.
+    """Points in categories.
 
     Args:
-        name: what the kinds are of.
-        labels: of the kinds, the most frequent first; the last one sums up the rare ones if there are more
+        name: title of the legend.
+        labels: categories, the most frequent first; the last one combines the rare ones if there are more
             than `MOST_CATEGORIES`.
-        codes: (n,) places in `labels`, or `NO_VALUE`.
-        has_others: whether the last label sums up.
+        codes: (n,) indices into `labels`, or `NO_VALUE`.
+        has_others: whether the last label combines the rare categories.
     """
 
     name: str
@@ -36,11 +36,11 @@ class Categories:
 
 @dataclass(frozen=True)
 class Numbers:
-    """Points with a number each.
+    """Points with one number each.
 
     Args:
-        name: of the number.
-        values: (n,), NaN where there is none.
+        name: label of the colour bar.
+        values: (n,) float64, NaN where there is no number.
     """
 
     name: str
@@ -48,11 +48,11 @@ class Numbers:
 
 
 def colouring(name: str, texts: Sequence[str]) -> Categories | Numbers:
-    """Numbers, if all texts are and there are more than `MOST_CATEGORIES` different ones; else categories.
+    """Numbers if all texts are numbers and more than `MOST_CATEGORIES` differ, else categories.
 
     Args:
-        name: of what the texts say.
-        texts: one for each point; blank where there is nothing, as are NA, NaN, None and null.
+        name: what the texts describe.
+        texts: one per point; an empty text, NA, NaN, None and null mean no value.
     """
     filled = ["" if text.strip().lower() in _BLANKS else text.strip() for text in texts]
     counts = Counter(text for text in filled if text)

@@ -1,7 +1,8 @@
-"""The picture of a map."""
+"""The figure of a map."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,25 +20,31 @@ if TYPE_CHECKING:
 _BLUE, _ORANGE, _GREEN, _VERMILION, _PINK, _SKY, _, _BLACK = OKABE_ITO
 _CATEGORY_COLOURS = (_BLUE, _ORANGE, _GREEN, _VERMILION, _PINK, _SKY, "#882255", "#999933", _BLACK)
 _OTHERS_COLOUR, _NO_VALUE_COLOUR = "#8c8c8c", "#d0d0d0"
+_WIDTH, _HEIGHT = 6.4, 5.6
+"""Inches, without a legend; narrow enough for a phone."""
+_LEGEND_LINE = 0.23
+"""Inches."""
+_TWO_COLUMNS = 24
+"""Characters of a label up to which the legend has two columns."""
 _LABEL_CHARACTERS = 30
 _MOST_VECTORS = 5000
-"""Points of an SVG; more are a picture within it."""
+"""Points drawn as vectors in an SVG; more are rasterized."""
 _MOST_LABELLED = 40
-"""Points with their IDs beside them."""
+"""Points up to which IDs are written beside them."""
 _SIZES = ((100, 48, 0.9), (1000, 26, 0.8), (10_000, 15, 0.65), (10**12, 4, 0.45))
-"""Most points, the area of each in square points and how opaque it is."""
+"""Number of points up to which a size and opacity apply, area in square points, opacity."""
 
 
 @dataclass(frozen=True)
 class Map:
-    """What is drawn.
+    """A map to draw.
 
     Args:
         points: (n, 2) coordinates.
-        explained: (2,) share of the variance along each.
+        explained: (2,) share of the variance along each axis.
         title: plain text.
-        ids: (n,) of the points.
-        colours: of the points, or None for one colour.
+        ids: (n,) IDs of the points.
+        colours: colours of the points, or None for a single colour.
     """
 
     points: npt.NDArray[np.float64]
@@ -48,11 +55,10 @@ class Map:
 
 
 def draw(drawn: Map) -> Figure:
-    """The points, with a legend or a colour bar beside them; to be called within `page.figure_style`."""
+    """The points, with a legend below or a colour bar beside them; call it within `page.figure_style`."""
     from matplotlib.figure import Figure
 
-    width = 10.6 if isinstance(drawn.colours, Categories) else 8.4
-    figure = Figure(figsize=(width, 5.8), layout="constrained")
+    figure = Figure(figsize=(_WIDTH, _HEIGHT), layout="constrained")
     axes: Axes = figure.subplots()
     if isinstance(drawn.colours, Categories):
         _draw_categories(figure, axes, drawn, drawn.colours)
@@ -100,12 +106,12 @@ def _label(figure: Figure, axes: Axes, drawn: Map) -> None:
 
 
 def _scatter(axes: Axes, drawn: Map, rows: Any, **style: Any) -> Any:
-    """Points `rows`, the smaller and paler the more there are in all."""
+    """Draw points `rows`, smaller and paler the more points the map has."""
     number = len(drawn.points)
     size, alpha = next(style for most, *style in _SIZES if number <= most)
     x, y = drawn.points[rows].T
     points = axes.scatter(x, y, s=size, alpha=alpha, linewidths=0, rasterized=number > _MOST_VECTORS, **style)
-    points.set_in_layout(False)  # within the axes anyway; finding out takes longer than drawing
+    points.set_in_layout(False)  # always within the axes; computing their extent takes longer than drawing
     return points
 
 
@@ -115,7 +121,7 @@ def _draw_categories(figure: Figure, axes: Axes, drawn: Map, colours: Categories
     palette = np.array([*_CATEGORY_COLOURS[: len(colours.labels)], _NO_VALUE_COLOUR])
     if colours.has_others:
         palette = np.array([*_CATEGORY_COLOURS, _OTHERS_COLOUR, _NO_VALUE_COLOUR])
-    # grey ones first, the others mixed, so that none hides another as a whole
+    # grey points first, the others in random order, so that no category covers another
     order = np.random.default_rng(0).permutation(len(drawn.points))
     is_grey = (colours.codes == NO_VALUE) | (colours.has_others & (colours.codes == len(palette) - 2))
     order = order[np.argsort(~is_grey[order], kind="stable")]
@@ -130,10 +136,13 @@ def _draw_categories(figure: Figure, axes: Axes, drawn: Map, colours: Categories
         )
         for label, count, colour in entries
     ]
+    columns = 2 if max(len(str(handle.get_label())) for handle in handles) <= _TWO_COLUMNS else 1
+    figure.set_figheight(_HEIGHT + _LEGEND_LINE * (1 + math.ceil(len(handles) / columns)))
     figure.legend(
         handles=handles,
         title=_cut(colours.name),
-        loc="outside right upper",
+        loc="outside lower center",
+        ncols=columns,
         fontsize=11,
         title_fontsize=12,
         alignment="left",
@@ -155,11 +164,11 @@ def _draw_numbers(figure: Figure, axes: Axes, drawn: Map, colours: Numbers) -> N
     _scatter(axes, drawn, rows, c=colours.values[rows], cmap="viridis", norm=scale)
     bar = figure.colorbar(
         ScalarMappable(scale, "viridis"), ax=axes, aspect=30
-    )  # its own, not as pale as points
+    )  # not of the points, whose colours are paler
     bar.set_label(_cut(colours.name), fontsize=12)
     bar.ax.tick_params(labelsize=11)
 
 
 def _cut(text: str) -> str:
-    text = text.replace("$", r"\$")  # which would begin a formula
+    text = text.replace("$", r"\$")  # starts a formula
     return text if len(text) <= _LABEL_CHARACTERS else f"{text[: _LABEL_CHARACTERS - 1]}…"

@@ -1,4 +1,4 @@
-"""Maps as pictures, and as pages that say what each point is."""
+"""Maps as pictures, and as interactive pages."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ if TYPE_CHECKING:
 SUFFIXES = (".png", ".svg", ".html")
 
 _BODY = """\
-<p>Point at a protein, or find it: <input id="query" type="search" placeholder="ID or part of it"
-autocomplete="off"> <span id="found"></span></p>
+<p>Hover over or tap a point to see its protein, or search: <input id="query" type="search"
+placeholder="ID or part of it" autocomplete="off"> <span id="found"></span></p>
 <div id="map"><img alt="{caption}" src="{source}"><div id="mark"></div><div id="tip"></div></div>
 <style>
-#map {{ position: relative; display: inline-block }} #map img {{ display: block }}
+#map {{ position: relative; width: min(100%, 48rem) }} #map img {{ display: block; width: 100% }}
 #mark, #tip {{ position: absolute; display: none; pointer-events: none }}
 #mark {{ width: 14px; height: 14px; margin: -9px; border: 2px solid #000; border-radius: 50% }}
-#tip {{ background: #fff; border: 1px solid #888; border-radius: 4px; padding: 2px 8px; white-space: pre }}
+#tip {{ background: #fff; border: 1px solid #888; border-radius: 4px; padding: 2px 8px; white-space: pre;
+  max-width: 60%; overflow: hidden; text-overflow: ellipsis }}
 </style>
 <script>
 const ids = {ids}, notes = {notes}, xs = {xs}, ys = {ys};
@@ -44,7 +45,7 @@ function show(point) {{
   tip.style.left = isRight ? "auto" : `calc(${{100 * xs[point]}}% + 14px)`;
   tip.style.right = isRight ? `calc(${{100 * (1 - xs[point])}}% + 14px)` : "auto";
 }}
-map.addEventListener("pointermove", event => {{
+for (const kind of ["pointermove", "pointerdown"]) map.addEventListener(kind, event => {{
   const box = map.getBoundingClientRect();
   const x = event.clientX - box.left, y = event.clientY - box.top;
   let nearest = -1, least = 15 ** 2;
@@ -69,9 +70,9 @@ def write_map(drawn: Map, path: Path, suffix: str, notes: Sequence[str]) -> None
 
     Args:
         drawn: the map.
-        path: the file to make.
-        suffix: one of `SUFFIXES`, which says what is made.
-        notes: (n,) what an HTML page says of the points besides their IDs; empty for nothing.
+        path: file to write.
+        suffix: the format, one of `SUFFIXES`.
+        notes: (n,) text that an HTML page shows below the ID of a point, may be empty.
 
     Raises:
         OSError: the file cannot be written.
@@ -88,7 +89,7 @@ def _page(drawn: Map, figure: Figure, notes: Sequence[str]) -> str:
     picture = io.BytesIO()
     write_picture(figure, picture, ".svg")
     source = base64.b64encode(picture.getvalue()).decode()
-    # as laid out for the picture; from the upper left corner, as shares of its size
+    # positions in the laid-out picture, as fractions of its size
     places = figure.axes[0].transData.transform(drawn.points) / (figure.bbox.width, figure.bbox.height)
     body = _BODY.format(
         caption=html.escape(drawn.title),
@@ -102,5 +103,5 @@ def _page(drawn: Map, figure: Figure, notes: Sequence[str]) -> str:
 
 
 def _script(values: Sequence[object]) -> str:
-    """As JavaScript within a page, where `</script>` would end it."""
+    """As a JavaScript array for a page, without `</script>`, which would end the script."""
     return json.dumps(list(values), separators=(",", ":")).replace("<", "\\u003c")

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from esm_packed.errors import UsageError
 
 MOST_FITTED = 10_000
-"""Rows that components are fitted to: they hardly move with more."""
+"""Rows that components are fitted to; more rows hardly change them."""
 _LEAST_FITTED = 3
 _NUM_COMPONENTS = 2
 
@@ -22,9 +22,9 @@ class Components:
 
     Args:
         mean: (D,) float64.
-        axes: (D, 2) float64; in each the entry of the largest magnitude is positive.
-        explained: (2,) float64, the share of the variance along each.
-        num_fitted: rows they were fitted to.
+        axes: (D, 2) float64; the entry of largest magnitude in each column is positive.
+        explained: (2,) float64, the share of the variance along each axis.
+        num_fitted: rows that the components were fitted to.
     """
 
     mean: npt.NDArray[np.float64]

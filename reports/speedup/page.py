@@ -1,4 +1,4 @@
-"""The speedup report: one HTML page that needs no other file, Markdown, CSV, figures as PNG and SVG."""
+"""The speedup report: a self-contained HTML page, Markdown, CSV, figures as PNG and SVG."""
 
 from __future__ import annotations
 
@@ -7,14 +7,17 @@ from pathlib import Path
 
 from esm_packed.reports.page import (
     Drawing,
+    Folded,
     Notice,
     ReportError,
     Section,
+    Table,
     check_matplotlib,
     figure_files,
     write_page,
 )
 from esm_packed.reports.speedup import figures
+from esm_packed.reports.speedup.answer import answer
 from esm_packed.reports.speedup.results import (
     MIN_BLOCKS,
     Measurement,
@@ -49,6 +52,8 @@ from esm_packed.reports.speedup.tables import (
 )
 
 TITLE = "esm-packed: speed"
+MOST_ROWS = 20
+"""Of a table below a figure; longer ones are folded."""
 SUITES_SHOWN = (
     "model",
     "reproducible",
@@ -61,24 +66,24 @@ SUITES_SHOWN = (
 
 
 def report_files(folder: Path) -> list[Path]:
-    """What `write_report` may write to `folder`."""
+    """Files that `write_report` may replace in `folder`."""
     pages = [folder / name for name in ("speedup.html", "speedup.md", "measurements.csv")]
     return [*pages, *figure_files(folder)]
 
 
 def write_report(path: Path, older: Sequence[Path], folder: Path) -> list[str]:
-    """Write `speedup.html`, `speedup.md`, `measurements.csv` and the figures into `folder`, made if need be.
+    """Write `speedup.html`, `speedup.md`, `measurements.csv` and the figures into `folder`.
 
     Args:
         path: result file of `pytest benchmarks --benchmark-json`.
-        older: result files that it is compared with.
-        folder: where files of these names are replaced.
+        older: result files to compare it with.
+        folder: made if missing; files of these names in it are replaced.
 
     Returns:
         Lines for the terminal.
 
     Raises:
-        ReportError: a file is no result file, the folder cannot be written, or matplotlib is missing.
+        ReportError: a file is not a result file, the folder cannot be written, or matplotlib is missing.
     """
     check_matplotlib()
     results = read_results(path)
@@ -92,14 +97,14 @@ def write_report(path: Path, older: Sequence[Path], folder: Path) -> list[str]:
         raise ReportError(f"{error.filename or folder}: {error.strerror}") from error
     except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
         raise ReportError(
-            f"{path}: a record lacks what the report needs ({type(error).__name__}: {error}); write the file "
-            "anew with this version's benchmarks"
+            f"{path}: a record lacks what the report needs ({type(error).__name__}: {error}); rerun the "
+            "benchmarks with this version"
         ) from error
     return [*_headlines(results), f"report written to {page}"]
 
 
 def _headlines(results: Results) -> Iterator[str]:
-    """The totals over all lengths, and what makes them doubtful."""
+    """Totals over all lengths, and a warning if they are doubtful."""
     for comparison in _comparisons(results):
         if comparison.workload == "all":
             times = times_text(comparison.times)
@@ -113,7 +118,7 @@ def _headlines(results: Results) -> Iterator[str]:
 def _load_text(results: Results) -> str:
     return (
         f"The load of the machine reached {results.load:.1f} on {results.cores} cores: other processes "
-        "competed for them. Times are too long and ratios uncertain; measure again on an idle machine."
+        "competed for them. Times are too long and ratios are uncertain; measure again on an idle machine."
     )
 
 
@@ -122,9 +127,13 @@ def _shares_text(shares: Iterable[float | None]) -> str:
     if all(share is None or share <= 1 for share in shares):
         return ""
     return (
-        " A share above 100%: the rate it refers to was measured while the machine was busier, or the data "
-        "stay in a cache, for which the copy that gives the rate is too large."
+        " A share above 100% means that the reference rate was measured while the machine was busier, or "
+        "that the data fit into a cache and the copy that gives the reference rate does not."
     )
+
+
+def _folded_if_long(table: Table) -> Table | Folded:
+    return table if len(table.rows) <= MOST_ROWS else Folded(f"All {len(table.rows)} rows", [table])
 
 
 def _share_of_ceiling(kernel: Measurement) -> float:
@@ -136,52 +145,75 @@ def _comparisons(results: Results) -> list[Speedup]:
 
 
 def _sections(results: Results, older: Sequence[Results]) -> Iterator[Section]:
-    """The parts for which there are measurements."""
-    if results.is_overloaded:
-        yield Section("", [Notice(_load_text(results))])
+    """What was measured: the answer first, the conditions last."""
     yield Section(
-        "Conditions",
+        "",
         [
-            f"{machine_name(results)}. Times are medians over all rounds of all blocks, with the 20th "
-            f"and 80th percentile if there are {MIN_BLOCKS} blocks; variants took turns, block by block, and "
-            "ratios are formed within a block. Tokens are useful ones: BOS, residues, EOS, never padding.",
-            conditions_table(results),
+            Notice(_load_text(results)) if results.is_overloaded else "",
+            answer(results),
+            Drawing("rivals", "Tokens per second of each contender", lambda: figures.rivals(results))
+            if results.suite("peers")
+            else "",
         ],
     )
+    yield from _rivals_section(results)
     yield from _precision_section(results)
     yield from _forward_sections(results)
     yield from _kernel_sections(results)
     yield from _run_sections(results)
     every = results.measurements.values()
     if others := [m for m in every if m.suite not in SUITES_SHOWN and m.info.get("workers") is None]:
-        yield Section("Other benchmarks", ["Times of what has no section of its own.", other_table(others)])
+        yield Section("Other benchmarks", ["Benchmarks without a section of their own.", other_table(others)])
     for number, other in enumerate(older, 1):
         yield _change_section(results, other, f"change-{number}")
     if results.not_run:
-        yield Section("Not run", ["What could not run, with the reason.", not_run_table(results)])
+        yield Section("Not run", ["Benchmarks that could not run, with the reason.", not_run_table(results)])
+    yield Section(
+        "Conditions",
+        [
+            f"{machine_name(results)}. Times are medians over all rounds of all blocks, with the 20th and "
+            f"80th percentile if there are at least {MIN_BLOCKS} blocks. Variants took turns, block by "
+            "block; a ratio is formed within a block, and its median and range over the blocks are given. "
+            "Tokens are useful tokens: BOS, residues and EOS, never padding.",
+            conditions_table(results),
+        ],
+    )
+
+
+def _rivals_section(results: Results) -> Iterator[Section]:
+    if results.suite("peers"):
+        yield Section(
+            "Compared with other packages",
+            [
+                "All contenders use the same weights and proteins, and each was compared with FP64 before it "
+                "was timed. In the figure colours are precisions, and bars of other packages are hatched. "
+                "Floors are the parts of the work that no implementation avoids.",
+                rivals_table(results),
+            ],
+        )
 
 
 def _precision_section(results: Results) -> Iterator[Section]:
     on_gpu = results.on_gpu
     if comparisons := _comparisons(results):
         kinds = {
-            "other precisions over FP32": [*precision_comparisons(results), *combined_comparisons(results)],
-            "packed over padded": layout_comparisons(results),
+            figures.OVER_FP32: [*precision_comparisons(results), *combined_comparisons(results)],
+            figures.PACKED_OVER_PADDED: layout_comparisons(results),
         }
         yield Section(
-            "Precision, and packed against padded",
+            "Precision and packing",
             [
-                "Times of whole forward passes over the same proteins. The last line of a group is the total "
+                "Times of whole forward passes over the same proteins. The last row of a group is the total "
                 "over all length classes, each scaled to the same number of tokens. Padded batches are "
-                "sorted by length, as fair-esm's esm-extract makes them, unless it says in input order. "
-                "Fewer operations: how many times as many floating-point operations, padding and attention "
-                "included, the slower side computes.",
+                "sorted by length, as in fair-esm's esm-extract, unless they are in input order. Fewer "
+                "operations: floating-point operations of the first variant, including padding and "
+                "attention, divided by those of the second.",
                 Drawing(
                     "speedups",
-                    "Precision, and packed against padded",
+                    "Speedup of other precisions over FP32, and of packed over padded batches",
                     lambda: figures.speedups(kinds, expected=on_gpu),
                 ),
-                comparison_table(comparisons, expected=on_gpu),
+                _folded_if_long(comparison_table(comparisons, expected=on_gpu)),
             ],
         )
 
@@ -192,33 +224,22 @@ def _forward_sections(results: Results) -> Iterator[Section]:
         yield Section(
             "Every forward pass",
             [
-                "MFU is the model's floating-point operations on useful tokens over time, as a share of the "
-                "matrix-multiplication rate measured in the same run, and of the datasheet's where that is "
-                "known. The floor is the time of these operations and of the bytes that must move, at the "
-                "rates measured in the same run. Errors are of mean embeddings, to FP64."
+                "MFU is the rate of the model's floating-point operations on useful tokens, as a share of "
+                "the matrix-multiplication rate measured in the same run, and of the datasheet rate where it "
+                "is known. The floor is the time of these operations and of the bytes that must move, at the "
+                "rates measured in the same run. Errors are those of mean embeddings compared with FP64."
                 + _shares_text(shares),
-                Drawing("forward", "Every forward pass", lambda: figures.forward_times(results)),
-                forward_table(results),
+                Drawing("forward", "Times of forward passes", lambda: figures.forward_times(results)),
+                _folded_if_long(forward_table(results)),
             ],
         )
     if comparisons := reproducible_comparisons(results):
         yield Section(
             "Reproducible mode",
             [
-                "Packs filled up to one size, so that an embedding has the same bits in any company. The "
-                "time includes the padding that fills them.",
+                "Packs are filled up to one size, so that an embedding is bit-identical regardless of batch "
+                "contents. The time includes the tokens that fill them.",
                 comparison_table(comparisons),
-            ],
-        )
-    if results.suite("peers"):
-        yield Section(
-            "Beside other packages",
-            [
-                "Same weights, same proteins, each held against FP64 before it was timed. Colours are "
-                "precisions, others than esm-packed are hatched. Floors are what no arrangement of the model "
-                "does without.",
-                Drawing("rivals", "Beside other packages", lambda: figures.rivals(results)),
-                rivals_table(results),
             ],
         )
 
@@ -226,27 +247,43 @@ def _forward_sections(results: Results) -> Iterator[Section]:
 def _kernel_sections(results: Results) -> Iterator[Section]:
     on_gpu = results.on_gpu
     if kernels := results.suite("kernels"):
-        trial = (
-            "" if on_gpu else " This is a CPU: tiny sizes of plain PyTorch, which show that the code runs."
+        text = (
+            "Achieved rates, and their share of the copy or matrix-multiplication rate of the same machine."
         )
+        table = kernels_table(kernels)
         yield Section(
             "Kernels",
             [
-                "Achieved rates over what the same machine reached in a copy or a matrix multiplication."
-                + trial
-                + _shares_text(map(_share_of_ceiling, kernels)),
-                Drawing("roofline", "Kernels", lambda: figures.roofline(results)) if on_gpu else "",
-                kernels_table(kernels),
+                text + _shares_text(map(_share_of_ceiling, kernels)),
+                *(
+                    [
+                        Drawing("roofline", "Rooflines of the kernels", lambda: figures.roofline(results)),
+                        _folded_if_long(table),
+                    ]
+                    if on_gpu
+                    else [
+                        Folded(
+                            f"{len(table.rows)} operations on a CPU: small sizes of plain PyTorch, which "
+                            "only show that the code runs",
+                            [table],
+                        )
+                    ]
+                ),
             ],
         )
     if attention := results.suite("attention"):
         yield Section(
             "Attention",
             [
-                "Every backend that serves here, over every distribution of lengths; floating-point "
-                "operations are those within sequences." + _shares_text(map(_share_of_ceiling, attention)),
-                Drawing("attention", "Attention", lambda: figures.attention(results)),
-                kernels_table(in_order(attention)),
+                "Every attention backend that is available here, over every length distribution. "
+                "Floating-point operations are those within sequences."
+                + _shares_text(map(_share_of_ceiling, attention)),
+                Drawing(
+                    "attention",
+                    "Rates of the attention backends by lengths",
+                    lambda: figures.attention(results),
+                ),
+                _folded_if_long(kernels_table(in_order(attention))),
             ],
         )
 
@@ -256,21 +293,23 @@ def _run_sections(results: Results) -> Iterator[Section]:
         yield Section(
             "Packing",
             [
-                "What padded batches compute in vain, and what packs leave of their budget, which costs "
-                "nothing but another pack. Sorting a whole database leaves hardly anything to pad; a small "
-                "file, or batches in the order of the input, leave much.",
-                Drawing("packing", "Packing", lambda: figures.padding(results)),
-                packing_table(results),
+                "Padding among the tokens that padded batches compute, and the unused part of the budget of "
+                "packs, which costs no computation. A sorted database needs almost no padding; a small file, "
+                "or batches in input order, need much.",
+                Drawing(
+                    "packing", "Padding, and budget left unused by packs", lambda: figures.padding(results)
+                ),
+                _folded_if_long(packing_table(results)),
             ],
         )
     if end_to_end := results.suite("end_to_end"):
         yield Section(
             "From FASTA to HDF5",
             [
-                "The whole run with the model read from a file. Stages of the pipeline may overlap; other is "
-                "the time outside it: loading the model, indexing, planning, putting the output together."
+                "Complete runs, with the model read from a file. Stages of the pipeline may overlap; other "
+                "is the time outside it: loading the model, indexing, planning, merging the output."
                 + _shares_text(m.share("mfu_measured") for m in end_to_end),
-                Drawing("stages", "From FASTA to HDF5", lambda: figures.stages(results)),
+                Drawing("stages", "Time from FASTA to HDF5 by stage", lambda: figures.stages(results)),
                 end_to_end_table(results),
             ],
         )
@@ -278,9 +317,9 @@ def _run_sections(results: Results) -> Iterator[Section]:
         yield Section(
             "Workers",
             [
-                "Throughput by number of workers. Ray hands out whole shards: a run of seconds has too few "
-                "of them to show more than that it works.",
-                Drawing("scaling", "Workers", lambda: figures.scaling(results)),
+                "Throughput by number of workers. Ray distributes whole shards; a run of a few seconds has "
+                "too few of them to measure scaling.",
+                Drawing("scaling", "Throughput by number of workers", lambda: figures.scaling(results)),
                 scaling_table(results),
             ],
         )
@@ -292,23 +331,23 @@ def _change_section(results: Results, older: Results, name: str) -> Section:
     commit = older.machine.get("git_commit") or "unknown commit"
     text = f"{older.path.name}: {older.date or 'unknown date'}, {commit}, {machine_name(older)}. "
     if common > len(found):
-        text += f"{common - len(found)} benchmarks in both files did other work (tokens, sequences) there. "
+        text += f"{common - len(found)} benchmarks in both files did other work (tokens, sequences). "
     if not found:
-        text += "None can be compared." if common else "It holds none of these benchmarks."
-        return Section(f"Change against {older.path.name}", [text])
+        text += "None can be compared." if common else "It has none of these benchmarks."
+        return Section(f"Changes since {older.path.name}", [text])
     slower = sum(change.mark == "slower" for change in found)
     faster = sum(change.mark == "faster" for change in found)
     text += (
-        f"Of {len(found)} benchmarks that did the same work {slower} became slower and {faster} faster "
-        "beyond the spread: the gap between the ranges of their blocks' medians is wider than these ranges."
+        f"Of {len(found)} benchmarks that did the same work, {slower} became slower and {faster} became "
+        "faster: the gap between the ranges of their block medians is wider than either range."
     )
     if machine_name(older) != machine_name(results):
-        text += " The machines differ: this compares them, too."
+        text += " The machines differ, so this compares the machines as well."
     return Section(
-        f"Change against {older.path.name}",
+        f"Changes since {older.path.name}",
         [
             text,
-            Drawing(name, f"Change against {older.path.name}", lambda: figures.change(found)),
-            changes_table(found),
+            Drawing(name, f"Changes since {older.path.name}", lambda: figures.change(found)),
+            _folded_if_long(changes_table(found)),
         ],
     )

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from esm_packed.reports.page import OKABE_ITO
+from esm_packed.reports.page import OKABE_ITO, PANEL_WIDTH
 from esm_packed.reports.validation.activations import FP16_MAX, FP16_SMALLEST_NORMAL, RESIDUAL
 from esm_packed.reports.validation.errors import finite_max, finite_median
 from esm_packed.reports.validation.run import Validation
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _BLUE, _ORANGE, _GREEN, _VERMILION, _PINK, _SKY, _, _BLACK = OKABE_ITO
-# Shapes and dashes say the same as the colours.
+# Markers and dashes repeat what the colours say.
 _MODE_COLOURS = {"fp64": _PINK, "fp32": _BLUE, "tf32": _GREEN, "fp16": _ORANGE, "bf16": _VERMILION}
 _MODE_MARKERS = {"fp64": "D", "fp32": "o", "tf32": "^", "fp16": "s", "bf16": "v"}
 _OPERATION_STYLES = {
@@ -33,103 +33,111 @@ _OPERATION_STYLES = {
 }
 
 
-def _figure(width: float, height: float, columns: int = 1) -> tuple[Figure, list[Axes]]:
+def _panel(height: float) -> tuple[Figure, Axes]:
     # without pyplot, which keeps figures and looks for a display
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots(1, columns, squeeze=False)[0]
-    for axis in axes:
-        axis.grid(axis="x", visible=False)
-    return figure, list(axes)
+    figure = Figure(figsize=(PANEL_WIDTH, height), layout="constrained")
+    axes = figure.subplots()
+    axes.grid(axis="x", visible=False)
+    return figure, axes
 
 
 def _positive(values: torch.Tensor) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """For a logarithmic axis; what is NaN or zero is left out by matplotlib."""
+    """For a logarithmic axis, with NaN in place of zero; matplotlib skips NaN."""
     array: np.ndarray[Any, np.dtype[np.float64]] = values.numpy()
     return np.where(array > 0, array, np.nan)
 
 
-def _logarithmic(axis: Axes) -> None:
-    """Make the y axis logarithmic, if a line has anything to show on it."""
-    heights = [np.asarray(line.get_ydata(), dtype=np.float64) for line in axis.get_lines()]
-    if any((values > 0).any() for values in heights):
-        axis.set_yscale("log")
+def _logarithmic(axes: Axes, axis: str = "y") -> None:
+    """Make an axis logarithmic if any line has a positive value along it."""
+    values = [
+        np.asarray(line.get_xdata() if axis == "x" else line.get_ydata(), dtype=np.float64)
+        for line in axes.get_lines()
+    ]
+    if any((some > 0).any() for some in values):
+        axes.set(**{f"{axis}scale": "log"})
     else:
-        axis.annotate(
+        axes.annotate(
             "no errors that are finite and not zero", (0.5, 0.5), xycoords="axes fraction", ha="center"
         )
 
 
-def _errors(validation: Validation) -> Figure:
+def _errors(validation: Validation) -> list[Figure]:
     paths = validation.paths
-    figure, (axis,) = _figure(max(7.0, 1.6 + 0.85 * len(paths)), 4.4)
+    figure, axes = _panel(0.46 * len(paths) + 1.1)
+    axes.grid(axis="both", visible=True)
+    axes.grid(axis="y", visible=False)
     spread = np.random.default_rng(0).uniform(-0.28, 0.28, len(validation.lengths))
     for place, path in enumerate(paths):
         colour = _MODE_COLOURS[path.mode]
         errors = _positive(path.means.relative_l2)
         marker = _MODE_MARKERS[path.mode]
-        axis.plot(place + spread, errors, marker, color=colour, markersize=3.5, alpha=0.45, markeredgewidth=0)
+        axes.plot(errors, place + spread, marker, color=colour, markersize=3.5, alpha=0.45, markeredgewidth=0)
         if (median := finite_median(path.means.relative_l2)) is not None and median > 0:
-            axis.plot([place - 0.33, place + 0.33], [median, median], color="#000000", linewidth=1.4)
+            axes.plot([median, median], [place - 0.33, place + 0.33], color="#000000", linewidth=1.4)
         limit = validation.settings.threshold(path.mode).relative_l2
-        axis.plot([place - 0.45, place + 0.45], [limit, limit], color=colour, linewidth=1.8, linestyle="--")
+        axes.plot([limit, limit], [place - 0.45, place + 0.45], color=colour, linewidth=1.8, linestyle="--")
         if failed := int((~path.means.relative_l2.isfinite()).sum()):
-            axis.annotate(
-                f"NaN or Inf:\n{failed:,}",
-                (place, 0.98),
-                xycoords=("data", "axes fraction"),
-                ha="center",
-                va="top",
-                fontsize=8,
+            axes.annotate(
+                f"NaN or Inf: {failed:,}",
+                (0.99, place),
+                xycoords=("axes fraction", "data"),
+                ha="right",
+                va="center",
+                fontsize=9,
             )
-    _logarithmic(axis)
-    axis.set_xlim(-0.6, len(paths) - 0.4)
-    axis.set_xticks(
-        range(len(paths)), [f"{path.mode}\n{path.layout}\n{path.backend}" for path in paths], fontsize=8
-    )
-    axis.set_ylabel("relative L2 error of the mean embedding")
-    axis.set_title("One point a protein; black: median; dashed: threshold", fontsize=10)
-    return figure
+    _logarithmic(axes, "x")
+    axes.set_ylim(len(paths) - 0.45, -0.55)
+    axes.set_yticks(range(len(paths)), [f"{path.mode}, {path.path}" for path in paths], fontsize=9)
+    axes.set_xlabel("relative L2 error of the mean embedding (log)")
+    figure.suptitle("One point per protein; black: median; dashed: threshold", fontsize=10)
+    return [figure]
 
 
-def _layers(validation: Validation) -> Figure:
+def _layers(validation: Validation) -> list[Figure]:
+    panels = [
+        _layers_panel(validation, name, title)
+        for name, title in (("mean_by_layer", "Mean embeddings"), ("residues_by_layer", "Residues"))
+    ]
+    if len({axes.get_yscale() for _, axes in panels}) == 1:
+        limits = [axes.get_ylim() for _, axes in panels]
+        for _, axes in panels:
+            axes.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
+    return [figure for figure, _ in panels]
+
+
+def _layers_panel(validation: Validation, name: str, title: str) -> tuple[Figure, Axes]:
+    figure, axes = _panel(4.4)
+    for path in validation.first_paths:
+        rows: torch.Tensor = getattr(path, name)
+        median = np.array([finite_median(row) or math.nan for row in rows])
+        most = np.array([finite_max(row) or math.nan for row in rows])
+        colour, marker = _MODE_COLOURS[path.mode], _MODE_MARKERS[path.mode]
+        axes.fill_between(range(len(rows)), median, most, color=colour, alpha=0.22, linewidth=0)
+        axes.plot(median, color=colour, marker=marker, markersize=4, label=f"{path.mode} ({path.path})")
+    _logarithmic(axes)
+    _finish_layers(figure, axes, title)
+    axes.set_ylabel("relative L2 error (log)")
+    return figure, axes
+
+
+def _finish_layers(figure: Figure, axes: Axes, title: str) -> None:
+    """An x axis of layers, and a legend below."""
     from matplotlib.ticker import MaxNLocator
 
-    figure, axes = _figure(10.0, 4.2, 2)
-    axes[1].sharey(axes[0])
-    for axis, name, title in (
-        (axes[0], "mean_by_layer", "Mean embeddings"),
-        (axes[1], "residues_by_layer", "Residues"),
-    ):
-        for path in validation.first_paths:
-            rows: torch.Tensor = getattr(path, name)
-            median = np.array([finite_median(row) or math.nan for row in rows])
-            most = np.array([finite_max(row) or math.nan for row in rows])
-            colour = _MODE_COLOURS[path.mode]
-            axis.fill_between(range(len(rows)), median, most, color=colour, alpha=0.22, linewidth=0)
-            axis.plot(
-                median,
-                color=colour,
-                marker=_MODE_MARKERS[path.mode],
-                markersize=4,
-                label=f"{path.mode} ({path.path})",
-            )
-        _logarithmic(axis)
-        axis.set_xlabel("layer")
-        axis.set_title(title, fontsize=10)
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes[0].set_ylabel("relative L2 error")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
-    return figure
+    axes.set_xlabel("layer")
+    axes.set_title(title, fontsize=10)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.legend(loc="outside lower center", ncols=2, fontsize=9)
 
 
-def _lengths(validation: Validation) -> Figure:
+def _lengths(validation: Validation) -> list[Figure]:
     from matplotlib.ticker import LogLocator, NullLocator
 
-    figure, (axis,) = _figure(8.0, 4.2)
+    figure, axes = _panel(4.4)
     for path in validation.first_paths:
-        axis.plot(
+        axes.plot(
             validation.lengths,
             _positive(path.means.relative_l2),
             _MODE_MARKERS[path.mode],
@@ -139,48 +147,43 @@ def _lengths(validation: Validation) -> Figure:
             markeredgewidth=0,
             label=f"{path.mode} ({path.path})",
         )
-    axis.set_xscale("log")
-    _logarithmic(axis)
-    axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    axis.xaxis.set_minor_locator(NullLocator())
-    axis.set_xlabel("residues")
-    axis.set_ylabel("relative L2 error of the mean embedding")
-    figure.legend(loc="outside lower center", ncols=4, fontsize=8)
-    return figure
+    axes.set_xscale("log")
+    _logarithmic(axes)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel("residues (log)")
+    axes.set_ylabel("relative L2 error of the mean embedding (log)")
+    figure.legend(loc="outside lower center", ncols=2, fontsize=9)
+    return [figure]
 
 
-def _activations(validation: Validation) -> Figure:
-    from matplotlib.ticker import MaxNLocator
-
-    figure, (largest, small) = _figure(10.0, 4.4, 2)
+def _activations(validation: Validation) -> list[Figure]:
     activations = validation.activations
+    (first, largest), (second, small) = _panel(4.6), _panel(4.6)
     for operation, (colour, dashes) in _OPERATION_STYLES.items():
         layers = list(activations.layers_of(operation))
         heights = [activations.max_abs(operation, layer) or math.nan for layer in layers]
         shares = [100 * (activations.subnormal_share(operation, layer) or math.nan) for layer in layers]
         style: dict[str, Any] = {"color": colour, "linestyle": dashes, "marker": "o", "markersize": 3}
         largest.plot(layers, heights, label=operation, **style)
-        small.plot(layers, shares, **style)
-    for axis in (largest, small):
-        _logarithmic(axis)
-        axis.set_xlabel("layer")
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        small.plot(layers, shares, label=operation, **style)
+    for axes in (largest, small):
+        _logarithmic(axes)
     largest.axhline(FP16_MAX, color=_VERMILION, linewidth=1.4, linestyle=":")
     largest.annotate(
-        "FP16 ends: 65,504", (0.01, FP16_MAX), xycoords=("axes fraction", "data"), va="bottom", fontsize=8
+        "FP16 maximum: 65,504", (0.01, FP16_MAX), xycoords=("axes fraction", "data"), va="bottom", fontsize=9
     )
     largest.set_ylim(top=4 * max(FP16_MAX, largest.get_ylim()[1] / 4))
-    largest.set_title("Largest magnitude", fontsize=10)
-    small.set_title(f"Share below {FP16_SMALLEST_NORMAL:.1e}, subnormal in FP16 (%)", fontsize=10)
-    figure.legend(*largest.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
-    return figure
+    _finish_layers(first, largest, "Largest magnitude (log)")
+    _finish_layers(second, small, f"Share below {FP16_SMALLEST_NORMAL:.1e}, subnormal in FP16 (%, log)")
+    return [first, second]
 
 
-FIGURES: dict[str, tuple[Callable[[Validation], Figure], str]] = {
+FIGURES: dict[str, tuple[Callable[[Validation], Sequence[Figure]], str]] = {
     "errors": (_errors, "Relative L2 error of each protein's mean embedding, by mode and path"),
     "layers": (_layers, "Error growth through the layers"),
     "lengths": (_lengths, "Relative L2 error of the mean embedding by length"),
-    "activations": (_activations, "Range of the activations by layer against FP16's"),
+    "activations": (_activations, "Range of activations by layer, and the range of FP16"),
 }
-"""Name of the file to what draws it, within `page.figure_style`, and the alternative text."""
+"""File name to the function that draws the panels, within `page.figure_style`, and the alternative text."""

@@ -1,4 +1,4 @@
-"""The precision-validation report: the page, its tables and what is printed."""
+"""The precision-validation report: page, tables and terminal summary."""
 
 from __future__ import annotations
 
@@ -10,19 +10,25 @@ from pathlib import Path
 
 import torch
 
-from esm_packed.reports.page import Drawing, Notice, Section, Table, figure_files, write_page
+from esm_packed.reports.page import Badge, Drawing, Notice, Section, Table, figure_files, write_page
 from esm_packed.reports.validation.activations import FP16_MAX, OPERATIONS
 from esm_packed.reports.validation.errors import PathResult, finite_max, finite_median, finite_min
 from esm_packed.reports.validation.figures import FIGURES
 from esm_packed.reports.validation.numbers import as_json, proteins_table
 from esm_packed.reports.validation.run import Validation, by_length_class
+from esm_packed.reports.validation.thresholds import (
+    DERIVED_FROM,
+    ERRORS_OF_MISTAKES,
+    ERRORS_OF_THE_CORRECT_MODEL,
+    THRESHOLDS,
+)
 from esm_packed.reports.validation.verdict import CLASSICAL_NOTE, Verdict
 
 WORST_SHOWN = 10
 
 _NONFINITE_NOTE = (
-    "Embeddings with NaN or Inf fail here. `esm-packed embed` finds each of them, computes it again in FP32 "
-    "and says so in the row's `status`."
+    "Embeddings with NaN or Inf fail here. `esm-packed embed` detects them, recomputes them in FP32 "
+    "and marks them in the row's `status`."
 )
 
 
@@ -30,26 +36,26 @@ def write_report(validation: Validation, conditions: Mapping[str, str], folder: 
     """Write the page as HTML and Markdown, the numbers as JSON and CSV, the figures as PNG and SVG.
 
     Args:
-        validation: what was computed.
-        conditions: what the page says about input and command, name to value.
-        folder: exists; the files of `report_files` in it are replaced.
+        validation: results.
+        conditions: input and command, name to value.
+        folder: an existing folder; the files of `report_files` in it are replaced.
 
     Returns:
-        HTML, Markdown, JSON and CSV.
+        Paths of the HTML, Markdown, JSON and CSV files.
 
     Raises:
-        ImportError: matplotlib is not installed (`page.check_matplotlib` says so in a sentence).
+        ImportError: matplotlib is not installed (`page.check_matplotlib` gives a clear message).
     """
     numbers = folder / "validation.json"
     numbers.write_text(json.dumps(as_json(validation, conditions), allow_nan=False), encoding="ascii")
     (folder / "validation.csv").write_text(proteins_table(validation).csv(), encoding="utf-8")
     title = f"Precision validation of {validation.checkpoint.model_name}"
-    write_page(title, _sections(validation, conditions), folder, "validation")
+    write_page(title, sections(validation, conditions), folder, "validation")
     return _pages(folder)
 
 
 def report_files(folder: Path) -> list[Path]:
-    """What `write_report` may write to `folder`, the page first."""
+    """Files that `write_report` may replace in `folder`, the page first."""
     return [*_pages(folder), *figure_files(folder)]
 
 
@@ -58,7 +64,7 @@ def _pages(folder: Path) -> list[Path]:
 
 
 def summary_lines(validation: Validation) -> list[str]:
-    """The verdict on each mode, for a terminal."""
+    """Verdict on each mode, for a terminal."""
     lines = [
         f"{'mode':<6}{'verdict':<9}{'worst rel L2':>13}{'at most':>10}{'worst cosine':>14}"
         f"{'at least':>12}  where"
@@ -94,14 +100,13 @@ def _share(value: float | None) -> str:
     return "" if value is None else f"{value:.1%}"
 
 
-def _sections(validation: Validation, conditions: Mapping[str, str]) -> Iterator[Section]:
-    last, in_each_layer = validation.reference.num_residues
-    total = sum(validation.lengths)
+def sections(validation: Validation, conditions: Mapping[str, str]) -> Iterator[Section]:
+    """Contents of the page: the verdict first, the conditions last."""
     yield Section(
         "",
         [
             Notice(validation.verdict, _passed(validation.passed)),
-            f"{len(validation.lengths):,} proteins, {total:,} residues, compared with "
+            f"{len(validation.lengths):,} proteins, {sum(validation.lengths):,} residues, compared with "
             f"{_reference_text(validation)}.",
             Notice(validation.weights_note) if validation.weights_note else "",
         ],
@@ -110,47 +115,88 @@ def _sections(validation: Validation, conditions: Mapping[str, str]) -> Iterator
         "Verdict",
         [
             _verdict_table(validation),
-            "A mode passes when the mean embedding of every protein, on every path, keeps to the thresholds. "
+            "A mode passes when the mean embedding of every protein is within the thresholds on every path. "
             + CLASSICAL_NOTE,
             _NONFINITE_NOTE if any(verdict.num_nonfinite for verdict in validation.verdicts) else "",
             _drawing("errors", validation),
         ],
     )
-    compared = "all" if last == total else f"{last:,} of {total:,}"
+    yield _thresholds_section()
+    yield from _error_sections(validation)
     yield Section(
-        "Every path",
+        "Range of activations",
+        [
+            _drawing("activations", validation),
+            _activations_table(validation),
+            "Activations of the FP64 path, over all tokens. Headroom is the FP16 maximum, 65,504, divided by "
+            "the largest magnitude; below 1, FP16 overflows. The residual stream is never FP16; the mode "
+            "fp16 stores everything else in FP16. Below 6.1e-05 FP16 is subnormal and loses bits; below "
+            "3e-08 it is 0.",
+        ],
+    )
+    yield Section("Largest errors", [_worst_table(validation)])
+    yield Section("Conditions", [_conditions_table(validation, conditions)])
+
+
+def _thresholds_section() -> Section:
+    fp32 = THRESHOLDS["fp32"].relative_l2
+    smallest = min(ERRORS_OF_MISTAKES.values())
+    correct = ERRORS_OF_THE_CORRECT_MODEL["fp32"]
+    return Section(
+        "How the default thresholds were derived",
+        [
+            "A threshold lies above the error of a correct model and below the error of a wrong one. The "
+            f"table shows the worst relative L2 error of a mean embedding ({DERIVED_FROM}). The FP32 "
+            f"threshold, {fp32:g}, is {fp32 / correct:.0f} times the error of the correct model, and the "
+            f"smallest mistake is {smallest / fp32:.0f} times the threshold.",
+            Table(
+                ("model", "precision", "worst rel. L2", "threshold", "verdict"),
+                [
+                    *(
+                        _derived_row("correct", mode, error)
+                        for mode, error in ERRORS_OF_THE_CORRECT_MODEL.items()
+                    ),
+                    *(_derived_row(mistake, "fp32", error) for mistake, error in ERRORS_OF_MISTAKES.items()),
+                ],
+            ),
+            "The FP16 and BF16 thresholds bound rounding; they are too wide to catch most mistakes by "
+            "themselves. Mistakes are caught in FP32, which runs the same code. TF32 has the thresholds of "
+            "FP16, whose mantissa is as long.",
+        ],
+    )
+
+
+def _derived_row(model: str, mode: str, error: float) -> list[str]:
+    threshold = THRESHOLDS[mode].relative_l2
+    return [model, mode, f"{error:.1e}", f"{threshold:g}", Badge(_passed(error <= threshold))]
+
+
+def _error_sections(validation: Validation) -> Iterator[Section]:
+    last, in_each_layer = validation.reference.num_residues
+    total = sum(validation.lengths)
+    compared = "all" if last == total else f"{last:,} of {total:,}"
+    paths_not_run = [(what, reason) for what, reason in validation.not_run if "," in what]
+    yield Section(
+        "Errors by path",
         [
             _paths_table(validation),
             "Relative L2 error and cosine of a protein's mean embedding, largest absolute error of a "
             f"component, and the same over its residues ({compared} residues compared); proteins with NaN or "
             "Inf in any layer; share of proteins whose nearest neighbour by cosine among these proteins is "
-            f"the reference's, and share of the {validation.paths[0].neighbours} nearest in common.",
+            f"that of the reference, and share of the {validation.paths[0].neighbours} nearest in common.",
+            Table(("path", "", "reason"), _grouped(paths_not_run)) if paths_not_run else "",
         ],
     )
     yield Section(
-        "By layer",
+        "Errors by layer",
         [
             _drawing("layers", validation),
             "Median (line) and maximum (upper edge) over the proteins. Layer 0 is the embedding, the last "
             f"layer is after the final LayerNorm. Residues: {in_each_layer:,} in each layer, evenly spaced "
-            "in their proteins. What is not finite is left out.",
+            "in their proteins. NaN and Inf are left out.",
         ],
     )
-    yield Section("By length", [_drawing("lengths", validation), _length_table(validation)])
-    yield Section(
-        "Range of the activations",
-        [
-            _drawing("activations", validation),
-            _activations_table(validation),
-            "Of the FP64 path, over all tokens. FP16 ends at 65,504; headroom is that over the largest "
-            "magnitude, and below 1 FP16 overflows. The residual stream is never FP16; the rest is what the "
-            "mode fp16 stores in FP16. Below 6.1e-05 FP16 is subnormal and loses bits; below 3e-08 it is 0.",
-        ],
-    )
-    yield Section("Largest errors", [_worst_table(validation)])
-    yield Section("Conditions", [_conditions_table(validation, conditions)])
-    if validation.not_run:
-        yield Section("Not run", [Table(("what", "reason"), _grouped(validation.not_run))])
+    yield Section("Errors by length", [_drawing("lengths", validation), _length_table(validation)])
 
 
 def _drawing(name: str, validation: Validation) -> Drawing:
@@ -187,20 +233,25 @@ def _verdict_table(validation: Validation) -> Table:
     def row(verdict: Verdict) -> list[str]:
         return [
             verdict.mode,
-            _passed(verdict.passed),
+            Badge(_passed(verdict.passed)),
             _error(verdict.worst_relative_l2),
             f"{verdict.threshold.relative_l2:g}",
             _cosine(verdict.worst_cosine),
             _asked(verdict.threshold.cosine),
             f"{verdict.num_failed:,}",
             f"{verdict.num_nonfinite:,}",
-            f"{validation.sequence_ids[verdict.worst_protein][:40]} ({verdict.worst_path})",
             "passes" if verdict.classical else "fails",
+            f"{validation.sequence_ids[verdict.worst_protein][:40]} ({verdict.worst_path})",
         ]
 
     header = ["mode", "verdict", "worst rel. L2", "at most", "worst cosine", "at least", "proteins failed"]
-    header += ["NaN or Inf", "worst protein", "classical pair"]
-    return Table(header, [*map(row, validation.verdicts)])
+    header += ["NaN or Inf", "classical test", "worst protein, or why not run"]
+    not_run = [
+        [mode, Badge("not run"), *[""] * (len(header) - 3), reason]
+        for mode, reason in validation.not_run
+        if "," not in mode
+    ]
+    return Table(header, [*map(row, validation.verdicts), *not_run])
 
 
 def _paths_table(validation: Validation) -> Table:
@@ -292,13 +343,12 @@ def _worst_table(validation: Validation) -> Table:
     return Table(["mode and path", "protein", "residues", "rel. L2", "cosine"], rows)
 
 
-def _grouped(not_run: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+def _grouped(not_run: Sequence[tuple[str, str]]) -> list[list[str]]:
     """One row for a path that several modes lack for the same reason."""
     modes: dict[tuple[str, str], list[str]] = {}
     for what, reason in not_run:
         mode, _, path = what.partition(", ")
         modes.setdefault((path, reason), []).append(mode)
     return [
-        (f"{path} ({', '.join(names)})" if path else ", ".join(names), reason)
-        for (path, reason), names in modes.items()
+        [f"{path} ({', '.join(names)})", Badge("not run"), reason] for (path, reason), names in modes.items()
     ]

@@ -262,7 +262,7 @@ def estimate_seconds(
 
 
 def weights_note(checkpoint: Checkpoint) -> str | None:
-    """What the page must say of weights that are no real model's, also when they come from a file."""
+    """A warning about demo, random or stress weights, also when they come from a file; None for others."""
     demo = load_checkpoint("demo")
     if checkpoint.config == demo.config and all(
         torch.equal(checkpoint.tensors[name].float(), demo.tensors[name].float())
@@ -270,15 +270,15 @@ def weights_note(checkpoint: Checkpoint) -> str | None:
         if name.startswith(("layers.", "emb_layer_norm_after."))
     ):
         return (
-            "These are the weights of the demo, a tiny model made to try this program out: what passes here "
-            "says nothing about another model."
+            "These are the weights of the demo, a tiny model for trying out this program: the verdict says "
+            "nothing about another model."
         )
     kind = seeded_kind(checkpoint)
     if kind == "random":
-        return "These weights are random, of no trained model: real weights may have larger errors."
+        return "These weights are random, not trained: trained weights may have larger errors."
     if kind == "stress":
         return (
-            "These are stress weights: seeded, of no trained model, made to imitate the outliers of one. "
+            "These are stress weights: random, not trained, made to imitate the outliers of a trained model. "
             "Validate the model you use."
         )
     return None

@@ -1,4 +1,4 @@
-"""Whether a precision mode passes."""
+"""Verdicts: whether a precision mode passes."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from esm_packed.reports.validation.errors import PathResult, finite_max, finite_
 from esm_packed.reports.validation.thresholds import Threshold
 
 CLASSICAL_NOTE = (
-    "The classical pair, cosine >= 0.999 for 99% of the proteins and >= 0.995 for all, is a label only: it "
-    "does not separate right from wrong models. EOS pooled, recomputed rotary frequencies, angles in FP16 "
-    "and tanh GELU all pass it."
+    "The classical test, cosine >= 0.999 for 99% of the proteins and >= 0.995 for all, is shown but does not "
+    "decide: it does not separate right from wrong models. EOS in the mean, recomputed rotary frequencies, "
+    "angles in FP16 and tanh GELU all pass it."
 )
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """On one mode, over all its paths.
+    """The verdict on one mode, over all its paths.
 
     Args:
         mode: precision mode.
-        threshold: what it was held to.
-        passed: every protein kept to it on every path.
-        num_failed: proteins that did not, on any path.
-        num_nonfinite: proteins with NaN or Inf in their embedding, on any path; these fail.
-        worst_path, worst_protein: where the error was largest, among those that fail if any does; a protein's
-            number.
-        worst_relative_l2: of the finite embeddings; None if there is none.
-        worst_cosine: likewise.
-        classical: whether every path passes the classical pair of `CLASSICAL_NOTE`.
+        threshold: limits that decide.
+        passed: whether every protein is within `threshold` on every path.
+        num_failed: proteins outside `threshold` on at least one path.
+        num_nonfinite: proteins with NaN or Inf in their embedding on at least one path; these fail.
+        worst_path, worst_protein: path and number of the protein with the largest error, among the failures
+            if there are any.
+        worst_relative_l2: largest of the finite embeddings; None if none is finite.
+        worst_cosine: smallest of the finite embeddings; None if none is finite.
+        classical: whether every path passes the classical test of `CLASSICAL_NOTE`.
     """
 
     mode: str

@@ -26,6 +26,7 @@ from esm_packed.reports.page import ReportError
 from esm_packed.reports.speedup import figures as speedup_figures
 from esm_packed.reports.speedup import results
 from esm_packed.reports.speedup import tables as speedup
+from esm_packed.reports.speedup.answer import answer
 from esm_packed.reports.speedup.page import write_report
 from esm_packed.runners.cli import main as cli
 
@@ -95,7 +96,7 @@ def no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
         "stages",
         "scaling",
     ):
-        monkeypatch.setattr(speedup_figures, name, lambda *_, **__: figure.Figure((1, 1), dpi=10))
+        monkeypatch.setattr(speedup_figures, name, lambda *_, **__: [figure.Figure((1, 1), dpi=10)])
 
 
 def check_pictures(folder: Path, names: set[str]) -> None:
@@ -108,6 +109,10 @@ def check_pictures(folder: Path, names: set[str]) -> None:
         pixels = image.imread(folder / f"{name}.png")[:, :, :3]
         coloured = np.ptp(pixels, axis=2) > 0.2
         assert coloured.mean() > 1e-4, f"{name} shows nothing"
+
+
+def panels(name: str, number: int) -> set[str]:
+    return {name, *(f"{name}-{place}" for place in range(2, number + 1))}
 
 
 def check_page(folder: Path, num_pictures: int) -> str:
@@ -124,7 +129,7 @@ def check_page(folder: Path, num_pictures: int) -> str:
 
 
 def test_a_cpu_run(cpu_report: Written) -> None:
-    names = {"speedups", "forward", "rivals", "attention", "packing", "stages"}
+    names = {"speedups", "speedups-2", "forward", "rivals", "attention", "packing", "stages"}
     check_pictures(cpu_report.folder, names)
     text = check_page(cpu_report.folder, len(names))
     machine = json.loads(CPU_RESULTS.read_text())["machine_info"]
@@ -141,11 +146,83 @@ def test_a_cpu_run(cpu_report: Written) -> None:
 
 @pytest.mark.slow  # 11 s with the report that it shares
 def test_a_gpu_like_file_and_an_older_one(gpu_report: Written) -> None:
-    names = {"speedups", "forward", "rivals", "roofline", "attention", "packing", "stages", "scaling"}
+    num_models = len(GPU_LIKE.MODELS)
+    names = {"attention", "stages", "scaling"} | panels("roofline", 2) | panels("packing", 4)
+    names |= panels("speedups", 2 * num_models) | panels("forward", num_models) | panels("rivals", num_models)
     check_pictures(gpu_report.folder, names | {"change-2"})
     text = check_page(gpu_report.folder, len(names) + 1)
     assert "peak memory" in text
     assert "faesm in fp16: synthetic" in text
+
+
+def test_the_answer_comes_first_and_the_conditions_last(cpu_report: Written) -> None:
+    page = (cpu_report.folder / "speedup.html").read_text()
+    top = page.partition("<h2>")[0]
+    assert "as fast as" in top and "Packed batches are" in top and "Speed compared with FP32" in top
+    assert top.count("<img ") == 1 and "Tokens per second of each contender" in top
+    headings = re.findall(r"<h2>(.+)</h2>", page)
+    assert headings[0] == "Compared with other packages" and headings[-1] == "Conditions"
+
+
+@pytest.mark.usefixtures("no_drawing")
+@pytest.mark.parametrize("gpu", ["SYNTHETIC GPU", None])
+def test_kernels_of_a_cpu_run_are_folded(tmp_path: Path, gpu: str | None) -> None:
+    content = GPU_LIKE.make()
+    kept = [each for each in content["benchmarks"] if each["extra_info"]["suite"] == "kernels"][:5]
+    machine = content["machine_info"] | {"gpu": gpu}
+    path = write_json(tmp_path / "x.json", content | {"benchmarks": kept, "machine_info": machine})
+    write_report(path, [], tmp_path)
+    kernels = (tmp_path / "speedup.html").read_text().partition("Kernels</h2>")[2].partition("<h2>")[0]
+    assert ("<details>" in kernels.partition("<table>")[0]) == (gpu is None)
+    assert ("<img " in kernels) == (gpu is not None)
+
+
+def test_the_answer_quotes_the_ratios(gpu_like: Path) -> None:
+    found = results.read_results(gpu_like)
+    text = answer(found)
+    rivals = {
+        m.info["provider"]: m
+        for m in found.suite("peers")
+        if results.short_model(m.info["model"]) == "650M" and m.info["dtype"] == "fp16"
+    }
+    for name, shown in (("fair_esm", "fair-esm"), ("transformers", "transformers")):
+        times = results.ratio(rivals[name], rivals["esm_packed"])
+        assert times is not None
+        assert f"{speedup.times_text(times)} as fast as {shown}" in text
+    totals = {c.what: c.times for c in results.precision_comparisons(found) if c.workload == "all"}
+    assert f"FP16 {speedup.times_text(totals['FP16 over FP32, packed'])} (expected" in text
+    assert text.count("esm-packed as transformers") == 0
+
+
+@pytest.mark.parametrize(("suites", "sentences"), [({"peers"}, 1), ({"model"}, 2), ({"kernels"}, 0)])
+def test_the_answer_has_a_sentence_for_what_was_measured(
+    tmp_path: Path, suites: set[str], sentences: int
+) -> None:
+    content = GPU_LIKE.make()
+    content["benchmarks"] = [b for b in content["benchmarks"] if b["extra_info"]["suite"] in suites]
+    text = answer(results.read_results(write_json(tmp_path / "x.json", content)))
+    assert len(re.findall(r"\.(?= |$)", text)) == sentences
+
+
+def test_no_label_touches_a_whisker_or_leaves_the_axes() -> None:
+    pytest.importorskip("matplotlib")
+    with page.figure_style():
+        (figure,) = speedup_figures.rivals(results.read_results(CPU_RESULTS))
+        figure.draw_without_rendering()
+    (axes,) = figure.axes
+    (bars,) = (container for container in axes.containers if hasattr(container, "errorbar"))
+    whiskers = bars.errorbar[2]
+    ends = [
+        axes.transData.transform(segment).max(axis=0)[0]
+        for whisker in whiskers
+        for segment in whisker.get_segments()
+    ]
+    boxes = [text.get_window_extent() for text in axes.texts]
+    rates = boxes[1::2]
+    assert len(rates) == len(ends) > 3
+    assert all(box.x0 > end + 2 for box, end in zip(rates, ends, strict=True))
+    assert all(box.x1 < figure.bbox.x1 for box in boxes)
+    assert not any(box.count_overlaps([other for other in boxes if other is not box]) for box in boxes)
 
 
 def test_medians_and_percentiles_are_those_of_all_rounds() -> None:
@@ -240,7 +317,7 @@ def test_an_older_file_without_common_benchmarks(tmp_path: Path, gpu_like: Path)
     assert results.changes(small, large) == []
     write_report(CPU_RESULTS, [gpu_like], tmp_path / "report")
     text = (tmp_path / "report" / "speedup.md").read_text()
-    assert "benchmarks in both files did other work (tokens, sequences) there. None can be compared." in text
+    assert "benchmarks in both files did other work (tokens, sequences). None can be compared." in text
     assert not (tmp_path / "report" / "change-1.png").exists()
 
 

@@ -52,7 +52,12 @@ from esm_packed.reports.validation.run import (
     verdict_line,
     weights_note,
 )
-from esm_packed.reports.validation.thresholds import THRESHOLDS, Threshold
+from esm_packed.reports.validation.thresholds import (
+    ERRORS_OF_MISTAKES,
+    ERRORS_OF_THE_CORRECT_MODEL,
+    THRESHOLDS,
+    Threshold,
+)
 from esm_packed.reports.validation.verdict import judge, passes_classical_pair
 from esm_packed.stress import stress_checkpoint
 
@@ -475,11 +480,11 @@ def test_a_verdict_holds_for_a_device_and_its_backends(monkeypatch: pytest.Monke
 
 def test_the_page_needs_no_other_file(report: Path, validation: Validation) -> None:
     text = (report / "validation.html").read_text()
-    assert text.count("<img ") == text.count('src="data:image/svg+xml;base64,') == 4
+    assert text.count("<img ") == text.count('src="data:image/svg+xml;base64,') == 6
     assert not re.findall(r'(?:src|href)="(?!data:)', text)
     assert "does not separate right from wrong models" in text.replace("\n", " ")
     assert "These are stress weights" in text and "a&lt;b&gt;.fasta" in text
-    for name in ("errors", "layers", "lengths", "activations"):
+    for name in ("errors", "layers", "layers-2", "lengths", "activations", "activations-2"):
         assert (report / f"{name}.png").stat().st_size > 10_000
     verdict = "passed on CPU, SDPA; GPU kernels not validated"
     assert re.search(r"</h1>\s*<p[^>]*>" + verdict, text)
@@ -494,6 +499,31 @@ def test_the_page_needs_no_other_file(report: Path, validation: Validation) -> N
         assert [len(row) for row in path["mean_relative_l2_by_layer"]] == [len(IDS)] * 7
 
 
+def test_every_mode_has_a_badge_in_the_first_table(report: Path) -> None:
+    text = (report / "validation.html").read_text()
+    table = text.partition("<h2>Verdict</h2>")[2].partition("</table>")[0]
+    badges = re.findall(r">(\w+)</td><td[^>]*><span class=\"badge badge-([\w-]+)\">", table)
+    assert badges == [("fp32", "passed"), ("fp16", "passed"), ("bf16", "passed"), ("tf32", "not-run")]
+    assert "needs a CUDA device" in table
+    headings = re.findall(r"<h2>(.+)</h2>", text)
+    assert headings[:2] == ["Verdict", "How the default thresholds were derived"]
+    assert headings[-1] == "Conditions"
+
+
+def test_thresholds_are_derived_from_the_published_errors() -> None:
+    path = Path(__file__).parents[2] / "reports" / "published" / "cpu-amd-epyc-2-cores" / "mistakes.json"
+    published = json.loads(path.read_text())
+
+    def rounded(errors: dict[str, dict[str, float]]) -> dict[str, float]:
+        return {name: float(f"{each['worst_relative_l2']:.2e}") for name, each in errors.items()}
+
+    assert rounded(published["correct_model"]) == ERRORS_OF_THE_CORRECT_MODEL
+    mistakes = rounded(published["mistakes_in_fp32"])
+    assert sorted(mistakes.values()) == sorted(ERRORS_OF_MISTAKES.values())
+    assert all(error <= THRESHOLDS[mode].relative_l2 for mode, error in ERRORS_OF_THE_CORRECT_MODEL.items())
+    assert min(ERRORS_OF_MISTAKES.values()) > THRESHOLDS["fp32"].relative_l2
+
+
 def test_what_is_not_finite_is_null_and_shown(tmp_path: Path) -> None:
     checkpoint = stress_checkpoint(ESM2Config(2, 96, 4), peak=2e5)
     validation = validate(lambda: checkpoint, IDS[1:5], PROTEINS[1:5], replace(SETTINGS, modes=("fp16",)))
@@ -502,7 +532,7 @@ def test_what_is_not_finite_is_null_and_shown(tmp_path: Path) -> None:
     assert data["paths"][0]["first_nonfinite_layer"] == [1] * 4
     assert data["verdicts"][0]["worst_relative_l2"] is None and data["passed"] is False
     page, *_ = write_report(validation, CONDITIONS, tmp_path)
-    assert "overflows" in page.read_text() and "computes it again in FP32" in page.read_text()
+    assert "overflows" in page.read_text() and "recomputes them in FP32" in page.read_text()
 
 
 def test_a_single_protein_has_no_ranks(tmp_path: Path, stress: Checkpoint) -> None:
