@@ -69,7 +69,7 @@ class ExistingOutput:
         if self.plan_hash != plan_hash(identity):
             differing = differences(self.identity, identity)
             raise UsageError(
-                f"{self.path}: exists already, made from other input or options ({differing}); "
+                f"{self.path}: already exists, made from other input or options ({differing}); "
                 "--overwrite replaces it"
             )
 
@@ -92,9 +92,9 @@ def check_output(output: Path, overwrite: bool) -> ExistingOutput | None:
 
 def _check_output(output: Path, overwrite: bool) -> ExistingOutput | None:
     if output.is_dir():
-        raise UsageError(f"{output}: this is a directory; name the file to make, such as embeddings.h5")
+        raise UsageError(f"{output}: is a directory; name a file, such as embeddings.h5")
     if not output.parent.is_dir():
-        raise UsageError(f"{output.parent}: there is no such folder to write {output.name} to")
+        raise UsageError(f"{output.parent}: no such directory to write {output.name} to")
     RunDirectory(output).check_name()
     if RunDirectory.holds(output):
         raise UsageError(f"{output.parent}: is a run directory, and removed with all that is in it")
@@ -118,7 +118,7 @@ def _check_output(output: Path, overwrite: bool) -> ExistingOutput | None:
         raise
     except (StoreError, OSError):
         raise UsageError(
-            f"{output}: exists already and is not a whole esm-packed output; --overwrite replaces it"
+            f"{output}: already exists and is not a whole esm-packed output; --overwrite replaces it"
         ) from None
 
 

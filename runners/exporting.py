@@ -81,7 +81,7 @@ def export_file(request: ExportRequest, console: Console) -> list[str]:
             verb = "are NaN" if request.keep_missing else "are left out (--keep-missing writes them as NaN)"
             lines.append(f"{selection.num_missing:,} that failed or were not computed {verb}")
         if not reader.attributes.get("complete", True):
-            lines.append(f"{request.source} is partial; continue with the same embed command")
+            lines.append(f"{request.source} is partial; rerun the same embed command to continue")
         return lines
 
 

@@ -230,7 +230,7 @@ class _Files:
                 check_apart({"the file": path}, self._read)
                 if not self._request.overwrite:
                     raise UsageError(
-                        f"{path}: exists already, and was not made from this input with these options; move "
+                        f"{path}: already exists, and was not made from this input with these options; move "
                         "it away, or --overwrite replaces it"
                     )
                 yield path

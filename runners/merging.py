@@ -82,7 +82,7 @@ def merge_files(
         existing = check_output(output, overwrite)
         if existing is not None:
             if existing.plan_hash != run.plan.hash:
-                raise UsageError(f"{output}: exists already, made by another run; --overwrite replaces it")
+                raise UsageError(f"{output}: already exists, made by another run; --overwrite replaces it")
             if existing.is_complete:
                 return Merged(already_complete=True)
             overwrite = True

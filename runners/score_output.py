@@ -29,7 +29,7 @@ def existing_table(output: Path, overwrite: bool) -> ExistingOutput | None:
     """
     check_table(output)
     if not output.parent.is_dir():
-        raise UsageError(f"{output.parent}: there is no such folder to write {output.name} to")
+        raise UsageError(f"{output.parent}: no such directory to write {output.name} to")
     RunDirectory(described_at(output)).check_name()
     if RunDirectory.holds(output):
         raise UsageError(f"{output.parent}: is a run directory, and removed with all that is in it")
@@ -39,12 +39,12 @@ def existing_table(output: Path, overwrite: bool) -> ExistingOutput | None:
             raise UsageError(f"{path}: exists and is no regular file")
     if overwrite or not output.exists():
         if description.exists() and not overwrite and read_description(output) is None:
-            raise UsageError(f"{description}: exists already and is not ours; --overwrite replaces it")
+            raise UsageError(f"{description}: already exists and is not ours; --overwrite replaces it")
         return None
     found = read_description(output)
     if found is None or found["sha256"] != sha256_of(output):
         raise UsageError(
-            f"{output}: exists already and is not the table that {description.name} describes; --overwrite "
+            f"{output}: already exists and is not the table that {description.name} describes; --overwrite "
             "replaces it"
         )
     return ExistingOutput(output, found["plan_hash"], found["identity"], is_complete=True)

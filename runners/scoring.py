@@ -150,7 +150,7 @@ class ScoreTable:
             if picture.suffix.lower() not in PICTURES:
                 raise UsageError(f"--heat-map {picture}: a picture is {', '.join(PICTURES)}")
             if not os.access(picture.parent, os.W_OK):
-                raise UsageError(f"--heat-map {picture}: there is no such folder, or it cannot be written to")
+                raise UsageError(f"--heat-map {picture}: no such directory, or it cannot be written to")
             check_matplotlib()
             if existing is None:
                 check_free(picture, overwrite=overwrite)
@@ -232,7 +232,7 @@ class ScoreTable:
         if self._mutants is not None:
             path = self._mutants.path  # whose rows are read once more
             if sha256_of(path.resolve()) != run.plan.scoring["mutations_sha256"]:
-                raise UsageError(f"{path}: was changed while its mutants were scored; repeat the command")
+                raise UsageError(f"{path}: was changed while its mutants were scored; rerun the same command")
             write_mutants(table, self._mutants, scores_of(self._mutants, run, found), provenance)
             return len(self._mutants)
         proteins = _proteins(run, found)

@@ -64,11 +64,11 @@ class RunState:
             return [f"{self.output}: complete, {records}{kept}", *self.workers]
         partial = []
         if self.num_not_computed is not None:
-            missing = f"{self.num_not_computed:,} of {self.num_records:,} proteins not computed"
-            partial = [f"{self.output}: not complete; {missing}, continue with the same embed command"]
+            missing = f"{self.num_not_computed:,} of {self.num_records:,} proteins are not computed"
+            partial = [f"{self.output}: not complete; {missing}, rerun the same embed command to continue"]
         if not self.run:
             return partial
-        lines = list(self.workers) or ["not running; repeat the command to continue"]
+        lines = list(self.workers) or ["not running; rerun the same command to continue"]
         if self.command:
             lines.append(f"begun by: {self.command}")
         if self.num_shards is None or self.num_records is None:

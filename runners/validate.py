@@ -211,7 +211,7 @@ def _settings(request: ValidateRequest) -> ValidationSettings:
     ):
         for value in values:
             if value not in allowed:
-                raise UsageError(f"{name} {value!r} is none of {', '.join(allowed)}")
+                raise UsageError(f"{name} {value!r} is not one of {', '.join(allowed)}")
     for dtype in request.thresholds:
         if dtype not in request.dtypes:
             raise UsageError(f"--threshold {dtype}: that precision is not computed; --dtype lists them")
@@ -222,7 +222,7 @@ def _settings(request: ValidateRequest) -> ValidationSettings:
 def _check_folder(request: ValidateRequest) -> None:
     folder = request.output
     if folder.exists() and not folder.is_dir():
-        raise UsageError(f"{folder}: exists and is no folder; name one for the report")
+        raise UsageError(f"{folder}: not a directory; name a directory for the report")
     if (folder / "validation.json").exists() and not request.overwrite:
         raise UsageError(f"{folder}: holds a report already; --overwrite replaces it")
 

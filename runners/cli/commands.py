@@ -1,7 +1,7 @@
-"""What each command of `esm-packed` does: options to a request, its result to lines and an exit code.
+"""The commands of `esm-packed`: each turns options into a request, and its result into text and an exit code.
 
-torch, h5py and numpy are imported for the command that is asked for (see `options`), so that help and wrong
-options answer at once.
+torch, h5py and numpy are imported only by the command that needs them (see `options`), so that help and
+wrong options are answered at once.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def embed(options: argparse.Namespace) -> int:
     summary = embed_files(request, Console(options.quiet))
     if not options.quiet and summary.already_complete:
         sequences = counted(summary.num_sequences, "sequence")
-        say([f"already complete: {summary.output} holds this run ({sequences})"])
+        say([f"already complete: {summary.output} ({sequences})"])
     elif not options.quiet:
         say(summary.lines(options.verbose))
         for warning in summary.warnings():
@@ -59,7 +59,7 @@ def embed(options: argparse.Namespace) -> int:
     if summary.num_failed:
         complain(
             f"{summary.num_failed:,} of {summary.num_sequences:,} embeddings are not finite; their rows are "
-            "NaN, and `problems` in the output names them"
+            "NaN, and `problems` in the output lists them"
         )
         return EXIT_FAILED_ROWS
     return EXIT_COMPLETE
@@ -73,14 +73,14 @@ def score(options: argparse.Namespace) -> int:
     table = "proteins" if options.pseudo_perplexity else "scan" if options.mutations is None else "mutants"
     if options.joint and (table != "mutants" or options.method != "masked"):
         raise UsageError(
-            "--joint masks the sites of a mutant together: it needs --mutations and --method masked"
+            "--joint masks the sites of a mutant together; it needs --mutations and --method masked"
         )
     if options.skip_bad and table != "mutants":
-        raise UsageError("--skip-bad leaves out mutants of a table: give --mutations")
+        raise UsageError("--skip-bad skips mutants of a table; it needs --mutations")
     if options.pseudo_perplexity and options.method != "masked":
-        raise UsageError("--pseudo-perplexity masks each residue in turn: leave out --method")
+        raise UsageError("--pseudo-perplexity masks each residue in turn; remove --method")
     if options.heat_map is not None and (table != "scan" or options.part is not None):
-        raise UsageError("--heat-map draws a scan: leave out --mutations, --pseudo-perplexity and --slice")
+        raise UsageError("--heat-map draws a scan; remove --mutations, --pseudo-perplexity and --slice")
     request = _run_request(options, scoring=_request(Scoring, options, table=table))
     if options.estimate:
         from esm_packed.runners.estimate import estimate
@@ -93,8 +93,8 @@ def score(options: argparse.Namespace) -> int:
         say(scored.lines())
     if scored.num_failed:
         complain(
-            f"{scored.num_failed:,} copies of proteins gave no number; their scores are empty, and `failed` "
-            f"in {request.output}.json says why"
+            f"{counted(scored.num_failed, 'copy', 'copies')} of proteins not finite; their scores are empty, "
+            f"and `failed` in {request.output}.json gives the reasons"
         )
         return EXIT_FAILED_ROWS
     return EXIT_COMPLETE
@@ -120,7 +120,7 @@ def extract(options: argparse.Namespace) -> int:
     if extracted.num_failed:
         complain(
             f"{extracted.num_failed:,} of {extracted.summary.num_sequences:,} sequences are not finite; "
-            f"their tensors are NaN, and {extracted.index_path} names them"
+            f"their tensors are NaN, and {extracted.index_path} lists them"
         )
         return EXIT_FAILED_ROWS
     return EXIT_COMPLETE
@@ -138,13 +138,13 @@ def contacts(options: argparse.Namespace) -> int:
 
 
 def _check_standard_input(inputs: Sequence[str]) -> None:
-    """See that `-` is there to be read, once."""
+    """Check that standard input, if named, is open and named once."""
     from esm_packed.runners.input.index import STDIN
 
     if inputs.count(STDIN) > 1:
-        raise UsageError("standard input (-) is named twice, and can be read only once")
+        raise UsageError("standard input (-) is given twice, but can be read only once")
     if STDIN in inputs and sys.stdin is None:
-        raise UsageError("standard input (-) is closed; name a file, or pipe one in")
+        raise UsageError("standard input (-) is closed; pipe a file into it, or give a file name")
 
 
 def _windows(options: argparse.Namespace) -> Windows | None:
@@ -152,25 +152,25 @@ def _windows(options: argparse.Namespace) -> Windows | None:
 
     if options.windows is None:
         if options.overlap is not None:
-            raise UsageError(f"--overlap {options.overlap}: is of --windows, which is not given")
+            raise UsageError(f"--overlap {options.overlap}: needs --windows")
         return None
     most = options.windows // 2
     overlap = min(DEFAULT_OVERLAP, most) if options.overlap is None else options.overlap
     if overlap > most:
-        raise UsageError(f"--overlap {overlap}: at most half of --windows, {most}")
+        raise UsageError(f"--overlap {overlap}: must be at most half of --windows ({most})")
     return Windows(options.windows, overlap)
 
 
 def _layout(options: argparse.Namespace) -> str:
     if options.reproducible and options.disable_packing:
         raise UsageError(
-            "--reproducible and --disable-packing (or ESM_PACKED_DISABLE_PACKING) exclude each other"
+            "--reproducible cannot be combined with --disable-packing (or ESM_PACKED_DISABLE_PACKING)"
         )
     return "fixed" if options.reproducible else "padded" if options.disable_packing else "packed"
 
 
 def _run_request(options: argparse.Namespace, **others: object) -> EmbedRequest:
-    """The request of a command that is a run; fields of which it has no option keep their defaults."""
+    """The request of a run; fields for which the command has no option keep their defaults."""
     import torch
 
     from esm_packed.runners.input.fasta import ReadOptions
@@ -220,16 +220,16 @@ def merge(options: argparse.Namespace) -> int:
         say([f"already complete: {output}"])
         return EXIT_COMPLETE
     if merged.missing_records:
-        missing = f"{merged.missing_records:,} of {merged.num_records:,} proteins not computed"
-        say([f"{missing}; {output} written, continue with the same embed command"])
+        missing = f"{merged.missing_records:,} of {merged.num_records:,} proteins are not computed"
+        say([f"partial output written: {output}; {missing}, rerun the same embed command to continue"])
         return EXIT_INTERRUPTED
     if merged.missing_shards and options.partial:
-        say([f"{output}: nothing is finished yet; continue with the same embed command"])
+        say([f"{output}: no shard is finished yet; rerun the same embed command to continue"])
         return EXIT_INTERRUPTED
     if merged.missing_shards:
         complain(
-            f"{merged.missing_shards:,} of the shards of {output} missing or damaged; the command that began "
-            "the run computes them"
+            f"{output}: {counted(merged.missing_shards, 'shard')} missing or damaged; rerun the same embed "
+            "command"
         )
         return EXIT_INTERRUPTED
     say([f"merged: {output}"])
@@ -237,9 +237,9 @@ def merge(options: argparse.Namespace) -> int:
 
 
 def _output_of(path: Path) -> Path:
-    """The output, which may be named by its run directory."""
+    """The output file; `path` may be its run directory instead."""
     if not path.resolve().name:
-        raise UsageError(f"{path}: this is no output; name its file, such as embeddings.h5")
+        raise UsageError(f"{path}: not an output file; give its name, such as embeddings.h5")
     return path.with_suffix("") if path.suffix == ".run" and not path.is_file() else path
 
 
@@ -292,14 +292,14 @@ def checkpoint(options: argparse.Namespace) -> int:
 
     if options.output.suffix != ".pt" or not options.output.name.startswith("esm2"):
         raise UsageError(
-            f"{str(options.output)!r}: fair-esm loads an ESM-2 only from a file named esm2....pt"
+            f"{str(options.output)!r}: fair-esm loads ESM-2 only from files named esm2*.pt; rename the output"
         )
     if not options.output.parent.is_dir():
-        raise UsageError(f"{options.output.parent}: there is no such folder")
+        raise UsageError(f"{options.output.parent}: no such directory; create it first")
     files = [options.output, contact_regression_path(options.output)]
     for path in files:
         if path.exists() and not options.overwrite:
-            raise UsageError(f"{path}: exists already; --overwrite replaces it")
+            raise UsageError(f"{path}: already exists; use --overwrite to replace it")
     with Console().byte_steps() as report:
         checkpoint = load_checkpoint(options.model, progress=report)
     check_apart({"--output": files[0], "the regression file": files[1]}, files_of(checkpoint))

@@ -23,14 +23,14 @@ examples:
   esm-packed contacts protein.fasta -o contacts.csv --model esm2_t12_35M_UR50D
 
 files:
-  png, svg, pdf  a picture: probabilities above the diagonal, below it the L most probable contacts of
-                 residues that are at least 6 apart, for L residues
+  png, svg, pdf  figure: probabilities above the diagonal, and below it, for L residues, the L most probable
+                 contacts between residues at least 6 apart
   csv            i, j, residue_i, residue_j, probability of each pair i < j, counted from 1
   npy            (L, L) float32, for numpy.load
 
-The whole protein is computed, in 4 L^2 bytes of memory and its activations: no attention map is held.
-embed --include contacts writes those of many proteins.
-A picture needs matplotlib: pip install 'matplotlib>=3.8'"""
+The protein is computed whole. Besides the activations this takes 4 L^2 bytes of memory: attention maps are
+not stored. For many proteins use embed --include contacts.
+Figures need matplotlib: pip install 'matplotlib>=3.8'"""
 
 
 def add_contacts(commands: argparse._SubParsersAction[Parser]) -> None:
@@ -39,8 +39,8 @@ def add_contacts(commands: argparse._SubParsersAction[Parser]) -> None:
         "contacts",
         run.contacts,
         "esm_packed.runners.contacts",
-        help="draw or write the contact map of one protein",
-        description="Predict which residues of one protein touch, from the attention maps of all layers.",
+        help="predict the contact map of one protein",
+        description="Predict which residues of a protein touch, from the attention maps of all layers.",
         epilog=_EPILOG,
     )
     add_fasta(parser)
@@ -50,10 +50,12 @@ def add_contacts(commands: argparse._SubParsersAction[Parser]) -> None:
         required=True,
         type=values.output_file,
         metavar="MAP.png|svg|pdf|csv|npy",
-        help="file to make",
+        help="output file",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace the file if it is there")
-    parser.add_argument("--record", metavar="ID", help="ID or accession of the protein, if there are several")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
+    parser.add_argument(
+        "--record", metavar="ID", help="ID or accession of the protein, if the file has several"
+    )
     parser.add_argument(
         "--model", type=values.model, default=DEFAULT_MODEL, help="as for embed (default: %(default)s)"
     )

@@ -32,17 +32,17 @@ examples:
   esm-packed embed release-2.fasta -o release-2.h5 --reuse release-1.h5
   esm-packed embed titins.fasta -o titins.h5 --windows 1022 --overlap 256
 
-The work is done in OUT.h5.run. Interrupted or killed, the same command continues it.
+The run is kept in OUT.h5.run. If it is interrupted or killed, rerun the same command to continue.
 
 kinds of output:
 {_kinds()}
-contacts are L (L + 1) / 2 numbers for a protein of L residues, and `contacts(ID)` of the opened file is the
-L x L matrix. What they are summed up in takes up to 64 MB, or 4 L^2 bytes for more than 4,096 residues; no
-attention map is held.
+contacts are stored as L (L + 1) / 2 numbers for a protein of L residues; `contacts(ID)` of the opened file
+returns the L x L matrix. Computing them takes up to 64 MB of memory, or 4 L^2 bytes for more than 4,096
+residues: attention maps are not stored.
 
 models: {", ".join(list(ESM2_MODELS)[:3])},
 {", ".join(list(ESM2_MODELS)[3:])},
-a checkpoint file or folder, demo (tiny, for trying out), random:NAME (seeded random weights)"""
+a checkpoint file or directory, demo (tiny, for a first try), random:NAME (seeded random weights)"""
 
 
 def add_embed(commands: argparse._SubParsersAction[Parser]) -> None:
@@ -52,11 +52,11 @@ def add_embed(commands: argparse._SubParsersAction[Parser]) -> None:
         run.embed,
         "esm_packed.runners.session",
         help="embed the proteins of FASTA files",
-        description="Embed every protein of the FASTA files, in input order, into one HDF5 file:\n"
-        "the mean over its residues of the last layer, or what --include and --layers ask for.",
+        description="Embed every protein of the FASTA files, in input order, into one HDF5 file: the mean\n"
+        "of the last layer over its residues, or the kinds and layers of --include and --layers.",
         epilog=_EMBED_EPILOG,
     )
-    add_run(parser, "OUT.h5", "HDF5 file to make")
+    add_run(parser, "OUT.h5", "HDF5 output file")
     _add_embed_model(parser.add_argument_group("model"))
     _add_embed_stored(parser.add_argument_group("output"))
     _add_embed_computing(parser.add_argument_group("computing"))
@@ -81,28 +81,30 @@ def _add_embed_model(model: argparse._ArgumentGroup) -> None:
         type=values.layers,
         default=(-1,),
         metavar="LIST",
-        help="layers to keep, such as 6,12 or -1 (the last, the default); the mean of the last one listed is "
-        "`embeddings` in the file",
+        help="layers to keep, such as 6,12 or -1 (the last, the default); `embeddings` in the file is the "
+        "mean of the last one listed",
     )
     add_max_length(model)
     model.add_argument(
         "--windows",
         type=values.whole_number(2),
         metavar="N",
-        help="compute longer proteins in windows of N residues, in place of --max-length; of kinds "
+        help="compute longer proteins in windows of N residues instead of truncating them; for the kinds "
         + " and ".join(KINDS_IN_WINDOWS),
     )
     model.add_argument(
         "--overlap",
         type=values.whole_number(0),
         metavar="N",
-        help="residues that a window shares with the next one; there both count, with weights that rise and "
-        f"fall linearly (default: {DEFAULT_OVERLAP}, at most half of --windows)",
+        help="residues shared by neighbouring windows, whose values are blended with linear weights "
+        f"(default: {DEFAULT_OVERLAP}, at most half of --windows)",
     )
 
 
 def _add_embed_stored(stored: argparse._ArgumentGroup) -> None:
-    stored.add_argument("--store-dtype", choices=("fp32", "fp16"), default="fp32", help="of stored values")
+    stored.add_argument(
+        "--store-dtype", choices=("fp32", "fp16"), default="fp32", help="type of stored values"
+    )
     stored.add_argument(
         "--compression",
         choices=("none", "gzip"),

@@ -16,16 +16,16 @@ examples:
   esm-packed export proteins.h5 --to h5ad -o proteins.h5ad --kind max --layer 20 --keep-missing
 
 formats:
-  uniprot  HDF5 as of UniProt and for protspace: a data set for each protein, (D,) or (L, columns), called by
-           its accession (P12345 of sp|P12345|X_HUMAN) or its ID, / as %2F; the attribute original_id of a
-           data set holds an ID that is changed
-  pt       a dict of tensors by ID, for torch.load; they share one storage: clone() one to save it alone
+  uniprot  HDF5 in the layout of UniProt and protspace: one data set per protein, (D,) or (L, columns), named
+           by its accession (P12345 of sp|P12345|X_HUMAN) or its ID, with / as %2F; if the name differs from
+           the ID, the attribute original_id of the data set holds the ID
+  pt       a dict of tensors by ID, for torch.load; they share one storage: clone() a tensor to save it alone
   npz      ids (n,) and embeddings (n, D), for numpy.load
   parquet  sequence_id, lengths, embedded_lengths, truncated, status and embedding, a list of D float32;
            needs pyarrow: pip install pyarrow
   h5ad     X (n, D), and obs as for parquet, for anndata.read_h5ad
 
-uniprot and pt take every kind with a vector for each sequence or residue, the others mean, max and bos."""
+uniprot and pt take every kind with one vector per sequence or residue; the others take mean, max and bos."""
 
 
 _MAP_EPILOG = """\
@@ -34,9 +34,9 @@ examples:
   esm-packed map proteins.h5 -o map.html --color uniprot.tsv:Organism
   esm-packed map proteins.h5 -o map.svg --color proteins.tsv:length --kind max --layer 20
 
-The table has a header line and an ID, or the accession P12345 of sp|P12345|X_HUMAN, in its first column. More
-than nine different numbers become a colour bar; of other values the nine most frequent have a colour each.
-Principal components are fitted to 10,000 proteins if there are more. A page (.html) needs no other file.
+The table has a header line, and IDs or accessions (P12345 of sp|P12345|X_HUMAN) in its first column. More
+than nine different numbers get a colour bar; otherwise the nine most frequent values get a colour each.
+Principal components are fitted to at most 10,000 proteins. An .html page is self-contained.
 
 Needs matplotlib: pip install 'matplotlib>=3.8'"""
 
@@ -47,8 +47,8 @@ def add_export(commands: argparse._SubParsersAction[Parser]) -> None:
         "export",
         run.export,
         "esm_packed.runners.exporting",
-        help="write an output as other programs read it",
-        description="Write one kind and layer of an output into a file that other programs read.",
+        help="convert an output file for other programs",
+        description="Write one kind and layer of an output file in a format that other programs read.",
         epilog=_EXPORT_EPILOG,
     )
     _add_source(parser)
@@ -57,14 +57,14 @@ def add_export(commands: argparse._SubParsersAction[Parser]) -> None:
         dest="format",
         required=True,
         choices=("uniprot", "pt", "npz", "parquet", "h5ad"),
-        help="format, see below",
+        help="file format, see below",
     )
     _add_output(parser, "FILE")
     _add_kind(parser)
     parser.add_argument(
         "--keep-missing",
         action="store_true",
-        help="with the sequences that failed or were not computed, as NaN (default: left out, and counted)",
+        help="write sequences that failed or were not computed as NaN (default: skip and count them)",
     )
 
 
@@ -74,9 +74,9 @@ def add_map(commands: argparse._SubParsersAction[Parser]) -> None:
         "map",
         run.draw_map,
         "esm_packed.runners.mapping",
-        help="draw a map of the embeddings of an output",
-        description="Draw the first two principal components of the embeddings of an output, a point for\n"
-        "each protein. A page shows IDs where the pointer is, and finds them.",
+        help="plot the embeddings of an output file",
+        description="Plot the first two principal components of the embeddings of an output file, one point\n"
+        "per protein. An .html page shows the ID under the pointer and has a search box.",
         epilog=_MAP_EPILOG,
     )
     _add_source(parser)
@@ -91,23 +91,23 @@ def add_map(commands: argparse._SubParsersAction[Parser]) -> None:
 
 
 def _add_source(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", type=values.existing, metavar="OUT.h5", help="the output")
+    parser.add_argument("source", type=values.existing, metavar="OUT.h5", help="output file of embed")
 
 
 def _add_output(parser: argparse.ArgumentParser, metavar: str) -> None:
     parser.add_argument(
-        "-o", "--output", required=True, type=values.output_file, metavar=metavar, help="file to make"
+        "-o", "--output", required=True, type=values.output_file, metavar=metavar, help="output file"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace the file if it is there")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
 
 
 def _add_kind(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--kind", choices=tuple(KINDS), help="kind (default: mean, else the first that there is)"
+        "--kind", choices=tuple(KINDS), help="kind of output (default: mean if stored, else the first kind)"
     )
     parser.add_argument(
         "--layer",
         type=values.whole_number(0),
         metavar="N",
-        help="one of the layers that the output has (default: the last one)",
+        help="a layer stored in the file (default: the last one)",
     )

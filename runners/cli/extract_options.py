@@ -1,4 +1,4 @@
-"""The options of `esm-packed extract`, called as those of esm-extract, and their help."""
+"""The options of `esm-packed extract`, named as those of esm-extract, and their help."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ examples:
   esm-packed extract my-finetune.pt proteins.fasta out --include mean per_tok --repr_layers 0 32 33
   esm-packed extract demo proteins.fasta out --include bos contacts --truncation_seq_length 2000 --nogpu
 
-OUTPUT_DIR gets LABEL.pt for each sequence, LABEL being its whole header line, and index.tsv: label, file,
-status, reason. A file holds a dict with `label` and, by layer, FP32 tensors: `representations` (L, D) for
-per_tok, `mean_representations` (D,) and `bos_representations` (D,); and `contacts` (L, L).
-Interrupted or killed, the same command continues.
+OUTPUT_DIR receives LABEL.pt for each sequence, where LABEL is its whole header line, and index.tsv with the
+columns label, file, status and reason. A file holds a dict with `label` and, by layer, FP32 tensors:
+`representations` (L, D) for per_tok, `mean_representations` (D,) and `bos_representations` (D,); and
+`contacts` (L, L). If the run is interrupted or killed, rerun the same command to continue.
 
-Other than esm-extract:
+Differences from esm-extract:
   lower case is read as upper case, and an empty header or a character outside the alphabet is an error
-  in names of files / : a leading dot and control characters are percent-encoded, and labels over 200
-  bytes or of like names end in a hash; index.tsv says which file is whose"""
+  in file names, / : a leading dot and control characters are percent-encoded, and labels over 200 bytes or
+  with clashing names end in a hash; index.tsv maps labels to files"""
 
 
 def add_extract(commands: argparse._SubParsersAction[Parser]) -> None:
@@ -39,9 +39,9 @@ def add_extract(commands: argparse._SubParsersAction[Parser]) -> None:
         "extract",
         run.extract,
         "esm_packed.runners.extract",
-        help="write the .pt files of esm-extract",
-        description="Embed every protein of a FASTA file into a .pt file of its own, with the options and\n"
-        "the files of fair-esm's esm-extract.",
+        help="write .pt files as esm-extract does",
+        description="Write one .pt file for each protein of a FASTA file, with the options and the file\n"
+        "layout of fair-esm's esm-extract.",
         epilog=_EPILOG,
     )
     add_model(parser)
@@ -50,7 +50,7 @@ def add_extract(commands: argparse._SubParsersAction[Parser]) -> None:
         "output_dir",
         type=values.output_folder,
         metavar="OUTPUT_DIR",
-        help="folder for the files, made if it is not there",
+        help="output directory, created if needed",
     )
     _add_esm_extract_options(parser)
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="precision (default: fp32)")
@@ -58,9 +58,9 @@ def add_extract(commands: argparse._SubParsersAction[Parser]) -> None:
     parser.add_argument(
         "--overwrite",
         action="store_true",
-        help="replace files of the same names in OUTPUT_DIR, or an unfinished run of other options",
+        help="replace files of the same names in OUTPUT_DIR, or an unfinished run with other options",
     )
-    parser.add_argument("--quiet", action="store_true", help="say nothing but what goes wrong")
+    parser.add_argument("--quiet", action="store_true", help="print only warnings and errors")
     add_read_rules(parser, has_full_header=False)
 
 
@@ -78,14 +78,14 @@ def _add_esm_extract_options(parser: Parser) -> None:
         type=values.layer,
         default=(-1,),
         metavar="LAYER",
-        help="layers, 0 being the embedding and -1 the last one (default: -1)",
+        help="layers: 0 is the embedding, -1 the last layer (default: -1)",
     )
     parser.add_argument(
         "--toks_per_batch",
         type=values.whole_number(1),
         default=4096,
         metavar="N",
-        help="tokens computed together, BOS and EOS included (default: %(default)s)",
+        help="tokens in a batch, BOS and EOS included (default: %(default)s)",
     )
     parser.add_argument(
         "--truncation_seq_length",
@@ -94,4 +94,4 @@ def _add_esm_extract_options(parser: Parser) -> None:
         metavar="N",
         help="keep the first N residues of longer proteins, 0 for all (default: %(default)s)",
     )
-    parser.add_argument("--nogpu", action="store_true", help="compute on the CPU although there is a GPU")
+    parser.add_argument("--nogpu", action="store_true", help="compute on the CPU even if a GPU is available")

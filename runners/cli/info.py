@@ -1,4 +1,4 @@
-"""What `esm-packed info` says about an output, a FASTA file or a model."""
+"""The command `info`: a description of an output file, a run, a FASTA file or a model."""
 
 from __future__ import annotations
 
@@ -37,44 +37,48 @@ _MODEL_SUFFIXES = (".pt", ".bin", ".safetensors", ".index.json")
 _LENGTH_QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 _PROBLEMS_SHOWN = 5
 _MOST_SHOWN = 1000
-"""Characters of a value: in a file of unknown origin it may be of any length."""
+"""Characters shown of a value: in a file of unknown origin it may have any length."""
 _ROWS_AT_ONCE = 1 << 20
 
 
 def describe(subject: str, *, list_all: bool = False, as_json: bool = False) -> list[str]:
-    """Lines about `subject`: an HDF5 output, a run, a FASTA file (`-`: standard input), or a model.
+    """Describe an HDF5 output file, a run, a FASTA file (`-`: standard input), or a model.
 
     Args:
-        subject: a file or folder, or the name of a model.
-        list_all: list all faults of a FASTA file, not only the first ten.
-        as_json: the lines of a JSON object; for an output or a run.
+        subject: a file or directory, or the name of a model.
+        list_all: list all problems of a FASTA file, not only the first ten.
+        as_json: return the lines of a JSON object; for an output file or a run.
+
+    Returns:
+        Lines for the terminal.
 
     Raises:
-        CheckpointError, InputError, PlanError, StoreError: it is nothing of the kind, or damaged.
-        UsageError: an option has no meaning for it, it is not there, or is a run directory that is not ours.
+        CheckpointError, InputError, PlanError, StoreError: it is damaged, or none of these.
+        UsageError: an option does not apply to it, it does not exist, or it is a run directory that
+            esm-packed did not create.
     """
     path = Path(subject)
     if subject != STDIN:
         _check_kind(path)
         if path.is_file() and h5py.is_hdf5(path):
-            _refuse(list_all, "--all", subject, "an output", "lists the faults of a FASTA file")
+            _refuse(list_all, "--all", subject, "an output file", "is for FASTA files")
             return _describe_output(path, as_json)
         if (directory := _run_directory(path)) is not None:
-            _refuse(list_all, "--all", subject, "a run", "lists the faults of a FASTA file")
+            _refuse(list_all, "--all", subject, "a run", "is for FASTA files")
             state = run_state(directory)
             return _json({"kind": "run", **asdict(state)}) if as_json else state.lines()
     if subject == STDIN or (path.is_file() and not _is_model(subject)):
-        _refuse(as_json, "--json", subject, "a FASTA file", "is for outputs and runs")
+        _refuse(as_json, "--json", subject, "a FASTA file", "is for output files and runs")
         return _describe_fasta(subject, None if list_all else MOST_LISTED)
     if not _is_model(subject) and path.suffix and not path.exists():
-        raise UsageError(f"{shorten(subject)}: there is no such file")
-    _refuse(as_json, "--json", subject, "a model", "is for outputs and runs")
-    _refuse(list_all, "--all", subject, "a model", "lists the faults of a FASTA file")
+        raise UsageError(f"{shorten(subject)}: no such file")
+    _refuse(as_json, "--json", subject, "a model", "is for output files and runs")
+    _refuse(list_all, "--all", subject, "a model", "is for FASTA files")
     return _describe_model(subject)
 
 
 def _is_model(subject: str) -> bool:
-    """Whether a name is that of a model or of a model's file."""
+    """Whether `subject` names a model or the file of a model."""
     official = subject.removeprefix("facebook/")
     return (
         official in ESM2_MODELS or subject == "demo" or subject.startswith("random:")
@@ -82,31 +86,33 @@ def _is_model(subject: str) -> bool:
 
 
 def _refuse(is_set: bool, option: str, subject: str, kind: str, purpose: str) -> None:
-    """See that an option that has no meaning for this kind of subject is not set."""
+    """Check that an option that does not apply to this kind of subject is not set."""
     if is_set:
         raise UsageError(
-            f"info {option}: {shorten(subject)} is {kind}, but {option} {purpose}; leave {option} out"
+            f"info {option}: {shorten(subject)} is {kind}, but {option} {purpose}; remove {option}"
         )
 
 
 def _check_kind(path: Path) -> None:
-    """See that `path`, if it is there, is a file or folder: a pipe or a device may never end.
+    """Check that `path`, if it exists, is a file or directory: a pipe or a device may never end.
 
     Raises:
-        InputError: it is something else, or cannot be looked up.
+        InputError: it is something else, or cannot be accessed.
     """
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
-        return  # the name of a model, perhaps
+        return  # possibly the name of a model
     except (OSError, ValueError) as error:
         raise InputError(f"{shorten(str(path))}: {getattr(error, 'strerror', error)}") from error
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-        raise InputError(f"{path}: neither a file nor a folder; esm-packed info - reads FASTA from a pipe")
+        raise InputError(
+            f"{path}: neither a file nor a directory; to read FASTA from a pipe, use esm-packed info -"
+        )
 
 
 def _run_directory(path: Path) -> RunDirectory | None:
-    """The run directory that `path` names, or that of an output that is not there; None if there is none."""
+    """The run directory at `path`, or that of an output file that does not exist yet; None without one."""
     output = path.with_suffix("") if path.suffix == ".run" else path
     if path.is_file() or not output.name:
         return None
@@ -156,10 +162,10 @@ def _describe_output(path: Path, as_json: bool) -> list[str]:
                 }
             )
         shown = defaultdict(str, {name: str(value) for name, value in attributes.items()})
-        missing = f"{counts['not computed']:,} of {reader.num_sequences:,} proteins not computed"
+        missing = f"{counts['not computed']:,} of {reader.num_sequences:,} proteins are not computed"
         values = {
             "output": f"{path} ({byte_size(size)})",
-            "complete": "yes" if is_complete else f"no; {missing}, continue with the same embed command",
+            "complete": "yes" if is_complete else f"no; {missing}, rerun the same embed command to continue",
             "date": _date(shown["date"]),
             "command": shown["command"],
             "inputs": ", ".join(reader.plan["input_names"]),
@@ -189,7 +195,7 @@ def _dataset_line(dataset: StoredDataSet) -> str:
 
 
 def _count(reader: EmbeddingReader) -> tuple[int, Counter[str]]:
-    """Residues of an output, and how many sequences are not as usual, by what is unusual."""
+    """Number of residues of an output file, and numbers of exceptional sequences by kind of exception."""
     residues = 0
     counts: Counter[str] = Counter()
     statuses = {"recomputed": STATUS_RECOMPUTED, "failed": STATUS_FAILED, "not computed": STATUS_NOT_COMPUTED}
@@ -199,13 +205,13 @@ def _count(reader: EmbeddingReader) -> tuple[int, Counter[str]]:
         counts.update({change: len(changed) for change, changed in reader.changed(*rows).items()})
         status = reader.column("status", *rows)
         counts.update({name: int(np.count_nonzero(status == value)) for name, value in statuses.items()})
-    # `problems` has the rows of these, too
+    # `problems` lists these rows as well
     counts["left out"] = max(0, reader.num_problems - sum(counts[name] for name in statuses))
     return residues, counts
 
 
 def _date(text: str) -> str:
-    """A date of ISO 8601 as people write it; any other text as it is."""
+    """An ISO 8601 date in readable form; any other text unchanged."""
     try:
         return f"{datetime.fromisoformat(text):%Y-%m-%d %H:%M:%S %Z}"
     except ValueError:

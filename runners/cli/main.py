@@ -1,6 +1,6 @@
-"""The command `esm-packed`: how it ends, and what it says when something is wrong.
+"""Entry point of the command `esm-packed`: exit codes, error messages and signals.
 
-Little is imported here: until `main` handles signals, Ctrl-C ends in a traceback.
+Imports are kept few: until `main` handles signals, Ctrl-C ends in a traceback.
 """
 
 from __future__ import annotations
@@ -37,21 +37,21 @@ _REPEATED_SIGNAL_SECONDS = 5.0
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal asked the program to stop; `str(error)` is the signal's name."""
+    """A signal asked the program to stop; `str(error)` is the name of the signal."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Args:
-        arguments: without the program's name; `sys.argv` when None.
+        arguments: without the name of the program; None for those of `sys.argv`.
 
     Returns:
         The exit code.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     can_continue = list(arguments[:1]) in (["embed"], ["extract"], ["merge"], ["score"])
-    remedy = "; repeat the command to continue" if can_continue else ""
+    remedy = "; rerun the same command to continue" if can_continue else ""
 
     def explain_interruption(name: str) -> None:
         complain(f"interrupted ({name}){remedy}")
@@ -66,17 +66,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except SystemExit as error:
             return error.code if isinstance(error.code, int) else EXIT_USAGE
         except KeyboardInterrupt as error:
-            explain_interruption(str(error) or "".join(received[-1:]))  # Ray drops what an error says
+            explain_interruption(str(error) or "".join(received[-1:]))  # Ray drops the message of an error
             return EXIT_INTERRUPTED
         except Exception as error:
-            if isinstance(error.__cause__, Interrupted):  # as `__set_name__` wraps it
+            if isinstance(error.__cause__, Interrupted):  # wrapped by `__set_name__`
                 explain_interruption(str(error.__cause__))
                 return EXIT_INTERRUPTED
             return _report(error, remedy, show_traceback)
 
 
 def _run(arguments: Sequence[str], has_started: Callable[[], None]) -> int:
-    """Do what `arguments` ask for; `has_started` is called when all is imported."""
+    """Run the command given by `arguments`; `has_started` is called after all imports."""
     from importlib import import_module
 
     from esm_packed.runners.cli.options import build_parser
@@ -91,7 +91,7 @@ def _run(arguments: Sequence[str], has_started: Callable[[], None]) -> int:
     try:
         os.getcwd()  # noqa: PTH109
     except FileNotFoundError:
-        complain("the working directory is gone; change to one that exists")
+        complain("the working directory no longer exists; change to another one")
         return EXIT_USAGE
     import_module(options.module)
     has_started()
@@ -100,10 +100,12 @@ def _run(arguments: Sequence[str], has_started: Callable[[], None]) -> int:
 
 
 def _report(error: Exception, remedy: str, show_traceback: bool) -> int:
-    """Explain `error` in one line, with the `remedy` of a run, and return the exit code it calls for."""
-    if not isinstance(error, UserError) and _is_out_of_memory(error):  # before anything else is imported
+    """Print `error` as one line, with the `remedy` of a run, and return the exit code."""
+    if not isinstance(error, UserError) and _is_out_of_memory(
+        error
+    ):  # checked first: other imports need memory
         complain(
-            "out of memory: close other programs, or choose fewer --threads, a smaller --token-budget or a "
+            "out of memory: close other programs, or use fewer --threads, a smaller --token-budget or a "
             f"smaller model{remedy}"
         )
         return EXIT_FAILED
@@ -114,10 +116,10 @@ def _report(error: Exception, remedy: str, show_traceback: bool) -> int:
     if is_out_of_space(error):
         reason = error.strerror if isinstance(error, OSError) else str(error)
         to_continue = " to continue" if remedy else ""
-        complain(f"out of space: {reason}; free some and repeat the command{to_continue}")
+        complain(f"out of disk space: {reason}; free some and rerun the same command{to_continue}")
         return EXIT_OUT_OF_SPACE
     if isinstance(error, EngineError):
-        complain(f"{error}; what is finished is kept{remedy}")
+        complain(f"{error}; finished work is kept{remedy}")
         return EXIT_INTERRUPTED
     if isinstance(error, UserError):
         complain(error.message, error.details)
@@ -141,9 +143,9 @@ _PATH_ERRORS = (
     errno.ENOTDIR,
     errno.ENAMETOOLONG,
     errno.ELOOP,
-    errno.EINVAL,  # no regular file
+    errno.EINVAL,  # not a regular file
 )
-"""What is wrong with a path or with the rights on it, which its name and the system's words explain."""
+"""Errors of a path or its permissions, explained by the path and the message of the system."""
 
 _OUT_OF_MEMORY = (
     "annot allocate memory",
@@ -154,11 +156,11 @@ _OUT_OF_MEMORY = (
     "failed to map segment",
     "std::bad_alloc",
 )
-"""How the system, torch, oneDNN, the loader and the standard library say it."""
+"""Messages of the system, torch, oneDNN, the loader and the standard library."""
 
 
 def _is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether a shortage of memory, or a limit on it, is behind `error`."""
+    """Whether `error` was caused by a lack of memory or a memory limit."""
     while error is not None:
         if isinstance(error, MemoryError) or any(text in str(error) for text in _OUT_OF_MEMORY):
             return True
@@ -181,17 +183,17 @@ def _show_warning(
 def _signals_interrupt(
     explain_interruption: Callable[[str], None], received: list[str]
 ) -> Iterator[Callable[[], None]]:
-    """Let Ctrl-C, SIGTERM and a lost terminal raise `Interrupted`, so that temporary files are removed.
+    """Raise `Interrupted` on Ctrl-C, SIGTERM and a lost terminal, so that temporary files are removed.
 
-    While the program starts they end the process at once: there is nothing to clean up, and libraries that
-    are being imported hide exceptions or print tracebacks of their own.
+    During startup the signals end the process at once: there is nothing to clean up, and libraries that are
+    being imported hide exceptions or print their own tracebacks.
 
     Args:
-        explain_interruption: told the name of the signal that ends the process.
-        received: gets the names of signals that raise.
+        explain_interruption: called with the name of the signal that ends the process.
+        received: the names of signals that raised are appended.
 
     Yields:
-        To be called when all is imported.
+        A function to call after all imports.
     """
     is_starting = True
 
@@ -209,7 +211,7 @@ def _signals_interrupt(
         if is_starting:
             explain_interruption(signal.Signals(number).name)
             os._exit(EXIT_INTERRUPTED)
-        # a second signal at once, as some schedulers send, must not interrupt the cleaning up
+        # some schedulers send a second signal at once, which must not interrupt the cleanup
         if time.monotonic() - last >= _REPEATED_SIGNAL_SECONDS:
             last = time.monotonic()
             received.append(signal.Signals(number).name)
@@ -217,11 +219,11 @@ def _signals_interrupt(
 
     previous = {}
     for number in ENDING_SIGNALS:
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup has asked for this
+        if signal.getsignal(number) != signal.SIG_IGN:  # set by nohup
             previous[number] = signal.signal(number, interrupt)
     try:
         yield has_started
     finally:
-        # once interrupted the process is about to end, and a repeated signal must not change its exit code
+        # an interrupted process is about to end: another signal must not change its exit code
         for number, handler in previous.items():
             signal.signal(number, handler if last < 0 else signal.SIG_IGN)

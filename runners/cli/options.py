@@ -1,4 +1,4 @@
-"""What `esm-packed` can be asked on the command line: its commands, their options and their help."""
+"""The command line of `esm-packed`: its commands, their options and their help."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ examples:
   esm-packed info embeddings.h5
   esm-packed COMMAND --help
 
-exit codes: 0 complete, 1 failed verdict or internal error, 2 wrong input or option, 3 failed rows,
-4 interrupted (repeat the command to continue), 5 out of space"""
+exit codes: 0 complete, 1 failed verdict or internal error, 2 wrong input or option, 3 some rows failed,
+4 interrupted (rerun the same command to continue), 5 out of disk space"""
 
 _TUNE_EPILOG = """\
 examples:
@@ -48,8 +48,8 @@ examples:
   esm-packed tune --model esm2_t33_650M_UR50D --dtype fp16,bf16
   esm-packed tune --device cuda:1 --time-limit 600 -o my-gpu.json
 
-Settings that compute wrong numbers are dropped, and only those that save over 2% of a kernel's time are kept.
-Each kernel's are written as soon as they are found; what the file has for other kernels remains."""
+Settings that give wrong results are rejected, and only those that save over 2% of a kernel's time are kept.
+The settings of each kernel are written as soon as they are found; those of other kernels stay in the file."""
 
 
 def _thresholds() -> str:
@@ -66,13 +66,13 @@ examples:
   esm-packed validate my-finetune.pt proteins.fasta -o report --dtype fp16,bf16 --threshold fp16=1e-3
   esm-packed validate demo proteins.fasta -o report --reference fair-esm --limit 20
 
-A mode passes when the mean embedding of every protein, on every path, is as close to the FP64 reference as
-its threshold asks:
+A mode passes if the mean embedding of every protein, on every path, is within its threshold of the FP64
+reference:
 {_thresholds()}
 
 Figures need matplotlib: pip install 'matplotlib>=3.8'
 
-exit codes: 0 every mode that ran passes, 1 one fails, 2 wrong input or option, 4 interrupted"""
+exit codes: 0 every mode that ran passed, 1 a mode failed, 2 wrong input or option, 4 interrupted"""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -111,15 +111,15 @@ def _add_info(commands: argparse._SubParsersAction[Parser]) -> None:
         "info",
         run.info,
         "esm_packed.runners.cli.info",
-        help="describe an output, a run, a FASTA file or a model",
-        description="Describe an HDF5 output, an unfinished run, a FASTA file, or a model given by name, "
-        "file or folder.",
+        help="describe an output file, a run, a FASTA file or a model",
+        description="Describe an HDF5 output file, an unfinished run, a FASTA file, or a model given by\n"
+        "name, file or directory.",
     )
     parser.add_argument("subject", type=values.input_name, metavar="FILE|MODEL")
     parser.add_argument(
-        "--all", action="store_true", help="list all faults of a FASTA file, not only the first ten"
+        "--all", action="store_true", help="list all problems of a FASTA file, not only the first ten"
     )
-    parser.add_argument("--json", action="store_true", help="an output or a run as JSON, for machines")
+    parser.add_argument("--json", action="store_true", help="describe an output file or a run as JSON")
 
 
 def _add_check(commands: argparse._SubParsersAction[Parser]) -> None:
@@ -128,9 +128,9 @@ def _add_check(commands: argparse._SubParsersAction[Parser]) -> None:
         "check",
         run.check,
         "esm_packed.runners.check",
-        help="compare a model's outputs here with published ones",
-        description="Compute a few proteins in FP32 and in the device's default precision, and compare with\n"
-        "outputs of the published model that others computed. `demo` has its own.",
+        help="compare a model's outputs on this machine with published ones",
+        description="Embed a few proteins in FP32 and in the device's default precision, and compare the\n"
+        "results with independently computed outputs of the published model. `demo` has its own values.",
         epilog="exit codes: 0 passed, 1 differs, 2 no golden values for this model, or wrong option",
     )
     add_model(parser)
@@ -144,14 +144,14 @@ def _add_checkpoint(commands: argparse._SubParsersAction[Parser]) -> None:
         "checkpoint",
         run.checkpoint,
         "esm_packed.checkpoints",
-        help="write a model as fair-esm reads it",
-        description="Write a model as a fair-esm checkpoint, with its contact-regression file beside it.",
+        help="convert a model to a fair-esm checkpoint",
+        description="Write a model as a fair-esm checkpoint, with its contact-regression file next to it.",
     )
     add_model(parser)
     parser.add_argument(
-        "-o", "--output", required=True, type=values.output_file, metavar="esm2_OUT.pt", help="file to make"
+        "-o", "--output", required=True, type=values.output_file, metavar="esm2_OUT.pt", help="output file"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace the file if it is there")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
 
 
 def _add_status(commands: argparse._SubParsersAction[Parser]) -> None:
@@ -161,10 +161,10 @@ def _add_status(commands: argparse._SubParsersAction[Parser]) -> None:
         run.status,
         "esm_packed.runners.status",
         help="show the progress of a run",
-        description="Show the progress of the run of an output, and which processes are at work on it.",
+        description="Show the progress of a run and its active workers.",
     )
     parser.add_argument(
-        "output", type=values.path, metavar="OUT.h5", help="the output, or its folder OUT.h5.run"
+        "output", type=values.path, metavar="OUT.h5", help="output file, or its run directory OUT.h5.run"
     )
 
 
@@ -174,22 +174,22 @@ def _add_merge(commands: argparse._SubParsersAction[Parser]) -> None:
         "merge",
         run.merge,
         "esm_packed.runners.merging",
-        help="put the finished shards of a run together",
-        description="Put the shards of a run together when all are finished. `embed` does this itself; it\n"
-        "is needed when the last process was killed before it could. It takes neither model nor GPU.",
+        help="merge the shards of a run",
+        description="Merge the shards of a run when all are finished. `embed` does this itself; `merge` is\n"
+        "needed only if the last process was killed before it could. It needs neither the model nor a GPU.",
     )
     parser.add_argument(
-        "output", type=values.path, metavar="OUT.h5", help="the output, or its folder OUT.h5.run"
+        "output", type=values.path, metavar="OUT.h5", help="output file, or its run directory OUT.h5.run"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT.h5 if it is there")
-    parser.add_argument("--keep-run", action="store_true", help="keep OUT.h5.run when OUT.h5 is made")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing OUT.h5")
+    parser.add_argument("--keep-run", action="store_true", help="keep OUT.h5.run after OUT.h5 is written")
     parser.add_argument("--compression", choices=("none", "gzip"), default="none", help="as for embed")
     add_parts(parser)
     parser.add_argument(
         "--partial",
         action="store_true",
-        help="make OUT.h5 of the shards that are finished; the other rows are NaN, their status is 3, and "
-        "OUT.h5.run is kept",
+        help="write OUT.h5 from the finished shards; the other rows are NaN with status 3, and OUT.h5.run is "
+        "kept",
     )
 
 
@@ -200,8 +200,8 @@ def _add_tune(commands: argparse._SubParsersAction[Parser]) -> None:
         run.tune,
         "esm_packed.runners.tune",
         help="find the fastest settings of the GPU kernels",
-        description="Measure which launch settings of the Triton kernels are fastest on this GPU.\n"
-        "Every run of esm-packed on a GPU of this name then uses them.",
+        description="Find the fastest launch settings of the Triton kernels on this GPU.\n"
+        "Every later run of esm-packed on a GPU of the same name uses them.",
         epilog=_TUNE_EPILOG,
     )
     parser.add_argument(
@@ -210,7 +210,7 @@ def _add_tune(commands: argparse._SubParsersAction[Parser]) -> None:
         action="append",
         choices=(*ESM2_MODELS, "all"),
         metavar="NAME",
-        help=f"tune for this ESM-2 model, such as {DEFAULT_MODEL}; may be repeated (default: all)",
+        help=f"ESM-2 model to tune for, such as {DEFAULT_MODEL}; may be repeated (default: all)",
     )
     parser.add_argument(
         "--dtype",
@@ -218,14 +218,14 @@ def _add_tune(commands: argparse._SubParsersAction[Parser]) -> None:
         type=values.dtypes(TUNED_DTYPES),
         default=("fp16",),
         metavar="LIST",
-        help=f"precisions, of {','.join(TUNED_DTYPES)} (default: fp16)",
+        help=f"precisions, from {','.join(TUNED_DTYPES)} (default: fp16)",
     )
     parser.add_argument(
         "--tokens",
         type=values.whole_number(1024),
         default=16384,
         metavar="N",
-        help="tokens computed together, in proteins of mixed lengths (default: %(default)s)",
+        help="tokens in a batch of proteins of mixed lengths (default: %(default)s)",
     )
     parser.add_argument(
         "--device", type=values.device, default="cuda", help="cuda or cuda:INDEX (default: cuda)"
@@ -234,14 +234,14 @@ def _add_tune(commands: argparse._SubParsersAction[Parser]) -> None:
         "--time-limit",
         type=values.whole_number(1),
         metavar="SECONDS",
-        help="begin no further kernel after this time",
+        help="do not start another kernel after this time",
     )
     parser.add_argument(
         "-o",
         "--output",
         type=values.output_file,
         metavar="FILE.json",
-        help="file to write or complete (default: the one esm-packed reads, in its installation)",
+        help="file to write or update (default: the one that esm-packed reads, in its installation)",
     )
 
 
@@ -251,9 +251,9 @@ def _add_validate(commands: argparse._SubParsersAction[Parser]) -> None:
         "validate",
         run.validate,
         "esm_packed.runners.validate",
-        help="report how far each precision is from FP64 on your proteins",
-        description="Compute proteins of a FASTA file in every precision, packed and padded, with every\n"
-        "attention backend there is, compare with FP64, and write a report with a verdict on each precision.",
+        help="measure the error of each precision on your proteins",
+        description="Embed proteins of a FASTA file in every precision, packed and padded, with every\n"
+        "available attention backend, compare with FP64, and report a verdict on each precision.",
         epilog=_VALIDATE_EPILOG,
     )
     add_model(parser)
@@ -264,23 +264,21 @@ def _add_validate(commands: argparse._SubParsersAction[Parser]) -> None:
         required=True,
         type=values.output_folder,
         metavar="DIR",
-        help="folder for the report",
+        help="directory of the report",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace a report that is in DIR")
-    parser.add_argument("--quiet", action="store_true", help="no notes and no progress; the verdict remains")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing report in DIR")
+    parser.add_argument("--quiet", action="store_true", help="print only the verdict, warnings and errors")
     _add_verdict(parser)
     parser.add_argument(
         "--limit",
         type=values.whole_number(0),
         default=200,
         metavar="N",
-        help="most proteins, evenly spaced by length; 0 for all (default: %(default)s)",
+        help="maximum number of proteins, evenly spaced by length; 0 for all (default: %(default)s)",
     )
     add_max_length(parser)
     add_device(parser)
-    parser.add_argument(
-        "--token-budget", type=values.whole_number(1), metavar="N", help="tokens computed together"
-    )
+    parser.add_argument("--token-budget", type=values.whole_number(1), metavar="N", help="tokens in a batch")
     add_threads(parser)
     add_read_rules(parser)
 
@@ -292,7 +290,7 @@ def _add_verdict(parser: argparse.ArgumentParser) -> None:
         type=values.dtypes(DTYPES),
         default=("fp32", "tf32", "fp16", "bf16"),
         metavar="LIST",
-        help=f"precisions, of {','.join(DTYPES)} (default: all but fp64; tf32 where the device has it)",
+        help=f"precisions, from {','.join(DTYPES)} (default: all but fp64; tf32 if the device has it)",
     )
     parser.add_argument(
         "--threshold",
@@ -301,22 +299,22 @@ def _add_verdict(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="DTYPE=L2[,COSINE]",
-        help=f"what every protein of a precision ({','.join(DTYPES)}) must keep to, such as "
+        help=f"largest error and smallest cosine allowed in a precision ({','.join(DTYPES)}), such as "
         "fp16=1e-3,0.99999; may be repeated",
     )
     parser.add_argument(
         "--reference",
         choices=REFERENCES,
         default="esm-packed",
-        help="FP64 reference: our own path, or fair-esm if it is installed (default: %(default)s)",
+        help="FP64 reference: esm-packed, or fair-esm if it is installed (default: %(default)s)",
     )
 
 
 def _add_report(commands: argparse._SubParsersAction[Parser]) -> None:
     parser = commands.add_parser(
         "report",
-        help="make a report of benchmark results",
-        description="Make a report of benchmark results: HTML, Markdown, CSV and figures.",
+        help="write a report of benchmark results",
+        description="Write a report of benchmark results: HTML, Markdown, CSV and figures.",
         allow_abbrev=False,
     )
     kinds = parser.add_subparsers(dest="report", metavar="KIND", title="reports", required=True)
@@ -325,15 +323,18 @@ def _add_report(commands: argparse._SubParsersAction[Parser]) -> None:
         "speedup",
         run.report_speedup,
         "esm_packed.reports.speedup.page",
-        help="how fast, beside what, and what changed",
+        help="compare speeds with other packages and with older results",
         description="Compare precisions, packed and padded batches, other packages and older results.",
     )
     speedup.add_argument(
-        "results", type=values.path, metavar="OUT.json", help="of pytest benchmarks --benchmark-json OUT.json"
+        "results",
+        type=values.path,
+        metavar="OUT.json",
+        help="from pytest benchmarks --benchmark-json OUT.json",
     )
     speedup.add_argument(
         "older", type=values.path, nargs="*", metavar="OLDER.json", help="results to compare with"
     )
     speedup.add_argument(
-        "-o", "--output", type=values.output_folder, required=True, metavar="DIR", help="folder to fill"
+        "-o", "--output", type=values.output_folder, required=True, metavar="DIR", help="output directory"
     )

@@ -1,4 +1,4 @@
-"""The parser of a command, and the options that several commands have."""
+"""The parser of a command, and the options that several commands share."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def add_command(
     module: str,
     **texts: Any,
 ) -> Parser:
-    """A parser that leads to `run`, which needs `module` and what that imports.
+    """Add the parser of a command, which is carried out by `run`.
 
     Args:
-        commands: what it is added to.
-        name: what the user types.
+        commands: where the parser is added.
+        name: of the command.
         run: takes the options, returns the exit code.
         module: imported before `run` is called.
         texts: `help`, `description` and `epilog`.
@@ -44,7 +44,7 @@ def add_command(
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "model", type=values.model, metavar="MODEL", help="name, file or folder, as for embed --model"
+        "model", type=values.model, metavar="MODEL", help="name, file or directory, as for embed --model"
     )
 
 
@@ -53,7 +53,7 @@ def add_fasta(parser: argparse.ArgumentParser) -> None:
         "fasta",
         type=values.input_name,
         metavar="FASTA",
-        help="FASTA file, plain or gzip; - is standard input",
+        help="FASTA file, plain or gzip; - for standard input",
     )
 
 
@@ -68,7 +68,7 @@ def add_threads(parser: argparse._ActionsContainer, whose: str = "") -> None:
         "--threads",
         type=values.whole_number(1),
         metavar="N",
-        help=f"CPU threads{whose} (default: torch's choice)",
+        help=f"CPU threads{whose} (default: chosen by torch)",
     )
 
 
@@ -88,31 +88,35 @@ def add_parts(parser: argparse._ActionsContainer) -> None:
         "--parts",
         action="store_true",
         default=None,
-        help="leave rows of residues and contacts in files of their own, in OUT.h5.parts, uncopied "
+        help="leave per-residue rows and contacts in separate files in OUT.h5.parts, without copying them "
         "(default: from 50 GB on)",
     )
-    place.add_argument("--merge", dest="parts", action="store_false", help="one file, however large")
+    place.add_argument(
+        "--merge", dest="parts", action="store_false", help="write one file, regardless of size"
+    )
 
 
 def add_read_rules(parser: argparse.ArgumentParser, *, has_full_header: bool = True) -> None:
     rules = parser.add_argument_group(
-        "input rules (by default a fault is an error, before anything is computed)"
+        "input rules (by default, a problem in the input is an error before anything is computed)"
     )
     rules.add_argument(
         "--invalid",
         choices=CHOICES["invalid"],
         default="error",
-        help="characters outside the alphabet: replace them by X, or leave their records out",
+        help="characters outside the alphabet: replace them with X, or skip their records",
     )
     rules.add_argument(
         "--duplicates",
         choices=CHOICES["duplicates"],
         default="error",
-        help="records of one ID: keep the first, or rename later ones to ID__2, ID__3 ...",
+        help="records with the same ID: keep the first, or rename later ones to ID__2, ID__3 ...",
     )
-    rules.add_argument("--gaps", choices=CHOICES["gaps"], default="error", help="gaps - and . in sequences")
+    rules.add_argument(
+        "--gaps", choices=CHOICES["gaps"], default="error", help="gap characters - and . in sequences"
+    )
     if has_full_header:
         rules.add_argument(
-            "--full-header", action="store_true", help="the ID is the whole header, not its first word"
+            "--full-header", action="store_true", help="use the whole header as the ID, not its first word"
         )
-    rules.add_argument("--force", action="store_true", help="go on with sequences that look like DNA")
+    rules.add_argument("--force", action="store_true", help="accept sequences that look like DNA")

@@ -17,15 +17,15 @@ examples:
   esm-packed score proteome.fasta -o perplexities.csv --pseudo-perplexity
   esm-packed score protein.fasta -o scan.parquet --method wild-type --estimate
 
-The score of a mutant is log p(mutant) - log p(wild type) in nats, summed over its sites. By --method masked,
-the default, each site is masked in a copy of the protein of its own: a scan of a protein of L residues
-computes L copies of it. By --method wild-type all sites are read from one copy without masks.
+The score of a mutant is log p(mutant) - log p(wild type) in nats, summed over its sites. With --method
+masked, the default, each site is masked in a separate copy of the protein: scanning a protein of L residues
+computes L copies. With --method wild-type all sites are read from one copy without masks.
 
-The table of --mutations, CSV or TSV, has a column `mutant` (A24G, or A24G:K30R) or `mutated_sequence`, and
-`sequence_id`, `id` or `protein` if the FASTA file has several records. Its rows are written with a column
-`score` added. OUT.csv.json says what the scores were made from.
+The table of --mutations is CSV or TSV. It has a column `mutant` (A24G, or A24G:K30R) or `mutated_sequence`,
+and a column `sequence_id`, `id` or `protein` if the FASTA file has several records. The output is the same
+table with a column `score`. OUT.csv.json records the model, the input and the options.
 
-The work is done in OUT.csv.run. Interrupted or killed, the same command continues it."""
+The run is kept in OUT.csv.run. If it is interrupted or killed, rerun the same command to continue."""
 
 
 def add_score(commands: argparse._SubParsersAction[Parser]) -> None:
@@ -34,19 +34,19 @@ def add_score(commands: argparse._SubParsersAction[Parser]) -> None:
         "score",
         run.score,
         "esm_packed.runners.scoring",
-        help="score mutants, or every substitution, of proteins",
+        help="score mutants or all substitutions of proteins",
         description="Score every substitution of each protein of the FASTA files, the mutants of a table,\n"
-        "or the proteins themselves, into a table.",
+        "or the proteins themselves, and write the scores as a table.",
         epilog=_EPILOG,
     )
-    add_run(parser, "OUT.csv", "CSV file to make, or .parquet")
+    add_run(parser, "OUT.csv", "output file, CSV or .parquet")
     parser.add_argument(
         "--heat-map",
         type=values.output_file,
         metavar="FILE",
-        help="draw the scan of one protein: PNG, SVG or PDF",
+        help="draw the scan of one protein as PNG, SVG or PDF",
     )
-    _add_what(parser.add_argument_group("what is scored"))
+    _add_what(parser.add_argument_group("what to score"))
     _add_model(parser.add_argument_group("model"))
     add_computing(parser.add_argument_group("computing"))
     add_workers(parser.add_argument_group("several devices and machines"), "OUT.csv")
@@ -64,7 +64,7 @@ def _add_what(group: argparse._ArgumentGroup) -> None:
     table.add_argument(
         "--pseudo-perplexity",
         action="store_true",
-        help="score each protein: the sum of log p(residue), each masked in turn, and exp of minus its mean",
+        help="score each protein: sum of log p(residue), each masked in turn, and exp of its negated mean",
     )
     group.add_argument(
         "--method", choices=SCORING_METHODS, default="masked", help="see below (default: masked)"
@@ -89,7 +89,7 @@ def _add_what(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--skip-bad",
         action="store_true",
-        help="leave out mutants that do not fit their protein, and list them in OUT.csv.json",
+        help="skip mutants that do not match their protein, and list them in OUT.csv.json",
     )
 
 
@@ -98,5 +98,5 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
         "--model",
         type=values.model,
         default=DEFAULT_MODEL,
-        help="name, file or folder, as for embed (default: %(default)s)",
+        help="name, file or directory, as for embed (default: %(default)s)",
     )

@@ -1,4 +1,4 @@
-"""Texts of the command line to values; an error says what would be accepted."""
+"""Convert arguments of the command line to values; an error says what is accepted."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from esm_packed.outputs import KINDS
 
 def path(text: str) -> Path:
     if not text:
-        raise argparse.ArgumentTypeError("the name of a file or folder is empty")
+        raise argparse.ArgumentTypeError("the name of a file or directory is empty")
     path = Path(text)
     try:
         path.stat()
@@ -29,21 +29,21 @@ def path(text: str) -> Path:
 def existing(text: str) -> Path:
     found = path(text)
     if not found.exists():
-        raise argparse.ArgumentTypeError(f"{text}: there is no such file")
+        raise argparse.ArgumentTypeError(f"{text}: no such file")
     return found
 
 
 def output_file(text: str) -> Path:
     file = path(text)
     if text.endswith("/") or file.is_dir():
-        raise argparse.ArgumentTypeError(f"{text}: this is a directory; name the file to make in it")
+        raise argparse.ArgumentTypeError(f"{text}: is a directory; name a file in it")
     return file
 
 
 def output_folder(text: str) -> Path:
     folder = path(text)
     if folder.exists() and not folder.is_dir():
-        raise argparse.ArgumentTypeError(f"{text}: exists and is no folder; name one to fill")
+        raise argparse.ArgumentTypeError(f"{text}: not a directory; name a directory for the output")
     return folder
 
 
@@ -61,7 +61,7 @@ def input_name(text: str) -> str:
 def whole_number(least: int) -> Callable[[str], int]:
     def read(text: str) -> int:
         if not re.fullmatch("-?[0-9]{1,18}", text) or not least <= int(text) <= 2**31 - 1:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} to {2**31 - 1}")
+            raise argparse.ArgumentTypeError(f"{text!r} is not an integer from {least} to {2**31 - 1}")
         return int(text)
 
     return read
@@ -82,7 +82,7 @@ def layer(text: str) -> int:
 def kinds(text: str) -> tuple[str, ...]:
     names = tuple(dict.fromkeys(text.split(",")))
     if unknown := [name for name in names if name not in KINDS]:
-        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(KINDS)}")
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not one of {', '.join(KINDS)}")
     return names
 
 
@@ -102,7 +102,7 @@ def device(text: str) -> str:
             "mps is not supported: its results have not been checked against fair-esm; use cpu"
         )
     if not re.fullmatch("auto|cpu|cuda(:[0-9]{1,3})?", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is none of auto, cpu, cuda, cuda:INDEX")
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of auto, cpu, cuda, cuda:INDEX")
     return text
 
 
@@ -136,13 +136,13 @@ def threshold(text: str) -> tuple[str, float, float | None]:
         raise argparse.ArgumentTypeError(f"{text!r} is not DTYPE=L2[,COSINE], such as fp16=1e-3,0.99999")
     if not 0 <= relative_l2 < math.inf or (cosine is not None and not -1 <= cosine <= 1):
         raise argparse.ArgumentTypeError(
-            f"{text!r}: the relative L2 error must be finite and not below 0, the cosine within -1 to 1"
+            f"{text!r}: the relative L2 error must be finite and at least 0, the cosine between -1 and 1"
         )
     return dtype, relative_l2, cosine
 
 
 def join_negative_layers(arguments: Sequence[str]) -> list[str]:
-    """`--layers -1,-2` as `--layers=-1,-2`: argparse takes the list for an option otherwise."""
+    """`--layers -1,-2` as `--layers=-1,-2`: argparse would take the list for an option."""
     joined: list[str] = []
     for argument in arguments:
         if joined and joined[-1] == "--layers" and re.match("-[0-9]", argument):

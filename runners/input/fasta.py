@@ -76,7 +76,7 @@ class DamagedIndexError(InputError):
         self.what = what
 
     def __str__(self) -> str:
-        return f"{self.what}; repeat the command that began the run, which reads the inputs again"
+        return f"{self.what}; rerun the command that began the run, which reads the inputs again"
 
 
 @dataclass(frozen=True)

@@ -326,7 +326,7 @@ def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
     """The rows of a table, header first, that are not blank, and the lines in which they end.
 
     Raises:
-        UsageError: there is no such file, it is no text, or a row is no CSV.
+        UsageError: no such file, it is no text, or a row is no CSV.
     """
     if path.exists() and not path.is_file():
         raise UsageError(f"{path}: is no regular file, which is read more than once")
@@ -342,6 +342,6 @@ def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
             except csv.Error as error:
                 raise UsageError(f"{path}, row {reader.line_num}: {error}") from error
     except FileNotFoundError as error:
-        raise UsageError(f"{path}: there is no such file") from error
+        raise UsageError(f"{path}: no such file") from error
     except UnicodeDecodeError as error:
         raise UsageError(f"{path}: no UTF-8 text; a table of mutants is CSV or TSV") from error

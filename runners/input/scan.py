@@ -466,8 +466,8 @@ def _open(path: str) -> BinaryIO:
     try:
         return Path(path).open("rb")
     except FileNotFoundError as error:
-        raise UnreadableError(f"{path}: there is no such file") from error
+        raise UnreadableError(f"{path}: no such file") from error
     except IsADirectoryError as error:
-        raise UnreadableError(f"{path}: this is a directory; name the FASTA files in it") from error
+        raise UnreadableError(f"{path}: is a directory; name the FASTA files in it") from error
     except OSError as error:
         raise UnreadableError(f"{path}: cannot be opened: {error.strerror}") from error

@@ -37,7 +37,7 @@ def read_column(path: Path, column: str) -> dict[str, str]:
                     raise UsageError(f"{path}: line {number}: {shorten(fields[0])} is there twice")
                 found[fields[0]] = fields[place]
     except FileNotFoundError as error:
-        raise UsageError(f"{path}: there is no such file") from error
+        raise UsageError(f"{path}: no such file") from error
     except UnicodeDecodeError as error:
         raise UsageError(f"{path}: no UTF-8 text; a tab-separated table is needed") from error
     return found

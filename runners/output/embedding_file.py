@@ -173,7 +173,7 @@ class EmbeddingFile:
         row = self.ids.row(sequence_id)
         if not self._reader.has_rows(row, kind):
             raise NotInFileError(
-                f"{self.path}: {shorten(sequence_id)} was not computed; repeat the command that began the run"
+                f"{self.path}: {shorten(sequence_id)} was not computed; rerun the command that began the run"
             )
         return self._reader.value(row, kind, layer)
 

@@ -99,6 +99,4 @@ class Queries:
                     return cls(records, starts, stops, ends, sites, bool(found["are_masked"]))
         except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile):
             pass
-        raise QueriesError(
-            f"{path}: missing, damaged or another run's; repeat the command that began the run"
-        )
+        raise QueriesError(f"{path}: missing, damaged or another run's; rerun the command that began the run")

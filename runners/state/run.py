@@ -75,7 +75,7 @@ class Run:
             plan.identity[name] != value for name, value in input_identity(run.index).items()
         ):
             raise PlanError(
-                f"{directory.index_path}: not the index of this plan; repeat the command that began the run"
+                f"{directory.index_path}: not the index of this plan; rerun the command that began the run"
             )
         return run
 
@@ -228,7 +228,7 @@ class Run:
             with ShardReader(path, shard, self.plan.hash, shape) as piece:
                 whole.write_piece(piece, first)
         except FileNotFoundError as error:
-            raise StoreError(f"{path}: was removed while it was in use; repeat the command") from error
+            raise StoreError(f"{path}: was removed while it was in use; rerun the same command") from error
         path.unlink()
 
     def _piece(self, shard: int, first: int, last: int) -> Path:

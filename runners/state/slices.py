@@ -96,7 +96,5 @@ def local_device_number(environment: Mapping[str, str], num_devices: int) -> int
 def _number(environment: Mapping[str, str], name: str) -> int:
     text = environment.get(name, "")
     if not re.fullmatch("[0-9]{1,9}", text):
-        raise SliceError(
-            f"--slice auto: {name} is {text!r}, not a whole number from 0; say --slice INDEX/COUNT"
-        )
+        raise SliceError(f"--slice auto: {name} is {text!r}, not an integer from 0; say --slice INDEX/COUNT")
     return int(text)

@@ -1,1 +1,1 @@
-"""Files, paths, signals and terminals: what the other rooms need of the operating system."""
+"""The operating system: files, paths, signals and terminals."""

@@ -1,4 +1,4 @@
-"""Switches that are set in the environment."""
+"""Environment variables that are switches."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ _OFF = ("0", "false", "no", "")
 
 
 class EnvironmentSwitchError(UserError, ValueError):
-    """An environment variable has a value that is neither on nor off; the message names it."""
+    """The value of an environment variable is neither on nor off; the message names the variable."""
 
 
 def is_on(variable: str) -> bool:
-    """Whether an environment variable is 1, true or yes, not 0, false, no, empty or unset, in any case.
+    """Whether an environment variable is on (1, true, yes), not off (0, false, no, empty, unset); any case.
 
     Raises:
-        EnvironmentSwitchError: it is something else.
+        EnvironmentSwitchError: it has any other value.
     """
     value = os.environ.get(variable, "").strip().lower()
     if value not in _ON + _OFF:

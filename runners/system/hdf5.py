@@ -1,4 +1,4 @@
-"""HDF5 files written so that a full disk is an error, not a crash."""
+"""HDF5 files whose writer raises an error, instead of crashing, when the disk is full."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from esm_packed.runners.system.signals import signals_deferred
 
 
 class FailureKeepingFile(io.RawIOBase):
-    """A file for HDF5 to write to that never tells it about a failed write.
+    """A file object for HDF5 that hides failed writes from it.
 
-    HDF5 2.0 crashes the process after a write fails (a full disk, a quota, an I/O error). The first failure
-    is kept for the writer to raise, and everything after it is dropped.
+    HDF5 2.0 crashes the process after a failed write (a full disk, a quota, an I/O error). The first failure
+    is kept for the writer to raise, and later writes are dropped.
     """
 
     def __init__(self, path: Path) -> None:
@@ -86,7 +86,7 @@ class FailureKeepingFile(io.RawIOBase):
 
 
 class NewFile:
-    """An HDF5 file that is written; closed when a `with` block ends.
+    """A new HDF5 file, to be written in a `with` block.
 
     Args:
         path: the file to create; it must not exist.
@@ -95,8 +95,7 @@ class NewFile:
         file: the `h5py.File`, to be used within `writing`.
 
     Raises:
-        OSError: the disk is full or fails; what was written is then worthless. `writing` and `close` raise
-            it, too.
+        OSError: the disk is full or fails; the file is then unusable. `writing` and `close` raise it, too.
     """
 
     def __init__(self, path: Path) -> None:
@@ -111,7 +110,7 @@ class NewFile:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Run HDF5 undisturbed by signals; raise a failed write as what it was, whatever HDF5 made of it."""
+        """Run HDF5 with signals deferred; raise the original error of a failed write."""
         try:
             with signals_deferred():
                 yield
@@ -120,7 +119,7 @@ class NewFile:
                 raise self._output.failure
 
     def close(self) -> None:
-        """Flush and close; the file is good only if this returns."""
+        """Flush and close; the file is valid only if this returns."""
         with self.writing():
             try:
                 self.file.close()
@@ -128,7 +127,7 @@ class NewFile:
                 self._output.close()
 
     def abandon(self) -> None:
-        """Close after a failure, of which HDF5 may complain again."""
+        """Close after a failure, ignoring further errors of HDF5."""
         with signals_deferred(), suppress(OSError, RuntimeError):
             try:
                 if self.file is not None:

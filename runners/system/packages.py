@@ -1,4 +1,4 @@
-"""Packages that are not among the requirements."""
+"""Optional packages."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from esm_packed.errors import UserError
 
 
 def optional_package(name: str, install: str) -> Any:
-    """The module `name`, imported.
+    """Import and return the module `name`.
 
     Args:
         name: of the package.
-        install: the command that adds it.
+        install: the command that installs it.
 
     Raises:
         UserError: it is not installed.
@@ -21,4 +21,4 @@ def optional_package(name: str, install: str) -> Any:
     try:
         return import_module(name)
     except ImportError as error:
-        raise UserError(f"{name} is not installed; {install} adds it") from error
+        raise UserError(f"{name} is not installed; install it with: {install}") from error

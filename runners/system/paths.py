@@ -1,4 +1,4 @@
-"""Paths that the user names: what is written is none of what is read."""
+"""Checks of paths given by the user: no output may overwrite an input."""
 
 from __future__ import annotations
 
@@ -12,59 +12,59 @@ from esm_packed.errors import UsageError
 
 
 def resolved(path: Path) -> Path:
-    """`path` as an absolute one without links.
+    """The absolute `path` with symbolic links resolved.
 
     Raises:
-        UsageError: its links lead in a circle, or it cannot be looked up.
+        UsageError: it has a symbolic link loop, or cannot be accessed.
     """
     try:
         return path.resolve()
     except (OSError, RuntimeError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "its symbolic links lead in a circle"
+        reason = error.strerror if isinstance(error, OSError) else "symbolic link loop"
         raise UsageError(f"{path}: {reason}") from error
 
 
 def check_free(output: Path, *, overwrite: bool) -> None:
-    """See that a file can be made.
+    """Check that the file `output` can be created.
 
     Raises:
-        UsageError: it is there and may not be replaced, or its folder is not there.
+        UsageError: it exists and may not be replaced, or its directory does not exist.
     """
     if os.path.lexists(output) and not overwrite:
-        raise UsageError(f"{output}: exists already; --overwrite replaces it")
+        raise UsageError(f"{output}: already exists; use --overwrite to replace it")
     if not output.parent.is_dir():
-        raise UsageError(f"{output.parent}: there is no such folder")
+        raise UsageError(f"{output.parent}: no such directory; create it first")
 
 
 def check_apart(written: Mapping[str, Path], read: Iterable[str | Path]) -> None:
-    """See that no file that is written is one that is read, under whatever name, or another one written.
+    """Check that no output is also an input or another output, under any name.
 
     Args:
-        written: by option, or by another word for the message. Of a folder all that it holds is written.
-        read: files; what does not exist is passed over, as the one who reads it complains.
+        written: outputs by option, or by another name for the message; a directory stands for all its files.
+        read: inputs; those that do not exist are ignored here, as reading them reports the error.
 
     Raises:
-        UsageError: names both.
+        UsageError: two of them clash; the message names both.
     """
     there = [Path(path) for path in read]
     seen: dict[str, Path] = {}
     for option, path in written.items():
         for other in there:
             if _is_same(path, other) or _is_in(other, path):
-                raise UsageError(f"{option} {path}: would write over {other}, which is read")
+                raise UsageError(f"{option} {path}: would overwrite the input {other}; choose another name")
         for other_option, other in seen.items():
             if _is_same(path, other) or _is_in(path, other):
-                raise UsageError(f"{option} {path}: in the way of {other_option} {other}")
+                raise UsageError(f"{option} {path}: clashes with {other_option} {other}; choose another name")
         seen[option] = path
 
 
 def files_of(checkpoint: Checkpoint) -> list[Path]:
-    """The files that a checkpoint is read from; none if it is made from a recipe."""
+    """The files that a checkpoint was read from; none for a generated one."""
     source = Path(checkpoint.source)
     try:
         if source.is_dir():
             return [path for path in source.iterdir() if path.is_file()]
-        if source.suffix == ".json":  # an index, with its parts beside it
+        if source.suffix == ".json":  # an index file, with its parts next to it
             return [path for path in source.parent.iterdir() if path.is_file()]
         return [path for path in (source, contact_regression_path(source)) if path.is_file()]
     except OSError:

@@ -1,4 +1,4 @@
-"""Work handed from one thread to another, a few items at a time."""
+"""Bounded queues between two threads."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import suppress
 from typing import Generic, TypeVar
 
 POLL_SECONDS = 1.0
-"""How often a thread that waits looks whether the other one is still there."""
+"""How often a waiting thread checks whether the other one is alive."""
 
 Item = TypeVar("Item")
 
@@ -33,20 +33,20 @@ class _Thread(Generic[Item]):
         raise NotImplementedError
 
     def _check_alive(self) -> None:
-        if not self._thread.is_alive():  # without memory it cannot even hand over its error
+        if not self._thread.is_alive():  # out of memory, it cannot even pass on its error
             raise self._error or MemoryError(f"the {self._thread.name} thread has died")
 
 
 class Ahead(_Thread[Item]):
-    """Items of an iterator, which is drawn from in a thread of its own.
+    """Prefetch the items of an iterator in a separate thread.
 
     Args:
-        items: drawn from until they end, or the block of this context does.
-        size: items that may be ready.
+        items: the iterator; reading stops at its end, or at the end of the `with` block.
+        size: maximum number of prefetched items.
         name: of the thread.
 
     Raises:
-        Exception: iterating raises whatever drawing did; MemoryError if the thread has died.
+        Exception: iterating re-raises any error of `items`, and MemoryError if the thread has died.
     """
 
     def __init__(self, items: Iterable[Item], size: int, name: str) -> None:
@@ -91,16 +91,18 @@ class Ahead(_Thread[Item]):
 
 
 class Behind(_Thread[Item]):
-    """Hands items to a function that runs in a thread of its own.
+    """Pass items to a function that runs in a separate thread.
+
+    All items are consumed before the `with` block ends, unless `consume` fails.
 
     Args:
-        consume: takes them all from an iterator.
-        size: items that may wait.
+        consume: takes an iterator over all items.
+        size: maximum number of waiting items.
         name: of the thread.
 
     Raises:
-        Exception: `put`, and leaving the block, raise whatever `consume` did; MemoryError if the thread has
-            died. All that was put is consumed before the block is left, unless `consume` has failed.
+        Exception: `put` and the end of the block re-raise any error of `consume`, and MemoryError if the
+            thread has died.
     """
 
     def __init__(self, consume: Callable[[Iterator[Item]], None], size: int, name: str) -> None:
@@ -108,7 +110,7 @@ class Behind(_Thread[Item]):
         self._consume = consume
 
     def put(self, item: Item) -> None:
-        """Hand over an item, waiting until there is room for it."""
+        """Pass on an item; waits while the queue is full."""
         self._put(item)
 
     def _put(self, item: Item | _End) -> None:
@@ -123,7 +125,7 @@ class Behind(_Thread[Item]):
             self._consume(self._until_end())
         except BaseException as error:
             self._error = error
-            with suppress(queue.Empty):  # of whoever waits for room
+            with suppress(queue.Empty):  # unblocks a waiting `put`
                 while True:
                     self._items.get_nowait()
 
@@ -142,5 +144,5 @@ class Behind(_Thread[Item]):
             if self._error is not None or len(self):
                 self._check_alive()
         except Exception:
-            if kind is None:  # else the error that there is says more
+            if kind is None:  # otherwise the first error is more useful
                 raise

@@ -1,4 +1,4 @@
-"""Signals held back while what they would break runs."""
+"""Deferred signals."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from types import FrameType
 
 ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""What asks a process to end: Ctrl-C, a scheduler, a lost terminal."""
+"""Signals that ask a process to end: from Ctrl-C, a scheduler, or a lost terminal."""
 
 
 @contextmanager
 def signals_deferred() -> Iterator[None]:
-    """Hold Ctrl-C and its kin back while HDF5 runs: an exception inside its callbacks corrupts its state."""
+    """Defer `ENDING_SIGNALS` while HDF5 runs: an exception inside its callbacks corrupts its state."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

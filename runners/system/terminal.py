@@ -1,4 +1,4 @@
-"""What the program says to whoever called it: an exit code, errors, text fit for a terminal."""
+"""Exit codes, errors and text for a terminal."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import suppress
 
 EXIT_COMPLETE = 0
 EXIT_FAILED = 1
-"""A verdict, or the program itself."""
+"""A failed verdict, or an internal error."""
 EXIT_USAGE = 2
 EXIT_FAILED_ROWS = 3
 EXIT_INTERRUPTED = 4
@@ -17,7 +17,7 @@ EXIT_OUT_OF_SPACE = 5
 
 
 def printable(text: str) -> str:
-    """`text` in one line, with every character that a terminal may take for a command escaped, as `\\x1b`."""
+    """`text` with every character that a terminal may interpret escaped, such as `\\x1b`."""
     if text.isprintable():
         return text
     return "".join(
@@ -26,9 +26,9 @@ def printable(text: str) -> str:
     )
 
 
-def counted(number: int, noun: str) -> str:
-    """`1 shard`, `2,000 shards`."""
-    return f"{number:,} {noun}{'s' * (number != 1)}"
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """`1 shard`, `2,000 shards`; `plural` is for nouns that do not just take an s."""
+    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
 
 
 def complain(text: str, details: Sequence[str] = ()) -> None:
@@ -39,7 +39,7 @@ def complain(text: str, details: Sequence[str] = ()) -> None:
 def warn(text: str, details: Sequence[str] = ()) -> None:
     """Print a line on stderr, and an indented one for each of `details`."""
     lines = [f"esm-packed: {_in_one_line(text)}", *(f"  {_in_one_line(detail)}" for detail in details)]
-    with suppress(OSError):  # a log that is gone or full must not end the work
+    with suppress(OSError):  # a closed or full log must not end the run
         print("\n".join(lines), file=sys.stderr, flush=True)
 
 
@@ -48,7 +48,7 @@ def _in_one_line(text: str) -> str:
 
 
 def say(lines: Sequence[str]) -> None:
-    """Print the answer; the work is done even if nobody can read it."""
+    """Print results on stdout; a closed stdout is no error, because the work is done."""
     text = "\n".join(map(printable, lines))
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     try:

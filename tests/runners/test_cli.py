@@ -102,13 +102,13 @@ def test_python_m_runs_the_same_command(tmp_path):
     ("options", "message"),
     [
         (["--device", "mps"], "mps is not supported"),
-        (["--device", "tpu"], "'tpu' is none of auto, cpu, cuda"),
+        (["--device", "tpu"], "'tpu' is not one of auto, cpu, cuda"),
         (["--dtype", "int8"], "invalid choice: 'int8'"),
         (["--layers", "1,,2"], "not a list of layers"),
-        (["--max-length", "-1"], "not a whole number from 0"),
-        (["--token-budget", "0"], "not a whole number from 1"),
-        (["--token-budget", "4e3"], "not a whole number from 1"),
-        (["--threads", "0"], "not a whole number from 1"),
+        (["--max-length", "-1"], "not an integer from 0"),
+        (["--token-budget", "0"], "not an integer from 1"),
+        (["--token-budget", "4e3"], "not an integer from 1"),
+        (["--threads", "0"], "not an integer from 1"),
         (["--invalid", "drop"], "invalid choice: 'drop'"),
         (["--wat"], "unrecognized arguments: --wat"),
         (["--dev", "cpu"], "unrecognized arguments: --dev"),
@@ -119,10 +119,10 @@ def test_python_m_runs_the_same_command(tmp_path):
         (["--attention", "varlen"], "runs on CUDA devices"),
         (["--device", "cuda:99"], "cuda:99"),
         # digits of another script are no numbers, though int() takes them
-        (["--threads", "\u0661"], "not a whole number from 1"),
+        (["--threads", "\u0661"], "not an integer from 1"),
         (["--layers", "\u0666"], "not a list of layers"),
         (["--layers", "-\u0661"], "--layers"),
-        (["--device", "cuda:\u0660"], "is none of auto, cpu, cuda"),
+        (["--device", "cuda:\u0660"], "is not one of auto, cpu, cuda"),
         (["--devices", "\u0660,1"], "neither all nor a list of GPU numbers"),
         (["--slice", "\u0660/2"], "neither auto nor INDEX/COUNT"),
         (["--shard", "0/2"], "unrecognized arguments: --shard"),
@@ -178,7 +178,7 @@ def test_missing_input(tmp_path, capsys):
 def test_output_folder_is_missing_or_no_folder(fasta, capsys):
     for folder in (fasta.parent / "nowhere", fasta):
         assert cli.main(embed_arguments(fasta, folder)) == 2
-        assert_one_line_error(capsys.readouterr().err, str(folder), "no such folder")
+        assert_one_line_error(capsys.readouterr().err, str(folder), "no such directory")
 
 
 def test_output_name_is_too_long(fasta, capsys):
@@ -190,7 +190,7 @@ def test_output_name_is_too_long(fasta, capsys):
 def test_output_is_a_directory(fasta, tmp_path, capsys):
     (tmp_path / "out.h5").mkdir()
     assert cli.main(embed_arguments(fasta, tmp_path, "--overwrite")) == 2
-    assert_one_line_error(capsys.readouterr().err, "this is a directory")
+    assert_one_line_error(capsys.readouterr().err, "is a directory")
 
 
 @pytest.mark.parametrize("output", ["nowhere/", "folder", "folder/"])
@@ -199,13 +199,13 @@ def test_a_folder_is_no_output_file(fasta, capsys, monkeypatch, output):
     Path("folder").mkdir()
     for command in (["embed", "in.fasta"], ["checkpoint", "demo"], ["tune"]):
         assert cli.main([*command, "-o", output]) == 2
-        assert_one_line_error(capsys.readouterr().err, f"{output}: this is a directory; name the file")
+        assert_one_line_error(capsys.readouterr().err, f"{output}: is a directory; name a file")
     assert names_in(fasta.parent) == ["folder", "in.fasta"]
     for command in (["validate", "demo", "in.fasta"], ["report", "speedup", "in.fasta"]):
         assert cli.main([*command, "-o", "in.fasta"]) == 2
-        assert_one_line_error(capsys.readouterr().err, "in.fasta: exists and is no folder; name one")
+        assert_one_line_error(capsys.readouterr().err, "in.fasta: not a directory; name a directory")
     assert cli.main(["merge", "folder/"]) == 2
-    assert_one_line_error(capsys.readouterr().err, "folder: this is a directory; name the file")
+    assert_one_line_error(capsys.readouterr().err, "folder: is a directory; name a file")
 
 
 def test_output_folder_is_not_writable(fasta, capsys):
@@ -220,7 +220,7 @@ def test_output_folder_is_not_writable(fasta, capsys):
 def test_an_existing_file_is_kept(fasta, tmp_path, capsys, content, without_computing):
     (tmp_path / "out.h5").write_bytes(content)
     assert cli.main(embed_arguments(fasta, tmp_path)) == 2
-    assert_one_line_error(capsys.readouterr().err, "exists already", "--overwrite")
+    assert_one_line_error(capsys.readouterr().err, "already exists", "--overwrite")
     assert (tmp_path / "out.h5").read_bytes() == content
     assert cli.main(embed_arguments(fasta, tmp_path, "--overwrite")) == 0
     assert EmbeddingReader(tmp_path / "out.h5").num_sequences == 3
@@ -228,7 +228,7 @@ def test_an_existing_file_is_kept(fasta, tmp_path, capsys, content, without_comp
 
 def test_an_input_is_never_the_output(fasta, capsys):
     assert cli.main(["embed", str(fasta), "-o", str(fasta), "--overwrite"]) == 2
-    assert_one_line_error(capsys.readouterr().err, "would write over", "which is read")
+    assert_one_line_error(capsys.readouterr().err, "would overwrite the input")
     assert fasta.read_text() == FASTA
 
 
@@ -306,7 +306,7 @@ def test_too_little_space_is_found_before_computing(fasta, capsys, monkeypatch):
     usage = shutil.disk_usage(fasta.parent)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
     assert cli.main(embed_arguments(fasta, fasta.parent)) == 5
-    assert_one_line_error(capsys.readouterr().err, "out of space", "1.0 kB are free")
+    assert_one_line_error(capsys.readouterr().err, "out of disk space", "1.0 kB are free")
     assert names_in(fasta.parent) == ["in.fasta", "out.h5.run"]
 
 
@@ -317,7 +317,7 @@ def test_space_that_runs_out_while_writing(fasta, tmp_path, capsys, monkeypatch,
     with monkeypatch.context() as patched:
         patched.setattr(os, "pwrite", full)
         assert cli.main(embed_arguments(fasta, tmp_path)) == 5
-    assert_one_line_error(capsys.readouterr().err, "out of space", "repeat the command to continue")
+    assert_one_line_error(capsys.readouterr().err, "out of disk space", "rerun the same command to continue")
     assert names_in(tmp_path) == ["in.fasta", "out.h5.run"]
     assert cli.main(embed_arguments(fasta, tmp_path)) == 0
     assert names_in(tmp_path) == ["in.fasta", "out.h5"]
@@ -335,7 +335,7 @@ def test_full_file_system(fasta, tmp_path, capsys, monkeypatch, without_computin
         assert "are free in" in capsys.readouterr().err
         monkeypatch.setattr(session, "check_space", lambda *call: None)
         assert cli.main(embed_arguments(fasta, disk)) == 5
-        assert_one_line_error(capsys.readouterr().err, "out of space")
+        assert_one_line_error(capsys.readouterr().err, "out of disk space")
         assert names_in(disk) == ["out.h5.run"]
         shutil.rmtree(disk / "out.h5.run")
         # and the index's own copy of a compressed input
@@ -366,7 +366,9 @@ def test_a_signal_ends_the_run_cleanly(fasta, tmp_path_factory, nursery, number)
     assert child.wait() == 4, child.output()
     saved, interrupted = child.output().partition("computing\n")[2].splitlines()
     assert "0 of 1 shards are saved" in saved
-    assert interrupted == f"esm-packed: error: interrupted ({number.name}); repeat the command to continue"
+    assert (
+        interrupted == f"esm-packed: error: interrupted ({number.name}); rerun the same command to continue"
+    )
     assert names_in(output.parent) == ["out.h5.run"]
 
 
@@ -384,7 +386,7 @@ ESM2.embed_packed = embed_packed
     child = nursery.start(fasta, tmp_path / "out.h5", patch=patch, flops_per_shard=1e30)
     assert child.wait() == 4, child.output()
     said = child.output().splitlines()[-1]
-    assert said == "esm-packed: error: interrupted (SIGINT); repeat the command to continue"
+    assert said == "esm-packed: error: interrupted (SIGINT); rerun the same command to continue"
 
 
 def test_a_log_gets_timed_lines(fasta, capsys, monkeypatch, without_computing):
@@ -450,7 +452,7 @@ def test_info_on_fasta(fasta, capsys):
 def test_info_on_a_file_that_is_not_there(capsys):
     for subject in ("nothere.fa", "folder/nothere.fasta.gz", "nothere.h5"):
         assert cli.main(["info", subject]) == 2
-        assert_one_line_error(capsys.readouterr().err, f"'{subject}': there is no such file")
+        assert_one_line_error(capsys.readouterr().err, f"'{subject}': no such file")
 
 
 @pytest.mark.parametrize("subject", ["nothing.h5", "esm2_t9", "in.h5"])
@@ -475,7 +477,7 @@ def test_checkpoint(tmp_path, capsys):
     assert str(path) in capsys.readouterr().out
     assert names_in(tmp_path) == ["esm2_copy-contact-regression.pt", "esm2_copy.pt"]
     assert cli.main(["checkpoint", MODEL, "-o", str(path)]) == 2
-    assert_one_line_error(capsys.readouterr().err, "exists already", "--overwrite")
+    assert_one_line_error(capsys.readouterr().err, "already exists", "--overwrite")
     assert cli.main(["checkpoint", MODEL, "-o", str(tmp_path / "no" / "esm2.pt")]) == 2
     assert cli.main(["info", str(path)]) == 0
 
@@ -484,7 +486,7 @@ def test_checkpoint_refuses_a_name_fair_esm_cannot_load_before_it_loads(tmp_path
     monkeypatch.setattr(
         "esm_packed.checkpoints.load_checkpoint", lambda *a, **k: pytest.fail("loaded the model")
     )
-    for output, named in [("x.pt", "named esm2....pt"), ("missing/esm2_x.pt", "no such folder")]:
+    for output, named in [("x.pt", "named esm2*.pt"), ("missing/esm2_x.pt", "no such directory")]:
         assert cli.main(["checkpoint", "demo", "-o", str(tmp_path / output)]) == terminal.EXIT_USAGE
         assert named in capsys.readouterr().err
 
@@ -667,7 +669,7 @@ def test_a_limit_on_the_size_of_files_is_out_of_space(fasta, capsys, limit):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert code == 5
-    assert_one_line_error(capsys.readouterr().err, "out of space", "File too large")
+    assert_one_line_error(capsys.readouterr().err, "out of disk space", "File too large")
 
 
 @pytest.mark.parametrize(
@@ -701,7 +703,9 @@ sys.exit(main())
         [sys.executable, "-c", script, *embed_arguments(fasta, fasta.parent)], capture_output=True, text=True
     )
     assert run.returncode == 4, run.stderr
-    assert run.stderr == f"esm-packed: error: interrupted ({number.name}); repeat the command to continue\n"
+    assert (
+        run.stderr == f"esm-packed: error: interrupted ({number.name}); rerun the same command to continue\n"
+    )
     assert names_in(fasta.parent) == ["in.fasta"]
 
 
@@ -730,7 +734,9 @@ def test_too_little_memory_is_said_in_a_line(fasta, capsys, monkeypatch, error):
 
     monkeypatch.setattr("esm_packed.runners.session.embed_files", fail)
     assert cli.main(embed_arguments(fasta, fasta.parent)) == terminal.EXIT_FAILED
-    assert_one_line_error(capsys.readouterr().err, "error: out of memory", "repeat the command to continue")
+    assert_one_line_error(
+        capsys.readouterr().err, "error: out of memory", "rerun the same command to continue"
+    )
 
 
 def test_a_mistake_that_mentions_memory_stays_one(fasta, capsys, monkeypatch):

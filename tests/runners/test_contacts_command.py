@@ -118,8 +118,8 @@ def test_a_protein_too_short_for_contacts(
         ("x.png", (), "in.fasta: several proteins ('sp|P69905|HBA', 'P2$', 'short'); --record ID names one"),
         ("x.png", ("--record", "P7"), "--record P7: in.fasta has no such protein; it has 'sp|P69905|HBA', "),
         ("x.jpg", (), "x.jpg: contacts are written to OUT.png, OUT.svg, OUT.pdf, OUT.csv, OUT.npy"),
-        ("in.csv", (), "in.csv: exists already; --overwrite replaces it"),
-        ("no/x.npy", (), "no: there is no such folder"),
+        ("in.csv", (), "in.csv: already exists; use --overwrite to replace it"),
+        ("no/x.npy", (), "no: no such directory"),
         ("x.npy", ("--dtype", "tf32"), "tf32"),
     ],
 )

@@ -223,18 +223,18 @@ def test_residues_alone_need_not_be_named(tmp_path: Path) -> None:
 def test_partial_outputs_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = write_output(tmp_path / "in.h5", change=lambda file: file.attrs.update(complete=0))
     export(output, "npz")
-    assert f"{output.path} is partial; continue with the same embed command" in capsys.readouterr().out
+    assert f"{output.path} is partial; rerun the same embed command to continue" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--to", "npz", "-o", "there"], "there: exists already; --overwrite replaces it"),
+        (["--to", "npz", "-o", "there"], "there: already exists; use --overwrite to replace it"),
         (
             ["--to", "npz", "-o", "in.h5", "--overwrite"],
-            "--output in.h5: would write over in.h5, which is read",
+            "--output in.h5: would overwrite the input in.h5; choose another name",
         ),
-        (["--to", "npz", "-o", "no/x.npz"], "no: there is no such folder"),
+        (["--to", "npz", "-o", "no/x.npz"], "no: no such directory"),
         (["--to", "npz", "-o", "x", "--layer", "5"], "in.h5: no layer 5; it has 1, 6"),
         (["--to", "npz", "-o", "x", "--kind", "logits"], "--kind logits: npz has one row for each sequence"),
         (["--to", "pt", "-o", "x", "--kind", "logits", "--layer", "1"], "logits has no layers"),
@@ -263,7 +263,7 @@ def test_parts_are_not_written_over(tmp_path: Path, capsys: pytest.CaptureFixtur
     before = part.read_bytes()
     arguments = ["export", str(output.path), "--to", "npz", "-o", str(part), "--overwrite"]
     assert cli.main(arguments) == 2
-    assert "which is read" in capsys.readouterr().err and part.read_bytes() == before
+    assert "would overwrite the input" in capsys.readouterr().err and part.read_bytes() == before
 
 
 def test_nothing_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -281,7 +281,7 @@ def test_pyarrow_is_named_where_it_is_missing(
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     path = output.path.with_name("x")
     assert cli.main(["export", str(output.path), "--to", "parquet", "-o", str(path)]) == 2
-    assert "pyarrow is not installed; pip install pyarrow adds it" in capsys.readouterr().err
+    assert "pyarrow is not installed; install it with: pip install pyarrow" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", [["export", "--to", "npz"], ["map"]])
@@ -289,4 +289,4 @@ def test_an_output_that_is_not_there_is_a_mistake(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], command: list[str]
 ) -> None:
     assert cli.main([command[0], str(tmp_path / "no.h5"), *command[1:], "-o", str(tmp_path / "x.png")]) == 2
-    assert "no.h5: there is no such file" in capsys.readouterr().err
+    assert "no.h5: no such file" in capsys.readouterr().err

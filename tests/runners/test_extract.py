@@ -200,7 +200,7 @@ def test_names_that_are_alike_are_told_apart() -> None:
         (">a\nMKV\n", ["--repr_layers", "2", "6"], "--repr_layers: layer 6 does not exist"),
         (">a\nMKV\n", ["--repr_layers", "1,2"], "is not a layer"),
         (">a\nMKV\n", ["--include", "max"], "invalid choice: 'max'"),
-        (">a\nMKV\n", ["--toks_per_batch", "0"], "not a whole number from 1"),
+        (">a\nMKV\n", ["--toks_per_batch", "0"], "not an integer from 1"),
     ],
 )
 def test_mistakes_leave_no_folder(
@@ -275,7 +275,7 @@ def test_unfinished_run_of_other_options_is_kept(
     with monkeypatch.context() as patch:
         patch.setattr(ESM2, "embed_packed", interrupt)
         assert extract(fasta, folder, "--include", "mean") == 4
-        assert "repeat the command to continue" in capsys.readouterr().err
+        assert "rerun the same command to continue" in capsys.readouterr().err
         assert extract(fasta, folder, "--include", "bos") == 2
         assert "kinds was ['mean'], now ['bos']" in capsys.readouterr().err
     assert extract(fasta, folder, "--include", "bos", "--overwrite") == 0
@@ -294,7 +294,7 @@ def test_files_of_others_are_left_alone(
     with monkeypatch.context() as patch:
         patch.setattr(ESM2, "embed_packed", None)
         assert extract(fasta, folder, "--include", "mean") == 2
-    assert f"{folder / name}: exists already" in capsys.readouterr().err
+    assert f"{folder / name}: already exists" in capsys.readouterr().err
     assert {path.name: path.read_text() for path in folder.iterdir()} == dict.fromkeys(
         (name, "notes.pt", "a first"), "mine"
     )
@@ -315,7 +315,7 @@ def test_file_that_comes_meanwhile_is_left_alone(
     with monkeypatch.context() as patch:
         patch.setattr(ESM2, "embed_packed", embed_and_write)
         assert extract(fasta, folder, "--include", "mean") == 2
-    assert "b second.pt: exists already" in capsys.readouterr().err
+    assert "b second.pt: already exists" in capsys.readouterr().err
     assert (folder / "b second.pt").read_text() == "mine"
     assert not (folder / "a first.pt").exists()
 
@@ -332,7 +332,7 @@ def test_the_model_is_never_written_over(tmp_path: Path, capsys: pytest.CaptureF
     (tmp_path / "in.fasta").write_text(">esm2_small\nMKV\n")
     options = ["--include", "mean", "--overwrite"]
     assert extract(tmp_path / "in.fasta", tmp_path, *options, model=model) == 2
-    assert "which is read" in capsys.readouterr().err
+    assert "would overwrite the input" in capsys.readouterr().err
     assert model.read_bytes() == before
 
 

@@ -76,10 +76,10 @@ def test_files_that_cannot_be_opened_are_listed(tmp_path: Path) -> None:
         build_index(paths, tmp_path / "work", ReadOptions())
     assert str(caught.value).replace(str(tmp_path), "").splitlines() == [
         "4 faults in the input:",
-        "  /one name.fa: there is no such file",
+        "  /one name.fa: no such file",
         "  /0.fa, line 2, record 'a': 'J' is not in ESM-2's alphabet",
-        "  /two.fa: there is no such file",
-        "  : this is a directory; name the FASTA files in it",
+        "  /two.fa: no such file",
+        "  : is a directory; name the FASTA files in it",
         "  --invalid x replaces such characters by X, --invalid skip leaves such records out",
     ]
 
@@ -122,9 +122,9 @@ def test_a_large_file_of_dna_is_not_read_to_its_end(
 def test_a_missing_file_a_directory_and_no_input(tmp_path: Path) -> None:
     read(tmp_path, b">a\nMK")
     sound, missing = str(tmp_path / "0.fa"), str(tmp_path / "none.fa")
-    with pytest.raises(InputError, match=r"none\.fa: there is no such file"):
+    with pytest.raises(InputError, match=r"none\.fa: no such file"):
         build_index([sound, missing], tmp_path / "work", ReadOptions())
-    with pytest.raises(InputError, match="this is a directory"):
+    with pytest.raises(InputError, match="is a directory"):
         build_index([str(tmp_path)], tmp_path / "work", ReadOptions())
     with pytest.raises(InputError, match="no input files"):
         build_index([], tmp_path / "work", ReadOptions())

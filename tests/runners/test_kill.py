@@ -279,7 +279,7 @@ def test_a_partial_output_is_continued_and_replaced(
     stopped_in_the_middle(nursery, few_shards, output, 2)
     saved = shards_of(output)
     assert cli.main(["merge", str(output), "--partial"]) == 4
-    assert "proteins not computed" in capsys.readouterr().out
+    assert "proteins are not computed" in capsys.readouterr().out
     assert shards_of(output) == saved, "the run directory is kept"
     with EmbeddingReader(output) as reader:
         assert reader.attributes["complete"] == 0
@@ -398,7 +398,7 @@ def test_interrupted(
     assert time.monotonic() - begin < 10
     last = child.output().strip().splitlines()[-1]
     assert number.name in last
-    assert "repeat the command to continue" in last
+    assert "rerun the same command to continue" in last
     assert "Traceback" not in child.output()
     saved = f"{len(shards_of(output))} of {many_shards.num_shards} shards are saved"
     assert saved in child.output()
@@ -436,7 +436,7 @@ def test_interrupted_while_merging(
     wait_until(lambda: "row by row" in child.output())
     os.kill(child.pid, number)
     assert child.wait() == 4, child.output()
-    assert "repeat the command to continue" in child.output().splitlines()[-1]
+    assert "rerun the same command to continue" in child.output().splitlines()[-1]
     assert names_in(tmp_path) == ["out.h5.run"]
     assert not (tmp_path / "out.h5.run" / "claim").exists()
     assert len(shards_of(output)) == few_shards.num_shards
@@ -496,7 +496,7 @@ def test_space_that_runs_out_and_comes_back(
         patch=FULL_AFTER.format(size=size),
     )
     assert child.wait() == 5, child.output()
-    assert "out of space" in child.output().splitlines()[-1]
+    assert "out of disk space" in child.output().splitlines()[-1]
     assert not output.exists()
     assert names_in(tmp_path) == ["out.h5.run"]
     assert not (tmp_path / "out.h5.run" / "claim").exists()
@@ -535,7 +535,7 @@ def test_full_file_system_is_continued_when_there_is_space(
             if code == 0:
                 break
             assert code == 5, f"{room} KiB: {child.output()}"
-            assert "out of space" in child.output().splitlines()[-1]
+            assert "out of disk space" in child.output().splitlines()[-1]
             assert not output.exists()
             assert before.items() <= shards_of(output).items()
             most_finished = max(most_finished, len(shards_of(output)))

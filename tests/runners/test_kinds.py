@@ -361,7 +361,7 @@ def test_a_protein_in_windows_has_no_other_kinds(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--overlap", "4"), "--overlap 4: is of --windows, which is not given"),
+        (("--overlap", "4"), "--overlap 4: needs --windows"),
         (("--windows", "16", "--max-length", "0"), "--windows and --max-length exclude each other"),
     ],
 )

@@ -123,10 +123,14 @@ def test_a_table_may_name_accessions_and_others(tmp_path: Path, capsys: pytest.C
         ("id\tw\tx\na\t1\n", [], "t.tsv: line 2 has 2 columns; the header has 3"),
         ("id\tx\na\t1\n", ["-o", "x.pdf"], "x.pdf: a map is OUT.png, OUT.svg, OUT.html"),
         ("id\tx\na\t1\n", ["--kind", "logits"], "--kind logits: a map is made of mean, max, bos"),
-        ("id\tx\na\t1\n", ["-o", "there.png"], "there.png: exists already; --overwrite replaces it"),
-        ("id\tx\na\t1\n", ["-o", "there.png", "--overwrite", "--color", "there.png:x"], "which is read"),
+        ("id\tx\na\t1\n", ["-o", "there.png"], "there.png: already exists; use --overwrite to replace it"),
+        (
+            "id\tx\na\t1\n",
+            ["-o", "there.png", "--overwrite", "--color", "there.png:x"],
+            "would overwrite the input",
+        ),
         ("id\tx\na\t1\n", ["--color", "t.tsv"], "'t.tsv' is not TABLE.tsv:COLUMN"),
-        ("id\tx\na\t1\n", ["--color", "none.tsv:x"], "none.tsv: there is no such file"),
+        ("id\tx\na\t1\n", ["--color", "none.tsv:x"], "none.tsv: no such file"),
     ],
 )
 def test_what_cannot_be_is_said(

@@ -363,7 +363,7 @@ os.pwrite = full
 """
     child = start(nursery, work.fasta, output, "--parts", patch=patch)
     assert child.wait() == 5, child.output()
-    assert "out of space" in child.output().splitlines()[-1]
+    assert "out of disk space" in child.output().splitlines()[-1]
     assert [path.name for path in parts_of(output)] == ["00000.h5"]
     log = run_to_the_end(nursery, work.fasta, output, "--parts")
     assert "embedding 24 sequences" not in log, "shards were computed again"

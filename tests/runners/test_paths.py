@@ -55,7 +55,7 @@ def test_embed_does_not_write_over_its_input(
 ) -> None:
     output = [] if option == "-o" else ["-o", "x.h5"]
     said = refused(folder, capsys, "embed", "in.fa", *output, option, path, "--model", "demo", "--overwrite")
-    assert "would write over" in said
+    assert "would overwrite" in said
     assert "in.fa" in said
 
 
@@ -69,7 +69,7 @@ def test_embed_does_not_write_over_its_model(
     if option == "-o":  # under a name that an output may have
         (folder / "out.h5").symlink_to(path)
         path = "out.h5"
-    assert "would write over" in refused(
+    assert "would overwrite" in refused(
         folder, capsys, "embed", "in.fa", *output, option, path, *model, "--overwrite"
     )
 
@@ -83,7 +83,7 @@ def test_embed_does_not_write_over_a_model_that_is_found_by_its_name(
     said = refused(
         folder, capsys, "embed", "in.fa", "-o", "x.h5", "--model", "demo", "--log-json", "link.json"
     )
-    assert "would write over" in said
+    assert "would overwrite" in said
     assert (DEMO / "esm2_demo.pt").read_bytes() == before
 
 
@@ -152,13 +152,13 @@ def test_a_working_directory_that_is_gone(folder: Path) -> None:
         timeout=120,
     )
     assert run.returncode == 2, run.stderr
-    assert "the working directory is gone" in run.stderr
+    assert "the working directory no longer exists" in run.stderr
 
 
 @pytest.mark.parametrize("path", ["x.h5", "x.h5.run/metrics.json"])
 def test_two_outputs_are_not_one(folder: Path, capsys: pytest.CaptureFixture[str], path: str) -> None:
     said = refused(folder, capsys, "embed", "in.fa", "-o", "x.h5", "--model", "demo", "--log-json", path)
-    assert "in the way of" in said
+    assert "clashes with" in said
 
 
 def test_an_input_in_the_run_directory_would_be_deleted(
@@ -166,7 +166,7 @@ def test_an_input_in_the_run_directory_would_be_deleted(
 ) -> None:
     (folder / "x.h5.run").mkdir()
     (folder / "x.h5.run" / "in.fa").write_text(PROTEINS)
-    assert "would write over" in refused(
+    assert "would overwrite" in refused(
         folder, capsys, "embed", "x.h5.run/in.fa", "-o", "x.h5", "--model", "demo"
     )
 
@@ -177,14 +177,14 @@ def test_checkpoint_does_not_write_over_the_model_it_reads(
 ) -> None:
     (folder / "soft.pt").symlink_to("esm2_demo.pt")
     said = refused(folder, capsys, "checkpoint", model, "-o", "esm2_demo.pt", "--overwrite")
-    assert "would write over" in said
+    assert "would overwrite" in said
 
 
 def test_validate_does_not_write_over_its_input(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "report").mkdir()
     (folder / "report" / "validation.html").hardlink_to("in.fa")
     said = refused(folder, capsys, "validate", "demo", "in.fa", "-o", "report", "--overwrite")
-    assert "would write over" in said
+    assert "would overwrite" in said
 
 
 def test_a_speedup_report_does_not_write_over_its_results(
@@ -193,7 +193,7 @@ def test_a_speedup_report_does_not_write_over_its_results(
     results = Path(__file__).parents[1] / "reports" / "data" / "cpu_results.json"
     shutil.copy(results, folder / "sub" / "speedup.md")
     said = refused(folder, capsys, "report", "speedup", "sub/speedup.md", "-o", "sub")
-    assert "would write over" in said
+    assert "would overwrite" in said
 
 
 @pytest.mark.parametrize("make", [Path.touch, lambda path: None], ids=["there", "not there"])

@@ -338,7 +338,7 @@ class StrangerWorker(RayWorker):
 @pytest.mark.parametrize(
     "worker_class, code, message",
     [
-        (FullWorker, 5, "out of space: No space left on device"),
+        (FullWorker, 5, "out of disk space: No space left on device"),
         pytest.param(StrangerWorker, 2, "is another model", marks=pytest.mark.slow),  # 5 s
     ],
 )
@@ -425,7 +425,7 @@ def test_no_worker_outlives_its_driver(
     assert driver.wait() == (4 if number == signal.SIGTERM else -number), driver.output()
     if number == signal.SIGTERM:
         last = driver.output().splitlines()[-1]
-        assert "interrupted (SIGTERM); repeat the command to continue" in last
+        assert "interrupted (SIGTERM); rerun the same command to continue" in last
     wait_until(lambda: not worker_pids(), 60)
     before = shards_of(output)
     run(fasta, output, keep_run=True)

@@ -173,7 +173,7 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
         statuses = [embeddings.status(name) for name in ("a", "päf", "failed", "absent")]
         assert statuses == ["computed", "recomputed", "failed", "not computed"]
         assert np.isnan(embeddings["failed"]).all() and np.isnan(embeddings["absent"]).all()
-        with pytest.raises(KeyError, match="'absent' was not computed; repeat the command"):
+        with pytest.raises(KeyError, match="'absent' was not computed; rerun the command that began"):
             embeddings.per_residue("absent")
 
 
@@ -280,7 +280,7 @@ def test_a_package_that_is_not_installed_is_named(
         monkeypatch.setitem(sys.modules, name, None)
     with (
         esm_packed.open(write_output(tmp_path / "out.h5").path) as embeddings,
-        pytest.raises(UserError, match="is not installed; pip install pandas anndata adds it"),
+        pytest.raises(UserError, match="is not installed; install it with: pip install pandas anndata"),
     ):
         getattr(embeddings, method)()
 

@@ -144,7 +144,7 @@ def test_an_interrupted_run_is_continued_with_or_without(
         ({"windows": (50, 10)}, r"windows was"),
         ({"reuse": "new.fasta"}, r"not an HDF5 file"),
         ({"reuse": "nothing.h5"}, r"No such file"),
-        ({"output": "old.h5", "overwrite": True}, r"which is read"),
+        ({"output": "old.h5", "overwrite": True}, r"would overwrite the input"),
     ],
 )
 def test_what_does_not_fit_is_said_before_anything_is_computed(

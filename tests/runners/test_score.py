@@ -215,7 +215,7 @@ def test_a_table_that_is_there_is_kept(
     assert score(fasta, output) == 0
     assert output.stat().st_mtime_ns == made.st_mtime_ns
     assert score(fasta, output, "--method", "wild-type") == 2
-    assert "exists already, made from other input or options (method was" in capsys.readouterr().err
+    assert "already exists, made from other input or options (method was" in capsys.readouterr().err
     with output.open("a") as file:
         file.write("a,1,M,W,0,0\n")
     assert score(fasta, output) == 2
@@ -238,7 +238,7 @@ def test_a_table_that_comes_to_exist_meanwhile_keeps_its_description(
 
     monkeypatch.setattr(ESM2, "embed_packed", overtaken)
     assert score(fasta, output) == 2
-    assert "out.csv: exists already; --overwrite replaces it" in capsys.readouterr().err
+    assert "out.csv: already exists; use --overwrite to replace it" in capsys.readouterr().err
     assert {path: path.read_text() for path in theirs} == theirs
 
 
@@ -259,7 +259,7 @@ def test_copies_without_a_number_are_named(
     monkeypatch.setattr(ESM2, "embed_packed", spoiled)
     output = tmp_path / "out.csv"
     assert score(fasta, output) == 3
-    assert "9 copies of proteins gave no number" in capsys.readouterr().err
+    assert "9 copies of proteins not finite" in capsys.readouterr().err
     failed = json.loads((tmp_path / "out.csv.json").read_text())["failed"]
     assert [line.partition(":")[0] for line in failed] == [
         *(f"b, residue {site}" for site in (1, 2, 4, 5)),
@@ -276,7 +276,7 @@ def test_the_heat_map_is_that_of_the_scan(
     output, picture = tmp_path / "scan.csv", tmp_path / "scan.svg"
     picture.write_text("mine")
     assert score(fasta, output, "--heat-map", str(picture)) == 2
-    assert "scan.svg: exists already; --overwrite replaces it" in capsys.readouterr().err
+    assert "scan.svg: already exists; use --overwrite to replace it" in capsys.readouterr().err
     picture.unlink()
     assert score(fasta, output, "--heat-map", str(picture)) == 0
     assert "protein0, 5 residues" in picture.read_text()
@@ -317,8 +317,8 @@ def test_a_mutant_that_cannot_be_scored_is_named(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--joint",), "--joint masks the sites of a mutant together: it needs --mutations"),
-        (("--skip-bad",), "--skip-bad leaves out mutants of a table"),
+        (("--joint",), "--joint masks the sites of a mutant together; it needs --mutations"),
+        (("--skip-bad",), "--skip-bad skips mutants of a table"),
         (("--pseudo-perplexity", "--method", "wild-type"), "--pseudo-perplexity masks each residue in turn"),
         (("--pseudo-perplexity", "--heat-map", "x.png"), "--heat-map draws a scan"),
         (("--heat-map", "x.png"), "--heat-map draws one protein, and the input has 5"),
@@ -354,7 +354,7 @@ def test_nothing_that_is_read_is_written(
         score(fasta, tmp_path / "out.csv", *asked, "--overwrite", options[0], str(tmp_path / options[1])) == 2
     )
     error = capsys.readouterr().err
-    assert "would write over" in error or "in the way of" in error
+    assert "would overwrite" in error or "clashes with" in error
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 

@@ -186,7 +186,7 @@ def test_one_is_no_plural(fasta: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert "embedding 1 sequence, 1 residue, with demo" in said.err
     assert f"{'sequences':<20}1 (1 residue)" in said.out.splitlines()
     assert embed(fasta) == 0
-    assert "holds this run (1 sequence)" in capsys.readouterr().out
+    assert "out.h5 (1 sequence)" in capsys.readouterr().out
     output = fasta.with_name("out.h5")
     assert cli.main(["info", str(output)]) == 0
     assert f"{'sequences':<20}1 (1 residue)" in capsys.readouterr().out.splitlines()
@@ -212,7 +212,7 @@ def test_status_says_that_the_index_cannot_be_read(
         file.write_bytes(content[:-1] if harm == "cut short" else content[:20] + b"?" + content[21:])
     for command in ("status", "info"):
         assert cli.main([command, str(output)]) == 0
-        assert f"{index}: damaged or missing; repeat the command" in capsys.readouterr().out
+        assert f"{index}: damaged or missing; rerun the command that began" in capsys.readouterr().out
     assert embed(fasta) == 0
 
 
@@ -316,7 +316,7 @@ def test_info_and_status_on_an_unfinished_run(
             assert cli.main([command, str(path)]) == 0
             text = capsys.readouterr().out
             assert "0 of 1 shards finished, 0 of 3 records (0%)" in text
-            assert "not running; repeat the command to continue" in text
+            assert "not running; rerun the same command to continue" in text
             assert f"begun by: esm-packed embed {fasta}" in text
     found = information(capsys, output)
     assert (found["kind"], found["complete"], found["num_records"]) == ("run", False, 3)
@@ -333,7 +333,7 @@ def test_json_is_for_outputs_and_runs(fasta: Path, capsys: pytest.CaptureFixture
         error = capsys.readouterr().err
         assert error.startswith("esm-packed: error: info --json: ")
         assert subject[:20] in error
-        assert "leave --json out" in error
+        assert "remove --json" in error
 
 
 def test_all_is_for_the_faults_of_fasta(fasta: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -341,7 +341,7 @@ def test_all_is_for_the_faults_of_fasta(fasta: Path, capsys: pytest.CaptureFixtu
     for subject in ("demo", str(fasta.with_name("out.h5"))):
         capsys.readouterr()
         assert cli.main(["info", subject, "--all"]) == 2
-        assert "but --all lists the faults of a FASTA file; leave --all out" in capsys.readouterr().err
+        assert "but --all is for FASTA files; remove --all" in capsys.readouterr().err
     assert cli.main(["info", str(fasta), "--all"]) == 0
 
 
@@ -366,15 +366,15 @@ def test_a_partial_output_counts_its_proteins(
     output = unfinished(fasta, 3)
     capsys.readouterr()
     assert cli.main(["merge", str(output), "--partial", *options]) == 4
-    missing = "3 of 10 proteins not computed"
-    assert capsys.readouterr().out == f"{missing}; {output} written, continue with the same embed command\n"
+    missing, rerun = "3 of 10 proteins are not computed", "rerun the same embed command to continue"
+    assert capsys.readouterr().out == f"partial output written: {output}; {missing}, {rerun}\n"
     assert cli.main(["info", str(output)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1] == f"complete            no; {missing}, continue with the same embed command"
+    assert lines[1] == f"complete            no; {missing}, {rerun}"
     assert "exceptions          3 not computed" in lines, "and not a second time as problems"
     found = information(capsys, output)
     assert (found["complete"], found["not computed"], found["left out"]) == (False, 3, 0)
-    not_complete = f"{output}: not complete; {missing}, continue with the same embed command"
+    not_complete = f"{output}: not complete; {missing}, {rerun}"
     assert cli.main(["status", str(output)]) == 0
     assert capsys.readouterr().out.splitlines()[0] == not_complete
     shutil.rmtree(fasta.with_name("out.h5.run"))
@@ -392,7 +392,7 @@ def test_nothing_finished_makes_no_partial_output(
         shard.write_bytes(shard.read_bytes()[:-1])
     capsys.readouterr()
     assert cli.main(["merge", str(output), "--partial"]) == 4
-    assert "nothing is finished yet" in capsys.readouterr().out
+    assert "no shard is finished yet" in capsys.readouterr().out
     assert not output.exists()
 
 

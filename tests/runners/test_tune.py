@@ -454,8 +454,8 @@ def test_without_a_gpu_or_triton_one_line_says_so(
         (["--model", "esm3"], "invalid choice: 'esm3'"),
         (["--dtype", "fp16,fp64"], "'fp16,fp64' is not a list of fp32, tf32, fp16, bf16"),
         (["--dtype", ""], "is not a list of"),
-        (["--tokens", "100"], "not a whole number from 1024"),
-        (["--time-limit", "0"], "not a whole number from 1"),
+        (["--tokens", "100"], "not an integer from 1024"),
+        (["--time-limit", "0"], "not an integer from 1"),
         (["--device", "mps"], "mps is not supported"),
     ],
 )

@@ -110,11 +110,11 @@ def test_a_report_is_replaced_only_when_asked(request_for: ValidateRequest) -> N
     "change, error, message",
     [
         ({"device": "cuda:99"}, UsageError, "cuda:99"),
-        ({"dtypes": ("fp8",)}, UsageError, r"--dtype 'fp8' is none of fp64, fp32"),
+        ({"dtypes": ("fp8",)}, UsageError, r"--dtype 'fp8' is not one of fp64, fp32"),
         ({"thresholds": {"int8": Threshold(1.0)}}, UsageError, "--threshold 'int8'"),
-        ({"reference": "esmc"}, UsageError, "--reference 'esmc' is none of esm-packed, fair-esm"),
+        ({"reference": "esmc"}, UsageError, "--reference 'esmc' is not one of esm-packed, fair-esm"),
         ({"dtypes": ("tf32",)}, ReportError, "no mode can run: tf32: .*needs a CUDA device"),
-        ({"fasta": "missing.fasta"}, InputError, "missing.fasta: there is no such file"),
+        ({"fasta": "missing.fasta"}, InputError, "missing.fasta: no such file"),
     ],
 )
 def test_mistakes_are_named_before_anything_is_written(
@@ -127,7 +127,7 @@ def test_mistakes_are_named_before_anything_is_written(
 
 def test_a_file_is_no_folder(request_for: ValidateRequest) -> None:
     request_for.output.write_text("mine")
-    with pytest.raises(UsageError, match="exists and is no folder"):
+    with pytest.raises(UsageError, match="not a directory; name a directory"):
         validate_file(request_for, QUIET)
     assert request_for.output.read_text() == "mine"
 

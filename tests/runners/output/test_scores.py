@@ -160,5 +160,5 @@ def test_tables_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monke
         check_table(tmp_path / "out.h5")
     check_table(tmp_path / "out.CSV")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(UserError, match="pyarrow is not installed; pip install pyarrow adds it"):
+    with pytest.raises(UserError, match="pyarrow is not installed; install it with: pip install pyarrow"):
         check_table(tmp_path / "out.parquet")
