@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from esm_packed import kernels
 from esm_packed.errors import UserError
-from esm_packed.kernels import dispatch
+from esm_packed.kernels import dispatch, launch
 from esm_packed.kernels.reference import packed_attention
 from esm_packed.numerics import Precision
 
@@ -237,14 +237,22 @@ BACKENDS: dict[str, Backend] = {
 WAITING_BACKENDS = ("sdpa", "reference")
 """They read `cu_seqlens` back from the device, so that no CUDA graph can hold them."""
 
-_AUTO_ORDER = ("flash3", "varlen", "flash2", "triton", "sdpa")
+AUTO_ORDER = ("flash3", "varlen", "flash2", "triton", "sdpa")
 """The others run only when named: `fa3_fwd` and `flash4` are unproven here, `reference` is slow."""
+
+
+def _auto_order(device: torch.device, dtype: torch.dtype, head_dim: int) -> list[str]:
+    """First the backends that tuning timed on this GPU, as it ranked them, then the others."""
+    timed = launch.tuned_attention(device).get(launch.attention_key(head_dim, dtype), [])
+    return [*(name for name in timed if name in BACKENDS), *AUTO_ORDER]
 
 
 def select_backend(
     name: str, device: torch.device, precision: Precision, head_dim: int
 ) -> tuple[str, PackedAttention]:
     """The attention backend `name`, or with `auto` the first that serves; FP64 takes the reference.
+
+    `auto` follows what `esm-packed tune` timed on this GPU for head_dim and dtype, and else a fixed order.
 
     Returns:
         The name of the backend chosen, and its function.
@@ -256,7 +264,8 @@ def select_backend(
     if name == "auto":
         if dtype == torch.float64:
             return "reference", packed_attention
-        name = next(name for name in _AUTO_ORDER if BACKENDS[name].obstacle(device, dtype, head_dim) is None)
+        order = _auto_order(device, dtype, head_dim)
+        name = next(name for name in order if BACKENDS[name].obstacle(device, dtype, head_dim) is None)
     elif name not in BACKENDS:
         raise BackendError(f"attention {name!r} is not known; choose from auto, {', '.join(BACKENDS)}")
     obstacle = BACKENDS[name].obstacle(device, dtype, head_dim)

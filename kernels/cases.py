@@ -451,7 +451,7 @@ CASES: dict[str, Case] = {
             since=80,
             candidates=lambda gemm, shape, dtype: gemm.CANDIDATES,
         ),
-        # Elsewhere there is no choice. It is behind its kernels, which are then as fast as they get.
+        # Elsewhere there is no choice.
         Case(
             "linear_gelu",
             "gemm",
@@ -465,7 +465,7 @@ CASES: dict[str, Case] = {
         ),
     )
 }
-"""By name, in the order they are tuned."""
+"""By name."""
 
 
 def relative_errors(actual: Results, truth: Results) -> dict[str, float]:

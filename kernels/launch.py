@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -31,27 +32,46 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def _tuned(device: torch.device, part: str, warn: bool) -> dict[str, Any]:
+    """A part of what tuning found for a device; empty where nothing was, or with another Triton."""
+    if device.type != "cuda":
+        return {}
+    path = config_path(torch.cuda.get_device_name(device))
+    if not path.exists():
+        return {}
+    tuned: dict[str, Any] = json.loads(path.read_text())
+    here = importlib.metadata.version("triton")
+    if tuned["triton"].split(".")[:2] != here.split(".")[:2]:
+        if warn:
+            warnings.warn(
+                f"{path} was tuned with Triton {tuned['triton']}, not {here}; "
+                "`esm-packed tune` makes it anew",
+                stacklevel=3,
+            )
+        return {}
+    found: dict[str, Any] = tuned.get(part, {})
+    return found
+
+
 @cache
 def tuned_settings(device: torch.device) -> dict[str, Settings]:
     """Tuned settings of a device, `KERNEL/SIZE/DTYPE` to settings; empty where none were measured.
 
     The dictionary is the live one: `esm-packed tune` puts the settings it tries into it.
     """
-    if device.type != "cuda":
-        return {}
-    path = config_path(torch.cuda.get_device_name(device))
-    if not path.exists():
-        return {}
-    tuned = json.loads(path.read_text())
-    here = importlib.metadata.version("triton")
-    if tuned["triton"].split(".")[:2] != here.split(".")[:2]:
-        warnings.warn(
-            f"{path} was tuned with Triton {tuned['triton']}, not {here}; `esm-packed tune` makes it anew",
-            stacklevel=2,
-        )
-        return {}
-    settings: dict[str, Settings] = tuned["settings"]
-    return settings
+    return _tuned(device, "settings", warn=True)
+
+
+@cache
+def tuned_attention(device: torch.device) -> dict[str, list[str]]:
+    """Attention backends of a device, the fastest first, by `attention_key`; empty where none were timed."""
+    measured = _tuned(device, "attention", warn=False)  # `tuned_settings` warns of the same file
+    return {key: list(entry["order"]) for key, entry in measured.items()}
+
+
+def attention_key(head_dim: int, dtype: torch.dtype) -> str:
+    """The key of `tuned_attention`: `64/float16`."""
+    return f"{head_dim}/{dtype_name(dtype)}"
 
 
 def settings_key(kernel: str, size: int, dtype: torch.dtype) -> str:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -25,19 +25,27 @@ from esm_packed.config import ESM2_MODELS
 from esm_packed.errors import UsageError
 from esm_packed.files import whole_or_nothing
 from esm_packed.kernels import launch
-from esm_packed.kernels.cases import Arguments, Case, Results
+from esm_packed.kernels.cases import Arguments
 from esm_packed.kernels.launch import Settings
-from esm_packed.kernels.timing import Rounds, num_buffers
+from esm_packed.kernels.timing import num_buffers
 from esm_packed.numerics import PRECISIONS, matmul_precision, resolve_device
+from esm_packed.runners.system.environment import num_cpus
+from esm_packed.runners.tuning_attention import BackendOrder, contests, order_backends
+from esm_packed.runners.tuning_compilation import compiled_ahead
 from esm_packed.runners.tuning_problems import TuningProblem, problems
+from esm_packed.runners.tuning_trials import (
+    FINAL_ROUNDS,
+    FINALISTS,
+    LEAST_GAIN,
+    SCREENING_ROUNDS,
+    Timer,
+    Trial,
+    agree,
+    attempt,
+    time_in_turns,
+)
 from esm_packed.runners.watch.console import Console, duration
 from esm_packed.version import __version__
-
-LEAST_GAIN = 0.02
-"""Share of the heuristic's time that settings must save to be kept: less may be chance."""
-
-SCREENING_ROUNDS, FINAL_ROUNDS, FINALISTS = 5, 21, 3
-"""The fastest candidates of a few rounds meet the heuristic again: the first of many is partly luck."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,7 @@ class TuneRequest:
         device: a CUDA device.
         output: the file to write; None for where launches look for it.
         time_limit: seconds after which no further kernel is begun, or None.
+        jobs: processes that compile candidates ahead; None for one less than there are CPUs.
     """
 
     models: tuple[str, ...] = tuple(ESM2_MODELS)
@@ -59,29 +68,7 @@ class TuneRequest:
     device: str = "cuda"
     output: Path | None = None
     time_limit: float | None = None
-
-
-@dataclass(frozen=True)
-class Trial:
-    """Settings to be timed; None are the heuristic's.
-
-    Args:
-        settings: what `launch` launches with.
-        launch: runs the kernel once on each of several buffers.
-        restore: undoes what in-place launches did to the buffers.
-        launches: number of buffers.
-    """
-
-    settings: Settings | None
-    launch: Callable[[], object]
-    restore: Callable[[], None]
-    launches: int
-
-
-class Timer(Protocol):
-    """Tells the median time of one launch in microseconds, for trials measured in turns."""
-
-    def __call__(self, trials: Sequence[Trial], rounds: int, /) -> list[float]: ...
+    jobs: int | None = None
 
 
 @dataclass(frozen=True)
@@ -165,8 +152,8 @@ def _search(
     for settings in (None, *problem.candidates):
         put(settings)
         restore([arguments])
-        results = _attempt(case, arguments)
-        if results and _agree(results, truth, case.input_precision):
+        results = attempt(case, case.function, arguments)
+        if results and agree(results, truth, case.input_precision):
             right.append(settings)
             tensors = {id(x): x for x in (*arguments.values(), *results.values()) if torch.is_tensor(x)}
             num_bytes = sum(tensor.nbytes for tensor in tensors.values())
@@ -203,52 +190,6 @@ def _search(
     return Outcome(problem.key, right[best], heuristic_us, times[best], len(problem.candidates), dropped)
 
 
-def _attempt(case: Case, arguments: Arguments) -> Results:
-    """The results; none if these settings do not compile or need more than the GPU has."""
-    from triton.runtime.errors import TritonError
-
-    try:
-        return case.results(case.function, arguments)
-    except torch.OutOfMemoryError:
-        raise
-    except (TritonError, RuntimeError):  # LLVM and the driver report theirs as RuntimeError
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()  # raises if the GPU cannot go on after this
-        return {}
-
-
-def _agree(results: Results, truth: Results, input_precision: str | None) -> bool:
-    """Whether rounding alone parts `results` from the FP32 `truth`, as a whole and in every element."""
-    for name, expected in truth.items():
-        actual = results[name]
-        if not actual.is_floating_point():
-            if not torch.equal(actual, expected):
-                return False
-            continue
-        unit = torch.finfo(actual.dtype).eps
-        if actual.dtype == torch.float32:
-            unit = 2.0**-8 if input_precision == "tf32" else 32 * unit
-        error, largest = actual.float() - expected, float(expected.abs().max())
-        # NaN must disagree, so the comparisons are this way round.
-        if not (
-            float(error.norm()) <= unit * float(expected.norm())
-            and float(error.abs_().max()) <= 4 * unit * largest
-        ):
-            return False
-    return True
-
-
-def time_in_turns(device: torch.device, trials: Sequence[Trial], rounds: int, /) -> list[float]:
-    """Median microseconds of one launch of each trial; see `kernels.timing`."""
-    pool = torch.cuda.graph_pool_handle()
-    timed = [Rounds([trial.launch], device, reset=trial.restore, pool=pool) for trial in trials]
-    for _ in range(rounds):
-        for one in timed:
-            one.prepare()
-            one.run()
-    return [1e6 * one.median / trial.launches for one, trial in zip(timed, trials, strict=True)]
-
-
 def search_all(
     work: Sequence[TuningProblem],
     tuned: dict[str, Settings],
@@ -257,8 +198,12 @@ def search_all(
     save: Callable[[Outcome], None],
     console: Console,
     time_limit: float | None = None,
+    compiled: Callable[[int], object] = lambda number: None,
 ) -> list[Outcome]:
-    """Search for one problem after the other, saving each outcome at once; see `search`."""
+    """Search for one problem after the other, saving each outcome at once; see `search`.
+
+    `compiled` waits until the candidates of a problem are; it is called with its place in `work`.
+    """
     begin = time.monotonic()
     outcomes: list[Outcome] = []
     total = sum(len(problem.candidates) + 1 for problem in work)
@@ -275,7 +220,9 @@ def search_all(
                 break
             bar.set_description(problem.key)
             try:
+                compiled(number)
                 outcome = search(problem, tuned, timer, num_buffers, bar.update)
+                save(outcome)
             except torch.OutOfMemoryError:
                 note(f"{problem.key}: left as it was, there is too little memory; lower --tokens")
                 continue
@@ -284,7 +231,6 @@ def search_all(
                 raise
             except RuntimeError as error:
                 raise RuntimeError(f"{problem.key}: {error}") from error
-            save(outcome)
             outcomes.append(outcome)
             if bar.disable:
                 left = (time.monotonic() - begin) * (len(work) / (number + 1) - 1)
@@ -323,20 +269,38 @@ def save_outcome(path: Path, facts: Mapping[str, Any], outcome: Outcome) -> None
         facts: its other fields; `gpu` among them.
         outcome: replaces what the file has for its key.
     """
-    before = read_settings(path, facts["gpu"])
-    settings: dict[str, Settings] = before.get("settings", {})
-    _put(settings, outcome.key, outcome.settings)
-    measured: dict[str, Any] = before.get("measured", {})
-    measured[outcome.key] = {
+    content = {"settings": {}, "measured": {}} | read_settings(path, facts["gpu"]) | dict(facts)
+    _put(content["settings"], outcome.key, outcome.settings)
+    content["measured"][outcome.key] = {
         "heuristic_us": _rounded(outcome.heuristic_us),
         "tuned_us": _rounded(outcome.tuned_us),
         "gain": _rounded(outcome.gain),
         "candidates": outcome.candidates,
         "dropped": outcome.dropped,
     }
-    content = json.dumps({**facts, "settings": settings, "measured": measured}, indent=1)
+    _write(path, content)
+
+
+def save_order(path: Path, facts: Mapping[str, Any], order: BackendOrder) -> None:
+    """Merge the order of attention backends into the file at `path`, as `save_outcome` does an outcome."""
+    content = (
+        {"settings": {}, "measured": {}, "attention": {}} | read_settings(path, facts["gpu"]) | dict(facts)
+    )
+    content["attention"][order.key] = {
+        "order": order.order,
+        "microseconds": {
+            length_class: {name: _rounded(time_us) for name, time_us in times.items()}
+            for length_class, times in order.microseconds.items()
+        },
+        "dropped": order.dropped,
+    }
+    _write(path, content)
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> None:
+    text = json.dumps(content, indent=1)
     with whole_or_nothing(path) as temporary:
-        temporary.write_text(content + "\n", encoding="utf-8")
+        temporary.write_text(text + "\n", encoding="utf-8")
 
 
 def _rounded(value: float | None) -> float | None:
@@ -367,6 +331,21 @@ def tune(request: TuneRequest, console: Console) -> list[str]:
     Raises:
         UsageError: there is no GPU or no Triton, or the settings cannot be written.
     """
+    device = _gpu(request)
+    gpu = torch.cuda.get_device_name(device)
+    live_path = launch.config_path(gpu)
+    path = request.output or live_path
+    check_output(path, gpu)
+    read_settings(live_path, gpu)
+    outcomes, orders = _measure(request, device, path, console)
+    lines = summary(outcomes, orders)
+    lines.append(f"written to {path}")
+    if path.resolve() != live_path.resolve():
+        lines.append(f"copy it to {live_path} for launches to use it")
+    return lines
+
+
+def _gpu(request: TuneRequest) -> torch.device:
     if importlib.util.find_spec("triton") is None:
         raise UsageError("tune measures Triton kernels, and Triton is not installed")
     if not torch.cuda.is_available():
@@ -377,16 +356,17 @@ def tune(request: TuneRequest, console: Console) -> list[str]:
         raise UsageError(str(error)) from error
     if device.type != "cuda":
         raise UsageError(f"tune measures a GPU, which {request.device} is not; choose cuda or cuda:INDEX")
-    gpu = torch.cuda.get_device_name(device)
-    live_path = launch.config_path(gpu)
-    path = request.output or live_path
-    check_output(path, gpu)
-    read_settings(live_path, gpu)
+    return device
 
+
+def _measure(
+    request: TuneRequest, device: torch.device, path: Path, console: Console
+) -> tuple[list[Outcome], list[BackendOrder]]:
+    """Search for settings of every kernel; behind our attention kernel, its rivals take turns with it."""
     import triton
 
     facts = {
-        "gpu": gpu,
+        "gpu": torch.cuda.get_device_name(device),
         "capability": ".".join(map(str, torch.cuda.get_device_capability(device))),
         "torch": torch.__version__,
         "triton": triton.__version__,
@@ -396,25 +376,44 @@ def tune(request: TuneRequest, console: Console) -> list[str]:
     }
     configs = [ESM2_MODELS[name] for name in request.models]
     precisions = [PRECISIONS[name] for name in request.dtypes]
-    with torch.cuda.device(device), torch.no_grad():
+    work = problems(configs, precisions, request.tokens, device)
+    timer, buffers = partial(time_in_turns, device), partial(num_buffers, device=device)
+    competing, orders = contests(configs, precisions), list[BackendOrder]()
+
+    def save(outcome: Outcome) -> None:
+        save_outcome(path, facts, outcome)
+        if outcome.key in competing:
+            config, precision = competing[outcome.key]
+            try:
+                order = order_backends(config, precision, request.tokens, device, timer, buffers)
+            except torch.OutOfMemoryError:
+                console.note(f"{outcome.key}: backends not timed, there is too little memory; lower --tokens")
+                return
+            if order is not None:
+                save_order(path, facts, order)
+                orders.append(order)
+
+    jobs = max(0, num_cpus() - 1) if request.jobs is None else request.jobs
+    with (
+        torch.cuda.device(device),
+        torch.no_grad(),
+        compiled_ahead(configs, precisions, request.tokens, device, work, jobs) as compiled,
+    ):
         outcomes = search_all(
-            problems(configs, precisions, request.tokens, device),
+            work,
             launch.tuned_settings(device),
-            partial(time_in_turns, device),
-            partial(num_buffers, device=device),
-            partial(save_outcome, path, facts),
+            timer,
+            buffers,
+            save,
             console,
             request.time_limit,
+            compiled,
         )
-    lines = summary(outcomes)
-    lines.append(f"written to {path}")
-    if path.resolve() != live_path.resolve():
-        lines.append(f"copy it to {live_path} for launches to use it")
-    return lines
+    return outcomes, orders
 
 
-def summary(outcomes: Sequence[Outcome]) -> list[str]:
-    """A table of what was found."""
+def summary(outcomes: Sequence[Outcome], orders: Sequence[BackendOrder] = ()) -> list[str]:
+    """A table of what was found, and the attention backends by head_dim and dtype."""
     lines = [f"{'kernel/size/dtype':34} {'heuristic':>12} {'tuned':>12} {'gain':>7}  settings"]
     lines += [_row(outcome) for outcome in outcomes]
     faster = sum(outcome.settings is not None for outcome in outcomes)
@@ -424,6 +423,12 @@ def summary(outcomes: Sequence[Outcome]) -> list[str]:
         f"{faster} of {len(outcomes)} kernels with settings of their own; of {candidates} candidates "
         f"{dropped} failed and were dropped"
     )
+    for order in orders:
+        times = "; ".join(
+            f"{length_class} " + ", ".join(f"{name} {time_us:.1f} us" for name, time_us in times.items())
+            for length_class, times in order.microseconds.items()
+        )
+        lines.append(f"attention {order.key}: {order.order[0]} is fastest ({times})")
     return lines
 
 

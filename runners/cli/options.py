@@ -49,6 +49,7 @@ examples:
   esm-packed tune --device cuda:1 --time-limit 600 -o my-gpu.json
 
 Settings that give wrong results are rejected, and only those that save over 2% of a kernel's time are kept.
+Attention backends are timed too: --attention auto then prefers the fastest on this GPU.
 The settings of each kernel are written as soon as they are found; those of other kernels stay in the file."""
 
 
@@ -235,6 +236,12 @@ def _add_tune(commands: argparse._SubParsersAction[Parser]) -> None:
         type=values.whole_number(1),
         metavar="SECONDS",
         help="do not start another kernel after this time",
+    )
+    parser.add_argument(
+        "--jobs",
+        type=values.whole_number(0),
+        metavar="N",
+        help="processes that compile settings ahead of their turn (default: all CPU cores but one)",
     )
     parser.add_argument(
         "-o",

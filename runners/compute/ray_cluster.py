@@ -19,6 +19,7 @@ import torch
 from esm_packed.errors import UsageError
 from esm_packed.runners.compute.ray_worker import RayWorker
 from esm_packed.runners.state.request import EmbedRequest
+from esm_packed.runners.system.environment import num_cpus
 from esm_packed.runners.system.signals import ENDING_SIGNALS
 from esm_packed.runners.system.terminal import counted
 from esm_packed.runners.watch.metrics import Snapshot, StageTimes
@@ -117,12 +118,11 @@ class RayCluster:
             _check_reachable(request.ray_address)
             options["address"] = request.ray_address
         else:
-            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
             options |= {
                 "address": "local",
                 "include_dashboard": False,
                 "object_store_memory": OBJECT_STORE_BYTES,
-                "num_cpus": max(cores, (request.workers or 1) * (request.threads or 1)),
+                "num_cpus": max(num_cpus(), (request.workers or 1) * (request.threads or 1)),
             }
             if num_gpus:
                 options["num_gpus"] = num_gpus

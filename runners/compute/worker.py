@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import platform
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ from esm_packed.runners.state.request import EmbedRequest
 from esm_packed.runners.state.run import Run
 from esm_packed.runners.state.shard import Items, ShardInput, ShardWriter
 from esm_packed.runners.state.slices import Slice
+from esm_packed.runners.system.environment import num_cpus
 from esm_packed.version import __version__
 
 _GIVEN_AT_ONCE = 32
@@ -226,7 +226,7 @@ def check_threads(threads: int | None) -> None:
     Raises:
         UsageError: there are many times more than CPUs.
     """
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cpus = num_cpus()
     most = max(LEAST_MOST_THREADS, THREADS_PER_CPU * cpus)
     if threads is not None and threads > most:
         raise UsageError(f"--threads {threads}: this machine has {cpus} CPUs; choose at most {most} threads")

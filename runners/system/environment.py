@@ -1,4 +1,4 @@
-"""Environment variables that are switches."""
+"""Environment variables that are switches, and the number of CPUs."""
 
 from __future__ import annotations
 
@@ -12,6 +12,11 @@ _OFF = ("0", "false", "no", "")
 
 class EnvironmentSwitchError(UserError, ValueError):
     """The value of an environment variable is neither on nor off; the message names the variable."""
+
+
+def num_cpus() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def is_on(variable: str) -> bool:

@@ -120,6 +120,7 @@ def test_obstacles_on_a_gpu(
 )
 def test_auto_on_a_gpu(monkeypatch: pytest.MonkeyPatch, mode: str, expected: str) -> None:
     """FP32 and TF32, which no FlashAttention computes, are packed all the same."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU that was never tuned")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(dispatch, "TRITON_DEVICES", {"cuda"})
     name, attend = attention.select_backend("auto", torch.device("cuda"), PRECISIONS[mode], 64)
@@ -147,6 +148,7 @@ def test_a_gpu_older_than_sm_80_takes_sdpa(monkeypatch: pytest.MonkeyPatch, mode
 
 def test_without_triton_fp32_on_a_gpu_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "TRITON_DEVICES", set())
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU that was never tuned")
     device = torch.device("cuda")
     assert attention.select_backend("auto", device, PRECISIONS["fp32"], 64)[0] == "sdpa"
     with pytest.raises(attention.BackendError, match="Triton is not installed: pip install triton"):

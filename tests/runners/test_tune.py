@@ -25,8 +25,10 @@ from esm_packed.kernels.timing import num_buffers
 from esm_packed.numerics import PRECISIONS
 from esm_packed.runners import tune
 from esm_packed.runners.cli import main as cli
-from esm_packed.runners.tune import Outcome, Trial
+from esm_packed.runners.tune import Outcome
+from esm_packed.runners.tuning_attention import order_backends
 from esm_packed.runners.tuning_problems import TuningProblem, problems, sample_lengths
+from esm_packed.runners.tuning_trials import SCREENING_ROUNDS, Timer, Trial, time_in_turns
 from esm_packed.runners.watch.console import Console
 
 CONFIG = ESM2Config(num_layers=1, hidden_size=64, num_heads=2)
@@ -47,8 +49,9 @@ class FakeTimer:
         for trial in trials:
             trial.restore()
             trial.launch()
-            self.timed.append(trial.settings)
-        return [self.microseconds(trial.settings) for trial in trials]
+        settings = [trial.settings for trial in trials if not isinstance(trial.settings, str)]
+        self.timed += settings
+        return [self.microseconds(tried) for tried in settings]
 
 
 @pytest.fixture
@@ -75,7 +78,7 @@ def problem_of(kernel: str, device: torch.device, precision: str = "fp16") -> Tu
     return next(problem for problem in found if problem.key.startswith(f"{kernel}/"))
 
 
-def search(problem: TuningProblem, tuned: dict[str, Settings], timer: tune.Timer) -> Outcome:
+def search(problem: TuningProblem, tuned: dict[str, Settings], timer: Timer) -> Outcome:
     return tune.search(problem, tuned, timer, lambda num_bytes: 2)
 
 
@@ -92,7 +95,16 @@ def test_every_kernel_of_a_precision_is_searched(precision: str, triton_device: 
     assert {key.split("/")[0] for key in keys} == expected
     assert ("bias_gelu_/256/float16" in keys) == (precision == "fp16")
     assert "layer_norm/64/float32" in keys  # of the residual stream, in every mode
-    assert not half or keys[-1].startswith("linear_gelu/64/")
+    order = list(dict.fromkeys(key.split("/")[0] for key in keys))
+    assert order[0].startswith("packed_attention")
+    if half:
+        assert order[:5] == [
+            "packed_attention",
+            "gemm_bias_gelu",
+            "linear_gelu",
+            "add_layer_norm_",
+            "bias_gelu_",
+        ]
 
 
 @pytest.mark.parametrize(
@@ -107,7 +119,11 @@ def test_inputs_suit_their_kernel(
         for problem in problems([CONFIG], [PRECISIONS[precision]], 40, triton_device)
     ]
     timer = FakeTimer(lambda settings: 1.0 if settings in [p.candidates[-1] for p in work] else 2.0)
-    outcomes = tune.search_all(work, tuned, timer, lambda num_bytes: 1, lambda outcome: None, QUIET)
+    waited: list[int] = []
+    outcomes = tune.search_all(
+        work, tuned, timer, lambda num_bytes: 1, lambda outcome: None, QUIET, compiled=waited.append
+    )
+    assert waited == list(range(len(work)))
     assert [outcome.key for outcome in outcomes] == [problem.key for problem in work]
     for problem, outcome in zip(work, outcomes, strict=True):
         assert outcome.dropped == 0, outcome
@@ -269,7 +285,7 @@ def test_luck_in_the_first_rounds_does_not_decide(
     lucky, steady, *_ = problem.candidates
 
     def timer(trials: Sequence[Trial], rounds: int, /) -> list[float]:
-        first = rounds == tune.SCREENING_ROUNDS
+        first = rounds == SCREENING_ROUNDS
         times = {json.dumps(lucky): 1.0 if first else 9.0, json.dumps(steady): 2.0, "null": 8.0}
         return [times.get(json.dumps(trial.settings), 7.0) for trial in trials]
 
@@ -456,6 +472,7 @@ def test_without_a_gpu_or_triton_one_line_says_so(
         (["--dtype", ""], "is not a list of"),
         (["--tokens", "100"], "not an integer from 1024"),
         (["--time-limit", "0"], "not an integer from 1"),
+        (["--jobs", "-1"], "not an integer from 0"),
         (["--device", "mps"], "mps is not supported"),
     ],
 )
@@ -500,6 +517,7 @@ def test_the_command_from_its_options_to_the_table(
     monkeypatch.setattr(tune, "time_in_turns", lambda device, trials, rounds: timer(trials, rounds))
     output = tmp_path / "mine.json"
     options = ["--model", "esm2_t6_8M_UR50D", "--dtype", "fp16,fp32", "--tokens", "2048", "-o", str(output)]
+    options += ["--jobs", "0"]
     assert cli.main(["tune", "--device", "cuda:1", *options]) == 0
     assert asked == [([ESM2_MODELS["esm2_t6_8M_UR50D"]], ["fp16", "fp32"], 2048, torch.device("cuda", 1))]
     lines = capsys.readouterr().out.splitlines()
@@ -517,7 +535,7 @@ def test_the_command_from_its_options_to_the_table(
     assert {"gpu", "capability", "torch", "triton", "esm_packed", "date", "tokens"} < set(content)
     assert (content["gpu"], content["capability"], content["tokens"]) == (GPU, "9.0", 2048)
 
-    assert cli.main(["tune", "--model", "all"]) == 0
+    assert cli.main(["tune", "--model", "all", "--jobs", "0"]) == 0
     assert asked[1][0] == list(ESM2_MODELS.values())
     assert capsys.readouterr().out.splitlines()[-1] == f"written to {launch.config_path(GPU)}"
     assert cli.main(["tune", "--device", "cpu"]) == 2
@@ -532,7 +550,7 @@ def test_on_a_gpu(cuda_device: torch.device) -> None:
     config = ESM2Config(num_layers=1, hidden_size=1280, num_heads=20)
     try:
         with torch.cuda.device(cuda_device):
-            timer = partial(tune.time_in_turns, cuda_device)
+            timer = partial(time_in_turns, cuda_device)
             for problem in problems([config], [PRECISIONS["fp16"]], 16384, cuda_device):
                 outcome = tune.search(
                     replace(problem, candidates=problem.candidates[::6]),
@@ -543,6 +561,16 @@ def test_on_a_gpu(cuda_device: torch.device) -> None:
                 assert outcome.heuristic_us is not None, problem.key
                 assert outcome.tuned_us is not None
                 assert 1 < outcome.tuned_us <= outcome.heuristic_us < 1e5, outcome
+            order = order_backends(
+                config,
+                PRECISIONS["fp16"],
+                16384,
+                cuda_device,
+                timer,
+                partial(num_buffers, device=cuda_device),
+            )
+            assert order is not None
+            assert {"varlen", "triton"} <= set(order.order)
             sleep = torch.empty(1 << 27, dtype=torch.int8, device=cuda_device)
             once = Trial(None, lambda: sleep.zero_(), lambda: None, 1)
             twice = Trial(None, lambda: (sleep.zero_(), sleep.zero_()), lambda: None, 1)
