@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
-from contenders.batching import plan_unsorted
 from measuring import DEVICE, ON_GPU, record
+from padding_shares import PLANNERS, Packs, batch_sizes
 from workloads import WORKLOADS, sample_residues
 
 from esm_packed.config import DEFAULT_TOKEN_BUDGETS
-from esm_packed.packing import SPECIAL_TOKENS, plan_packs
-from esm_packed.padding import plan_padded
+from esm_packed.packing import SPECIAL_TOKENS
 
 NUM_SEQUENCES = (1000, 1_000_000 if ON_GPU else 50_000)
 """Sorting a whole database leaves little to pad; a small file, or a shard of a large one, leaves more."""
 
 TOKEN_BUDGETS = tuple(DEFAULT_TOKEN_BUDGETS.values())
-Packs = Sequence[npt.NDArray[np.int64]]
-
-
-PLANNERS: dict[str, Callable[[npt.NDArray[np.int64], int], Packs]] = {
-    "first_fit_decreasing": plan_packs,
-    "padded_sorted": plan_padded,
-    "padded_unsorted": plan_unsorted,
-}
 
 
 def parameters(config: pytest.Config) -> dict[str, list[Any]]:
@@ -50,10 +39,7 @@ def test_packing(
 
     assert np.array_equal(np.sort(np.concatenate(packs)), np.arange(sequences))
     useful = int(lengths.sum())
-    if planner == "first_fit_decreasing":
-        sizes = [int(lengths[pack].sum()) for pack in packs]
-    else:
-        sizes = [len(pack) * int(lengths[pack].max()) for pack in packs]
+    sizes = batch_sizes(planner, lengths, packs)
     assert max(sizes) <= token_budget
     record(
         benchmark,

@@ -1,7 +1,8 @@
-"""esm-packed beside fair-esm, transformers, faesm, esm-efficient and esm-cpp, and beside its own floor.
+"""esm-packed beside other packages and runtimes as their users run them, and beside its own floor.
 
-Same weights, same proteins; each is held against FP64 before it is timed, and what cannot run is listed with
-the reason under `not_run` in the result file: README.md.
+Same weights, same proteins, each rival with the batches that are fastest for it here; each is held against
+FP64 before it is timed, and what cannot run is listed with the reason under `not_run` in the result file:
+README.md.
 """
 
 from __future__ import annotations
@@ -9,21 +10,22 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from contenders.contest import Contest, Entry, OtherModelError
+from contenders.contest import RIVALS_TOKEN_BUDGETS, Contest, Entry, OtherModelError
 from measuring import DEVICE, ON_GPU
 
 from esm_packed.config import DEFAULT_TOKEN_BUDGETS
 
 TOTAL_TOKENS = 131_072 if ON_GPU else 6000
-MAX_TOKENS_ON_CPU = 8000
 WORKLOADS = ("uniref",)
 PROVIDERS = (
     ("esm_packed", "fp32"),
     ("esm_packed", "fp16"),
+    ("esm_packed", "bf16"),
     ("fair_esm", "fp32"),
     ("fair_esm", "fp16"),
     ("transformers", "fp32"),
     ("transformers", "fp16"),
+    ("transformers", "bf16"),
     ("transformers_unsorted", "fp32"),
     ("esm_packed_transformers", "fp32"),
     ("esm_packed_transformers_unsorted", "fp32"),
@@ -34,7 +36,13 @@ PROVIDERS = (
     ("esm_efficient", "fp16"),
 )
 PACKED = ("esm_packed", "esm_efficient")
+KEEP_BUDGET = ("esm_packed", "esm_cpp", "floor_matmul_mm", "floor_matmul_best", "floor_attention")
+"""They run at the default, or form batches themselves; the others are tried with several budgets."""
+
 ON_CPU_ONLY = (
+    ("openvino", "fp32"),
+    ("openvino", "bf16"),
+    ("onnxruntime", "fp32"),
     ("esm_cpp", "fp32"),
     ("floor_matmul_mm", "fp32"),
     ("floor_matmul_best", "fp32"),
@@ -43,13 +51,29 @@ ON_CPU_ONLY = (
 
 
 def parameters(config: pytest.Config) -> dict[str, list[Any]]:
-    dtypes = config.getoption("--dtype")
-    providers = PROVIDERS if ON_GPU else PROVIDERS + ON_CPU_ONLY
+    dtypes, names = config.getoption("--dtype"), config.getoption("--provider")
+    known = PROVIDERS if ON_GPU else PROVIDERS + ON_CPU_ONLY
+    if unknown := sorted(set(names or ()) - {name for name, _ in known}):
+        choices = ", ".join(dict.fromkeys(name for name, _ in known))
+        raise pytest.UsageError(f"--provider: {unknown[0]!r} is none of {choices}")
     return {
         "model": config.getoption("--model"),
         "workload": config.getoption("--workload") or list(WORKLOADS),
-        "provider, dtype": [(name, dtype) for name, dtype in providers if not dtypes or dtype in dtypes],
+        "provider, dtype": [
+            (name, dtype)
+            for name, dtype in known
+            if (not dtypes or dtype in dtypes) and (not names or name in names)
+        ],
     }
+
+
+def takes_minutes(provider: str, dtype: str, config: pytest.Config) -> bool:
+    """Whether it is slow on a CPU and neither it nor everything has been asked for."""
+    if ON_GPU or config.getoption("--full"):
+        return False
+    dtypes, names = config.getoption("--dtype") or (), config.getoption("--provider") or ()
+    is_compiled = provider == "transformers_compiled"
+    return (dtype != "fp32" and dtype not in dtypes) or (is_compiled and provider not in names)
 
 
 def test_peer(
@@ -63,17 +87,15 @@ def test_peer(
     pytestconfig: pytest.Config,
 ) -> None:
     benchmark.group = f"peers {workload}"
-    is_slow = dtype != "fp32" or provider == "transformers_compiled"
-    if is_slow and not ON_GPU and not pytestconfig.getoption("--full"):
-        pytest.skip(f"{provider} in {dtype}: takes minutes on a CPU; --full includes it")
+    if takes_minutes(provider, dtype, pytestconfig):
+        pytest.skip(f"{provider} in {dtype}: takes minutes on a CPU; --full, or its name, includes it")
     total_tokens = pytestconfig.getoption("--tokens") or TOTAL_TOKENS
-    if not ON_GPU:
-        total_tokens = min(total_tokens, MAX_TOKENS_ON_CPU)
     budget = pytestconfig.getoption("--token-budget") or DEFAULT_TOKEN_BUDGETS[DEVICE.type]
     layout = "packed" if provider in PACKED or provider.startswith("floor") else "padded"
     if provider.endswith("_unsorted"):
         layout = "padded_unsorted"
     is_unknown = provider == "esm_cpp"
+    is_given = provider in KEEP_BUDGET or pytestconfig.getoption("--token-budget")
     entry = Entry(
         provider,
         model,
@@ -84,7 +106,7 @@ def test_peer(
         None if is_unknown else budget,
     )
     try:
-        ready = contest.ready(entry)
+        ready = contest.ready(entry, () if is_given else RIVALS_TOKEN_BUDGETS)
     except (ImportError, OtherModelError) as error:
         pytest.skip(f"{provider} in {dtype}: {error}")
     benchmark.pedantic(ready.run, rounds=3 if ON_GPU and dtype != "fp32" else 1)

@@ -46,6 +46,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--workload", type=_names(tuple(WORKLOADS)), help=", ".join(WORKLOADS), **names)
     dtypes = tuple(name for name in PRECISIONS if name != "fp64" and (ON_GPU or name != "tf32"))
     group.addoption("--dtype", type=_names(dtypes), help=", ".join(dtypes), **names)
+    group.addoption("--provider", type=lambda text: text.split(","), help="only these contenders", **names)
     group.addoption("--full", action="store_true", help="more models: all six on a GPU, up to 150M on a CPU")
     group.addoption("--blocks", type=_positive, default=5 if ON_GPU else 3, help="default: %(default)s")
     group.addoption("--tokens", type=_positive, help="of each workload, BOS and EOS included")

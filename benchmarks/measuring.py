@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from rates import copy_rate, matmul_rate
+from rates import copy_rate, library_rates, matmul_rate
 
 from esm_packed.config import ESM2Config
 from esm_packed.numerics import PRECISIONS
@@ -203,11 +203,15 @@ def machine_info(command: Sequence[str]) -> dict[str, Any]:
     Args:
         command: arguments of pytest.
     """
-    packages = ("torch", "triton", "flash-attn", "fair-esm", "transformers", "faesm", "esm-efficient")
+    packages = (
+        *("torch", "triton", "flash-attn", "fair-esm", "transformers", "faesm", "esm-efficient"),
+        *("openvino", "onnxruntime"),
+    )
     cuda, matmul = torch.backends.cuda, torch.backends.cuda.matmul
     found: dict[str, Any] = {
         "cpu_model": cpu_name(),
         "cpu_cores": os.cpu_count(),
+        "cpu_matmul_rates": None if ON_GPU else library_rates(),
         "load_average": os.getloadavg()[0],
         "threads": torch.get_num_threads(),
         "packages": {package: _version(package) for package in packages},

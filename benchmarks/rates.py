@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
+import torch.nn.functional as F
 
 from esm_packed import kernels
 from esm_packed.kernels.timing import time_call
@@ -40,3 +44,27 @@ def matmul_rate(device: torch.device, mode: str) -> float:
 
     with matmul_precision(PRECISIONS[mode]):
         return 2 * size**3 / min(time_call(multiply, device, 10))
+
+
+def library_rates() -> dict[str, float]:
+    """Floating-point operations per second of a linear layer of 1,024 x 1,024 x 1,024 in each CPU library.
+
+    PyTorch hands `F.linear` in FP32 to MKL where it was built with it, else to another BLAS; what it calls
+    oneDNN is asked for by name.
+    """
+    size = 1024
+    states, weight = torch.randn(size, size), torch.randn(size, size)
+    bias = torch.zeros(size)
+    has_mkl: bool = torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
+    calls: dict[str, Callable[[], object]] = {
+        "MKL FP32" if has_mkl else "BLAS FP32": lambda: F.linear(states, weight, bias)
+    }
+    if torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        for dtype in (torch.float32, torch.bfloat16):
+            operands = [tensor.to(dtype) for tensor in (states, weight, bias)]
+            calls[f"oneDNN {'FP32' if dtype == torch.float32 else 'BF16'}"] = partial(
+                torch.ops.mkldnn._linear_pointwise, *operands, "none", [], ""
+            )
+    cpu = torch.device("cpu")
+    with torch.inference_mode():
+        return {name: 2 * size**3 / min(time_call(call, cpu, 10)) for name, call in calls.items()}

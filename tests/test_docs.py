@@ -151,29 +151,6 @@ def test_errors_of_mistakes_are_the_published_ones(name: str) -> None:
 SPEED = PUBLISHED / "cpu-amd-epyc-2-cores" / "speedup.md"
 
 
-def rows_of(page: Path, heading: str) -> Iterator[list[str]]:
-    """Cells of the first table below a heading, without its header."""
-    _, _, text = page.read_text().partition(f"{heading}\n")
-    lines = [line for line in text.partition("\n#")[0].splitlines() if line.startswith("|")]
-    for line in lines[2:]:
-        yield [cell.strip() for cell in line.strip("|").split("|")]
-
-
-def test_shares_of_padding_are_the_published_ones() -> None:
-    workloads = {"UniRef50": "uniref", "a proteome": "proteome", "about 50 residues": "short50"}
-    published = {
-        (lengths, int(sequences.replace(",", "")), int(budget.replace(",", "")), batches): padding
-        for lengths, budget, batches, _, _, padding, sequences, _ in rows_of(SPEED, "## Packing")
-    }
-    rows = list(rows_of(ROOT / "docs" / "packing.md", "# When packing pays"))
-    assert rows
-    for lengths, sequences, batch, unsorted, sorted_, packed in rows:
-        key = workloads[lengths], int(sequences.replace(",", "")), int(batch.split()[0].replace(",", ""))
-        assert published[*key, "padded, input order"] == unsorted
-        assert published[*key, "padded, sorted"] == sorted_
-        assert float(published[*key, "packed, first-fit decreasing"].rstrip("%")) == float(packed.rstrip("%"))
-
-
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_speed_ratios_are_published(page: Path) -> None:
     published = SPEED.read_text() + (PUBLISHED / "README.md").read_text()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from contenders.packages import (
     Provider,
     Transformers,
 )
+from contenders.runtimes import OnnxRuntime, OpenVino
 from floors import AttentionFloor, MatmulFloor
 from measuring import (
     DEVICE,
@@ -40,6 +42,12 @@ from esm_packed.config import DEFAULT_TOKEN_BUDGETS, ESM2Config
 from esm_packed.model import ESM2
 from esm_packed.numerics import PRECISIONS
 from esm_packed.packing import SPECIAL_TOKENS, pack
+
+RIVALS_TOKEN_BUDGETS = (1024, 4096, 16_384) if not ON_GPU else (DEFAULT_TOKEN_BUDGETS["cuda"],)
+"""Padded tokens in a batch that a rival is tried with, for it to be timed at its best."""
+
+NUM_WARMING = 8
+"""Shortest proteins that a provider computes before its token budgets are compared."""
 
 NUM_CHECKED = 5
 """Proteins from the shortest to the longest that are held against FP64, beside the first and the last."""
@@ -94,7 +102,8 @@ class Entry:
 class Ready:
     """A variant that has been checked, and what was learned of it.
 
-    `errors` are the worst relative L2 and maximum absolute errors of mean embeddings, and further ones.
+    `errors` are the worst relative L2 and maximum absolute errors of mean embeddings, and further ones;
+    `seconds_by_token_budget` those of one pass with each token budget that was tried.
     """
 
     entry: Entry
@@ -104,6 +113,7 @@ class Ready:
     errors: dict[str, float | None]
     peak_memory_bytes: int | None
     launches: int | None
+    seconds_by_token_budget: dict[int | None, float] | None = None
 
     def run(self) -> None:
         """One pass over all proteins; returns when the device is done."""
@@ -135,6 +145,7 @@ class Ready:
             floor_seconds=None if is_floor else forward_floor(self.config, residues, entry.dtype, budget)[1],
             peak_memory_bytes=self.peak_memory_bytes,
             launches=self.launches,
+            seconds_by_token_budget=self.seconds_by_token_budget,
             **self.errors,
             **values,
         )
@@ -220,8 +231,13 @@ class Contest:
         self._peaks: dict[Entry, int] = {}
         self._checkpoint = lru_cache(maxsize=1)(_in_memory)
 
-    def ready(self, entry: Entry) -> Ready:
+    def ready(self, entry: Entry, token_budgets: Sequence[int] = ()) -> Ready:
         """Load, run once, hold against FP64 and verify, once for all blocks.
+
+        Args:
+            entry: the variant.
+            token_budgets: with more than one the variant takes the one with which a pass is fastest here, and
+                its entry says which; else it keeps the entry's.
 
         Raises:
             ImportError: the provider's package is missing or does not fit the others.
@@ -233,7 +249,7 @@ class Contest:
         if entry not in self._ready:
             self._give_up_memory(entry)
             try:
-                self._ready[entry] = self._prepare(entry)
+                self._ready[entry] = self._prepare(entry, token_budgets)
             except (ImportError, OtherModelError) as error:
                 self._refused[entry] = error
                 raise
@@ -260,27 +276,35 @@ class Contest:
         if ready.entry.dtype == "fp16" and in_fp32 is not None:
             assert ready.peak_memory_bytes <= in_fp32
 
-    def _prepare(self, entry: Entry) -> Ready:
+    def _prepare(self, entry: Entry, token_budgets: Sequence[int]) -> Ready:
         sequences = proteins(entry.workload, entry.total_tokens)
         provider: Provider = self._load(entry)
-        provider.prepare(sequences)
-        with expect_backend(provider):
-            provider.run()
         is_floor = entry.provider.startswith("floor")
         is_replayed = entry.provider == "esm_packed_graphs"
-        errors = {} if is_floor else self._errors(entry, provider, sequences)
+        trials: dict[int | None, tuple[float, dict[str, float | None]]] = {}
+        if len(token_budgets) > 1:
+            warm_up(provider, sequences)
+        for budget in token_budgets or (entry.token_budget,):
+            provider.token_budget = budget or 0
+            seconds = run_verified(provider, sequences)
+            trials[budget] = seconds, {} if is_floor else self._errors(entry, provider, sequences)
+        fastest = min(trials, key=lambda budget: trials[budget][0])
+        if len(trials) > 1:
+            provider.token_budget = fastest or 0
+            provider.prepare(sequences)
         activities = gpu_activities(provider.run)
         if activities is not None and isinstance(provider, EsmPacked):
             check_activities(provider, activities)
         return Ready(
-            entry,
+            replace(entry, token_budget=fastest),
             provider,
             self._checkpoint(entry.model).config,
             sequences,
-            errors,
+            trials[fastest][1],
             # what a replay uses was allocated when it was recorded
             None if is_floor or is_replayed else peak_memory(provider.run, provider.weight_bytes),
             None if activities is None else sum(not name.startswith("Mem") for name in activities),
+            {budget: seconds for budget, (seconds, _) in trials.items()} if len(trials) > 1 else None,
         )
 
     def _load(self, entry: Entry) -> Any:
@@ -314,6 +338,8 @@ class Contest:
             "transformers_compiled": lambda: Transformers(entry.model, dtype, budget, compiled=True),
             "faesm": lambda: Faesm(entry.model, dtype, budget),
             "esm_efficient": lambda: EsmEfficient(entry.model, dtype, budget),
+            "openvino": lambda: OpenVino(entry.model, dtype, budget),
+            "onnxruntime": lambda: OnnxRuntime(entry.model, budget),
         }
         return rivals[name]()
 
@@ -369,6 +395,23 @@ class Contest:
             self._ready.clear()
             self._models.clear()
             torch.cuda.empty_cache()
+
+
+def warm_up(provider: Provider, sequences: Sequence[str]) -> None:
+    """Run the shortest proteins, so that no token budget pays for what only a first call does."""
+    provider.prepare(sorted(sequences, key=len)[:NUM_WARMING])
+    provider.run()
+
+
+def run_verified(provider: Provider, sequences: Sequence[str]) -> float:
+    """Seconds of one pass over all proteins, which must go through the attention backend that is named."""
+    provider.prepare(sequences)
+    synchronize()
+    start = time.perf_counter()
+    with expect_backend(provider):
+        provider.run()
+    synchronize()
+    return time.perf_counter() - start
 
 
 @contextmanager

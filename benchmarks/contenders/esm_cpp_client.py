@@ -28,6 +28,9 @@ class EsmCpp:
     rotary frequencies of the checkpoint and computes unrounded ones.
     """
 
+    token_budget = 0
+    """It forms batches itself."""
+
     rounded_frequencies = False
     weight_bytes = 0
     """They are in the worker's memory."""

@@ -34,12 +34,14 @@ from esm_packed.transformers import EsmModel, esm_config
 class Provider(Protocol):
     """One contender of the benchmark.
 
-    `backend` says how it computes, `padded_tokens` how many tokens `run` computes, padding included;
+    `backend` says how it computes, `token_budget` how many tokens, padding included, `prepare` puts into a
+    batch, `padded_tokens` how many tokens `run` computes, padding included;
     `rounded_frequencies` whether its rotary frequencies are the checkpoint's, which are rounded to FP16;
     `weight_bytes` what its parameters and buffers take.
     """
 
     backend: str
+    token_budget: int
     padded_tokens: int
     rounded_frequencies: bool
     weight_bytes: int
@@ -56,6 +58,7 @@ class Provider(Protocol):
 class _Batched:
     """Rows of embeddings that `run` collects batch by batch, put back into the order of the sequences."""
 
+    token_budget: int
     rounded_frequencies = True
 
     def __init__(self, model: torch.nn.Module) -> None:
@@ -206,9 +209,8 @@ class Transformers(_Batched):
         self.lengths = [[len(sequences[index]) for index in members] for members in self.members]
         self.inputs = []
         for members in self.members:
-            rows = [token_ids_with_ends(sequences[index]) for index in members]
-            padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD_ID).to(DEVICE)
-            self.inputs.append((padded, (padded != PAD_ID).long()))
+            input_ids, mask = padded_inputs([sequences[index] for index in members])
+            self.inputs.append((input_ids.to(DEVICE), mask.to(DEVICE)))
         self.padded_tokens = sum(input_ids.numel() for input_ids, _ in self.inputs)
 
     @torch.no_grad()
@@ -322,6 +324,13 @@ def _residue_means(hidden_states: torch.Tensor, lengths: Sequence[int]) -> torch
 def token_ids_with_ends(sequence: str) -> torch.Tensor:
     """BOS, residues, EOS as int64."""
     return torch.tensor([BOS_ID, *encode(sequence).tolist(), EOS_ID])
+
+
+def padded_inputs(sequences: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask for transformers, both (num_sequences, max_seqlen) int64 on the CPU."""
+    rows = [token_ids_with_ends(sequence) for sequence in sequences]
+    input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD_ID)
+    return input_ids, (input_ids != PAD_ID).long()
 
 
 _HUB_NAMES = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from esm_packed.reports.page import Table
@@ -35,6 +35,8 @@ PROVIDER_NAMES = {
     "faesm": "faesm",
     "esm_efficient": "esm-efficient",
     "esm_cpp": "esm-cpp",
+    "openvino": "OpenVINO",
+    "onnxruntime": "ONNX Runtime",
     "floor_matmul_mm": "floor: matmuls by torch.mm",
     "floor_matmul_best": "floor: matmuls, best library",
     "floor_attention": "floor: attention alone",
@@ -180,8 +182,8 @@ def contender(measurement: Measurement) -> str:
 def rivals_table(results: Results) -> Table:
     """Contenders side by side; ratios to esm-packed in the same precision."""
     headers = (
-        "model", "lengths", "contender", "time (p20 to p80)", "tokens/s", "sequences/s", "padding",
-        "esm-packed is", "peak memory", "relative error to FP64", "how",
+        "model", "lengths", "contender", "tokens a batch", "time (p20 to p80)", "tokens/s", "sequences/s",
+        "padding", "esm-packed is", "peak memory", "relative error to FP64", "how",
     )  # fmt: skip
     rows = []
     for (model, workload), group in rival_groups(results).items():
@@ -196,6 +198,7 @@ def rivals_table(results: Results) -> Table:
                     short_model(model),
                     workload,
                     contender(m),
+                    _count(info["token_budget"]),
                     spread_text(m.seconds),
                     "" if is_floor else _count(m.rate("useful_tokens")),
                     "" if is_floor else _count(m.rate("sequences")),
@@ -324,7 +327,31 @@ def machine_name(results: Results) -> str:
     """The GPU, or else the processor and how many cores of it."""
     if results.on_gpu:
         return str(results.machine["gpu"])
+    return _cpu_name(results)
+
+
+def _cpu_name(results: Results) -> str:
     return f"{results.machine.get('cpu_model', 'unknown processor')}, {results.cores} cores"
+
+
+_INSTRUCTION_SETS = (
+    "avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16",
+    "amx_int8", "asimd", "bf16", "sve", "sve2", "i8mm",
+)  # fmt: skip
+"""Those of x86 and Arm that decide the speed of matrix multiplications, as /proc/cpuinfo spells them."""
+
+
+def _instruction_sets(machine: Mapping[str, Any]) -> list[str]:
+    flags = machine.get("cpu", {}).get("flags") or ()
+    return [name for name in _INSTRUCTION_SETS if name in flags]
+
+
+def processor_text(results: Results) -> str:
+    """Name, vendor, family, model and stepping; virtual machines often name no more than the vendor."""
+    found = results.machine.get("cpu", {})
+    parts = [found["vendor_id_raw"]] if "vendor_id_raw" in found else []
+    parts += [f"{name} {found[name]}" for name in ("family", "model", "stepping") if name in found]
+    return f"{_cpu_name(results)} ({', '.join(parts)})" if parts else _cpu_name(results)
 
 
 def variant_name(measurement: Measurement) -> str:
@@ -364,7 +391,12 @@ def conditions_table(results: Results) -> Table:
     commit = machine.get("git_commit")
     rows = {
         "machine": machine_name(results),
-        "processor": f"{machine['cpu_model']}, {results.cores} cores" if results.on_gpu else "",
+        "processor": processor_text(results),
+        "instruction sets": ", ".join(_instruction_sets(machine)),
+        "matrix multiplications": ", ".join(
+            f"{library} {rate / 1e9:.0f} GFLOP/s"
+            for library, rate in (machine.get("cpu_matmul_rates") or {}).items()
+        ),
         "GPU driver, clocks": ", ".join(f"{name} {value}" for name, value in state.items()),
         "CUDA": machine.get("cuda"),
         "packages": ", ".join(f"{name} {version}" for name, version in packages.items() if version),

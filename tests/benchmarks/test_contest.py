@@ -165,6 +165,91 @@ def test_a_row_that_no_batch_computes_is_noticed(monkeypatch: pytest.MonkeyPatch
         contest.Contest().ready(entry)
 
 
+def test_a_rival_is_timed_with_the_budget_that_is_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds, passes = {128: 3.0, 256: 1.0, 512: 2.0}, []
+    clock = SimpleNamespace(now=0.0)
+    clock.perf_counter = lambda: clock.now
+    run = contest.EsmPacked.run
+
+    def timed(provider: Any) -> None:
+        run(provider)
+        passes.append(sum(map(len, provider.members)))
+        clock.now += seconds.get(provider.token_budget, 0.0)
+
+    monkeypatch.setattr(contest, "time", clock)
+    monkeypatch.setattr(contest.EsmPacked, "run", timed)
+    loaded = as_rival(monkeypatch)
+    entry = contest.Entry("fair_esm", MODEL, WORKLOAD, TOTAL_TOKENS, "fp32", "padded", 1024)
+    ring = contest.Contest()
+    for _ in range(2):
+        ready = ring.ready(entry, tuple(seconds))
+    assert passes == [contest.NUM_WARMING, *[len(SEQUENCES)] * 3]
+    assert len(loaded) == 1
+    assert max(batch.total_tokens for batch in ready.provider.batches) <= 256
+    info = ready.record(SimpleNamespace(extra_info={}, stats=None), "peers", 1)
+    assert info["token_budget"] == 256
+    assert info["seconds_by_token_budget"] == seconds
+    alone = contest.Contest().ready(entry, (1024,))
+    assert (alone.entry, alone.seconds_by_token_budget) == (entry, None)
+
+
+@pytest.mark.parametrize(
+    ("provider", "asked", "tried"),
+    [
+        ("openvino", None, contest.RIVALS_TOKEN_BUDGETS),
+        ("openvino", 256, ()),
+        ("esm_packed_transformers", None, contest.RIVALS_TOKEN_BUDGETS),
+        ("esm_packed", None, ()),
+        ("floor_attention", None, ()),
+    ],
+)
+def test_rivals_alone_are_tried_with_several_budgets(
+    provider: str, asked: int | None, tried: tuple[int, ...], monkeypatch: pytest.MonkeyPatch, options: Any
+) -> None:
+    given = []
+
+    def ready(self: Any, entry: Any, token_budgets: tuple[int, ...]) -> Any:
+        given.append(token_budgets)
+        raise ImportError("it is not there")
+
+    monkeypatch.setattr(contest.Contest, "ready", ready)
+    monkeypatch.setitem(options.getoption.__self__, "--token-budget", asked)
+    with pytest.raises(pytest.skip.Exception, match=f"{provider} in fp32: it is not there"):
+        importlib.import_module("bench_peers").test_peer(
+            0, MODEL, WORKLOAD, provider, "fp32", contest.Contest(), NeverTimed(), options
+        )
+    assert given == [tried]
+
+
+def test_what_takes_minutes_is_asked_for_by_name() -> None:
+    bench = importlib.import_module("bench_peers")
+
+    def slow(contender: str, precision: str, **chosen: Any) -> bool:
+        config = SimpleNamespace(getoption=lambda name: chosen.get(name.removeprefix("--")))
+        return bool(bench.takes_minutes(contender, precision, config))
+
+    assert slow("openvino", "bf16")
+    assert not slow("openvino", "bf16", dtype=["bf16"])
+    assert not slow("openvino", "bf16", full=True)
+    assert slow("transformers_compiled", "fp32", dtype=["fp32"])
+    assert not slow("transformers_compiled", "fp32", provider=["transformers_compiled"])
+    assert slow("transformers_compiled", "fp16", provider=["transformers_compiled"])
+    assert not slow("onnxruntime", "fp32")
+
+
+def test_contenders_are_chosen_by_name() -> None:
+    bench = importlib.import_module("bench_peers")
+
+    def chosen(provider: list[str] | None, dtype: list[str] | None) -> list[tuple[str, str]]:
+        options = {"--provider": provider, "--dtype": dtype, "--model": ["demo"]}
+        return list(bench.parameters(SimpleNamespace(getoption=options.get))["provider, dtype"])
+
+    assert chosen(["openvino", "esm_packed"], ["bf16"]) == [("esm_packed", "bf16"), ("openvino", "bf16")]
+    assert len(chosen(None, None)) > len(chosen(None, ["fp32"])) > 10
+    with pytest.raises(pytest.UsageError, match="--provider: 'opnvino' is none of esm_packed, fair_esm"):
+        chosen(["opnvino"], None)
+
+
 def test_relative_errors_are_relative_to_the_truth() -> None:
     e = torch.tensor([3.0, -4.0], dtype=torch.float64)
     assert contest.worst_relative_error([2 * e], [e]) == 1.0

@@ -26,6 +26,23 @@ def test_a_copy_reads_and_writes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert copy_rate(CPU) == 2 * copied[0].nbytes / 1.0
 
 
+def test_rates_of_libraries_are_of_their_precisions(monkeypatch: pytest.MonkeyPatch) -> None:
+    results: list[torch.Tensor] = []
+
+    def timed(function: Callable[[], torch.Tensor], device: torch.device, rounds: int) -> list[float]:
+        results.append(function())
+        return [2.0, 1.0, 9.0]
+
+    monkeypatch.setattr(rates, "time_call", timed)
+    found = rates.library_rates()
+    assert [result.dtype for result in results] == [
+        torch.bfloat16 if name.endswith("BF16") else torch.float32 for name in found
+    ]
+    assert len({result.shape for result in results}) == 1
+    assert set(found.values()) == {2 * results[0].shape[0] ** 3 / 1.0}
+    torch.testing.assert_close(results[0], results[-1].float(), rtol=0.02, atol=0.5)
+
+
 @pytest.mark.parametrize("mode", DTYPES)
 def test_a_matmul_is_of_its_precision(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     operands: list[tuple[torch.Tensor, torch.Tensor]] = []

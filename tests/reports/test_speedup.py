@@ -135,6 +135,9 @@ def test_a_cpu_run(cpu_report: Written) -> None:
     machine = json.loads(CPU_RESULTS.read_text())["machine_info"]
     for shown in (machine["cpu_model"], machine["torch"], machine["git_commit"], "pytest benchmarks"):
         assert shown in text
+    assert "AuthenticAMD, family 26, model 2" in text
+    assert "avx512_bf16" in text
+    assert re.search(r"This is a small trial of \d+ proteins", text)
     assert "peak memory" not in text  # a CPU run knows none
     assert any("packed over padded, FP32" in line for line in cpu_report.lines)
     with (cpu_report.folder / "measurements.csv").open() as file:
