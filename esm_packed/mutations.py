@@ -12,7 +12,9 @@ import numpy.typing as npt
 
 from esm_packed.alphabet import AMINO_ACID_IDS, AMINO_ACIDS, TOKENS, encode
 
-_MUTATION = re.compile(r"(.)(-?[0-9]+)(.)")
+_MUTATION = re.compile(r"(.)(-?[0-9]{1,18})(.)")
+_MOST_SHOWN = 60
+"""Characters of a mutation in an error."""
 _LETTERS = bytes(ord(token) if len(token) == 1 else ord("?") for token in TOKENS).ljust(256, b"?")
 _IDS = {letter: TOKENS.index(letter) for letter in AMINO_ACIDS}
 
@@ -49,11 +51,11 @@ class WildType:
         self._known: dict[str, Substitution] = {}
 
     def mutant(self, text: str) -> Mutant:
-        """The mutant that `text` describes; mutations are separated by `:`.
+        """The mutant that `text` describes; mutations are separated by `:`, letters may be lower case.
 
         Raises:
             ValueError: it is not written as `A24G:K30R`, a residue is none of the 20 amino acids, the protein
-                has no such residue or another one there, or a site is there twice.
+                has no such residue or another one there, or a site appears twice.
         """
         known = self._known
         found = [known.get(part) or self._substitution(part.strip()) for part in text.split(":")]
@@ -61,7 +63,7 @@ class WildType:
             found.sort()
             for one, other in pairwise(found):
                 if one.site == other.site:
-                    raise ValueError(f"{text}: residue {one.site + self._offset} is there twice")
+                    raise ValueError(f"{_shorten(text)}: residue {one.site + self._offset} appears twice")
         return tuple(found)
 
     def difference(self, sequence: str) -> Mutant:
@@ -101,8 +103,8 @@ class WildType:
     def _substitution(self, text: str) -> Substitution:
         match = _MUTATION.fullmatch(text)
         if match is None:
-            raise ValueError(f"{text!r} is no mutation; write it as A24G, several as A24G:K30R")
-        wild_type, number, mutant = match.groups()
+            raise ValueError(f"{_shorten(text)!r} is not a mutation; write A24G, or A24G:K30R for several")
+        wild_type, number, mutant = (group.upper() for group in match.groups())
         for letter in (wild_type, mutant):
             if letter not in _IDS:
                 raise ValueError(f"{text}: {_no_amino_acid(letter)}")
@@ -113,9 +115,13 @@ class WildType:
                 f"{last + self._offset}"
             )
         if (there := int(self._token_ids[site])) != _IDS[wild_type]:
-            raise ValueError(f"{text}: residue {number} is {TOKENS[there]}, not {wild_type}")
+            raise ValueError(f"{_shorten(text)}: residue {number} is {TOKENS[there]}, not {wild_type}")
         self._known[text] = substitution = Substitution(site, _IDS[wild_type], _IDS[mutant])
         return substitution
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
 
 
 def _no_amino_acid(letter: str) -> str:

@@ -70,7 +70,7 @@ class ExistingOutput:
             differing = differences(self.identity, identity)
             raise UsageError(
                 f"{self.path}: already exists, made from other input or options ({differing}); "
-                "--overwrite replaces it"
+                "use --overwrite to replace it"
             )
 
 
@@ -101,7 +101,7 @@ def _check_output(output: Path, overwrite: bool) -> ExistingOutput | None:
     if not output.exists():
         return None
     if not output.is_file():
-        raise UsageError(f"{output}: exists and is no regular file")
+        raise UsageError(f"{output}: exists and is not a regular file")
     if overwrite:
         return None
     try:
@@ -118,7 +118,7 @@ def _check_output(output: Path, overwrite: bool) -> ExistingOutput | None:
         raise
     except (StoreError, OSError):
         raise UsageError(
-            f"{output}: already exists and is not a whole esm-packed output; --overwrite replaces it"
+            f"{output}: already exists and is not a whole esm-packed output; use --overwrite to replace it"
         ) from None
 
 
@@ -151,7 +151,7 @@ def _check_suffix(output: Path) -> None:
 def _check_outputs(request: EmbedRequest) -> None:
     """See that the kinds of output can be had together."""
     if request.windows is not None and request.max_length != DEFAULT_MAX_LENGTH:
-        raise UsageError("--windows and --max-length exclude each other: windows keep all residues")
+        raise UsageError("--windows and --max-length cannot be combined: windows keep all residues")
     ragged = [kind for kind in request.kinds if KINDS[kind].is_ragged]
     refused = [kind for kind in request.kinds if kind not in KINDS_IN_WINDOWS]
     if request.windows is not None and refused:
@@ -174,7 +174,7 @@ def check_request(request: EmbedRequest) -> None:
             f"{request.output} and {request.output}.run first"
         )
     if request.devices is not None and not request.device.startswith(("auto", "cuda")):
-        raise UsageError(f"--devices names GPUs and --device is {request.device}; leave one of them out")
+        raise UsageError(f"--devices names GPUs and --device is {request.device}; use only one of them")
     if request.ray_address is not None and request.engine == "in-process":
         raise UsageError("--ray-address needs --engine ray")
     if request.ray_address is not None and request.device == "auto":

@@ -231,7 +231,7 @@ class _Files:
                 if not self._request.overwrite:
                     raise UsageError(
                         f"{path}: already exists, and was not made from this input with these options; move "
-                        "it away, or --overwrite replaces it"
+                        "it away, or use --overwrite to replace it"
                     )
                 yield path
 

@@ -30,8 +30,8 @@ def undisturbed(directory: RunDirectory) -> Iterator[None]:
         if error.filename is not None and directory.path not in Path(error.filename).parents:
             raise
         raise UsageError(
-            f"{directory.path}: removed while it was worked in, or something in it; the same command "
-            "continues with what is left"
+            f"{directory.path}: the directory or a file in it was removed during the run; rerun the same "
+            "command to continue"
         ) from error
 
 
@@ -72,8 +72,8 @@ def check_held(claim: Claim) -> None:
     """
     if not claim.is_held():
         raise UsageError(
-            f"{claim.path.parent}: another process has taken this run over, as this one gave no sign of "
-            "life; it is completed there, or by the same command"
+            f"{claim.path.parent}: another process has taken over this run, because this one had no recent "
+            "heartbeat; wait for that process, or rerun the same command"
         )
 
 

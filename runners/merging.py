@@ -64,7 +64,7 @@ def merge_files(
             asked for.
     """
     if parts and partial:
-        raise UsageError("--parts with --partial: a partial output is one file; leave one of them out")
+        raise UsageError("--parts with --partial: a partial output is one file; use only one of them")
     output = resolved(output)
     existing = check_output(output, overwrite)
     directory = RunDirectory(output)
@@ -72,17 +72,17 @@ def merge_files(
     if not has_run and existing is not None and existing.is_complete:
         return Merged(already_complete=True)
     if not has_run:
-        raise UsageError(f"{directory.path}: there is no run to merge; esm-packed embed begins one")
+        raise UsageError(f"{directory.path}: no run to merge; start one with esm-packed embed")
     with undisturbed(directory), claimed(directory, "merging", console):
         run = Run.open(directory)
         if run.plan.is_scoring:
             raise UsageError(
-                f"{directory.path}: a run of esm-packed score, which the same command puts together"
+                f"{directory.path}: a run of esm-packed score; rerun the score command to merge it"
             )
         existing = check_output(output, overwrite)
         if existing is not None:
             if existing.plan_hash != run.plan.hash:
-                raise UsageError(f"{output}: already exists, made by another run; --overwrite replaces it")
+                raise UsageError(f"{output}: already exists from another run; use --overwrite to replace it")
             if existing.is_complete:
                 return Merged(already_complete=True)
             overwrite = True

@@ -36,16 +36,16 @@ def existing_table(output: Path, overwrite: bool) -> ExistingOutput | None:
     description = described_at(output)
     for path in (output, description):
         if path.exists() and not path.is_file():
-            raise UsageError(f"{path}: exists and is no regular file")
+            raise UsageError(f"{path}: exists and is not a regular file")
     if overwrite or not output.exists():
         if description.exists() and not overwrite and read_description(output) is None:
-            raise UsageError(f"{description}: already exists and is not ours; --overwrite replaces it")
+            raise UsageError(f"{description}: already exists and is not ours; use --overwrite to replace it")
         return None
     found = read_description(output)
     if found is None or found["sha256"] != sha256_of(output):
         raise UsageError(
-            f"{output}: already exists and is not the table that {description.name} describes; --overwrite "
-            "replaces it"
+            f"{output}: already exists and is not the table that {description.name} describes; use "
+            "--overwrite to replace it"
         )
     return ExistingOutput(output, found["plan_hash"], found["identity"], is_complete=True)
 

@@ -82,7 +82,7 @@ class Scored:
         return [
             f"output     {output}",
             f"scores     {found['scores']}",
-            f"computed   {found['num_queries']:,} copies of proteins"
+            f"computed   {counted(found['num_queries'], 'copy', 'copies')} of proteins"
             + "".join(f", {count:,} {what}" for what, count in exceptions.items() if count),
             f"model      {summary.model_name} in {summary.dtype} on {summary.device}",
             f"time       {duration(summary.seconds)}",

@@ -238,9 +238,7 @@ class _Session:
             )
             check_held(self.claim)
             if dropped := directory.forget_shards():
-                self.console.note(
-                    f"{directory.path}: {dropped:,} shards of a run that is given up are removed"
-                )
+                self.console.note(f"{directory.path}: {dropped:,} shards of the abandoned run are removed")
             plan.write(directory.plan_path, directory.scratch_path)
         self.run = run_of(directory, plan, index, queries)
         return True
@@ -316,7 +314,7 @@ class _Session:
         share = lost / max(1, run.index.total_residues)
         self.console.note(
             f"{len(saved):,} of {run.plan.num_shards:,} shards are saved in {self.directory.path}; about "
-            f"{lost:,} residues ({share:.1%} of the input) will be computed again"
+            f"{lost:,} residues ({share:.1%} of the input) will be recomputed"
         )
 
     def finish(self) -> None:
@@ -332,7 +330,7 @@ class _Session:
                 self._product.make(self.run, self.console)
                 break
             except DamagedShardError as damaged:
-                self.console.note(f"{damaged}; it is computed again")
+                self.console.note(f"{damaged}; it is recomputed")
                 self._compute([damaged.shard])
         self.summary.merging_seconds = time.monotonic() - begin
         self.summary.device = self.summary.device or "none, all was computed before"
@@ -382,7 +380,7 @@ class _Session:
         self.summary.already_complete = True
         with suppress(OSError, PlanError):
             if Plan.read(self.directory.plan_path).hash != complete_hash:
-                self.console.note(f"{self.directory.path}: holds another, unfinished run; it is left alone")
+                self.console.note(f"{self.directory.path}: holds another, unfinished run; it is kept")
                 return
         if not self.request.keep_run:
             remove_unused_parts(self.directory.output, parts)  # if a killed process has not

@@ -1,4 +1,4 @@
-"""How far a run is, as its directory shows it."""
+"""The command `status`: the progress of a run, read from its directory."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 from esm_packed.runners.input.fasta import DamagedIndexError
 from esm_packed.runners.input.index import reopen_index
 from esm_packed.runners.output.reader import EmbeddingReader
+from esm_packed.runners.output.scores import SUFFIXES, described_at
 from esm_packed.runners.score_output import read_description
 from esm_packed.runners.state.claims import describe_holder, holder_of, is_live
 from esm_packed.runners.state.directory import RunDirectory
@@ -70,13 +71,13 @@ class RunState:
             return partial
         lines = list(self.workers) or ["not running; rerun the same command to continue"]
         if self.command:
-            lines.append(f"begun by: {self.command}")
+            lines.append(f"started by: {self.command}")
         if self.num_shards is None or self.num_records is None:
-            return [f"{self.run}: no plan yet, the input is being read", *lines]
+            return [f"{self.run}: no plan yet, reading the input", *lines]
         if self.index_fault:
             lines.append(self.index_fault)
         if self.num_shards_finished == self.num_shards and not self.is_scoring:
-            lines.append(f"esm-packed merge {self.output} puts them together")
+            lines.append(f"all shards are finished; esm-packed merge {self.output} merges them")
         if self.shards_per_minute is not None:
             lines.insert(
                 0,
@@ -103,10 +104,15 @@ def run_state(directory: RunDirectory) -> RunState:
         if directory.exists():
             return _state_of_run(directory)
         if not directory.output.exists():
-            raise PlanError(f"{directory.output}: there is neither this output nor a run that makes it")
+            raise PlanError(f"{directory.output}: no such output file or run")
         if (found := read_description(directory.output)) is not None:
             return RunState(
                 "", str(directory.output), complete=True, num_records=found["num_rows"], is_scoring=True
+            )
+        if directory.output.suffix.lower() in SUFFIXES:
+            raise PlanError(
+                f"{directory.output}: {described_at(directory.output).name}, which describes this table, is "
+                "missing or damaged"
             )
         with EmbeddingReader(directory.output) as reader:
             return RunState(
@@ -128,9 +134,15 @@ def _state_of_run(directory: RunDirectory) -> RunState:
     times = sorted(directory.shard_path(shard).stat().st_mtime for shard in finished)
     has_rate = len(times) > 1 and times[-1] > times[0]
     is_complete, num_not_computed = False, None
-    with suppress(OSError, StoreError), EmbeddingReader(directory.output) as reader:
-        if reader.attributes["plan_hash"] == plan.hash:
-            is_complete, num_not_computed = _completeness(reader)
+    num_records = plan.starts[-1]
+    if plan.is_scoring:
+        table = read_description(directory.output) if directory.output.exists() else None
+        if table is not None and table["plan_hash"] == plan.hash:
+            is_complete, num_records = True, table["num_rows"]
+    else:
+        with suppress(OSError, StoreError), EmbeddingReader(directory.output) as reader:
+            if reader.attributes["plan_hash"] == plan.hash:
+                is_complete, num_not_computed = _completeness(reader)
     return RunState(
         run,
         output,
@@ -139,7 +151,7 @@ def _state_of_run(directory: RunDirectory) -> RunState:
         command=plan.command,
         num_shards=plan.num_shards,
         num_shards_finished=len(finished),
-        num_records=plan.starts[-1],
+        num_records=num_records,
         num_records_finished=sum(stop - start for start, stop in map(plan.records, finished)),
         shards_per_minute=60 * (len(times) - 1) / (times[-1] - times[0]) if has_rate else None,
         seconds_since_last=time.time() - times[-1] if times else None,

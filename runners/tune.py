@@ -252,7 +252,7 @@ def read_settings(path: Path, gpu: str) -> dict[str, Any]:
         return {}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UsageError(
-            f"{path}: is no file of tuned settings; name another with -o, or remove it"
+            f"{path}: not a file of tuned settings; choose another with -o, or remove it"
         ) from error
     if content.get("gpu") != gpu:
         raise UsageError(

@@ -224,7 +224,7 @@ def _check_folder(request: ValidateRequest) -> None:
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder}: not a directory; name a directory for the report")
     if (folder / "validation.json").exists() and not request.overwrite:
-        raise UsageError(f"{folder}: holds a report already; --overwrite replaces it")
+        raise UsageError(f"{folder}: holds a report already; use --overwrite to replace it")
 
 
 def _make_folder(folder: Path) -> None:

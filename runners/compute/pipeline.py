@@ -395,7 +395,7 @@ class Pipeline:
                     output = None
                 self.times.writing += time.monotonic() - begin
             if output is not None:
-                raise RuntimeError("the work ended before the shard was whole")
+                raise RuntimeError("the computation ended before the shard was complete")
 
 
 def _lengths(shard: ShardInput, items: Items) -> Items:

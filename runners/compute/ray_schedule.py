@@ -157,7 +157,7 @@ class Schedule:
         attempts = self._attempts[task]
         self._console.note(f"worker {slot.rank}: {task} failed: {cause}")
         if self._failures_in_a_row > MAX_FAILURES_IN_A_ROW:
-            raise EngineError(f"workers fail whatever they are given, last with: {cause}")
+            raise EngineError(f"workers fail on every shard, last with: {cause}")
         num_sequences = self._sequences(task)
         if not num_sequences:
             raise EngineError(f"{task} fails, though it has nothing to compute: {cause}")
@@ -211,7 +211,7 @@ class Schedule:
         if not all(slot.is_starting for slot in self._cluster.slots) or self._cluster.has_room():
             self._last_room = now
         elif now - self._last_room >= NO_ROOM_SECONDS:
-            raise EngineError("no node of the cluster has room for a worker any more")
+            raise EngineError("no node of the cluster has room for a worker")
 
     def _ask(self) -> None:
         """Ask workers how it goes, without waiting for their answers."""

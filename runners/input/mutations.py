@@ -258,11 +258,11 @@ class _Reader:
             _Fault: it cannot be used.
         """
         if len(cells) != len(self.columns):
-            raise _Fault("", f"{counted(len(cells), 'cell')}, where the header has {len(self.columns)}")
+            raise _Fault("", f"{counted(len(cells), 'cell')}, but the header has {len(self.columns)}")
         name = "" if self._id is None else cells[self._id].strip()
         if name not in self._proteins:
             assert self._id is not None
-            raise _Fault(self.columns[self._id], f"{shorten(name)} is no record of the FASTA file")
+            raise _Fault(self.columns[self._id], f"{shorten(name)} is not a record of the FASTA file")
         record, wild_type = self._proteins[name]
         try:
             if self._mutant is not None:
@@ -283,6 +283,8 @@ class _Reader:
         return record, mutant
 
     def _check_columns(self) -> None:
+        if len(self.columns) == 1 and ";" in self.columns[0]:
+            raise UsageError(f"{self._path}: separated by semicolons; save it with commas or tabs")
         shown = ", ".join(map(shorten, self.columns[:_MOST_LISTED])) or "nothing"
         if MUTANT not in self.columns and SEQUENCE not in self.columns:
             raise UsageError(
@@ -291,7 +293,7 @@ class _Reader:
             )
         for column in self.columns:
             if self.columns.count(column) > 1:
-                raise UsageError(f"{self._path}: the column {shorten(column)} is there twice")
+                raise UsageError(f"{self._path}: the column {shorten(column)} appears twice")
         if SCORE in self.columns:
             raise UsageError(f"{self._path}: rename the column {SCORE}, which the output adds")
 
@@ -329,7 +331,7 @@ def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
         UsageError: no such file, it is no text, or a row is no CSV.
     """
     if path.exists() and not path.is_file():
-        raise UsageError(f"{path}: is no regular file, which is read more than once")
+        raise UsageError(f"{path}: not a regular file, which is read more than once")
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             delimiter = "\t" if "\t" in file.readline() else ","
@@ -344,4 +346,4 @@ def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
     except FileNotFoundError as error:
         raise UsageError(f"{path}: no such file") from error
     except UnicodeDecodeError as error:
-        raise UsageError(f"{path}: no UTF-8 text; a table of mutants is CSV or TSV") from error
+        raise UsageError(f"{path}: not UTF-8 text; a table of mutants is CSV or TSV") from error

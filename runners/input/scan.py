@@ -126,7 +126,7 @@ class Faults:
             lines.append(
                 f"and {self.count - len(lines):,} more; esm-packed info --all FILE lists all of a file"
             )
-        return InputError(f"{self.count:,} faults in the input:", [*lines, *hints])
+        return InputError(f"{self.count:,} problems in the input:", [*lines, *hints])
 
 
 class _HashingReader(io.RawIOBase):

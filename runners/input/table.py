@@ -14,7 +14,7 @@ def read_column(path: Path, column: str) -> dict[str, str]:
     """A column of a TSV file, by the ID in the first one.
 
     Raises:
-        UsageError: there is no such column, a line has too few, an ID is there twice, the file is no text, or
+        UsageError: there is no such column, a line has too few, an ID appears twice, the file is no text, or
             there is none.
         OSError: it cannot be read.
     """
@@ -34,12 +34,12 @@ def read_column(path: Path, column: str) -> dict[str, str]:
                         f"{path}: line {number} has {len(fields)} columns; the header has {len(header)}"
                     )
                 if fields[0] in found:
-                    raise UsageError(f"{path}: line {number}: {shorten(fields[0])} is there twice")
+                    raise UsageError(f"{path}: line {number}: {shorten(fields[0])} appears twice")
                 found[fields[0]] = fields[place]
     except FileNotFoundError as error:
         raise UsageError(f"{path}: no such file") from error
     except UnicodeDecodeError as error:
-        raise UsageError(f"{path}: no UTF-8 text; a tab-separated table is needed") from error
+        raise UsageError(f"{path}: not UTF-8 text; a tab-separated table is needed") from error
     return found
 
 

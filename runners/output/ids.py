@@ -87,7 +87,7 @@ class SequenceIds(Sequence[str]):
         """Hashes of all IDs, ascending, and their rows.
 
         Raises:
-            StoreError: an ID is there twice.
+            StoreError: an ID appears twice.
         """
         hashes = np.fromiter(map(hash, self), np.int64, len(self))
         rows = np.argsort(hashes)
@@ -95,7 +95,7 @@ class SequenceIds(Sequence[str]):
         for place in np.flatnonzero(hashes[1:] == hashes[:-1]).tolist():
             first, second = self[int(rows[place])], self[int(rows[place + 1])]
             if first == second:
-                raise StoreError(f"{self._path}: damaged: ID {shorten(first)} is there twice")
+                raise StoreError(f"{self._path}: damaged: ID {shorten(first)} appears twice")
         return hashes, rows
 
 

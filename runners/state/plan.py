@@ -129,7 +129,7 @@ class Plan:
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             is_whole = False
         if not is_whole:
-            raise PlanError(f"{path}: damaged; --overwrite starts anew")
+            raise PlanError(f"{path}: damaged; use --overwrite to start over")
         try:
             if content["format"] == PLAN_FORMAT:
                 return cls(
@@ -143,7 +143,7 @@ class Plan:
                 )
         except (KeyError, TypeError):
             pass
-        raise PlanError(f"{path}: made by another version of esm-packed; --overwrite starts anew")
+        raise PlanError(f"{path}: made by another version of esm-packed; use --overwrite to start over")
 
     def check_same(self, identity: Mapping[str, Any], where: Path) -> None:
         """See that a run of `identity` may continue this one.
@@ -154,7 +154,7 @@ class Plan:
         if differing := differences(self.identity, identity):
             raise PlanError(
                 f"{where}: an unfinished run with other input or options ({differing}); "
-                "repeat its command to continue it, or --overwrite to start anew"
+                "rerun its command to continue it, or use --overwrite to start over"
             )
 
 

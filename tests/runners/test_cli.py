@@ -518,7 +518,7 @@ def test_a_full_log_does_not_end_the_run(fasta):
 def test_status(fasta, capsys, monkeypatch):
     output = fasta.parent / "out.h5"
     assert cli.main(["status", str(output)]) == terminal.EXIT_USAGE
-    assert "neither this output nor a run" in capsys.readouterr().err
+    assert "no such output file or run" in capsys.readouterr().err
 
     def fail(self, batch, names, *rest):
         raise ValueError("some bug")

@@ -31,7 +31,7 @@ def test_the_first_of_several_duplicates_is_reported(tmp_path: Path) -> None:
     text = b"".join(b">%d\nMK\n" % number for number in [*range(50), *range(40, 90), *range(50)])
     lines = error_of(tmp_path, text).splitlines()
     assert lines[:2] == [
-        "60 faults in the input:",
+        "60 problems in the input:",
         "  0.fa, line 101, record '40': the same ID as in 0.fa, line 81",
     ]
 

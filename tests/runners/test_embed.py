@@ -417,7 +417,7 @@ def test_shards_whose_plan_is_gone_are_not_dropped_in_silence(fasta, model, monk
     shards = list((fasta.parent / "out.h5.run" / "shards").iterdir())
     notes = notes_of(monkeypatch)
     run(fasta)
-    assert any(f"{len(shards)} shards of a run that is given up are removed" in note for note in notes)
+    assert any(f"{len(shards)} shards of the abandoned run are removed" in note for note in notes)
 
 
 @pytest.mark.parametrize("damage", ["cut short", "altered", "another shard", "gone"])

@@ -84,7 +84,7 @@ def test_options_have_the_types_of_python(fasta: Path, tmp_path: Path) -> None:
         (
             {"windows": (100, 20), "max_length": 50},
             UserError,
-            "--windows and --max-length exclude each other",
+            "--windows and --max-length cannot be combined",
         ),
         ({"max_length": -1}, ValueError, "negative"),
         ({"threads": 0}, ValueError, "threads must be at least 1"),

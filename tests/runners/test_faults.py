@@ -29,7 +29,7 @@ def test_an_error_lists_the_faults_of_all_inputs(tmp_path: Path, chunk_size: int
         b">e\nA2A\n>f\nG\0G\n>g\nA3\n",
     )
     assert error_of(tmp_path, *contents, chunk_size=chunk_size).splitlines() == [
-        "13 faults in the input:",
+        "13 problems in the input:",
         "  0.fa, line 2, record 'a': 'J' is not in ESM-2's alphabet",
         "  0.fa, line 3, record 'b': this looks like DNA or RNA: 100% of the residues in the first records "
         "(at most 100) are A, C, G, T, U or N",
@@ -55,7 +55,7 @@ def test_an_error_lists_the_faults_of_all_inputs(tmp_path: Path, chunk_size: int
 def test_an_error_lists_the_first_ten_faults_and_counts_the_others(tmp_path: Path) -> None:
     many = b"".join(b">%d\nMJ\n>r%d\nMK\n" % (number, number % 8) for number in range(20))
     lines = error_of(tmp_path, many, b">z\n\xff").splitlines()
-    assert lines[0] == "33 faults in the input:"
+    assert lines[0] == "33 problems in the input:"
     # r0 comes again in line 35; the record before it is the ninth that is invalid
     assert [line.split(",")[1] for line in lines[1:11]] == [
         *(f" line {line}" for line in (2, 6, 10, 14, 18, 22, 26, 30, 34, 35))
@@ -75,7 +75,7 @@ def test_files_that_cannot_be_opened_are_listed(tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
         build_index(paths, tmp_path / "work", ReadOptions())
     assert str(caught.value).replace(str(tmp_path), "").splitlines() == [
-        "4 faults in the input:",
+        "4 problems in the input:",
         "  /one name.fa: no such file",
         "  /0.fa, line 2, record 'a': 'J' is not in ESM-2's alphabet",
         "  /two.fa: no such file",
@@ -89,7 +89,7 @@ def test_faults_that_are_not_listed_take_no_memory(tmp_path: Path) -> None:
     path.write_bytes(b"".join(b">%d %s\nMJ\n" % (number, b"x" * 60) for number in range(40_000)))
     tracemalloc.start()
     try:
-        with pytest.raises(InputError, match="40,000 faults in the input"):
+        with pytest.raises(InputError, match="40,000 problems in the input"):
             build_index([str(path)], tmp_path / "work", ReadOptions(), chunk_size=1 << 16)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
@@ -161,7 +161,7 @@ def test_embed_lists_the_first_ten_faults(tmp_path: Path, capsys: pytest.Capture
     arguments = ["embed", str(path), "-o", str(tmp_path / "out.h5"), "--model", "demo", "--device", "cpu"]
     assert cli.main(arguments) == 2
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "esm-packed: error: 14 faults in the input:"
+    assert lines[0] == "esm-packed: error: 14 problems in the input:"
     shown = str(path).replace("\n", " ")
     assert [line.split(", record")[0] for line in lines[1:11]] == [f"  {shown}, {place}" for place in LISTED]
     assert lines[2].endswith(r"record 'p\x1b0': 'J' is not in ESM-2's alphabet")

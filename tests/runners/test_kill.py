@@ -402,7 +402,7 @@ def test_interrupted(
     assert "Traceback" not in child.output()
     saved = f"{len(shards_of(output))} of {many_shards.num_shards} shards are saved"
     assert saved in child.output()
-    assert "will be computed again" in child.output()
+    assert "will be recomputed" in child.output()
     assert not (tmp_path / "out.h5.run" / "claim").exists()
     assert list((tmp_path / "out.h5.run" / "shards").glob(".*")) == []
     before = shards_of(output)

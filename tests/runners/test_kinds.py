@@ -362,7 +362,7 @@ def test_a_protein_in_windows_has_no_other_kinds(
     ("options", "message"),
     [
         (("--overlap", "4"), "--overlap 4: needs --windows"),
-        (("--windows", "16", "--max-length", "0"), "--windows and --max-length exclude each other"),
+        (("--windows", "16", "--max-length", "0"), "--windows and --max-length cannot be combined"),
     ],
 )
 def test_options_of_windows_that_do_not_fit(

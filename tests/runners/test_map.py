@@ -119,7 +119,7 @@ def test_a_table_may_name_accessions_and_others(tmp_path: Path, capsys: pytest.C
         ("id,x\na,1\n", [], "t.tsv: its first line has no tab"),
         ("", [], "t.tsv: its first line has no tab"),
         ("id\tx\n", [], "t.tsv: no line below the header"),
-        ("id\tx\na\t1\na\t2\n", [], "t.tsv: line 3: 'a' is there twice"),
+        ("id\tx\na\t1\na\t2\n", [], "t.tsv: line 3: 'a' appears twice"),
         ("id\tw\tx\na\t1\n", [], "t.tsv: line 2 has 2 columns; the header has 3"),
         ("id\tx\na\t1\n", ["-o", "x.pdf"], "x.pdf: a map is OUT.png, OUT.svg, OUT.html"),
         ("id\tx\na\t1\n", ["--kind", "logits"], "--kind logits: a map is made of mean, max, bos"),

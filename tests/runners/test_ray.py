@@ -315,7 +315,7 @@ def test_when_all_fails_the_run_ends_and_keeps_what_is_finished(
     output = tmp_path / "out.h5"
     with monkeypatch.context() as deadly:
         deadly.setattr(RayEngine, "worker_class", DeadlyWorker)
-        with pytest.raises(EngineError, match="workers fail whatever they are given, last with: the process"):
+        with pytest.raises(EngineError, match="workers fail on every shard, last with: the process"):
             run(fasta, output, workers=1, **on_ray)
     assert sorted(shards_of(output)) == ["00000.shard", "00001.shard"]
     assert not output.exists()

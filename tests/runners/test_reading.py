@@ -227,7 +227,7 @@ def test_an_id_that_is_there_twice_is_damage(tmp_path: Path) -> None:
 
     with (
         esm_packed.open(write_output(tmp_path / "out.h5", change=repeat).path) as embeddings,
-        pytest.raises(StoreError, match="ID 'päf' is there twice"),
+        pytest.raises(StoreError, match="ID 'päf' appears twice"),
     ):
         embeddings["a"]
 

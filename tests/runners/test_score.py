@@ -208,7 +208,10 @@ def test_a_table_that_is_there_is_kept(
     output = tmp_path / "out.csv"
     output.write_text("mine\n")
     assert score(fasta, output) == 2
-    assert "is not the table that out.csv.json describes; --overwrite replaces it" in capsys.readouterr().err
+    assert (
+        "is not the table that out.csv.json describes; use --overwrite to replace it"
+        in capsys.readouterr().err
+    )
     output.unlink()
     assert score(fasta, output) == 0
     made = output.stat()
@@ -223,6 +226,18 @@ def test_a_table_that_is_there_is_kept(
     assert score(fasta, output, "--overwrite") == 0
     assert cli.main(["status", str(output)]) == 0
     assert f"complete, {len(rows_of(output))} rows" in capsys.readouterr().out
+    assert score(fasta, output, "--overwrite", "--keep-run") == 0
+    assert cli.main(["status", str(output)]) == 0
+    kept = f"{output}: complete, {len(rows_of(output))} rows; {output}.run is kept\n"
+    assert capsys.readouterr().out.endswith(kept)
+
+
+def test_status_of_a_table_without_its_description_names_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out.csv").write_text("id,score\n")
+    assert cli.main(["status", str(tmp_path / "out.csv")]) == 2
+    assert "out.csv: out.csv.json, which describes this table, is missing" in capsys.readouterr().err
 
 
 def test_a_table_that_comes_to_exist_meanwhile_keeps_its_description(
@@ -291,7 +306,7 @@ def test_the_heat_map_is_that_of_the_scan(
     ("table", "options", "message"),
     [
         ("id,mutant\na,A1M\n", (), "row 2, column mutant: A1M: residue 1 is M, not A"),
-        ("id,mutant\nz,M1A\n", (), "row 2, column id: 'z' is no record of the FASTA file"),
+        ("id,mutant\nz,M1A\n", (), "row 2, column id: 'z' is not a record of the FASTA file"),
         (
             "id,mutant\na,M1A:S17A\n",
             ("--joint", "--window", "5"),

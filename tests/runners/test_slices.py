@@ -300,7 +300,7 @@ def test_a_damaged_shard_of_another_slice_is_computed_by_who_merges(
     os.truncate(shard, shard.stat().st_size - 5)
     child = start(nursery, work, output, "--slice", "0/2")
     assert child.wait() == 0, child.output()
-    assert "shard 5 is missing or damaged; it is computed again" in child.output()
+    assert "shard 5 is missing or damaged; it is recomputed" in child.output()
     check_end(work, output)
 
 

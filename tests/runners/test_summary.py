@@ -317,7 +317,7 @@ def test_info_and_status_on_an_unfinished_run(
             text = capsys.readouterr().out
             assert "0 of 1 shards finished, 0 of 3 records (0%)" in text
             assert "not running; rerun the same command to continue" in text
-            assert f"begun by: esm-packed embed {fasta}" in text
+            assert f"started by: esm-packed embed {fasta}" in text
     found = information(capsys, output)
     assert (found["kind"], found["complete"], found["num_records"]) == ("run", False, 3)
     assert embed(fasta, "--keep-run") == 0

@@ -100,7 +100,7 @@ def test_fair_esm_as_the_reference(request_for: ValidateRequest) -> None:
 def test_a_report_is_replaced_only_when_asked(request_for: ValidateRequest) -> None:
     request = replace(request_for, dtypes=("fp32",), limit=2)
     validate_file(request, QUIET)
-    with pytest.raises(UsageError, match="holds a report already; --overwrite"):
+    with pytest.raises(UsageError, match="holds a report already; use --overwrite"):
         validate_file(request, QUIET)
     validate_file(replace(request, overwrite=True, limit=1), QUIET)
     assert len(json.loads((request.output / "validation.json").read_text())["proteins"]["lengths"]) == 1

@@ -82,6 +82,7 @@ def test_mutated_sequence_is_checked_and_can_stand_alone(table: Path, one: Fasta
     alone = read(table, one, "mutated_sequence", "MATAYIAKQW", ONE)
     assert substitutions(both)[0] == substitutions(alone)[0] == [("K", 1, "A"), ("R", 9, "W")]
     assert substitutions(alone)[1] == []
+    assert substitutions(read(table, one, "mutant", "k2a"))[0] == [("K", 1, "A")]
     np.testing.assert_array_equal(alone.sums(np.array([2.0, 3.0])), [5, 0])
 
 
@@ -95,14 +96,15 @@ def test_mutated_sequence_is_checked_and_can_stand_alone(table: Path, one: Fasta
             "row 2, column mutant: M0A: there is no residue 0; the protein has residues 1 to",
         ),
         (["mutant", "K2B"], "row 2, column mutant: K2B: B is none of the 20 amino acids ACDEFGHIKLMNPQRST"),
-        (["mutant", "k2A"], "k is none of the 20 amino acids"),
         (["mutant", "K2*"], r"\* is none of the 20 amino acids"),
-        (["mutant", "K2"], "row 2, column mutant: 'K2' is no mutation; write it as A24G"),
-        (["mutant,x", ",1"], "row 2, column mutant: '' is no mutation"),
-        (["mutant", "K2A:T3C:K2R"], "row 2, column mutant: K2A:T3C:K2R: residue 2 is there twice"),
+        (["mutant", "K2"], "row 2, column mutant: 'K2' is not a mutation; write A24G"),
+        (["mutant,x", ",1"], "row 2, column mutant: '' is not a mutation"),
+        (["mutant", "K" * 5000], rf"row 2, column mutant: '{'K' * 60}\.\.\.' is not a mutation; write A24G"),
+        (["sequence_id;mutant", "P1;K2A"], "separated by semicolons; save it with commas or tabs"),
+        (["mutant", "K2A:T3C:K2R"], "row 2, column mutant: K2A:T3C:K2R: residue 2 appears twice"),
         (["mutant", "K2A", "T3A", "K2A"], "row 4, column mutant: row 2 is the same mutant"),
         (["mutant", "K2A:T3C", "T3C:K2A"], "row 3, column mutant: row 2 is the same mutant"),
-        (["mutant", "K2A,1"], "row 2: 2 cells, where the header has 1"),
+        (["mutant", "K2A,1"], "row 2: 2 cells, but the header has 1"),
         (["mutant,mutated_sequence", "K2A,MATAYIAKQW"], "row 2, column mutated_sequence: letter 10 is W, wh"),
         (["mutant,mutated_sequence", "K2A,MATAYIAKQ"], "column mutated_sequence: 9 residues, where the prot"),
         (
@@ -112,11 +114,11 @@ def test_mutated_sequence_is_checked_and_can_stand_alone(table: Path, one: Fasta
         (["mutated_sequence", "MBTAYIAKQR"], "column mutated_sequence: residue 2: B is none of the 20"),
         (["mutated_sequence", "M?TAYIAKQR"], r"column mutated_sequence: '\?' at position 2 is not in"),
         (["mutated_sequence", "AKTAYIAKQR", "AKTAYIAKQR"], "row 3, column mutated_sequence: row 2 is the sa"),
-        (["id,mutant", "P9,K2A"], "row 2, column id: 'P9' is no record of the FASTA file"),
+        (["id,mutant", "P9,K2A"], "row 2, column id: 'P9' is not a record of the FASTA file"),
         (["mutant"], "the table is empty: there is no row below the header"),
         (["variant,score", "K2A,1"], r"no column mutant \(such as A24G .* the header has 'variant', 'score'"),
         ([""], "no column mutant .* the header has nothing"),
-        (["mutant,mutant", "K2A,K2A"], "the column 'mutant' is there twice"),
+        (["mutant,mutant", "K2A,K2A"], "the column 'mutant' appears twice"),
         (["mutant,score", "K2A,1"], "rename the column score, which the output adds"),
         (["mutant", '"K2A'], "row 2: unexpected end of data"),
     ],
@@ -137,7 +139,7 @@ def test_other_faults_of_a_table(table: Path, one: FastaIndex, two: FastaIndex) 
     with pytest.raises(UsageError, match="no such file"):
         read_mutants(table.with_name("absent.csv"), one)
     table.write_bytes(b"\xff\xfe\x00mutant")
-    with pytest.raises(UsageError, match="no UTF-8 text; a table of mutants is CSV or TSV"):
+    with pytest.raises(UsageError, match="not UTF-8 text; a table of mutants is CSV or TSV"):
         read_mutants(table, one)
 
 
@@ -168,7 +170,7 @@ def test_bad_rows_are_left_out_and_listed(table: Path, one: FastaIndex) -> None:
     assert substitutions(mutants) == [[("M", 0, "C"), ("K", 1, "A")], [("T", 2, "G")]]
     assert mutants.problems == (
         TableProblem(2, "mutant", "W1A: residue 1 is M, not W"),
-        TableProblem(4, "", "1 cell, where the header has 2"),
+        TableProblem(4, "", "1 cell, but the header has 2"),
         TableProblem(5, "mutant", "row 3 is the same mutant"),
     )
     assert list(mutants.table_rows()) == [["K2A:M1C", "b"], ["T3G", "d"]]
