@@ -411,10 +411,10 @@ def test_settings_are_merged_and_launches_read_them(configs: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "no file of tuned settings"),
-        ("[]", "no file of tuned settings"),
-        ('{"settings": {}}', "no file of tuned settings"),
-        ("[" * 100_000, "no file of tuned settings"),
+        ("{", "not a file of tuned settings"),
+        ("[]", "not a file of tuned settings"),
+        ('{"settings": {}}', "not a file of tuned settings"),
+        ("[" * 100_000, "not a file of tuned settings"),
         ('{"gpu": "NVIDIA A100", "settings": {}, "measured": {}}', "of NVIDIA A100, not of NVIDIA H200"),
     ],
 )
