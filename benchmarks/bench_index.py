@@ -1,4 +1,4 @@
-"""The index of FASTA files: MB/s beside plain SHA-256 of the same file, and the memory that it takes.
+"""The index of FASTA files: MB/s compared with plain SHA-256 of the same file, and memory.
 
 Small by default; ESM_PACKED_BENCH_MB=1000 makes files of 1 GB:
 

@@ -1,4 +1,4 @@
-"""Every kernel beside what PyTorch offers, on packed batches of UniRef lengths: README.md.
+"""Every kernel compared with PyTorch, on packed batches of UniRef lengths: README.md.
 
 On a CPU the sizes are tiny and the operations are the plain PyTorch ones: that shows that the code runs, no
 more.
@@ -28,7 +28,7 @@ BACKEND_NAMES = [name for name in BACKENDS if name != "triton"]
 
 
 def memory_bound_contests() -> Iterator[KernelEntry]:
-    """Every shape: ours and plain PyTorch; one shape: `torch.compile` of that, and other packages, too."""
+    """Ours and plain PyTorch for every shape; `torch.compile` and other packages for one shape."""
     for case in KERNELS.values():
         if case.num_flops is not None:
             continue

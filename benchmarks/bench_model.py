@@ -86,7 +86,7 @@ def test_reproducible(
     benchmark: Any,
     pytestconfig: pytest.Config,
 ) -> None:
-    """What packs of one size cost, and what replaying them as CUDA graphs gains, in the default precision."""
+    """Cost of packs of one size, and gain of replaying them as CUDA graphs, in the default precision."""
     benchmark.group = "reproducible"
     # on a GPU other amounts would leave a last pack that is mostly padding
     total_tokens = (None if ON_GPU else pytestconfig.getoption("--tokens")) or REPRODUCIBLE_TOKENS

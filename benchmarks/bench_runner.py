@@ -1,4 +1,4 @@
-"""The runner around the forward pass: what it costs beside it, how fast it merges, what Ray workers add.
+"""The runner around the forward pass: overhead, speed of merging, scaling with Ray workers.
 
 All on the CPU, with one thread for each worker. `--full` takes the sizes that the targets are stated for:
 10,000 proteins of 50 residues, a GB of embeddings, and half a minute for each measurement on Ray.
@@ -67,7 +67,7 @@ SCALING_SHARDS = 24
 
 TARGET_SCALING = 1.8
 
-# What the machine can give, without the runner: each process computes packs from memory, and no one else's.
+# Upper bound without the runner: each process computes its own packs from memory.
 PLAIN_PROCESS = """
 import sys, torch
 from esm_packed.alphabet import encode
@@ -168,7 +168,7 @@ def check_rows(rows: npt.NDArray[np.float32], model: ESM2, sequences: Sequence[s
 
 
 def timed_forward(worker: Worker, run: Run) -> tuple[list[dict[str, torch.Tensor]], float, float]:
-    """What each pack of a run gives, in order; seconds and processor seconds of the forward passes."""
+    """Results of each pack of a run, in order; seconds and processor seconds of the forward passes."""
     layout, names = LAYOUTS["packed"], run.plan.outputs
     batches = []
     for shard in range(run.plan.num_shards):
@@ -287,7 +287,7 @@ def finished(full: bool, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def test_merge(block: int, provider: str, finished: Run, tmp_path: Path, benchmark: Any) -> None:
-    """Finished shards to the output, beside a plain copy and the checksums of them; all in the page cache."""
+    """Merging finished shards, compared with a plain copy and with checksums; all in the page cache."""
     benchmark.group = "merge"
     paths = [finished.directory.shard_path(shard) for shard in range(finished.plan.num_shards)]
 

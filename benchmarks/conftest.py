@@ -1,4 +1,4 @@
-"""Options, the order of rounds, what is recorded of the machine, and what could not run."""
+"""Options, order of rounds, records of the machine, and of benchmarks that could not run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _names(allowed: tuple[str, ...]) -> Any:
     def parse(text: str) -> list[str]:
         names = text.split(",")
         if unknown := [name for name in names if name not in allowed]:
-            raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(allowed)}")
+            raise argparse.ArgumentTypeError(f"{unknown[0]!r} is invalid; choose from {', '.join(allowed)}")
         return names
 
     return parse
@@ -35,7 +35,7 @@ def _names(allowed: tuple[str, ...]) -> Any:
 
 def _positive(text: str) -> int:
     if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no positive whole number")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
     return int(text)
 
 

@@ -1,4 +1,4 @@
-"""What no arrangement of the model can do without: its matrix multiplications and its attention, alone.
+"""Floors of the forward pass: its matrix multiplications and its attention, alone.
 
 They run on the packs of esm-packed and the model's own weights, with random activations.
 """

@@ -160,7 +160,7 @@ _BASELINES: dict[str, Callable[[Workload], Callable[..., Any]]] = {
 
 
 def baseline(case: Case, workload: Workload) -> Callable[..., Any]:
-    """What PyTorch offers for a workload; it takes the kernel's arguments."""
+    """PyTorch's counterpart of a kernel; it takes the kernel's arguments."""
     if case.operation in _BASELINES:
         return _BASELINES[case.operation](workload)
     return case.reference

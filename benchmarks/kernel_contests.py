@@ -43,7 +43,7 @@ class KernelEntry:
 
     @property
     def parameters(self) -> tuple[str, ...]:
-        """What the test is called with."""
+        """Arguments of the test."""
         return self.operation, self.provider, self.model_size, dtype_name(self.dtype), self.lengths
 
     @property
@@ -82,7 +82,7 @@ class Buffers:
                 arguments[name].copy_(original)
 
     def function(self, provider: str) -> Callable[..., Any]:
-        """What `provider` computes the operation with; it takes the launcher's arguments.
+        """Function with which `provider` computes the operation; it takes the launcher's arguments.
 
         Raises:
             pytest.skip.Exception: the provider is not to be had here.
@@ -208,7 +208,7 @@ class Bench:
             self._buffers.clear()
 
     def time(self, contest: KernelEntry, suite: str, block: int, benchmark: Any) -> dict[str, Any]:
-        """Time `contest` and fill the benchmark's record; what is returned."""
+        """Time `contest` and fill the benchmark's record, which is returned."""
         prepared = self.prepare(contest)
         rounds = prepared.rounds
         rounds.seconds.clear()

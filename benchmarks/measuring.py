@@ -106,7 +106,7 @@ def flops_of(config: ESM2Config, residues: npt.ArrayLike) -> float:
 def forward_floor(
     config: ESM2Config, residues: Sequence[int], dtype: str, token_budget: int
 ) -> tuple[float, float]:
-    """What a forward pass of the layers cannot do without, and how long this machine takes for it.
+    """Minimum work of a forward pass of the layers, and the time that this machine takes for it.
 
     All floating-point operations on useful tokens at the measured rate of matrix multiplications, and then
     the bytes that no fusion into these saves at the measured rate of copies: twice in each layer the residual
@@ -198,7 +198,7 @@ def gpu_activities(run: Callable[[], object]) -> list[str] | None:
 
 
 def machine_info(command: Sequence[str]) -> dict[str, Any]:
-    """What results depend on, for `machine_info` of pytest-benchmark.
+    """Machine, versions and settings, for `machine_info` of pytest-benchmark.
 
     Args:
         command: arguments of pytest.

@@ -1,4 +1,4 @@
-"""The rates of the machine that times are held against."""
+"""Rates of the machine that times are compared with."""
 
 from __future__ import annotations
 

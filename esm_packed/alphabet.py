@@ -28,7 +28,7 @@ EOS_ID = TOKENS.index("<eos>")
 MASK_ID = TOKENS.index("<mask>")
 
 INVALID_ID = 255
-"""What `RESIDUE_TO_ID` holds for a byte that is no residue."""
+"""Value of `RESIDUE_TO_ID` for a byte that is not a residue."""
 
 
 def _residue_table() -> npt.NDArray[np.uint8]:

@@ -26,7 +26,7 @@ ATTENTIONS = ("auto", "flash3", "fa3_fwd", "flash4", "varlen", "flash2", "triton
 """`auto` and the attention backends, as in `attention.BACKENDS`."""
 
 REFERENCES = ("esm-packed", "fair-esm")
-"""What a precision may be validated against."""
+"""References that a precision may be compared with."""
 
 LAYER_NORM_EPS = 1e-5
 

@@ -70,7 +70,7 @@ def check_contact_head(model: ESM2) -> None:
 
 
 def no_contact_head(model_name: str) -> str:
-    """Why a model has no contacts, and what would help."""
+    """Message: why a model has no contacts, and what to do."""
     return (
         f"{model_name} was loaded without contact-regression weights: put the file "
         "NAME-contact-regression.pt beside NAME.pt"
@@ -78,7 +78,7 @@ def no_contact_head(model_name: str) -> str:
 
 
 def attend_of(model: ESM2) -> PackedAttention:
-    """What computes the attention of a model."""
+    """The attention function of a model."""
     return next(iter(model.layers)).attention.attend
 
 

@@ -172,7 +172,7 @@ def predict_contacts(model: ESM2, sequence: str) -> Embeddings:
 def attention_maps(
     model: ESM2, sequence: str, *, layers: Sequence[int] | None = None, heads: Sequence[int] | None = None
 ) -> Embeddings:
-    """Attention maps of one protein, held as they are asked for: for contacts none is needed.
+    """Attention maps of one protein. Contacts do not need them.
 
     Args:
         sequence: one-letter residues of one protein.

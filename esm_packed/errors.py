@@ -1,4 +1,4 @@
-"""What goes wrong by no fault of the program."""
+"""Errors caused by the input or the environment, not by the program."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 class UserError(Exception):
-    """A mistake in what the program was given; `str(error)` is the full message for the terminal.
+    """A mistake in the input or options; `str(error)` is the full message for the terminal.
 
     Args:
         message: the message, or its first line if there are `details`.
@@ -20,12 +20,12 @@ class UserError(Exception):
 
 
 class UsageError(UserError, ValueError):
-    """An argument or option does not fit."""
+    """An argument or option is invalid."""
 
 
 class CheckpointError(UserError, ValueError):
-    """A checkpoint is missing, damaged or no ESM-2; the message says which file or key, and what to do."""
+    """A checkpoint is missing, damaged or not an ESM-2; the message names the file or key and what to do."""
 
 
 class EngineError(RuntimeError):
-    """Workers fail whatever they are given; finished shards are kept, and the same command continues."""
+    """Workers fail on every shard; finished shards are kept, and rerunning the same command continues."""

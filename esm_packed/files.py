@@ -1,4 +1,4 @@
-"""Files on disk: read only if they are files, made whole or not at all, never over what is being read."""
+"""Regular files: read safely, written atomically, never over a file that is being read."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from pathlib import Path
 
 
 def open_regular(path: Path) -> BufferedReader:
-    """A regular file, for reading.
+    """Open a regular file for reading.
 
     Raises:
-        OSError: it is a link, a pipe or a device, which may lead elsewhere or never end, or cannot be read.
+        OSError: it is a link, pipe or device, or cannot be read.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise OSError(errno.EINVAL, "is no regular file", str(path))
+        raise OSError(errno.EINVAL, "is not a regular file", str(path))
     return os.fdopen(descriptor, "rb")
 
 

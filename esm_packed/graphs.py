@@ -24,7 +24,7 @@ WARM_UPS = 2
 
 @dataclass(frozen=True)
 class Shape:
-    """What a graph is recorded for: all sizes that reach a kernel as a number."""
+    """Shape that a graph is recorded for: all sizes that kernels receive as numbers."""
 
     total_tokens: int
     num_segments: int
@@ -124,5 +124,5 @@ def load(static: PackedBatch, batch: PackedBatch) -> None:
 
 
 def _power_of_two(number: int) -> int:
-    """The least power of two that is no less than `number`."""
+    """The smallest power of two that is at least `number`."""
     return 1 << (number - 1).bit_length()

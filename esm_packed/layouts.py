@@ -66,10 +66,9 @@ LAYOUTS = {
         ),
     )
 }
-"""`fixed` makes a sequence's embedding independent, to the last bit, of what it is computed with.
+"""`fixed` makes a sequence's embedding bit-identical regardless of batch contents.
 
-Every pack has `token_budget` tokens, or a multiple of it where a single sequence is longer, the last ones
-being padding: all matrix multiplications have one shape, and a row of their result depends on the same row of
-the operand alone, however the library picks its algorithm by shape. Everything else treats each token or each
-sequence on its own anyway.
+Every pack is padded to `token_budget` tokens, or to a multiple of it for a single longer sequence. All matrix
+multiplications then have one shape, and a row of their result depends only on the same row of the operand,
+although the library chooses its algorithm by shape. All other operations work on single tokens or sequences.
 """

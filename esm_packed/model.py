@@ -45,7 +45,7 @@ _Module = TypeVar("_Module", bound=nn.Module)
 
 @dataclass(frozen=True)
 class PackedOutput:
-    """What `ESM2.forward_packed` returns.
+    """Output of `ESM2.forward_packed`.
 
     Args:
         representations: layer to (total_tokens, hidden_size); 0 is the embedding, the last is normalised.
@@ -270,8 +270,8 @@ class ESM2(nn.Module):
         mask_id = MASK_ID if self.config.token_dropout else None
         representations = {}
 
-        # Each addition to the residual stream is fused with the LayerNorm that follows it. One name for all
-        # activations beside it: what is not needed any more is freed before the next is computed.
+        # Each addition to the residual stream is fused with the following LayerNorm. All other activations
+        # share one name, so that each is freed before the next one is computed.
         layers = list(self.layers)
         next_norms = [layer.attention_norm for layer in layers[1:]] + [self.final_norm]
         residual, position_ids = kernels.embed_tokens(
@@ -359,10 +359,10 @@ class ESM2(nn.Module):
 
 
 def load_in_fp32(checkpoint: Checkpoint, device: torch.device) -> ESM2:
-    """The model in FP32 on `device`, or on the CPU where there is no room for it.
+    """The model in FP32 on `device`, or on the CPU if `device` has too little memory.
 
     Raises:
-        RuntimeError: there is no room on the CPU either.
+        RuntimeError: the CPU has too little memory, too.
     """
     fp32 = PRECISIONS["fp32"]
 

@@ -1,4 +1,4 @@
-"""Precision modes, and the global switches of torch that a forward pass must not inherit."""
+"""Precision modes, and torch's global switches, which a forward pass must not inherit."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DType = str | torch.dtype | np.dtype[Any] | type[np.generic]
 
 @dataclass(frozen=True)
 class Precision:
-    """What a mode computes in.
+    """Dtypes of a precision mode.
 
     Args:
         name: the mode.
@@ -119,7 +119,7 @@ def resolve_precision(name: DType | None, device: torch.device) -> Precision:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device or this process had no memory left."""
+    """Whether `error` means that a device or this process ran out of memory."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return any(
@@ -129,7 +129,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def matmul_precision(precision: Precision) -> Iterator[None]:
-    """Hold torch's global matrix-multiplication switches at what `precision` promises, then restore them.
+    """Set torch's global matrix-multiplication switches as `precision` requires, then restore them.
 
     FP32 runs in IEEE arithmetic unless the mode is TF32; half types accumulate and reduce in FP32.
     """

@@ -1,6 +1,6 @@
-"""Kinds of output: what is kept of a forward pass for each sequence, or for each residue.
+"""Kinds of output of a forward pass, per sequence or per residue.
 
-An output is called by its kind and layer, as `mean/33`, or by its kind alone where it is of the last layer.
+The name of an output is its kind and layer, such as `mean/33`, or its kind alone for the last layer.
 """
 
 from __future__ import annotations
@@ -9,17 +9,17 @@ from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 Per = Literal["sequence", "residue", "pair", "site"]
-"""What has a row of its own; a pair is one of residues i <= j, a site a residue that is scored."""
+"""Unit that has a row; a pair is a pair of residues i <= j, a site a scored residue."""
 
 
 class Kind(NamedTuple):
     """A kind of output.
 
     Args:
-        text: what it is, for people.
-        per: what it has a row for.
-        has_layers: whether each layer has its own.
-        columns: values in a row; 0 for the hidden size of the model.
+        text: description for users.
+        per: unit that has a row.
+        has_layers: whether there is one output per layer.
+        columns: values per row; 0 for the hidden size of the model.
     """
 
     text: str
@@ -29,7 +29,7 @@ class Kind(NamedTuple):
 
     @property
     def is_ragged(self) -> bool:
-        """Whether sequences differ in their numbers of rows."""
+        """Whether sequences have different numbers of rows."""
         return self.per != "sequence"
 
 
@@ -44,7 +44,7 @@ KINDS = {
     "contacts": Kind("contact probability of each pair of residues", per="pair", columns=1),
 }
 LOG_PROBABILITIES = "log_probabilities"
-"""What a scoring run keeps, which embeds nothing; its batches say where it is read."""
+"""Output of a scoring run; its batches select the rows."""
 
 _ALL_KINDS = KINDS | {
     LOG_PROBABILITIES: Kind("log-probabilities of the 20 amino acids, each site", per="site", columns=20)
@@ -82,7 +82,7 @@ def layer_of(name: str) -> int | None:
 
 
 def per_of(name: str) -> Per:
-    """What the output called `name` has a row for."""
+    """Unit that has a row in the output `name`."""
     kind = _ALL_KINDS.get(kind_of(name))
     return "sequence" if kind is None else kind.per
 

@@ -12,7 +12,7 @@ import torch
 from esm_packed.alphabet import BOS_ID, EOS_ID, PAD_ID
 
 SPECIAL_TOKENS = 2
-"""BOS and EOS, which every sequence carries besides its residues."""
+"""BOS and EOS of every sequence."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,12 @@ class PackedBatch:
 
     @property
     def num_sequences(self) -> int:
-        """Sequences in the batch, padding not counted."""
+        """Sequences in the batch, without padding."""
         return len(range(self.cu_seqlens.numel() - 1)[self.segments])
 
     @property
     def total_tokens(self) -> int:
-        """Tokens in the batch, BOS, EOS and padding included."""
+        """Tokens in the batch, including BOS, EOS and padding."""
         return self.input_ids.numel()
 
     @property
@@ -154,7 +154,7 @@ def fill(batch: PackedBatch, total_tokens: int) -> PackedBatch:
 
 
 def check_packed(batch: PackedBatch, device: torch.device) -> None:
-    """See that a batch can be computed on `device`; nothing is read back from a GPU.
+    """Check that a batch can be computed on `device`, without reading anything back from a GPU.
 
     Raises:
         ValueError: names the argument that does not fit and shows its value.

@@ -1,4 +1,4 @@
-"""Sequences padded to a common length: what packing saves, kept to compare with and for emergencies.
+"""Sequences padded to a common length, for comparison with packing and as a fallback.
 
 A padded batch has a row of `max_seqlen` tokens for each sequence. It is a packed batch all the same: a row is
 two segments, the sequence and its padding, so that embedding, token dropout and pooling see the sequence
@@ -19,7 +19,7 @@ from esm_packed.packing import SPECIAL_TOKENS, PackedBatch
 
 
 def plan_padded(lengths: npt.ArrayLike, token_budget: int) -> list[npt.NDArray[np.int64]]:
-    """Batches of sequences of like length, as fair-esm's `esm-extract` forms them.
+    """Batches of sequences of similar length, as in fair-esm's `esm-extract`.
 
     Args:
         lengths: (num_sequences,) tokens of each sequence, BOS and EOS included.

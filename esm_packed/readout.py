@@ -1,4 +1,4 @@
-"""The outputs that are kept of a forward pass, by the names that `outputs` gives them."""
+"""Outputs of a forward pass, by their names in `outputs`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from esm_packed.model import PackedOutput
 
 FINITE = "finite"
-"""Whether all rows of a sequence are finite: there beside ragged outputs."""
+"""Whether all rows of a sequence are finite; computed along with ragged outputs."""
 
 
 def kept_outputs(
@@ -28,7 +28,7 @@ def kept_outputs(
     residue_dtype: torch.dtype | None = None,
     contacts: Sequence[torch.Tensor] = (),
 ) -> dict[str, torch.Tensor]:
-    """What is kept of a forward pass.
+    """Compute the requested outputs of a forward pass.
 
     Args:
         output: with the layers, and the logits, that `names` need.
@@ -84,7 +84,7 @@ def _negative_log_likelihood(logits: torch.Tensor, input_ids: torch.Tensor) -> t
 
 
 def _are_finite(values: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
-    """(num_sequences,) bool, whether all that was read of a sequence is finite."""
+    """(num_sequences,) bool, whether all outputs of a sequence are finite."""
     assert batch.rows is not None
     sequences = torch.searchsorted(batch.cu_seqlens, batch.rows.to(torch.int32), right=True) - 1
     faults = torch.zeros(batch.cu_seqlens.numel() - 1, device=values.device)

@@ -1,4 +1,4 @@
-"""What is not finite in one precision is computed again in FP32: the guard of `ESM2.embed` and of runs."""
+"""Recomputation in FP32 of sequences with NaN or Inf, for `ESM2.embed` and for runs."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
     from esm_packed.model import ESM2
 
 SEQUENCES_NAMED = 20
-"""Most sequences that a warning names."""
+"""Sequences that a warning names at most."""
 
 Embeddings = npt.NDArray[np.floating[Any]]
 
 
 class Rescue:
-    """Replaces, one sequence at a time, what a model gave and what is not finite.
+    """Replaces outputs with NaN or Inf, one sequence at a time.
 
     Args:
-        load: gives the model in FP32, called when it is first needed and once; None where the results are in
-            FP32 or better already.
+        load: returns the model in FP32; called once, when it is first needed. None if the outputs are already
+            in FP32 or better.
     """
 
     def __init__(self, load: Callable[[], ESM2] | None) -> None:
@@ -62,7 +62,7 @@ class Rescue:
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            reason += ", and there is no memory to compute it in fp32"
+            reason += ", and there is too little memory to compute it in fp32"
         for row in rows.values():
             row[...] = math.nan
         return False, reason

@@ -105,11 +105,11 @@ def plan_queries(
     method: str = "masked",
     window: int = DEFAULT_WINDOW,
 ) -> list[Query]:
-    """What is computed of a protein.
+    """Copies of a protein to compute.
 
     Args:
         length: residues of the protein.
-        sites: read each on its own, counted from 0; repetitions count once.
+        sites: sites to score one at a time, counted from 0; duplicates count once.
         joint: sets of sites, each of which is masked together in one copy.
         method: one of `config.SCORING_METHODS`.
         window: most residues of a copy.

@@ -11,7 +11,7 @@ from esm_packed.checkpoints import Checkpoint, RandomTensors
 from esm_packed.config import ESM2Config
 
 TRAINED_PEAK = 140.0
-"""What the second and third largest channel of the real 650M's residual stream reach; the largest is 468."""
+"""Peak of the second and third largest channel of the trained 650M's residual stream; the largest is 468."""
 
 _CONSTANT = -468.0
 _FINAL_NORM_WEIGHT = 0.36
@@ -72,7 +72,7 @@ class StressTensors(RandomTensors):
 
 
 def seeded_kind(checkpoint: Checkpoint) -> str | None:
-    """`random` or `stress` if nobody trained these weights, even where they come from a file; else None.
+    """`random` or `stress` for untrained weights, also when they come from a file; else None.
 
     Seeds 0 to 99 are recognised by a tensor that both recipes share.
     """

@@ -43,11 +43,11 @@ _INSTEAD = {
     "device_map": "pass device, such as 'auto' or 'cuda:0'",
     "attn_implementation": "pass attention, one of esm_packed.attention.BACKENDS, or leave it out",
 }
-"""What to do in place of passing an argument of transformers."""
+"""Arguments of transformers that are not supported, and what to do instead."""
 
 
 class _Padded(NamedTuple):
-    """What was computed, as padded batches whose rows of padding are zero.
+    """Outputs as padded batches, zero where there is padding.
 
     Args:
         layers: layer to (batch, length, hidden_size).
@@ -163,7 +163,7 @@ class _PackedModel(nn.Module):
 
     @abstractmethod
     def _load_head(self, checkpoint: Checkpoint, add_pooling_layer: bool) -> None:
-        """Take what the model has beside the layers."""
+        """Load the parts of the model other than its layers."""
 
     def _compute(
         self,
@@ -205,7 +205,7 @@ class _PackedModel(nn.Module):
         return range(self.esm2.config.num_layers + 1 if output_hidden_states else 0)
 
     def _returned(self, output: Any, return_dict: bool | None) -> Any:
-        """`output`, or as a tuple without what is None."""
+        """`output`, or a tuple of its fields that are not None."""
         as_it_is = self.config.return_dict if return_dict is None else return_dict
         return output if as_it_is else output.to_tuple()
 
@@ -400,11 +400,11 @@ def _refuse(arguments: Mapping[str, Any]) -> None:
             continue
         if name in _INSTEAD:
             raise ValueError(f"{name} is not supported: {_INSTEAD[name]}")
-        raise TypeError(f"{name!r} is no argument of esm_packed.transformers' models")
+        raise TypeError(f"{name!r} is not an argument of esm_packed.transformers' models")
 
 
 def _config_of(checkpoint: Checkpoint) -> Any:
-    """EsmConfig of a checkpoint's folder, or one made of its shape where it is no folder."""
+    """EsmConfig of a checkpoint's folder, or one built from its shape if it is not a folder."""
     if Path(checkpoint.source).is_dir():
         return _transformers().EsmConfig.from_pretrained(checkpoint.source)
     return esm_config(checkpoint.config)

@@ -1,4 +1,4 @@
-"""Long proteins in overlapping windows, and their residues blended again."""
+"""Long proteins in overlapping windows, and blending of the windows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Rows = npt.NDArray[np.floating[Any]]
 
 
 class Windows(NamedTuple):
-    """How proteins longer than a window are cut.
+    """How proteins longer than a window are split.
 
     Windows begin every `size - overlap` residues, and the last one ends with the protein, so that all are of
     one size. A residue in several windows is their weighted mean: the weight of a window is 1 and falls
@@ -35,7 +35,7 @@ class Windows(NamedTuple):
         return [*range(0, length - self.size, self.size - self.overlap), length - self.size]
 
     def num_residues(self, lengths: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.int64]:
-        """Residues that are computed for proteins of `lengths`, those in several windows counted as often."""
+        """Residues computed for proteins of `lengths`, counting overlaps once per window."""
         num_windows = 1 - (self.size - lengths) // (self.size - self.overlap)
         return np.where(lengths <= self.size, lengths, num_windows * self.size).astype(np.int64)
 
@@ -48,10 +48,10 @@ class Windows(NamedTuple):
 
 
 class Blend:
-    """The windows of one protein as they come, in any order.
+    """Blends the windows of one protein, added in any order.
 
     Args:
-        windows: how it was cut.
+        windows: how it was split.
         length: residues of the protein.
     """
 

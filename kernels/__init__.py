@@ -1,4 +1,4 @@
-"""The operations of ESM-2 on packed tensors; they know tensors, not proteins.
+"""The operations of ESM-2 on packed tensors; independent of proteins and models.
 
 On a GPU they are Triton kernels, elsewhere plain PyTorch, which `reference` holds and documents.
 

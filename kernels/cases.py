@@ -1,7 +1,7 @@
-"""One example of every launcher: its inputs, what it must move or compute, and its candidates for tuning.
+"""One example of every launcher: its inputs, minimum bytes and operations, and candidates for tuning.
 
-Tests, benchmarks, `esm-packed tune` and the table of compiled kernels are made of `CASES`: a new kernel needs
-its file, an operation in `kernels`, an entry here, and a test.
+Tests, benchmarks, `esm-packed tune` and the table of compiled kernels use `CASES`: a new kernel needs a file,
+an operation in `kernels`, an entry here and a test.
 """
 
 from __future__ import annotations
@@ -211,7 +211,7 @@ class Case:
     def arguments(
         self, workload: Workload, dtype: torch.dtype, residual_dtype: torch.dtype | None = None
     ) -> Arguments:
-        """What the launcher is called with."""
+        """Arguments of the launcher."""
         return self.inputs(workload, dtype, residual_dtype or self.residual_dtype or dtype)
 
     def bytes(self, workload: Workload, dtype: torch.dtype) -> int:
@@ -219,7 +219,7 @@ class Case:
         return self.num_bytes(workload, dtype, self.residual_dtype or dtype)
 
     def results(self, function: Callable[..., Any], arguments: Arguments) -> Results:
-        """Call `function`, and name all that it wrote: what it returns, and what it modified."""
+        """Call `function`; its results by name, both returned and modified in place."""
         returned = function(**arguments)
         if not isinstance(returned, tuple):
             returned = () if returned is None else (returned,)

@@ -1,4 +1,4 @@
-"""Sums over attention maps that are never held: each program owns what it writes, and no sum is atomic."""
+"""Sums over attention maps that are never materialized: each program owns its output, no sum is atomic."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _load_tile(
 
 @triton.jit
 def _load_row(max_ptr, total_ptr, index, mask):
-    """What normalises rows. Their logarithm in one number, the log-sum-exp, would round the scores twice."""
+    """Maximum and sum that normalise rows. A single log-sum-exp would round the scores twice."""
     row_max = tl.load(max_ptr + index, mask=mask, other=float("inf"))
     return row_max, tl.load(total_ptr + index, mask=mask, other=1.0)
 
@@ -245,7 +245,7 @@ def add_attention_maps_(
 
 
 def _heuristic(head_dim: int, dtype: torch.dtype) -> Settings:
-    """Tiles that spill on none of sm_80 to sm_100 (the compile table in tests/kernels shows it)."""
+    """Tile sizes that do not spill on sm_80 to sm_100 (see the compile table in tests/kernels)."""
     block_m, block_n, num_warps = 64, 64 if head_dim <= 32 else 32, 4
     if dtype == torch.float32:
         block_m, block_n, num_warps = 32, 32 if head_dim <= 64 else 16, 8 if head_dim > 16 else 4

@@ -51,7 +51,7 @@ def operation(
     name = eager.__name__
     if name in _operations:
         # transformers imports this folder a second time, as `kernels`, where the repository is on sys.path.
-        # Registering an operation anew would take away the one that is in use.
+        # Registering an operation again would remove the one in use.
         existing: Callable[P, R] = _operations[name]
         return existing
     arguments = list(eager.__annotations__)

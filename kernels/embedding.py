@@ -32,7 +32,7 @@ def _embed_tokens_kernel(
     token = first + tl.arange(0, BLOCK_T)
     in_range = token < total_tokens
     starts, ends = segment_bounds(cu_seqlens_ptr, num_sequences, token, BLOCK_S)
-    # Tokens behind the last sequence, left there by a captured graph, have no end, and position 0.
+    # Tokens after the last sequence, as in a captured graph, have no end, and position 0.
     in_sequence = ends < 2147483647
     tl.store(position_ids_ptr + token, tl.where(in_sequence, token - starts, 0), mask=in_range)
 

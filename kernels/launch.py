@@ -1,4 +1,4 @@
-"""Settings of a launch: heuristics, overruled by what `esm-packed tune` measured on this very GPU."""
+"""Launch settings: heuristics, overridden by measurements of `esm-packed tune` on the same GPU."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _tuned(device: torch.device, part: str, warn: bool) -> dict[str, Any]:
         if warn:
             warnings.warn(
                 f"{path} was tuned with Triton {tuned['triton']}, not {here}; "
-                "`esm-packed tune` makes it anew",
+                "rerun `esm-packed tune`",
                 stacklevel=3,
             )
         return {}

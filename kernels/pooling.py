@@ -35,7 +35,7 @@ def _segment_pool_kernel(
         else:
             pooled += values
     if REDUCTION == "max":
-        # `tl.max` passes over NaN.
+        # `tl.max` ignores NaN.
         is_nan = tl.max((pooled != pooled).to(tl.int32), axis=0) > 0
         result = tl.where(is_nan, float("nan"), tl.max(pooled, axis=0))[None, :]
     else:

@@ -1,4 +1,4 @@
-"""Every operation in plain PyTorch: what the CPU runs, and what tests and benchmarks compare with.
+"""Every operation in plain PyTorch: used on the CPU, and the reference of tests and benchmarks.
 
 Sequences lie end to end; `cu_seqlens` (num_sequences + 1,) int32 says where each begins.
 Statistics, softmax, angles and pooling are formed in FP32, in FP64 where the tensors are FP64.
@@ -16,7 +16,7 @@ TRAINED_KEEP_RATIO = 1 - 0.15 * 0.8
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype sums are formed in for tensors of `dtype`: FP64 for FP64, FP32 for all others."""
+    """Accumulation dtype for tensors of `dtype`: FP64 for FP64, FP32 for all others."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -154,7 +154,7 @@ def bias_gelu_(hidden_states: torch.Tensor, bias: torch.Tensor) -> None:
 
 
 def segment_mean(hidden_states: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
-    """Mean over the residues of each sequence, BOS and EOS left out.
+    """Mean over the residues of each sequence, without BOS and EOS.
 
     Args:
         hidden_states: (total_tokens, hidden_size).
@@ -172,7 +172,7 @@ def segment_mean(hidden_states: torch.Tensor, cu_seqlens: torch.Tensor) -> torch
 
 
 def segment_max(hidden_states: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
-    """Maximum over the residues of each sequence, BOS and EOS left out; NaN where any of these is NaN.
+    """Maximum over the residues of each sequence, without BOS and EOS; NaN where any of them is NaN.
 
     Args:
         hidden_states: (total_tokens, hidden_size).
@@ -216,7 +216,7 @@ def packed_attention(
     softmax_scale: float,
     input_precision: str = "ieee",
 ) -> torch.Tensor:
-    """Bidirectional attention of every sequence with itself, scores held in full.
+    """Bidirectional attention of every sequence with itself, materializing all scores.
 
     Args:
         query, key, value: (total_tokens, num_heads, head_dim).
@@ -237,7 +237,7 @@ def packed_attention(
 
 
 MAP_TILE = 1 << 19
-"""Most probabilities that `add_attention_maps_` holds at once, in rows of all heads."""
+"""Probabilities that `add_attention_maps_` holds at once at most, in rows of all heads."""
 
 
 def add_attention_maps_(

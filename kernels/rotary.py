@@ -27,7 +27,7 @@ def _rotary_qk_kernel(
     stride_token,
     total_tokens,
     num_sequences,
-    NUM_HEADS: tl.constexpr,  # of queries and keys together: they are neighbours in memory
+    NUM_HEADS: tl.constexpr,  # queries and keys together, which are adjacent in memory
     HEAD_DIM: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,

@@ -20,7 +20,7 @@ def segment_bounds(cu_seqlens_ptr, num_sequences, tokens, BLOCK_S: tl.constexpr)
     Returns:
         Two (BLOCK_T,) int32; for tokens beyond the last sequence the second is 2**31 - 1.
     """
-    # tokens * 0, for Triton's interpreter and compiler agree on the type and layout of what a loop carries.
+    # tokens * 0, so that interpreter and compiler agree on type and layout of the loop-carried value.
     starts = tokens * 0
     ends = tokens * 0 + 2147483647
     for first in range(0, num_sequences + 1, BLOCK_S):
@@ -35,8 +35,8 @@ def segment_bounds(cu_seqlens_ptr, num_sequences, tokens, BLOCK_S: tl.constexpr)
 @triton.jit
 def sequence_of_tile(tile, cu_seqlens_ptr, num_sequences, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr):
     """First token and length of the sequence that owns a tile, and the tile's first query in it."""
-    # Sequence i owns the tiles from cu_seqlens[i] // BLOCK_M + i on. They are always enough for it, at most
-    # one is idle, and finding their owner takes one look at cu_seqlens: no table of tiles, no prefix sum.
+    # Sequence i owns the tiles from cu_seqlens[i] // BLOCK_M + i on. These always suffice, at most one is
+    # idle, and their owner follows from cu_seqlens alone, without a table of tiles or a prefix sum.
     start = 0
     end = 2147483647
     first_tile = 0
@@ -48,7 +48,7 @@ def sequence_of_tile(tile, cu_seqlens_ptr, num_sequences, BLOCK_M: tl.constexpr,
         start = tl.maximum(start, tl.max(tl.where(reached, bounds, 0), axis=0))
         end = tl.minimum(end, tl.min(tl.where(reached, 2147483647, bounds), axis=0))
         first_tile = tl.maximum(first_tile, tl.max(tl.where(reached, tiles, 0), axis=0))
-    # Tiles of tokens behind the last sequence, left there by a captured graph, have no end.
+    # Tokens after the last sequence, as in a captured graph, have no end.
     length = tl.where(end == 2147483647, 0, end - start)
     first_query = (tile - first_tile) * BLOCK_M
     return start, length, first_query

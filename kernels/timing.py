@@ -16,7 +16,7 @@ import torch
 
 L2_MULTIPLE = 3
 ROUND_SECONDS = 1.5e-3
-"""A round launches so often that it takes about this long, so that what starts and ends it hardly counts."""
+"""A round repeats launches for about this long, so that its start and end hardly count."""
 
 MAX_LAUNCHES = 100
 
@@ -107,7 +107,7 @@ class Rounds:
         return graph
 
     def prepare(self) -> None:
-        """Put the arguments back; not part of the timing."""
+        """Restore the arguments; not timed."""
         self._reset()
         if self._device.type == "cuda":
             torch.cuda.synchronize()

@@ -75,7 +75,7 @@ def run_phase(check: Check, phase: str, steps: Sequence[Step], reserved: float) 
 
 
 def fit_reservations(steps: Sequence[Step], seconds: float) -> list[Step]:
-    """The steps, what is kept for them shortened until it is no more than most of `seconds`."""
+    """The steps, with time-outs shortened so that together they fit into most of `seconds`."""
     kept = sum(step.seconds for step in steps)
     scale = min(1.0, MOST_RESERVED * seconds / kept) if kept else 1.0
     return [replace(step, seconds=step.seconds * scale) for step in steps]

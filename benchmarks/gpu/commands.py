@@ -1,4 +1,4 @@
-"""What a GPU check runs: a table of commands with time-outs, and how each one's end is read."""
+"""Steps of a GPU check: a table of commands with time-outs, and how their results are read."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from typing import Any
 from process import ROOT, Check, Done, Result, num_cpus
 
 CARRIED = ROOT / ".gpu_packages"
-"""Packages that the machine lacks, brought along: fair-esm, matplotlib."""
+"""Packages missing on the machine, such as fair-esm and matplotlib."""
 
 
 @dataclass(frozen=True)
@@ -126,14 +126,14 @@ def _copy_package(source: Path, target: Path) -> None:
 
 
 def found(check: Check, step: Step, done: Done) -> Result:
-    """What a step of `steps.py` found, also when it was cut short."""
+    """Results of a step of `steps.py`, also of an interrupted one."""
     file = check.work / f"{step.name}.json"
     found = json.loads(file.read_text()) if file.exists() else {}
     return verdict(check, step, done) | {"found": found}
 
 
 def torch_machine(check: Check, step: Step, done: Done) -> Result:
-    """What torch says of the machine, moved to where the machine is described."""
+    """Moves torch's description of the machine to the machine's record."""
     result = found(check, step, done)
     seen = result.pop("found")
     check.report["machine"] = seen | check.report["machine"]
@@ -143,7 +143,7 @@ def torch_machine(check: Check, step: Step, done: Done) -> Result:
 
 
 def outcomes_of_tests(check: Check, step: Step, done: Done) -> Result:
-    """What a run of pytest came to; every record counts, also when the run is cut short."""
+    """Results of a pytest run, also of an interrupted one."""
     lines, unfinished = _test_lines(check.work / f"{step.name}.jsonl")
     outcomes = Counter(line["outcome"] for line in lines)
     skips = Counter(line["message"] for line in lines if line["outcome"] == "skipped")
@@ -168,7 +168,7 @@ def benchmark_records(check: Check, step: Step, done: Done) -> Result:
 
 
 def _test_lines(path: Path) -> tuple[list[Result], list[str]]:
-    """What `gpu_records` wrote of tests that ended, and the names of those that did not."""
+    """Records of tests that ended, and names of tests that did not."""
     found: list[Result] = []
     for line in path.read_text().splitlines() if path.exists() else []:
         with suppress(json.JSONDecodeError):  # the last one may be cut off
@@ -179,7 +179,7 @@ def _test_lines(path: Path) -> tuple[list[Result], list[str]]:
 
 
 def memory_errors(check: Check, step: Step, done: Done) -> Result:
-    """What compute-sanitizer says; it does not work on every machine."""
+    """Results of compute-sanitizer, which does not work on every machine."""
     summary = [
         line for line in done.output.splitlines() if "ERROR SUMMARY" in line or "not supported" in line
     ]
@@ -191,7 +191,7 @@ def memory_errors(check: Check, step: Step, done: Done) -> Result:
 
 
 def hardware_counters(check: Check, step: Step, done: Done) -> Result:
-    """What Nsight Compute read of each kernel; it may be missing, or be refused the counters."""
+    """Counters of each kernel from Nsight Compute, which may be missing or lack permission."""
     file = check.work / f"{step.name}.csv"
     read = counters_of(file.read_text(errors="replace") if file.exists() else "")
     result = found(check, step, done) | {"kernels": read}

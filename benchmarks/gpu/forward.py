@@ -44,7 +44,7 @@ WAVE_ROWS = 128
 MODES = PRECISIONS | {
     "fp16_residual_fp16": Precision("fp16_residual_fp16", torch.float16, torch.float16),
 }
-"""The last keeps the residual stream in FP16: what it would gain beside what the tests say it costs."""
+"""The last one keeps the residual stream in FP16, to measure its gain; tests measure its error."""
 
 
 def forward_flops(config: ESM2Config, lengths: list[int]) -> int:
@@ -159,7 +159,7 @@ def _variants(
 
 
 def measure(function: Callable[[], object], device: torch.device) -> dict[str, Any]:
-    """Seconds of one call, and memory beside what was there before it."""
+    """Seconds of one call, and memory in addition to that allocated before."""
     if device.type != "cuda":
         return {
             "seconds": time_call(function, device, 1)[0],
@@ -246,7 +246,7 @@ def tuned_forward(device: torch.device, save: Save, seconds: float, tuned: Path 
     """
     end = time.monotonic() + seconds
     if tuned is None or not tuned.exists():
-        raise SystemExit("there are no tuned settings to compare")
+        raise SystemExit("no tuned settings to compare")
     settings = json.loads(tuned.read_text())["settings"]
     name, lengths = MODEL_NAMES[device.type], token_lengths("uniref", MODEL_TOKENS[device.type])
     model = ESM2.from_pretrained(f"random:{name}", device=device)

@@ -26,7 +26,7 @@ LAYER_LAUNCHES = (
     *("qkv", "rotary", "attention", "attention_out", "attention_add_norm"),
     *("fc1", "bias_gelu", "fc2", "ffn_add_norm"),
 )
-"""What a layer launches on a GPU, in order."""
+"""Launches of a layer on a GPU, in order."""
 
 MATMUL_ROWS = {"cuda": (16_384, 32_768, 33_792, 65_536), "cpu": (64, 96)}
 MATMUL_SIZES = {"cuda": ("650M", "3B"), "cpu": ("8M",)}
@@ -36,7 +36,7 @@ COUNTED_TOKENS = {"cuda": 16_384, "cpu": 64}
 
 
 def gpu_kernels(function: Callable[[], object]) -> list[tuple[str, float]]:
-    """Name and microseconds of each GPU kernel of one call, as they ran; the call is warm."""
+    """Name and microseconds of each GPU kernel of one warm call, in order."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     function()
     torch.cuda.synchronize()
@@ -67,7 +67,7 @@ def layer_period(names: Sequence[str], num_layers: int) -> tuple[int, int] | Non
 
 
 def layer_work(workload: Workload, dtype: torch.dtype) -> dict[str, tuple[str, float]]:
-    """What each of `LAYER_LAUNCHES` cannot do without: `flops` or `bytes`, and how many."""
+    """Minimum work of each of `LAYER_LAUNCHES`: `flops` or `bytes`, and the amount."""
     per_product = 2.0 * workload.total_tokens * workload.shape.hidden_size**2
     work: dict[str, tuple[str, float]] = {
         name: ("flops", factor * per_product)
@@ -85,7 +85,7 @@ def layer_work(workload: Workload, dtype: torch.dtype) -> dict[str, tuple[str, f
 
 
 def by_position(profiled: Kernels, workload: Workload, config: ESM2Config, dtype: torch.dtype) -> Any:
-    """Microseconds of each launch of a layer, the mean over the layers, and what it reached.
+    """Microseconds of each launch of a layer, mean over the layers, and the rate it reached.
 
     Returns:
         `gpu_microseconds` of all kernels, their `launches`, and under `layer` an entry for each launch; where

@@ -18,7 +18,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / ".gpu_cache"
-"""What compilers made, for later calls on the same machine; git ignores it."""
+"""Cache of compiled code for later calls on the same machine; ignored by git."""
 
 CLOSING_SECONDS = 8.0
 GRACE_SECONDS = 8.0
@@ -42,7 +42,7 @@ class Done:
 
 @dataclass
 class Check:
-    """One run: where things are, what time is left, what is known so far."""
+    """One run: its folders, remaining time and results so far."""
 
     out: Path
     work: Path

@@ -1,4 +1,4 @@
-"""What `check.py` runs in processes of its own: `python steps.py NAME --device D --out FILE`.
+"""Steps that `check.py` runs as separate processes: `python steps.py NAME --device D --out FILE`.
 
 The JSON file is written anew after every step, so that a step that hangs does not take the others with it.
 """
@@ -93,7 +93,7 @@ class ConstantTensors(dict[str, torch.Tensor]):
 
 
 def memory(device: torch.device, save: Save, seconds: float) -> None:
-    """What packs of two sizes take beside the weights, in FP16: bytes per token, and what fits into 80 GB.
+    """Memory of packs of two sizes in FP16, without the weights: bytes per token, tokens in 80 GB.
 
     The least that must be alive at once is the residual stream (FP32), the operand and the result of fc1.
     """

@@ -11,7 +11,7 @@ Key = tuple[str, str, str, str, str]
 
 
 def summary_lines(report: Report) -> Iterator[str]:
-    """Machine, steps, the first forward pass, kernels, ratios, model; whatever part of it there is."""
+    """Machine, steps, first forward pass, kernels, ratios and model, as far as they were measured."""
     steps = report["steps"]
     machine = report["machine"]
     yield " ".join(f"{name}={machine.get(name)}" for name in ("gpu", "driver", "torch", "triton", "cuda"))

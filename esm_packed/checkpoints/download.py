@@ -64,7 +64,7 @@ def checkpoint_directory() -> Path:
 
 
 def contact_regression_path(path: Path) -> Path:
-    """The contact head's file that belongs beside fair-esm's `path`."""
+    """Path of the contact-regression file that belongs to fair-esm's `path`."""
     return path.with_name(f"{path.stem}-contact-regression.pt")
 
 
@@ -168,14 +168,14 @@ def shards(index: Path) -> tuple[Path, ...]:
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds.
+    """Contents of a JSON file.
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is no file, not JSON, or nested too deeply.
+        ValueError: it is not a file, not JSON, or nested too deeply.
     """
     if path.exists() and not path.is_file():
-        raise ValueError(f"{path} is no file")  # reading a pipe would wait for its writer
+        raise ValueError(f"{path} is not a file")  # reading a pipe would wait for its writer
     try:
         return json.loads(path.read_bytes())
     except RecursionError:
@@ -248,7 +248,7 @@ def file_sha256(path: Path, progress: Progress | None = None, *, remember: bool 
 
 
 _hashed: dict[tuple[int, int, int, int], str] = {}
-"""What this process has hashed: device, inode, size, mtime_ns to SHA-256. Renaming changes none."""
+"""Files hashed by this process: device, inode, size, mtime_ns to SHA-256; renaming keeps them valid."""
 
 
 def _hash(path: Path, size: int, progress: Progress | None) -> str:
@@ -296,7 +296,7 @@ def _download(url: str, path: Path, progress: Progress | None, sha256: str | Non
 
 @contextlib.contextmanager
 def _alone_in(directory: Path) -> Iterator[bool]:
-    """Hold a directory's lock, which the kernel frees even after a kill; False where there are no locks."""
+    """Hold a directory's lock, which the kernel releases even after a kill; False if unsupported."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         yield _lock(descriptor, directory)
@@ -329,12 +329,12 @@ def _fetch_with_retries(url: str, part: Path, path: Path, progress: Progress | N
 
 
 def _fetch(url: str, part: Path, path: Path, progress: Progress | None) -> None:
-    """Fill the part file from `url`, going on from what it holds if the server still has the same file."""
+    """Download `url` into the part file, resuming if the server still has the same file."""
     held = part.stat().st_size if part.is_file() else 0
     validator = _validator_path(part)
     headers = {"User-Agent": "esm-packed"}
     if held and (identity := _read_validator(validator)):
-        # One byte is asked for twice, so that a part that is already whole is no unsatisfiable range.
+        # The last byte is requested again, so that the range of a complete part is satisfiable.
         headers |= {"Range": f"bytes={held - 1}-", "If-Range": identity}
     try:
         request = urllib.request.Request(url, headers=headers)
@@ -349,7 +349,7 @@ def _fetch(url: str, part: Path, path: Path, progress: Progress | None) -> None:
         start = held - 1 if response.status == 206 else 0
         length = response.headers.get("Content-Length")
         if length and not re.fullmatch("[0-9]{1,18}", length):
-            raise _NotDownloaded(f"{url}: the server's Content-Length is no number: {length[:40]!r}")
+            raise _NotDownloaded(f"{url}: the server's Content-Length is not a number: {length[:40]!r}")
         total = start + int(length) if length else None
         if start and not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
             _remove(part)

@@ -148,7 +148,7 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _read_torch(path: Path) -> tuple[dict[str, torch.Tensor], Stated | None]:
-    """State dict of a fair-esm file or plain `torch.save`, and what a fair-esm file says about itself."""
+    """State dict of a fair-esm file or plain `torch.save`, and the settings that a fair-esm file states."""
     data = _torch_load(path)
     stated = None
     if isinstance(data, dict) and "model" in data:
@@ -177,7 +177,7 @@ def _torch_load(path: Path) -> Any:
                 f"{path} is a compressed archive, which cannot be mapped into memory and which torch.save "
                 "never writes: load it and save it again with torch.save, or get the original"
             )
-        # Files older than torch 1.6 are no zip archives and cannot be mapped. Namespace, fair-esm's settings,
+        # Files older than torch 1.6 are not zip files and cannot be mapped. Namespace, fair-esm's settings,
         # is inert; it is allowed here only. Leaving would also take away a permission that was there before.
         allowed = torch.serialization.get_safe_globals()
         with torch.serialization.safe_globals([] if Namespace in allowed else [Namespace]):
@@ -243,7 +243,7 @@ def _read_config_json(path: Path) -> Stated:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}, which transformers writes, cannot be read ({error})") from error
     if not isinstance(config, dict):
-        raise CheckpointError(f"{path} is no configuration")
+        raise CheckpointError(f"{path} is not a configuration")
     # The value that EsmConfig takes for what a file leaves out, and the one ESM-2 has.
     required: tuple[tuple[str, Any, tuple[Any, ...], str], ...] = (
         ("model_type", None, ("esm",), "it is another kind of model"),

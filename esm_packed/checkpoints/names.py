@@ -22,7 +22,7 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An ESM-2 checkpoint, whatever its format was.
+    """An ESM-2 checkpoint, regardless of its format.
 
     Args:
         model_name: official name, `demo`, `random:NAME`, or the stem of the file.
@@ -82,7 +82,7 @@ def _inv_freq_name(layer: int | str) -> str:
 
 @dataclass(frozen=True)
 class Stated:
-    """What a checkpoint says about itself beside its tensors; None where it says nothing."""
+    """Settings that a checkpoint states in addition to its tensors; None where it states nothing."""
 
     num_layers: int | None = None
     hidden_size: int | None = None
@@ -218,7 +218,7 @@ def _check_stored(key: str, tensor: torch.Tensor, path: Path) -> None:
     """See that a tensor's values are in the file, one by one: its shape alone could claim any size."""
     if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_nested:
         raise CheckpointError(
-            f"{path}: {key} is no plain tensor ({tensor.layout}, on {tensor.device}): save the model's "
+            f"{path}: {key} is not a plain tensor ({tensor.layout}, on {tensor.device}): save the model's "
             "state_dict() from the CPU"
         )
     if tensor.nbytes > tensor.untyped_storage().nbytes():
@@ -241,9 +241,11 @@ def _untie(named: dict[str, torch.Tensor], path: Path) -> None:
 def _infer_config(named: Mapping[str, torch.Tensor], stated: Stated, path: Path) -> ESM2Config:
     table = named.get("embed_tokens.weight")
     if table is None or table.ndim != 2:
-        raise CheckpointError(f"{path} is no ESM-2: it has no embedding table; it has {_some(list(named))}")
+        raise CheckpointError(
+            f"{path} is not an ESM-2: it has no embedding table; it has {_some(list(named))}"
+        )
     if table.shape[0] != VOCAB_SIZE:
-        raise CheckpointError(f"{path} is no ESM-2: its alphabet has {table.shape[0]} tokens, not 33")
+        raise CheckpointError(f"{path} is not an ESM-2: its alphabet has {table.shape[0]} tokens, not 33")
     hidden_size = stated.hidden_size or table.shape[1]
     layers = [int(match[1]) for name in named if (match := re.match(r"layers\.([0-9]{1,9})\.", name))]
     num_layers = stated.num_layers or max(layers, default=-1) + 1
@@ -267,7 +269,7 @@ def _infer_config(named: Mapping[str, torch.Tensor], stated: Stated, path: Path)
     try:
         return ESM2Config(num_layers, hidden_size, num_heads, stated.token_dropout)
     except ValueError as error:
-        raise CheckpointError(f"{path} is no ESM-2: {error}") from error
+        raise CheckpointError(f"{path} is not an ESM-2: {error}") from error
 
 
 def _settle_inv_freq(named: dict[str, torch.Tensor], config: ESM2Config, stated: Stated, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Result files of `pytest benchmarks --benchmark-json`: what they hold, merged over blocks, and compared.
+"""Result files of `pytest benchmarks --benchmark-json`: read, merged over blocks and compared.
 
 Medians and the 20th and 80th percentile are those of all rounds of all blocks. A ratio is formed within each
 block, where the machine was in one state; its median over blocks is given, and the range.
@@ -29,7 +29,7 @@ STAGES = ("reading", "copying", "computing", "writing")
 
 
 MIN_BLOCKS = 3
-"""A range over fewer blocks says nothing and is not shown."""
+"""Blocks from which on a range is shown."""
 
 FP16_EXPECTATION = (1.5, 1.8)
 """How many times as fast as in FP32 a forward pass on a GPU is expected to be in FP16, in the same layout."""
@@ -153,7 +153,7 @@ def read_results(path: Path) -> Results:
     """Read a result file and merge the blocks of each variant.
 
     Raises:
-        ReportError: the file cannot be read, or is no result of pytest-benchmark, or is empty.
+        ReportError: the file cannot be read, is not a result of pytest-benchmark, or is empty.
     """
     try:
         content = read_json(path)
@@ -171,7 +171,7 @@ def read_results(path: Path) -> Results:
             infos.setdefault(key, []).append(info)
             times = [float(second) for second in seconds]
             if not times or min(times) <= 0:
-                raise ValueError(f"{benchmark['name']} has a time that is none: {times}")
+                raise ValueError(f"{benchmark['name']} has an invalid time: {times}")
             blocks.setdefault(key, {}).setdefault(block, []).extend(times)
     except OSError as error:
         raise ReportError(f"{path}: {error.strerror}") from error
@@ -181,7 +181,7 @@ def read_results(path: Path) -> Results:
         )
         raise ReportError(message) from error
     if not benchmarks:
-        raise ReportError(f"{path}: holds no benchmark; see the messages of the pytest run that wrote it")
+        raise ReportError(f"{path}: contains no benchmark; see the messages of the pytest run that wrote it")
     machine = content.get("machine_info") or {}
     loads: list[Any] = [each.get("load_average") for each in (machine, *chain.from_iterable(infos.values()))]
     return Results(
@@ -310,7 +310,7 @@ def combined_comparisons(results: Results) -> list[Speedup]:
 
 
 def reproducible_comparisons(results: Results) -> list[Speedup]:
-    """Packs of one size over packs as they come, and CUDA graphs over single launches."""
+    """Packs of one size over ordinary packs, and CUDA graphs over single launches."""
 
     def is_base(info: Info, other: Info) -> bool:
         if not _same(info, other, "dtype"):

@@ -46,7 +46,7 @@ PROVIDER_NAMES = {
 }
 
 EXPECTED = "expected {}x to {}x".format(*FP16_EXPECTATION)
-"""Heads the column that says where FP16 over FP32 lies."""
+"""Header of the column that compares FP16 over FP32 with the expectation."""
 
 
 def time_text(seconds: float | None) -> str:
@@ -95,7 +95,7 @@ def _memory(value: float | None) -> str:
 
 
 def _rate(value: float | None, unit: str) -> str:
-    """With the prefix that leaves few digits."""
+    """A rate with an SI prefix."""
     if value is None:
         return ""
     for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
@@ -213,7 +213,7 @@ def rivals_table(results: Results) -> Table:
 
 
 def not_run_table(results: Results) -> Table:
-    """What could not run, and why."""
+    """Benchmarks that could not run, with the reason."""
     rows = [
         [entry["test"].rpartition("::")[2].partition("[")[0], entry["outcome"], entry["reason"]]
         for entry in results.not_run
@@ -446,7 +446,7 @@ def measurement_rows(results: Results) -> Iterator[dict[str, Any]]:
 
 
 def measurements_table(results: Results) -> Table:
-    """All fields of all variants, for a spreadsheet; what is unknown is empty."""
+    """All fields of all variants, for a spreadsheet; unknown values are empty."""
     rows = list(measurement_rows(results))
     headers = list(dict.fromkeys(name for row in rows for name in row))
     return Table(headers, [["" if row.get(h) is None else str(row[h]) for h in headers] for row in rows])
@@ -471,7 +471,7 @@ def other_table(measurements: Sequence[Measurement]) -> Table:
 
 
 def without_empty_columns(table: Table) -> Table:
-    """Without the columns that nobody filled, such as memory on a CPU."""
+    """The table without empty columns, such as memory on a CPU."""
     kept = [index for index in range(len(table.headers)) if any(row[index] for row in table.rows)]
     if not table.rows:
         return table

@@ -23,7 +23,7 @@ OPERATIONS = {
     "GELU": ("fc1",),
     "feed-forward output": ("fc2",),
 }
-"""What an FP16 forward pass stores in FP16, and the parts of `model.Layer` that compute it."""
+"""Activations that an FP16 forward pass stores in FP16, and the parts of `model.Layer` that compute them."""
 
 
 class Activations:

@@ -136,7 +136,7 @@ def measure(
 def _embedded(
     model: ESM2, batch: PackedBatch, layers: Sequence[int]
 ) -> tuple[dict[str, torch.Tensor], dict[int, torch.Tensor]]:
-    """What `model.embed_packed` gives, and the hidden states that it is formed from."""
+    """Outputs of `model.embed_packed`, and the hidden states they are computed from."""
     outputs: list[PackedOutput] = []
     hook = model.register_forward_hook(lambda model, arguments, output: outputs.append(output))
     try:
@@ -201,18 +201,18 @@ def rank_agreement(actual: torch.Tensor, expected: torch.Tensor) -> tuple[float 
 
 
 def finite_median(values: torch.Tensor) -> float | None:
-    """Median of what is finite; None if nothing is."""
+    """Median of the finite values; None if there are none."""
     finite = values[values.isfinite()]
     return float(finite.quantile(0.5)) if len(finite) else None
 
 
 def finite_max(values: torch.Tensor) -> float | None:
-    """Largest of what is finite; None if nothing is."""
+    """Largest finite value; None if there is none."""
     finite = values[values.isfinite()]
     return float(finite.max()) if len(finite) else None
 
 
 def finite_min(values: torch.Tensor) -> float | None:
-    """Smallest of what is finite; None if nothing is."""
+    """Smallest finite value; None if there is none."""
     finite = values[values.isfinite()]
     return float(finite.min()) if len(finite) else None

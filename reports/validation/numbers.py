@@ -1,4 +1,4 @@
-"""All numbers of a validation, for machines: JSON, and a CSV file with a line for each protein."""
+"""Machine-readable numbers of a validation: JSON, and CSV with a line per protein."""
 
 from __future__ import annotations
 

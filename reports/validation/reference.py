@@ -1,4 +1,4 @@
-"""What embeddings are held against: FP64, every protein alone, pooled here and not by what is tested."""
+"""Reference embeddings in FP64, one protein at a time, pooled independently of the tested code."""
 
 from __future__ import annotations
 
@@ -112,10 +112,10 @@ def compute_reference(
 
     Args:
         name: one of `config.REFERENCES`; with `fair-esm` our path runs as well, for the activations.
-        checkpoint: read afresh, so that nothing else has touched it.
+        checkpoint: freshly loaded.
         device: to compute on.
         token_ids: residues of each protein.
-        advance: told of residues as they are done; twice of each with `fair-esm`.
+        advance: called with the number of residues completed, twice for each with `fair-esm`.
 
     Raises:
         ReportError: fair-esm is not installed, or an embedding is not finite.

@@ -39,12 +39,12 @@ LENGTH_CLASSES = ((1, 100), (101, 250), (251, 500), (501, 1022), (1023, None))
 
 @dataclass(frozen=True)
 class ValidationSettings:
-    """What to validate, and against what.
+    """Settings of a validation.
 
     Args:
         device: to compute on.
-        modes: precision modes.
-        thresholds: by mode, in place of `THRESHOLDS`.
+        modes: precision modes to compute.
+        thresholds: mode to threshold, replacing `THRESHOLDS`.
         reference: one of `config.REFERENCES`.
         token_budget: tokens in a pack.
     """
@@ -56,23 +56,23 @@ class ValidationSettings:
     reference: str = "esm-packed"
 
     def threshold(self, mode: str) -> Threshold:
-        """What `mode` is held to."""
+        """Threshold of `mode`."""
         return self.thresholds.get(mode, THRESHOLDS[mode])
 
 
 @dataclass(frozen=True)
 class Validation:
-    """Everything the report shows.
+    """Results of a validation.
 
     Args:
         checkpoint: of the model.
-        weights_note: what the weights are if nobody should rely on them, else None.
-        settings: as they were asked for.
+        weights_note: a warning about the weights, or None.
+        settings: requested settings.
         sequence_ids, lengths: of the proteins, in their order; residues computed.
         reference: embeddings in FP64.
         activations: of our FP64 path.
         paths: every mode on every path that could run.
-        not_run: mode or path, and why it could not.
+        not_run: mode or path, and why it did not run.
         verdicts: one for each mode that ran.
         environment: versions and device.
     """
@@ -118,10 +118,10 @@ def validate(
     """Compute `token_ids` in every mode and on every path, and compare with the reference.
 
     Args:
-        load: opens the checkpoint; called anew for the reference and for each mode.
+        load: opens the checkpoint; called again for the reference and for each mode.
         sequence_ids, token_ids: name and residues of each protein, at least one.
         settings: what to validate.
-        advance: told of residues as they are done; `passes` of all of them in the end.
+        advance: called with the number of residues completed; `num_passes` times all of them in total.
 
     Raises:
         ReportError: no mode can run on the device, or fair-esm is asked for and not installed.
@@ -164,7 +164,7 @@ def validate(
 
 
 def verdict_line(verdicts: Sequence[Verdict], paths: Sequence[PathResult], device: torch.device) -> str:
-    """`passed on CPU, SDPA; GPU kernels not validated`: what is validated, and where.
+    """The verdict with device and backends, such as `passed on CPU, SDPA; GPU kernels not validated`.
 
     Backends are those of packed runs. `reference` is one only where nothing else ran.
     """
@@ -208,7 +208,7 @@ def plan_runs(config: ESM2Config, settings: ValidationSettings) -> tuple[Runs, l
                 pairs.append(("packed", name))
             else:
                 not_run.append((f"{mode}, packed, {name}", obstacle))
-        # the padded layout brings its own attention, whatever the model's is
+        # the padded layout has its own attention, regardless of the model's
         runs.append((precision, [*pairs, ("padded", "sdpa")]))
     if not runs:
         raise ReportError("no mode can run: " + "; ".join(f"{what}: {why}" for what, why in not_run))

@@ -83,8 +83,8 @@ def test_the_runners_overhead_is_measured(content: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--workload", "tiny"], "'tiny' is none of uniref, viral"),
-        pytest.param(["--dtype", "fp8"], "'fp8' is none of fp32", marks=pytest.mark.slow),  # 3 s
+        (["--workload", "tiny"], "'tiny' is invalid; choose from uniref, viral"),
+        pytest.param(["--dtype", "fp8"], "'fp8' is invalid; choose from fp32", marks=pytest.mark.slow),  # 3 s
     ],
 )
 def test_an_unknown_name_is_refused(arguments: list[str], message: str) -> None:

@@ -286,7 +286,7 @@ def test_arguments_that_are_not_supported(
         with pytest.raises(ValueError, match=instead):
             ours(torch.tensor([[BOS_ID, 5, 2]]), **argument)
         ours(torch.tensor([[BOS_ID, 5, 2]]), **dict.fromkeys(argument), use_cache=False)
-        with pytest.raises(TypeError, match="'token_types' is no argument"):
+        with pytest.raises(TypeError, match="'token_types' is not an argument"):
             ours(torch.tensor([[BOS_ID, 5, 2]]), token_types=1)
 
 

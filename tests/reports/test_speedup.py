@@ -371,7 +371,7 @@ def test_kernel_shares_use_the_times_of_single_launches(tmp_path: Path) -> None:
         ("{", "not a result of pytest benchmarks"),
         ("[]", "not a result of pytest benchmarks"),
         ('{"benchmarks": [{"name": "a"}]}', "not a result of pytest benchmarks"),
-        ('{"benchmarks": []}', "holds no benchmark"),
+        ('{"benchmarks": []}', "contains no benchmark"),
     ],
 )
 def test_what_is_no_result_file_is_refused_in_one_line(
@@ -468,8 +468,8 @@ def test_the_record_of_the_median_block_stands_for_a_variant(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda benchmark: benchmark["stats"].update(data=[]), "has a time that is none"),
-        (lambda benchmark: benchmark["stats"].update(data=[0.0]), "has a time that is none"),
+        (lambda benchmark: benchmark["stats"].update(data=[]), "has an invalid time"),
+        (lambda benchmark: benchmark["stats"].update(data=[0.0]), "has an invalid time"),
         (lambda benchmark: benchmark["extra_info"].pop("model", None), "lacks what the report needs"),
         (lambda benchmark: benchmark["extra_info"].pop("dtype", None), "lacks what the report needs"),
     ],

@@ -1,4 +1,4 @@
-"""What is no ESM-2, or damaged, is refused by name, without running its code or filling the memory."""
+"""Files that are damaged or not an ESM-2 are refused by name, without running code or filling the memory."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_a_pipe_is_no_checkpoint(tmp_path: Path, tensors: Tensors) -> None:
         load_checkpoint(tmp_path / "esm2_x.pt")
     save_file(hub_names(tensors), tmp_path / "model.safetensors")
     os.mkfifo(tmp_path / "config.json")
-    with pytest.raises(CheckpointError, match=r"config\.json .*is no file"):
+    with pytest.raises(CheckpointError, match=r"config\.json .*is not a file"):
         load_checkpoint(tmp_path)
 
 
@@ -197,7 +197,7 @@ def test_tensors_that_are_not_esm2(
         ({"state": torch.ones(1), "epoch": 3}, "'epoch' is int, not a tensor"),
         ([torch.ones(1)], "holds list"),
         ({}, "holds dict"),
-        ({"weight": torch.ones(1)}, "no ESM-2.* has weight"),
+        ({"weight": torch.ones(1)}, "not an ESM-2.* has weight"),
     ],
 )
 def test_pickles_that_are_not_esm2(tmp_path: Path, content: object, message: str) -> None:
@@ -241,8 +241,8 @@ def test_an_archive_that_expands_is_refused_unread(tmp_path: Path) -> None:
     ("change", "message"),
     [
         (lambda t: torch.zeros(1).expand(t.shape), r"has shape \(192, 48\) and only 4 bytes"),
-        (lambda t: t.to("meta"), "no plain tensor .*on meta"),
-        (lambda t: t.to_sparse(), r"no plain tensor \(torch\.sparse_coo"),
+        (lambda t: t.to("meta"), "not a plain tensor .*on meta"),
+        (lambda t: t.to_sparse(), r"not a plain tensor \(torch\.sparse_coo"),
     ],
 )
 @pytest.mark.parametrize("name", ["layers.0.fc1.weight", "classifier.weight", "lm_head.weight"])
