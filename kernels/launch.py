@@ -44,8 +44,7 @@ def _tuned(device: torch.device, part: str, warn: bool) -> dict[str, Any]:
     if tuned["triton"].split(".")[:2] != here.split(".")[:2]:
         if warn:
             warnings.warn(
-                f"{path} was tuned with Triton {tuned['triton']}, not {here}; "
-                "rerun `esm-packed tune`",
+                f"{path} was tuned with Triton {tuned['triton']}, not {here}; rerun `esm-packed tune`",
                 stacklevel=3,
             )
         return {}
