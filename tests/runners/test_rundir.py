@@ -216,7 +216,7 @@ def test_a_claim_that_is_no_file_is_an_error_at_once(directory: RunDirectory, ki
         os.mkfifo(claim.path)
     else:
         claim.path.mkdir()
-    with pytest.raises(OSError, match="no regular file"):
+    with pytest.raises(OSError, match="regular file"):
         claim.acquire()
 
 
