@@ -16,7 +16,7 @@ from esm_packed.kernels.segments import sequence_of_tile
 @triton.jit
 def _attend_to_block(
     out,  # (BLOCK_M, BLOCK_D) FP32, not yet divided by row_sum
-    row_max,  # (BLOCK_M,) FP32, in units of log2
+    row_max,  # (BLOCK_M,) FP32, of scores that are not yet scaled
     row_sum,
     query,  # (BLOCK_M, BLOCK_D)
     key_ptr,  # first key of the sequence
@@ -45,13 +45,14 @@ def _attend_to_block(
         mask=in_sequence[None, :] & in_head[:, None],
         other=0.0,
     )
-    scores = tl.dot(query, key, input_precision=INPUT_PRECISION) * scale_log2
+    scores = tl.dot(query, key, input_precision=INPUT_PRECISION)
     if MASKED:
         scores = tl.where(in_sequence[None, :], scores, float("-inf"))
 
     new_max = tl.maximum(row_max, tl.max(scores, axis=1))
-    correction = tl.exp2(row_max - new_max)
-    weights = tl.exp2(scores - new_max[:, None])
+    correction = tl.exp2((row_max - new_max) * scale_log2)
+    # Scaled behind the maximum, a score and its subtraction are one multiply-add.
+    weights = tl.exp2(scores * scale_log2 - (new_max * scale_log2)[:, None])
     row_sum = row_sum * correction + tl.sum(weights, axis=1)
 
     # Values beyond the sequence are another protein's, or nobody's: 0 * NaN would be NaN.
@@ -139,11 +140,13 @@ def packed_attention(
 
     Args:
         query, key, value: FP16, BF16 or FP32, contiguous within a token; tokens may be strided.
+        softmax_scale: above 0: maxima are those of scores that are not yet scaled.
         input_precision: what FP32 operands are multiplied in: `ieee`, `tf32`, or `tf32x3` (three TF32
             products, nearly IEEE accuracy).
 
     Raises:
-        ValueError: a tensor is not contiguous within a token, or `input_precision` is unknown.
+        ValueError: a tensor is not contiguous within a token, `softmax_scale` is not above 0, or
+            `input_precision` is unknown.
     """
     total_tokens, num_heads, head_dim = query.shape
     for name, tensor in (("query", query), ("key", key), ("value", value)):
@@ -153,6 +156,8 @@ def packed_attention(
                 f"got {tuple(tensor.shape)} with strides {tensor.stride()}"
             )
     check_contiguous(cu_seqlens=cu_seqlens)
+    if not softmax_scale > 0:
+        raise ValueError(f"softmax_scale must be above 0, got {softmax_scale}")
     if input_precision not in ("ieee", "tf32", "tf32x3"):
         raise ValueError(f"input_precision {input_precision!r} is none of 'ieee', 'tf32', 'tf32x3'")
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from esm_packed.kernels.intrinsics import reciprocal
 from esm_packed.kernels.launch import Settings, check_contiguous, grid, launch_settings, tiles
 
 
@@ -18,7 +19,7 @@ def exact_gelu(x):
     it to every FP16 number), and it takes fewer instructions than `tl.erf`. Infinities become NaN.
     """
     magnitude = tl.abs(x)
-    t = 1.0 / (1.0 + 0.275 * magnitude)
+    t = reciprocal(1.0 + 0.275 * magnitude)
     tail = -0.12342146506854368
     tail = tail * t + 0.49350882505121313
     tail = tail * t - 0.41419707544961
@@ -57,14 +58,18 @@ def bias_gelu_(hidden_states: torch.Tensor, bias: torch.Tensor) -> None:
     check_contiguous(hidden_states=hidden_states, bias=bias)
     if bias.shape != (width,):
         raise ValueError(f"bias must be ({width},), got {tuple(bias.shape)}")
-    settings = launch_settings("bias_gelu_", width, hidden_states, _HEURISTIC)
+    settings = launch_settings("bias_gelu_", width, hidden_states, _heuristic(hidden_states.dtype))
     num_row_blocks = triton.cdiv(total_tokens, settings["BLOCK_T"])
     _bias_gelu_kernel[(num_row_blocks * triton.cdiv(width, settings["BLOCK_N"]),)](
         hidden_states, bias, total_tokens, WIDTH=width, **settings
     )
 
 
-_HEURISTIC: Settings = {"BLOCK_T": 8, "BLOCK_N": 256, "num_warps": 4}
+def _heuristic(dtype: torch.dtype) -> Settings:
+    # 32 bytes a thread
+    return {"BLOCK_T": 32 // dtype.itemsize // 2, "BLOCK_N": 256, "num_warps": 4}
+
+
 CANDIDATES = grid(
     "BLOCK_T BLOCK_N num_warps", tiles((2, 4, 8, 16), (128, 256, 512, 1024), (4, 8), least=8, most=32)
 )

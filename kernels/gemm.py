@@ -13,11 +13,38 @@ from esm_packed.kernels.gelu import bias_gelu_, exact_gelu
 from esm_packed.kernels.launch import Settings, check_contiguous, grid, launch_settings, num_multiprocessors
 
 
+@triton.jit
+def _store_activated(
+    out_ptr,  # as in `_gemm_bias_gelu_kernel`
+    bias_ptr,
+    total,  # (BLOCK_M, BLOCK_N) FP32, of the tile whose first element is at row, column
+    row,
+    column,
+    total_tokens,
+    OUT_FEATURES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    USE_TMA: tl.constexpr,
+):
+    dim = column + tl.arange(0, BLOCK_N)
+    bias = tl.load(bias_ptr + dim, mask=dim < OUT_FEATURES, other=0.0).to(tl.float32)
+    activated = exact_gelu(total + bias[None, :])
+    if USE_TMA:
+        out_ptr.store([row, column], activated.to(out_ptr.dtype))
+    else:
+        token = row + tl.arange(0, BLOCK_M)
+        tl.store(
+            out_ptr + token.to(tl.int64)[:, None] * OUT_FEATURES + dim[None, :],
+            activated.to(out_ptr.dtype.element_ty),
+            mask=(token < total_tokens)[:, None] & (dim < OUT_FEATURES)[None, :],
+        )
+
+
 @triton.jit(do_not_specialize=["total_tokens"])
 def _gemm_bias_gelu_kernel(
     input_ptr,  # (total_tokens, IN_FEATURES), or with USE_TMA its descriptor for tiles (BLOCK_M, BLOCK_K)
     weight_ptr,  # (OUT_FEATURES, IN_FEATURES), or for tiles (BLOCK_N, BLOCK_K)
-    out_ptr,  # (total_tokens, OUT_FEATURES), or for tiles (BLOCK_M, BLOCK_N)
+    out_ptr,  # (total_tokens, OUT_FEATURES), or for tiles (BLOCK_M, BLOCK_N / NUM_STORES)
     bias_ptr,  # (OUT_FEATURES,)
     total_tokens,
     IN_FEATURES: tl.constexpr,
@@ -27,12 +54,14 @@ def _gemm_bias_gelu_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    NUM_STORES: tl.constexpr,  # 2: a tile leaves in halves, whose shared memory is half as large
+    FLATTEN: tl.constexpr,  # one loop over tiles and products: loads run on from tile to tile
     USE_TMA: tl.constexpr,
 ):
     num_row_tiles = tl.cdiv(total_tokens, BLOCK_M)
     num_column_tiles: tl.constexpr = (OUT_FEATURES + BLOCK_N - 1) // BLOCK_N
     tiles_per_group: tl.constexpr = GROUP_M * num_column_tiles
-    for tile in tl.range(tl.program_id(0), num_row_tiles * num_column_tiles, NUM_PROGRAMS):
+    for tile in tl.range(tl.program_id(0), num_row_tiles * num_column_tiles, NUM_PROGRAMS, flatten=FLATTEN):
         # Neighbouring programs take GROUP_M row tiles of one column tile, so that weights are read from L2.
         group = tile // tiles_per_group
         rows_in_group = tl.minimum(num_row_tiles - group * GROUP_M, GROUP_M)
@@ -56,22 +85,27 @@ def _gemm_bias_gelu_kernel(
                 weights = tl.load(weight_ptr + weight_row + addend, mask=in_range, other=0.0)
             total = tl.dot(inputs, weights.T, total)
 
-        bias = tl.load(bias_ptr + dim, mask=dim < OUT_FEATURES, other=0.0).to(tl.float32)
-        activated = exact_gelu(total + bias[None, :])
-        if USE_TMA:
-            out_ptr.store([row, column], activated.to(out_ptr.dtype))
-        else:
-            tl.store(
-                out_ptr + token.to(tl.int64)[:, None] * OUT_FEATURES + dim[None, :],
-                activated.to(out_ptr.dtype.element_ty),
-                mask=(token < total_tokens)[:, None] & (dim < OUT_FEATURES)[None, :],
+        if NUM_STORES == 1:
+            _store_activated(
+                out_ptr, bias_ptr, total, row, column, total_tokens, OUT_FEATURES, BLOCK_M, BLOCK_N, USE_TMA
             )
+        else:
+            HALF_N: tl.constexpr = BLOCK_N // 2
+            left, right = total.reshape(BLOCK_M, 2, HALF_N).permute(0, 2, 1).split()
+            _store_activated(
+                out_ptr, bias_ptr, left, row, column, total_tokens, OUT_FEATURES, BLOCK_M, HALF_N, USE_TMA
+            )
+            _store_activated(
+                out_ptr, bias_ptr, right, row, column + HALF_N, total_tokens, OUT_FEATURES, BLOCK_M, HALF_N,
+                USE_TMA,
+            )  # fmt: skip
 
 
 def gemm_bias_gelu(hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """As `linear_gelu`, in one kernel, for FP16 and BF16. FP32 accumulation, one rounding.
 
-    Tiles travel by TMA where the GPU has it. The grid is persistent: one program per multiprocessor.
+    Tiles travel by TMA where the GPU has it. The grid is persistent: settings say how many programs share a
+    multiprocessor.
     """
     check_contiguous(hidden_states=hidden_states, weight=weight, bias=bias)
     total_tokens, in_features = hidden_states.shape
@@ -80,11 +114,12 @@ def gemm_bias_gelu(hidden_states: torch.Tensor, weight: torch.Tensor, bias: torc
     settings = launch_settings("gemm_bias_gelu", in_features, hidden_states, _HEURISTIC)
     block_m, block_n, block_k = (settings[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
     num_tiles = triton.cdiv(total_tokens, block_m) * triton.cdiv(out_features, block_n)
-    num_programs = num_multiprocessors(hidden_states.device)
+    num_programs = settings.pop("PROGRAMS") * num_multiprocessors(hidden_states.device)
     if num_tiles == 0:  # a descriptor is never empty
         return out
     use_tma = launch.capability(hidden_states.device) >= 90
-    tiles = ((hidden_states, [block_m, block_k]), (weight, [block_n, block_k]), (out, [block_m, block_n]))
+    stored = [block_m, block_n // settings["NUM_STORES"]]
+    tiles = ((hidden_states, [block_m, block_k]), (weight, [block_n, block_k]), (out, stored))
     _gemm_bias_gelu_kernel[(min(num_programs, num_tiles),)](
         *(TensorDescriptor.from_tensor(tensor, tile) if use_tma else tensor for tensor, tile in tiles),
         bias,
@@ -114,17 +149,27 @@ _HEURISTIC: Settings = {
     "BLOCK_N": 128,
     "BLOCK_K": 64,
     "GROUP_M": 8,
+    "PROGRAMS": 1,
+    "NUM_STORES": 1,
+    "FLATTEN": 0,
     "num_warps": 8,
     "num_stages": 3,
 }
+_WHOLE_TILES = [
+    (64, 128, 64, 4, 3), (64, 128, 64, 4, 4), (64, 256, 64, 4, 3), (64, 256, 64, 8, 4), (128, 64, 64, 4, 3),
+    (128, 64, 64, 4, 4), (128, 128, 32, 4, 4), (128, 128, 64, 4, 3), (128, 128, 64, 4, 4),
+    (128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 128, 128, 8, 2), (128, 256, 32, 8, 4),
+    (128, 256, 64, 8, 3), (256, 128, 64, 8, 3),
+]  # fmt: skip
+# While one program activates a tile, nothing else runs on its multiprocessor, unless a second program does,
+# or loads of the next tile do. In halves, large tiles have shared memory left for a fourth stage.
+_OVERLAPPED = [
+    (128, 128, 64, 4, 2, 2, 1, 0), (128, 128, 64, 8, 2, 2, 1, 0), (128, 128, 64, 8, 3, 1, 1, 1),
+    (128, 128, 64, 8, 4, 1, 1, 1), (128, 256, 64, 8, 4, 1, 2, 0), (256, 128, 64, 8, 4, 1, 2, 0),
+    (128, 256, 64, 8, 3, 1, 2, 1),
+]  # fmt: skip
 CANDIDATES = grid(
-    "BLOCK_M BLOCK_N BLOCK_K num_warps num_stages",
-    [
-        (64, 128, 64, 4, 3), (64, 128, 64, 4, 4), (64, 256, 64, 4, 3), (64, 256, 64, 8, 4),
-        (128, 64, 64, 4, 3), (128, 64, 64, 4, 4), (128, 128, 32, 4, 4), (128, 128, 64, 4, 3),
-        (128, 128, 64, 4, 4), (128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 128, 128, 8, 2),
-        (128, 256, 32, 8, 4), (128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (256, 128, 64, 8, 3),
-        (256, 128, 64, 8, 4),
-    ],
+    "BLOCK_M BLOCK_N BLOCK_K num_warps num_stages PROGRAMS NUM_STORES FLATTEN",
+    [*((*tile, 1, 1, 0) for tile in _WHOLE_TILES), *_OVERLAPPED],
     GROUP_M=(8, 16),
-)  # fmt: skip
+)

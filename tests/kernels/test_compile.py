@@ -15,6 +15,7 @@ pytest.importorskip("triton")
 
 from stub_driver import SHARED_MEMORY, instructions
 
+from esm_packed.kernels import gemm
 from esm_packed.kernels.cases import CASES
 
 # A minute of compilation, which on a busy machine takes many.
@@ -105,6 +106,16 @@ def test_instructions_of_the_inner_loop_that_multiplies_are_counted() -> None:
 """
     assert instructions(code) == [10, 4, 3]
     assert instructions(code[: code.index(".L_x_0:")]) == [1, 1, 0]
+
+
+def test_candidates_of_the_fused_product_fit_into_shared_memory_of_sm_90() -> None:
+    """Two operands of each stage and the tile on its way out, and 1 KiB for barriers."""
+    for c in gemm.CANDIDATES:
+        stages = c["num_stages"] * (c["BLOCK_M"] + c["BLOCK_N"]) * c["BLOCK_K"] * 2
+        needed = stages + c["BLOCK_M"] * c["BLOCK_N"] // c["NUM_STORES"] * 2 + 1024
+        # A multiprocessor has 228 KiB, of which each program takes 1 KiB more than it asks for.
+        assert c["PROGRAMS"] * (needed + 1024) <= 228 * 1024 + 1024, c
+        assert needed <= SHARED_MEMORY[90], c
 
 
 @pytest.fixture(scope="module")

@@ -391,6 +391,25 @@ def test_gemm_bias_gelu_computes_every_tile(
 
 
 @pytest.mark.parametrize(
+    "tuned, constant",
+    [({"PROGRAMS": 2}, "NUM_PROGRAMS"), ({"NUM_STORES": 2}, "NUM_STORES"), ({"FLATTEN": 1}, "FLATTEN")],
+)
+def test_gemm_bias_gelu_with_tuned_settings(
+    tuned: dict[str, int],
+    constant: str,
+    gemm_device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+    launches: list[tuple[str, Arguments]],
+) -> None:
+    monkeypatch.setattr("esm_packed.kernels.gemm.num_multiprocessors", lambda device: 1)
+    key = launch.settings_key("gemm_bias_gelu", 72, torch.float16)
+    monkeypatch.setitem(launch.tuned_settings(gemm_device), key, tuned)
+    arguments = example("gemm_bias_gelu", [129], torch.float16, Widths(72, ffn_size=136))
+    check("gemm_bias_gelu", arguments, gemm_device)
+    assert {settings[constant] for _, settings in launches} == set(tuned.values())
+
+
+@pytest.mark.parametrize(
     "head_dim, dtype, input_precision",
     [
         pytest.param(head_dim, dtype, precision, marks=slow_if(head_dim != 24 and dtype != torch.float16))
@@ -733,6 +752,13 @@ NEEDS_CONTIGUOUS = {
         ("packed_attention", "key", swapped_heads, "key must be .* contiguous within a token"),
         ("packed_attention", "value", lambda value: value[:, :1], "value must be"),
         ("packed_attention", "key", lambda key: key[:-1], "key must be"),
+        ("packed_attention", "softmax_scale", lambda _: -0.125, "softmax_scale must be above 0, got -0.125"),
+        (
+            "packed_attention",
+            "input_precision",
+            lambda _: "fp32",
+            "'fp32' is none of 'ieee', 'tf32', 'tf32x3'",
+        ),
         ("add_attention_maps_", "query", swapped_heads, "query must be .* contiguous within a token"),
         ("add_attention_maps_", "key", lambda key: key[:-1], "key must be"),
         (
@@ -766,9 +792,3 @@ def test_what_the_kernels_cannot_read_is_refused(
     arguments[argument] = change(arguments[argument])
     with pytest.raises(ValueError, match=message):
         call(name, CASES[name].function, arguments)
-
-
-def test_an_unknown_input_precision_is_refused(triton_device: torch.device) -> None:
-    arguments = example("packed_attention", [3, 5], torch.float32) | {"input_precision": "fp32"}
-    with pytest.raises(ValueError, match="input_precision 'fp32' is none of 'ieee', 'tf32', 'tf32x3'"):
-        run("packed_attention", arguments, triton_device)
