@@ -66,7 +66,7 @@ class _PackedModel(nn.Module):
     Args:
         esm2: computes.
         config: an EsmConfig.
-        attention: attention backend; `auto` is chosen anew when the model moves to another device.
+        attention: attention backend; `auto` is chosen again when the model moves to another device.
     """
 
     def __init__(self, esm2: ESM2, config: Any, attention: str) -> None:
