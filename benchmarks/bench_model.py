@@ -14,12 +14,11 @@ from contenders.packages import lay_out
 from measuring import DEVICE, ON_GPU, record, synchronize
 from workloads import proteins
 
-from esm_packed.config import DEFAULT_TOKEN_BUDGETS
-from esm_packed.packing import SPECIAL_TOKENS
+from esm_packed.packing import SPECIAL_TOKENS, default_token_budget
 
 TOTAL_TOKENS = 131_072 if ON_GPU else 2048
 WORKLOADS = ("short50", "medium150", "long300", "uniref", "viral", "constant1024")
-REPRODUCIBLE_TOKENS = (63 * 4 * DEFAULT_TOKEN_BUDGETS["cuda"]) // 64 if ON_GPU else 8000
+REPRODUCIBLE_TOKENS = (63 * 4 * default_token_budget(DEVICE)) // 64 if ON_GPU else 8000
 """On a GPU four packs that are filled but for a sixty-fourth: the last pack of a shard is another matter."""
 
 REPRODUCIBLE = (
@@ -34,7 +33,7 @@ LARGER_BUDGET_DTYPES = ("fp16",) if ON_GPU else ()
 
 
 def parameters(config: pytest.Config) -> dict[str, list[Any]]:
-    budget = config.getoption("--token-budget") or DEFAULT_TOKEN_BUDGETS[DEVICE.type]
+    budget = config.getoption("--token-budget") or default_token_budget(DEVICE)
     every = ON_GPU or config.getoption(
         "--full"
     )  # half types are slow where a CPU has no instructions for them
@@ -90,7 +89,7 @@ def test_reproducible(
     benchmark.group = "reproducible"
     # on a GPU other amounts would leave a last pack that is mostly padding
     total_tokens = (None if ON_GPU else pytestconfig.getoption("--tokens")) or REPRODUCIBLE_TOKENS
-    budget = pytestconfig.getoption("--token-budget") or DEFAULT_TOKEN_BUDGETS[DEVICE.type]
+    budget = pytestconfig.getoption("--token-budget") or default_token_budget(DEVICE)
     ready = contest.ready(Entry(provider, model, "uniref", total_tokens, DEFAULT_DTYPE, layout, budget))
     benchmark.pedantic(ready.run, rounds=3 if ON_GPU else 1)
     ready.record(benchmark, "reproducible", block)
@@ -102,7 +101,7 @@ def test_transfer(block: int, workload: str, benchmark: Any, pytestconfig: pytes
         pytest.skip("needs a CUDA device: on a CPU there is nothing to copy")
     benchmark.group = "transfer"
     sequences = proteins(workload, pytestconfig.getoption("--tokens") or TOTAL_TOKENS)
-    packs = lay_out(sequences, DEFAULT_TOKEN_BUDGETS[DEVICE.type])
+    packs = lay_out(sequences, default_token_budget(DEVICE))
     tensors = [tensor for _, pack in packs for tensor in (pack.input_ids, pack.cu_seqlens)]
     pinned = [tensor.cpu().pin_memory() for tensor in tensors]
 

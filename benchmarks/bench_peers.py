@@ -13,7 +13,7 @@ import pytest
 from contenders.contest import RIVALS_TOKEN_BUDGETS, Contest, Entry, OtherModelError
 from measuring import DEVICE, ON_GPU
 
-from esm_packed.config import DEFAULT_TOKEN_BUDGETS
+from esm_packed.packing import default_token_budget
 
 TOTAL_TOKENS = 131_072 if ON_GPU else 6000
 WORKLOADS = ("uniref",)
@@ -90,7 +90,7 @@ def test_peer(
     if takes_minutes(provider, dtype, pytestconfig):
         pytest.skip(f"{provider} in {dtype}: takes minutes on a CPU; --full, or its name, includes it")
     total_tokens = pytestconfig.getoption("--tokens") or TOTAL_TOKENS
-    budget = pytestconfig.getoption("--token-budget") or DEFAULT_TOKEN_BUDGETS[DEVICE.type]
+    budget = pytestconfig.getoption("--token-budget") or default_token_budget(DEVICE)
     layout = "packed" if provider in PACKED or provider.startswith("floor") else "padded"
     if provider.endswith("_unsorted"):
         layout = "padded_unsorted"

@@ -14,8 +14,7 @@ from contenders.contest import Contest, OtherModelError
 from contenders.marginals import Marginals, MarginalsContest
 from measuring import DEVICE, ON_GPU, flops_of, record, synchronize
 
-from esm_packed.config import DEFAULT_TOKEN_BUDGETS
-from esm_packed.packing import SPECIAL_TOKENS
+from esm_packed.packing import SPECIAL_TOKENS, default_token_budget
 
 RESIDUES = 300 if ON_GPU else 60
 FULL_RESIDUES = 300
@@ -62,7 +61,7 @@ def test_masked_marginals(
     if tokens := pytestconfig.getoption("--tokens"):
         residues = tokens - SPECIAL_TOKENS
     benchmark.group = f"masked marginals of {residues} residues"
-    budget = pytestconfig.getoption("--token-budget") or DEFAULT_TOKEN_BUDGETS[DEVICE.type]
+    budget = pytestconfig.getoption("--token-budget") or default_token_budget(DEVICE)
     together = copies or max(1, budget // (residues + SPECIAL_TOKENS))
     variant = Marginals(provider, model, dtype, residues, together)
     try:

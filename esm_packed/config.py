@@ -7,7 +7,8 @@ from dataclasses import dataclass
 DEFAULT_MODEL = "esm2_t33_650M_UR50D"
 
 DEFAULT_TOKEN_BUDGETS = {"cpu": 1024, "cuda": 32768}
-"""Tokens in a pack by type of device. A CPU is fastest when the activations of a pack stay in its cache."""
+"""Tokens in a pack by type of device; see `packing.default_token_budget` for GPUs. A CPU is fastest when the
+activations of a pack stay in its cache."""
 
 
 DEFAULT_MAX_LENGTH = 1022

@@ -12,11 +12,10 @@ import numpy.typing as npt
 import torch
 
 from esm_packed.alphabet import encode
-from esm_packed.config import DEFAULT_TOKEN_BUDGETS
 from esm_packed.contacts import MOST_PAIRS, AttentionMaps, attend_of, check_contact_head
 from esm_packed.contacts import forward as forward_with_contacts
 from esm_packed.outputs import is_ragged, output_names, per_of
-from esm_packed.packing import SPECIAL_TOKENS, limit_pairs, pack, plan_packs
+from esm_packed.packing import SPECIAL_TOKENS, default_token_budget, limit_pairs, pack, plan_packs
 from esm_packed.rescue import is_finite, named
 from esm_packed.rows import row_counts
 from esm_packed.windows import Blend, Rows, Windows, names_in_windows
@@ -87,7 +86,7 @@ def embed(
     layers = list(dict.fromkeys(asked.values()))
     token_ids = encode_proteins(sequences)
     if token_budget is None:
-        token_budget = DEFAULT_TOKEN_BUDGETS[model.device.type]
+        token_budget = default_token_budget(model.device)
     kind = "per_residue" if per_residue else "mean"
     names = output_names([kind], layers)
     arrays: dict[int, dict[str, Embeddings]] = {}
@@ -135,7 +134,7 @@ def contacts(model: ESM2, sequences: Sequence[str], *, token_budget: int | None 
     check_contact_head(model)
     token_ids = encode_proteins(sequences)
     if token_budget is None:
-        token_budget = DEFAULT_TOKEN_BUDGETS[model.device.type]
+        token_budget = default_token_budget(model.device)
     arrays, changed = _contacts_of_all(model, token_ids, token_budget)
     for reason, indices in changed.items():
         warnings.warn(

@@ -10,6 +10,11 @@ import numpy.typing as npt
 import torch
 
 from esm_packed.alphabet import BOS_ID, EOS_ID, PAD_ID
+from esm_packed.config import DEFAULT_TOKEN_BUDGETS
+from esm_packed.kernels.launch import num_multiprocessors
+
+WAVE_ROWS = 128
+"""Rows of a tile that one multiprocessor computes of a matrix multiplication."""
 
 SPECIAL_TOKENS = 2
 """BOS and EOS of every sequence."""
@@ -198,6 +203,23 @@ def _check_rows(rows: torch.Tensor, batch: PackedBatch) -> None:
         raise ValueError(
             f"rows must be within 0 to {batch.total_tokens - 1}, got {int(rows.min())} to {int(rows.max())}"
         )
+
+
+def default_token_budget(device: torch.device) -> int:
+    """Tokens in a pack unless another number is asked for.
+
+    On a GPU that is the whole number of waves closest to `DEFAULT_TOKEN_BUDGETS`: in one wave each
+    multiprocessor computes one tile of `WAVE_ROWS` rows of a matrix multiplication, and in a wave that is not
+    full some of them wait. 132 multiprocessors give 33,792 tokens.
+
+    Raises:
+        RuntimeError, AssertionError: torch finds no such GPU.
+    """
+    tokens = DEFAULT_TOKEN_BUDGETS[device.type]
+    if device.type != "cuda":
+        return tokens
+    wave = WAVE_ROWS * num_multiprocessors(device)
+    return max(1, round(tokens / wave)) * wave
 
 
 def plan_packs(lengths: npt.ArrayLike, token_budget: int) -> list[npt.NDArray[np.int64]]:

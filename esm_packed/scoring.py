@@ -24,11 +24,11 @@ import numpy.typing as npt
 import torch
 
 from esm_packed.alphabet import AMINO_ACID_IDS, MASK_ID
-from esm_packed.config import DEFAULT_MAX_LENGTH, DEFAULT_TOKEN_BUDGETS, SCORING_METHODS
+from esm_packed.config import DEFAULT_MAX_LENGTH, SCORING_METHODS
 from esm_packed.embedding import embed_together, encode_protein, encode_proteins
 from esm_packed.mutations import Mutant, WildType
 from esm_packed.outputs import LOG_PROBABILITIES
-from esm_packed.packing import SPECIAL_TOKENS, plan_packs
+from esm_packed.packing import SPECIAL_TOKENS, default_token_budget, plan_packs
 from esm_packed.rescue import is_finite, named
 from esm_packed.windows import Windows
 
@@ -417,7 +417,7 @@ def _answers(
     owners = [owner for owner, queries in enumerate(plans) for _ in queries]
     asked = [(token_ids[owner], query) for owner, queries in enumerate(plans) for query in queries]
     if token_budget is None:
-        token_budget = DEFAULT_TOKEN_BUDGETS[model.device.type]
+        token_budget = default_token_budget(model.device)
     arrays: list[list[LogProbabilities]] = [[_NO_SITES] * len(queries) for queries in plans]
     firsts = np.cumsum([0, *map(len, plans)])
     changed: dict[str, dict[int, None]] = {}

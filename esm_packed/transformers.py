@@ -25,11 +25,11 @@ from torch import nn
 from esm_packed.alphabet import MASK_ID, PAD_ID, VOCAB_SIZE
 from esm_packed.attention import select_backend
 from esm_packed.checkpoints import Checkpoint, CheckpointError, load_checkpoint
-from esm_packed.config import DEFAULT_TOKEN_BUDGETS, LAYER_NORM_EPS, ESM2Config
+from esm_packed.config import LAYER_NORM_EPS, ESM2Config
 from esm_packed.model import ESM2
 from esm_packed.modules import Linear
 from esm_packed.numerics import DType, matmul_precision, resolve_device, resolve_precision
-from esm_packed.packing import PackedBatch, plan_packs
+from esm_packed.packing import PackedBatch, default_token_budget, plan_packs
 
 _INSTEAD = {
     "output_attentions": "attention maps are not kept; use transformers' model, or for contacts "
@@ -180,7 +180,7 @@ class _PackedModel(nn.Module):
 
         padded = {layer: zeros(self.esm2.config.hidden_size) for layer in layers}
         logits = zeros(VOCAB_SIZE) if return_logits else None
-        for members in plan_packs(lengths, DEFAULT_TOKEN_BUDGETS[self.device.type]):
+        for members in plan_packs(lengths, default_token_budget(self.device)):
             rows = np.concatenate([np.arange(*bounds[row]) + row * token_ids.shape[1] for row in members])
             ends = np.append(0, lengths[members].cumsum()).astype(np.int32)
             packed = PackedBatch(

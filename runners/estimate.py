@@ -12,10 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from esm_packed.checkpoints import Checkpoint, load_checkpoint
-from esm_packed.config import DEFAULT_TOKEN_BUDGETS
 from esm_packed.layouts import LAYOUTS
 from esm_packed.model import ESM2
-from esm_packed.packing import SPECIAL_TOKENS
+from esm_packed.packing import SPECIAL_TOKENS, default_token_budget
 from esm_packed.runners.checks import (
     check_device,
     check_heads,
@@ -85,7 +84,7 @@ def estimate(request: EmbedRequest, console: Console, product: Product | None = 
 
 
 def _token_budget(request: EmbedRequest, model: ESM2) -> int:
-    default = DEFAULT_TOKEN_BUDGETS[model.device.type]
+    default = default_token_budget(model.device)
     if request.token_budget is not None or model.device.type != "cuda" or request.layout == "fixed":
         return request.token_budget or default
     return measured_token_budget(model, default)

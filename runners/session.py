@@ -12,7 +12,6 @@ from typing import Any, Protocol
 import torch
 
 from esm_packed.checkpoints import Checkpoint, load_checkpoint
-from esm_packed.config import DEFAULT_TOKEN_BUDGETS
 from esm_packed.errors import UsageError
 from esm_packed.runners.checks import (
     ExistingOutput,
@@ -251,9 +250,8 @@ class _Session:
             return plan.token_budget
         if existing is not None:
             return int(existing.identity.get("token_budget", 0))
-        if self.request.layout == "fixed":  # what is measured may differ from run to run
-            return DEFAULT_TOKEN_BUDGETS[self.device.type]
-        return self.engine().token_budget()
+        # What is measured may differ from run to run.
+        return self.engine().token_budget(measured=self.request.layout != "fixed")
 
     def engine(self) -> Engine:
         """What computes, started when it is first needed."""

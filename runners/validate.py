@@ -12,9 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from esm_packed.checkpoints import load_checkpoint
-from esm_packed.config import DEFAULT_MAX_LENGTH, DEFAULT_TOKEN_BUDGETS, REFERENCES
+from esm_packed.config import DEFAULT_MAX_LENGTH, REFERENCES
 from esm_packed.errors import UsageError
 from esm_packed.numerics import PRECISIONS, is_out_of_memory, resolve_device
+from esm_packed.packing import default_token_budget
 from esm_packed.reports.page import check_matplotlib
 from esm_packed.reports.validation.page import report_files, summary_lines, write_report
 from esm_packed.reports.validation.run import (
@@ -215,7 +216,7 @@ def _settings(request: ValidateRequest) -> ValidationSettings:
     for dtype in request.thresholds:
         if dtype not in request.dtypes:
             raise UsageError(f"--threshold {dtype}: that precision is not computed; --dtype lists them")
-    budget = request.token_budget or min(DEFAULT_TOKEN_BUDGETS[device.type], MOST_TOKENS)
+    budget = request.token_budget or min(default_token_budget(device), MOST_TOKENS)
     return ValidationSettings(device, budget, request.dtypes, request.thresholds, request.reference)
 
 

@@ -38,12 +38,12 @@ from workloads import proteins
 from esm_packed.alphabet import encode
 from esm_packed.attention import select_backend
 from esm_packed.checkpoints import Checkpoint, load_checkpoint, tensor_shapes
-from esm_packed.config import DEFAULT_TOKEN_BUDGETS, ESM2Config
+from esm_packed.config import ESM2Config
 from esm_packed.model import ESM2
 from esm_packed.numerics import PRECISIONS
-from esm_packed.packing import SPECIAL_TOKENS, pack
+from esm_packed.packing import SPECIAL_TOKENS, default_token_budget, pack
 
-RIVALS_TOKEN_BUDGETS = (1024, 4096, 16_384) if not ON_GPU else (DEFAULT_TOKEN_BUDGETS["cuda"],)
+RIVALS_TOKEN_BUDGETS = (1024, 4096, 16_384) if not ON_GPU else (default_token_budget(DEVICE),)
 """Padded tokens in a batch that a rival is tried with, for it to be timed at its best."""
 
 NUM_WARMING = 8
@@ -125,7 +125,7 @@ class Ready:
         entry = self.entry
         is_floor = entry.provider.startswith("floor")
         residues = [len(sequence) for sequence in self.sequences]
-        budget = entry.token_budget or DEFAULT_TOKEN_BUDGETS[DEVICE.type]
+        budget = entry.token_budget or default_token_budget(DEVICE)
         return record(
             benchmark,
             suite=suite,

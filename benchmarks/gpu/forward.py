@@ -25,7 +25,7 @@ from esm_packed.kernels.cases import Workload
 from esm_packed.kernels.timing import time_call, timed
 from esm_packed.numerics import PRECISIONS, Precision
 from esm_packed.outputs import mean_of
-from esm_packed.packing import SPECIAL_TOKENS, PackedBatch
+from esm_packed.packing import SPECIAL_TOKENS, WAVE_ROWS, PackedBatch
 from esm_packed.runners.state.cut import sequence_flops
 
 Save = Callable[[dict[str, Any]], None]
@@ -38,9 +38,6 @@ BUDGET_MODELS = {
     "cpu": ("esm2_t6_8M_UR50D",),
 }
 BUDGET_ROUNDS = {"cuda": 7, "cpu": 1}
-WAVE_ROWS = 128
-"""Rows of an output tile of a matrix multiplication; a multiprocessor computes one at a time."""
-
 MODES = PRECISIONS | {
     "fp16_residual_fp16": Precision("fp16_residual_fp16", torch.float16, torch.float16),
 }

@@ -51,10 +51,10 @@ def measured_token_budget(model: ESM2, most: int) -> int:
         most: tokens beyond which larger packs gain nothing.
 
     Returns:
-        At most `most`, a multiple of 1,024 from 1,024 on.
+        `most` where it fits, else a multiple of 1,024 from 1,024 on.
     """
     small, large = (peak_memory(model, count) for count in PROBE_SEQUENCES)
     tokens = (PROBE_SEQUENCES[1] - PROBE_SEQUENCES[0]) * (PROBE_LENGTH + SPECIAL_TOKENS)
     bytes_per_token = max(1.0, (large - small) / tokens)
     fitting = int(MEMORY_SHARE * free_memory(model.device) / bytes_per_token)
-    return max(STEP, min(most, fitting) // STEP * STEP)
+    return most if fitting >= most else max(STEP, fitting // STEP * STEP)

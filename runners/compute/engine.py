@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 
 from esm_packed.checkpoints import Checkpoint
-from esm_packed.config import DEFAULT_TOKEN_BUDGETS
+from esm_packed.packing import default_token_budget
 from esm_packed.runners.compute.budget import measured_token_budget
 from esm_packed.runners.compute.worker import Worker, device_name, set_threads
 from esm_packed.runners.state.request import EmbedRequest
@@ -34,8 +34,12 @@ class Engine(AbstractContextManager["Engine"], Protocol):
         """What the work is done on."""
         ...
 
-    def token_budget(self) -> int:
-        """Tokens that a pack may hold on these devices."""
+    def token_budget(self, *, measured: bool) -> int:
+        """Tokens that a pack may hold on these devices.
+
+        Args:
+            measured: on a GPU as many of the default as its memory is measured to hold.
+        """
         ...
 
     def compute(self, run: Run, shards: Sequence[int], watch: Watch) -> None:
@@ -69,10 +73,10 @@ class InProcessEngine:
         """The device."""
         return device_name(self._device)
 
-    def token_budget(self) -> int:
-        """On a GPU what its memory holds, measured; on a CPU what its cache holds, by default."""
-        default = DEFAULT_TOKEN_BUDGETS[self._device.type]
-        if self._device.type != "cuda":
+    def token_budget(self, *, measured: bool) -> int:
+        """See `Engine`."""
+        default = default_token_budget(self._device)
+        if self._device.type != "cuda" or not measured:
             return default
         return measured_token_budget(self._worker.model, default)
 

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 
 from esm_packed.checkpoints import Checkpoint
-from esm_packed.config import DEFAULT_TOKEN_BUDGETS
 from esm_packed.errors import EngineError
+from esm_packed.packing import default_token_budget
 from esm_packed.runners.compute.ray_cluster import RayCluster
 from esm_packed.runners.compute.ray_schedule import Schedule, is_lasting, root_cause
 from esm_packed.runners.compute.ray_worker import RayWorker
@@ -59,15 +59,14 @@ class RayEngine:
         kind = "GPU" if self._device.type == "cuda" else f"CPU, {threads}"
         return f"{counted(self.num_workers, 'Ray worker')} ({kind} each)"
 
-    def token_budget(self) -> int:
+    def token_budget(self, *, measured: bool) -> int:
         """See `Engine`: what the first GPU's memory holds."""
-        default = DEFAULT_TOKEN_BUDGETS[self._device.type]
         if self._device.type != "cuda":
-            return default
+            return default_token_budget(self._device)
         ray, slot = self._cluster.ray, self._cluster.slots[0]
         self._cluster.start(slot)
         try:
-            return int(ray.get(slot.actor.token_budget.remote()))
+            return int(ray.get(slot.actor.token_budget.remote(measured)))
         except ray.exceptions.RayError as error:
             cause = root_cause(error)
             if is_lasting(cause):

@@ -7,9 +7,9 @@ from functools import cached_property
 from pathlib import Path
 
 from esm_packed.checkpoints import load_checkpoint
-from esm_packed.config import DEFAULT_TOKEN_BUDGETS
 from esm_packed.errors import UsageError
 from esm_packed.numerics import resolve_device
+from esm_packed.packing import default_token_budget
 from esm_packed.runners.compute.budget import measured_token_budget
 from esm_packed.runners.compute.worker import RunWorker, Worker, device_name, set_threads
 from esm_packed.runners.state.directory import RunDirectory
@@ -49,10 +49,11 @@ class RayWorker:
             )
         return Worker(self._request, checkpoint, resolve_device(self._device), self._rank)
 
-    def token_budget(self) -> int:
-        """What the memory of its GPU holds."""
+    def token_budget(self, measured: bool) -> int:
+        """See `Engine`: of its GPU."""
         model = self._worker.model
-        return measured_token_budget(model, DEFAULT_TOKEN_BUDGETS[model.device.type])
+        default = default_token_budget(model.device)
+        return measured_token_budget(model, default) if measured else default
 
     def open(self, output: str, plan_hash: str) -> str:
         """Open the run of `output`, before anything is computed; where this worker runs."""

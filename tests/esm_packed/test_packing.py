@@ -6,11 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from esm_packed.alphabet import BOS_ID, EOS_ID, encode
-from esm_packed.packing import limit_pairs, pack, plan_packs
+from esm_packed.packing import default_token_budget, limit_pairs, pack, plan_packs
 
 UNIREF_LENGTHS = Path(__file__).parents[1] / "data" / "uniref_lengths.txt"
 """Residues of 1,000 proteins of UniRef, such as ESM-2 was trained on."""
@@ -132,3 +133,16 @@ def test_as_many_tokens_as_int32_counts_are_packed(monkeypatch: pytest.MonkeyPat
     assert laid_out == [2**31 - 1]
     assert batch.cu_seqlens.tolist() == [0, 2**30 + 2, 2**31 - 1]
     assert batch.max_seqlen == 2**30 + 2
+
+
+@pytest.mark.parametrize(
+    ("multiprocessors", "expected"),
+    [(132, 33_792), (108, 27_648), (114, 29_184), (58, 29_696), (400, 51_200)],
+)
+def test_the_default_pack_of_a_gpu_fills_whole_waves(
+    monkeypatch: pytest.MonkeyPatch, multiprocessors: int, expected: int
+) -> None:
+    monkeypatch.setattr("esm_packed.packing.num_multiprocessors", lambda device: multiprocessors)
+    assert default_token_budget(torch.device("cuda", 0)) == expected
+    assert expected % (128 * multiprocessors) == 0
+    assert default_token_budget(torch.device("cpu")) == 1024

@@ -139,7 +139,7 @@ def test_a_batch_larger_than_a_pack(bare: EsmModel, monkeypatch: pytest.MonkeyPa
     input_ids = torch.randint(4, 24, (7, 30))
     mask = torch.arange(30) < torch.tensor([30, 3, 17, 30, 1, 9, 22])[:, None]
     expected = bare(input_ids, mask, output_hidden_states=True).hidden_states
-    monkeypatch.setattr("esm_packed.transformers.DEFAULT_TOKEN_BUDGETS", {"cpu": 32})
+    monkeypatch.setattr("esm_packed.transformers.default_token_budget", lambda device: 32)
     calls: list[int] = []
     with bare.esm2.register_forward_hook(lambda *_: calls.append(1)):
         computed = bare(input_ids, mask, output_hidden_states=True).hidden_states

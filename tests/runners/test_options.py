@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fair_esm_reference
@@ -14,12 +15,14 @@ from kept_shards import Shard, mean_arrays, run_pipeline
 
 from esm_packed import ESM2, kernels
 from esm_packed.alphabet import encode
+from esm_packed.checkpoints import load_checkpoint
 from esm_packed.layouts import LAYOUTS
 from esm_packed.packing import SPECIAL_TOKENS, pack
 from esm_packed.runners import session
 from esm_packed.runners.cli import main as cli
-from esm_packed.runners.compute import budget, worker
+from esm_packed.runners.compute import budget, engine, worker
 from esm_packed.runners.compute.budget import PROBE_LENGTH, PROBE_SEQUENCES, measured_token_budget
+from esm_packed.runners.compute.engine import InProcessEngine
 from esm_packed.runners.compute.pipeline import Pipeline
 from esm_packed.runners.output.reader import EmbeddingReader
 from esm_packed.runners.session import embed_files
@@ -328,6 +331,22 @@ def test_token_budget_is_what_fits_into_the_memory(
     monkeypatch.setattr(budget, "free_memory", lambda device: free)
     model = ESM2.from_pretrained("demo", device="cpu")
     assert measured_token_budget(model, 32768) == expected
+    if expected == 32768:  # also where whole waves are no multiple of 1,024
+        assert measured_token_budget(model, 29_184) == 29_184
+
+
+def test_the_budget_of_a_gpu_is_whole_waves_as_far_as_they_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("esm_packed.packing.num_multiprocessors", lambda device: 132)
+    monkeypatch.setattr(engine, "measured_token_budget", lambda model, most: min(most, model.fitting))
+    in_process = InProcessEngine(
+        EmbedRequest(("x.fasta",), Path("x.h5")), load_checkpoint("demo"), torch.device("cuda", 0)
+    )
+    model = SimpleNamespace(fitting=10**6)
+    in_process.__dict__["_worker"] = SimpleNamespace(model=model)
+    assert in_process.token_budget(measured=True) == 33_792
+    model.fitting = 7 * 1024
+    assert in_process.token_budget(measured=True) == 7 * 1024
+    assert in_process.token_budget(measured=False) == 33_792
 
 
 def test_what_the_budget_is_measured_with_can_be_embedded() -> None:

@@ -362,7 +362,7 @@ def test_what_no_repetition_helps_ends_the_run_at_once(
 def test_a_worker_that_finds_another_model_says_so_once_and_for_all(fasta: Path, tmp_path: Path) -> None:
     worker = StrangerWorker(request_for(fasta, tmp_path / "out.h5"), "", "cpu", 0)
     with pytest.raises(UsageError, match="demo is another model on") as caught:
-        worker.token_budget()
+        worker.token_budget(measured=True)
     assert ray_schedule.is_lasting(caught.value)
 
 
