@@ -56,8 +56,9 @@ def add_computing(compute: argparse._ArgumentGroup, budget: str = "") -> None:
         type=values.whole_number(1),
         metavar="N",
         help=f"tokens in a batch, BOS and EOS included (default: {DEFAULT_TOKEN_BUDGETS['cpu']} on a CPU; on "
-        f"a GPU as many as its memory is measured to hold, at most about {DEFAULT_TOKEN_BUDGETS['cuda']}, which "
-        "fill its multiprocessors" + f", {budget}" * bool(budget) + ")",
+        f"a GPU as many as its memory is measured to hold, at most about {DEFAULT_TOKEN_BUDGETS['cuda']}"
+        + f", {budget}" * bool(budget)
+        + ")",
     )
     add_threads(compute, " of each worker")
     compute.add_argument(
