@@ -17,10 +17,11 @@ from esm_packed.model import ESM2, Layer
 MATMULS = ("qkv", "attention_out", "fc1", "fc2")
 
 Multiply = Callable[[torch.Tensor, torch.nn.Linear, torch.Tensor], object]
+"""Of states, a layer and memory for the product. The layer's weight may be packed for oneDNN."""
 
 
 def _mm(states: torch.Tensor, linear: torch.nn.Linear, out: torch.Tensor) -> object:
-    return torch.mm(states, linear.weight.T, out=out)
+    return torch.mm(states, dense_weight(linear).T, out=out)
 
 
 def _onednn(states: torch.Tensor, linear: torch.nn.Linear, out: torch.Tensor) -> object:

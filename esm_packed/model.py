@@ -170,6 +170,9 @@ class ESM2(nn.Module):
         model.requires_grad_(False).eval()
         for name, parameter in model.named_parameters():
             fill_parameter(parameter, name, tensors)
+        for module in model.modules():
+            if isinstance(module, Linear):
+                module.pack()
         model.rotary.inv_freq.copy_(tensors["layers.0.self_attn.rot_emb.inv_freq"])
         model.model_name, model.model_sha256 = checkpoint.model_name, checkpoint.sha256
         if precision.is_below_fp32:

@@ -5,6 +5,9 @@ Weights have the dtype they are built with, attention the backend. Forward hooks
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -12,6 +15,7 @@ from esm_packed import kernels
 from esm_packed.alphabet import VOCAB_SIZE
 from esm_packed.attention import PackedAttention
 from esm_packed.config import LAYER_NORM_EPS, ESM2Config
+from esm_packed.kernels.matmul import pack_weight
 from esm_packed.packing import PackedBatch
 
 
@@ -21,8 +25,31 @@ class Linear(nn.Linear):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return kernels.linear(hidden_states, self.weight, self.bias)
 
+    def pack(self) -> None:
+        """Bring the weight into the layout that multiplies fastest; the dense one is not kept."""
+        self._replace(pack_weight(self.weight))
 
-class LinearGELU(nn.Linear):
+    def _replace(self, weight: torch.Tensor) -> None:
+        self.weight = nn.Parameter(weight, requires_grad=False)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Linear:
+        if not self.weight.is_mkldnn:
+            return super()._apply(fn, recurse)  # type: ignore[no-untyped-call,no-any-return]
+        self._replace(self.weight.to_dense())
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.pack()
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        # what is packed can neither be copied nor pickled
+        state = self.__dict__.copy()
+        if self.weight.is_mkldnn:
+            dense = nn.Parameter(self.weight.to_dense(), requires_grad=False)
+            state["_parameters"] = state["_parameters"] | {"weight": dense}
+        return state
+
+
+class LinearGELU(Linear):
     """A linear layer followed by the exact GELU."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:

@@ -76,10 +76,12 @@ def rotary_qk_(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, position
     """
     cos = cos.index_select(0, position_ids)[:, None, None, :]
     sin = sin.index_select(0, position_ids)[:, None, None, :]
-    first, second = qkv[:, :2].chunk(2, dim=-1)
+    # converted at once: arithmetic of mixed dtypes is slow on a CPU
+    first, second = qkv[:, :2].to(cos.dtype).chunk(2, dim=-1)
     rotated_first = torch.addcmul(first * cos, second, sin, value=-1)
-    second.copy_(torch.addcmul(second * cos, first, sin))
-    first.copy_(rotated_first)
+    out_first, out_second = qkv[:, :2].chunk(2, dim=-1)
+    out_second.copy_(torch.addcmul(second * cos, first, sin))
+    out_first.copy_(rotated_first)
 
 
 def rotary_qk_packed_(

@@ -72,7 +72,7 @@ def no_token_dropout(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) ->
 
 def tanh_gelu(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> tuple[ESM2, Layout]:
     monkeypatch.setattr(
-        "esm_packed.kernels.linear_gelu", lambda x, w, b: F.gelu(F.linear(x, w, b), approximate="tanh")
+        "esm_packed.kernels.linear_gelu", lambda x, w, b: F.gelu(F.linear(x, w.to_dense(), b), approximate="tanh")
     )
     return model_of(checkpoint, "fp32"), PACKED
 
@@ -86,7 +86,7 @@ def angles_in_fp16(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> t
 
 def tf32(values: torch.Tensor) -> torch.Tensor:
     """Rounded to TF32's 10 bits of mantissa."""
-    return ((values.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+    return ((values.to_dense().contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
 
 
 def tf32_in_fp32(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> tuple[ESM2, Layout]:
