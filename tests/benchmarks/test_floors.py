@@ -64,7 +64,9 @@ def test_matmuls_multiply(multiply: floors.Multiply, model: ESM2) -> None:
         out = torch.empty(9, linear.out_features)
         product_of = multiply(states, linear, out)
         bias = linear.bias if multiply is floors._onednn else 0.0
-        torch.testing.assert_close(product_of, states @ linear.weight.to_dense().T + bias, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            product_of, states @ linear.weight.to_dense().T + bias, rtol=1e-4, atol=1e-4
+        )
 
 
 @pytest.mark.parametrize("slow", MATMULS)

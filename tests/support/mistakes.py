@@ -72,7 +72,8 @@ def no_token_dropout(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) ->
 
 def tanh_gelu(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> tuple[ESM2, Layout]:
     monkeypatch.setattr(
-        "esm_packed.kernels.linear_gelu", lambda x, w, b: F.gelu(F.linear(x, w.to_dense(), b), approximate="tanh")
+        "esm_packed.kernels.linear_gelu",
+        lambda x, w, b: F.gelu(F.linear(x, w.to_dense(), b), approximate="tanh"),
     )
     return model_of(checkpoint, "fp32"), PACKED
 
