@@ -48,6 +48,10 @@ class Linear(nn.Linear):
             state["_parameters"] = state["_parameters"] | {"weight": dense}
         return state
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.pack()
+
 
 class LinearGELU(Linear):
     """A linear layer followed by the exact GELU."""

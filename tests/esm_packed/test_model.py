@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import subprocess
 import sys
 from contextlib import ExitStack
@@ -28,6 +30,7 @@ from esm_packed.checkpoints import (
     save_fair_esm,
 )
 from esm_packed.config import ESM2Config
+from esm_packed.modules import Linear
 from esm_packed.numerics import PRECISIONS, DType
 from esm_packed.packing import pack
 from esm_packed.runners.state.request import EmbedRequest
@@ -399,3 +402,16 @@ def test_rotary_tables_grow_and_outlive_what_was_captured_with_them() -> None:
     assert len(grown) == 2052
     assert torch.equal(grown[:1026], first)
     assert any(cos is first for cos, _ in model.rotary._outgrown)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp64"])
+def test_packed_weights_are_copied_pickled_and_moved(dtype: str) -> None:
+    def weights_are_packed(model: ESM2) -> bool:
+        return all(module.weight.is_mkldnn for module in model.modules() if isinstance(module, Linear))
+
+    model = ESM2.from_pretrained("demo", device="cpu", dtype=dtype)
+    is_packed = dtype != "fp64" and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    expected = model.embed(["MKTAYIAK", "MK"])
+    for other in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model.to("cpu")):
+        assert weights_are_packed(other) == is_packed
+        np.testing.assert_array_equal(other.embed(["MKTAYIAK", "MK"]), expected)
