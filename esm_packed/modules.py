@@ -49,7 +49,7 @@ class Linear(nn.Linear):
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.pack()
 
 

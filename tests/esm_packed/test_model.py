@@ -410,7 +410,7 @@ def test_packed_weights_are_copied_pickled_and_moved(dtype: str) -> None:
         return all(module.weight.is_mkldnn for module in model.modules() if isinstance(module, Linear))
 
     model = ESM2.from_pretrained("demo", device="cpu", dtype=dtype)
-    is_packed = dtype != "fp64" and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    is_packed = dtype != "fp64" and torch.backends.mkldnn.is_available()
     expected = model.embed(["MKTAYIAK", "MK"])
     for other in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model.to("cpu")):
         assert weights_are_packed(other) == is_packed
