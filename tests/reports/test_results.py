@@ -432,6 +432,7 @@ def test_what_a_rival_shows() -> None:
         "model": "8M",
         "lengths": "uniref",
         "contender": "fair-esm, FP32",
+        "tokens a batch": "1,024",
         "time (p20 to p80)": "3 s",
         "tokens/s": "33",
         "sequences/s": "3",

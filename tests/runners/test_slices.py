@@ -367,7 +367,7 @@ def test_a_run_directory_that_is_removed_meanwhile(nursery: Nursery, work: Work,
     shutil.rmtree(tmp_path / "away")
     release(output)
     assert child.wait() == 2, child.output()
-    assert "removed while it was worked in" in child.output().splitlines()[-1]
+    assert "was removed during the run" in child.output().splitlines()[-1]
     assert start(nursery, work, output).wait() == 0
     assert Result.of(output) == work.expected
 
@@ -393,7 +393,7 @@ def test_merge_needs_all_shards_and_nothing_else(
 ) -> None:
     output = tmp_path / "out.h5"
     assert cli.main(["merge", str(output)]) == 2
-    assert "there is no run to merge" in capsys.readouterr().err
+    assert "no run to merge" in capsys.readouterr().err
     assert start(nursery, work, output, "--keep-run").wait() == 0
     output.unlink()
     shard = tmp_path / "out.h5.run" / "shards" / "00002.shard"
