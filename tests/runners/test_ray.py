@@ -272,7 +272,7 @@ def test_a_sequence_that_ends_its_worker_is_found_and_left_out(
     monkeypatch.setattr(ray_schedule, "MAX_ATTEMPTS", attempts)
     poisoned = tmp_path / "in.fasta"
     records = fasta.read_text().split(">")[1:]
-    records = [record for record in records if len(record.split("\n")[1]) != POISON_LENGTH][:20]
+    records = [record for record in records if len(record.split("\n")[1]) != POISON_LENGTH][:6]
     records.insert(0, f"poison\n{'MKV' * 25}MK\n")
     poisoned.write_text("".join(f">{record}" for record in records))
     truth = tmp_path / "truth.h5"
@@ -285,7 +285,7 @@ def test_a_sequence_that_ends_its_worker_is_found_and_left_out(
     with EmbeddingReader(output) as reader, EmbeddingReader(truth) as whole:
         assert reader.sequence_ids() == whole.sequence_ids()
         assert np.flatnonzero(reader.column("status")).tolist() == [0]
-        rows = np.arange(21) != 0
+        rows = np.arange(len(records)) != 0
         np.testing.assert_allclose(reader.embeddings()[rows], whole.embeddings()[rows], rtol=1e-5, atol=1e-5)
         assert np.isnan(reader.embeddings()[0]).all()
         problem = reader.problems()[0]
