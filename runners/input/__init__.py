@@ -1,1 +1,1 @@
-"""FASTA files to tokens."""
+"""Conversion of FASTA files to tokens."""

@@ -1,4 +1,4 @@
-"""Files of an index: bytes followed by a checksum for each block, which is verified whenever it is read."""
+"""Files of an index: data followed by a checksum for each block, verified whenever the block is read."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from esm_packed.files import open_regular, sync
 from esm_packed.runners.input.fasta import DamagedIndexError
 
 METADATA = "index.json"
-"""The file that vouches for all others of an index."""
+"""The file that authenticates all others of an index."""
 BLOCK_BYTES = 1 << 18
 _CHECKSUM = np.dtype("<u4")
 _ROWS_AT_ONCE = 1 << 16
 
 
 class Checksums:
-    """CRC-32 of each block of what `update` is given, piece by piece."""
+    """CRC-32 of each block of the data passed to `update` in pieces."""
 
     def __init__(self) -> None:
         self.num_bytes = 0
@@ -30,7 +30,7 @@ class Checksums:
         self._current = 0
 
     def update(self, content: bytes | memoryview) -> None:
-        """Add what comes next."""
+        """Add the next piece of data."""
         view = memoryview(content)
         while len(view):
             part = view[: BLOCK_BYTES - self.num_bytes % BLOCK_BYTES]
@@ -42,7 +42,7 @@ class Checksums:
                 self._current = 0
 
     def table(self) -> npt.NDArray[np.uint32]:
-        """(num_blocks,) uint32; the last block may be a part of one."""
+        """Return (num_blocks,) uint32 checksums; the last block may be partial."""
         rest = [self._current] if self.num_bytes % BLOCK_BYTES else []
         return np.array(self._finished + rest, dtype=_CHECKSUM)
 
@@ -52,13 +52,13 @@ def seal(path: Path, checksums: Checksums | None = None) -> dict[str, Any]:
 
     Args:
         path: the file.
-        checksums: of all that it holds; None to read it.
+        checksums: checksums of its whole content; None to compute them from the file.
 
     Returns:
-        What `SealedFile` needs to trust it; fits into JSON.
+        What `SealedFile` needs to verify the file; JSON-serializable.
 
     Raises:
-        OSError: the disk is full or fails.
+        OSError: the disk is full or has failed.
     """
     if checksums is None:
         checksums = Checksums()
@@ -73,16 +73,16 @@ def seal(path: Path, checksums: Checksums | None = None) -> dict[str, Any]:
 
 
 class SealedFile:
-    """A file that `seal` has finished, open for reading.
+    """A file finished by `seal`, open for reading.
 
-    A mapped file would be as short to write, but ends the process when the file is cut short meanwhile.
+    The file is not memory-mapped, as truncating a mapped file would kill the process.
 
     Args:
         path: the file.
-        seal: what `seal` gave.
+        seal: the return value of `seal`.
 
     Raises:
-        OSError, ValueError: it is not there, or not of this size or with these checksums.
+        OSError, ValueError: the file is missing, or its size or checksums do not match.
     """
 
     def __init__(self, path: Path, seal: dict[str, Any]) -> None:
@@ -101,15 +101,15 @@ class SealedFile:
         self._table = np.frombuffer(table, _CHECKSUM).tolist()
 
     def close(self) -> None:
-        """Close the file; network file systems keep those that are open."""
+        """Close the file; network file systems keep open files even after deletion."""
         self._file.close()
 
     def read(self, begin: int, end: int) -> memoryview:
-        """Bytes [begin, end), 0 <= begin <= end <= num_bytes.
+        """Return bytes [begin, end), 0 <= begin <= end <= num_bytes.
 
         Raises:
-            DamagedIndexError: the file was damaged or cut short. What vouches for the index is removed then,
-                so that it is made again.
+            DamagedIndexError: the file is damaged or truncated. The metadata of the index is then removed, so
+                that the index is rebuilt.
         """
         first, last = begin // BLOCK_BYTES, -(-end // BLOCK_BYTES)
         start = first * BLOCK_BYTES
@@ -125,7 +125,7 @@ class SealedFile:
         return content[begin - start : end - start]
 
     def _read(self, begin: int, end: int) -> bytes:
-        """Bytes [begin, end), or fewer where the file ends; one call gives at most 2 GiB."""
+        """Return bytes [begin, end), or fewer at the end of the file; one `pread` returns at most 2 GiB."""
         pieces = []
         while begin < end and (piece := os.pread(self._file.fileno(), end - begin, begin)):
             pieces.append(piece)
@@ -134,12 +134,12 @@ class SealedFile:
 
 
 class StoredRows:
-    """Rows of one dtype in a sealed file, read as they are asked for.
+    """Rows of one dtype in a sealed file, read on demand.
 
     Args:
         file: the file, which may be shared.
-        dtype: of a row.
-        field: the field that is given of each row; None gives whole rows.
+        dtype: dtype of a row.
+        field: the field to return of each row; None returns whole rows.
     """
 
     def __init__(self, file: SealedFile, dtype: np.dtype[Any], field: str | None = None) -> None:
@@ -152,10 +152,10 @@ class StoredRows:
         return self._file.num_bytes // self._row.itemsize
 
     def __getitem__(self, rows: slice) -> npt.NDArray[Any]:
-        """The rows of a slice without a step, in memory of their own.
+        """Return a copy of the rows of a slice without a step.
 
         Raises:
-            DamagedIndexError: the file was damaged or cut short.
+            DamagedIndexError: the file is damaged or truncated.
         """
         start, stop, _ = rows.indices(len(self))
         values = np.empty(max(0, stop - start), self.dtype)
@@ -170,5 +170,5 @@ class StoredRows:
         return np.asarray(self[:], dtype)
 
     def tolist(self) -> list[Any]:
-        """All of them."""
+        """Return all rows as a list."""
         return list(self[:].tolist())

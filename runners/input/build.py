@@ -1,4 +1,4 @@
-"""FASTA files to an index, or to a list of their faults."""
+"""Build an index from FASTA files, or list their faults."""
 
 from __future__ import annotations
 
@@ -62,18 +62,18 @@ def build_index(
     progress: Callable[[int], None] | None = None,
     chunk_size: int = _CHUNK_BYTES,
 ) -> FastaIndex:
-    """Read all of `paths` once, check every record, and leave an index in `work_dir`.
+    """Read all of `paths` once, check every record, and write an index to `work_dir`.
 
     Args:
-        paths: FASTA files, plain or gzip (told by content), or `-` for standard input.
-        work_dir: made if missing; an index already in it is replaced.
-        options: what to do about faults.
-        progress: told how many more bytes of the inputs (as they are, compressed or not) have been read.
+        paths: FASTA files, plain or gzip (detected by content), or `-` for standard input.
+        work_dir: created if missing; an existing index in it is replaced.
+        options: how to handle faults.
+        progress: called with the number of additional input bytes read (compressed bytes if compressed).
         chunk_size: bytes to read at a time.
 
     Raises:
-        InputError: there are faults that `options` does not allow; the message names file, line and record
-            of the first ones, a line for each if there are several.
+        InputError: there are faults that `options` does not allow; the message names the file, line and
+            record of the first ones, one per line if there are several.
         OSError: `work_dir` cannot be written.
     """
     if not paths:
@@ -115,14 +115,14 @@ def build_index(
 
 @dataclass(frozen=True)
 class Survey:
-    """What a FASTA file holds; `size` in bytes and `sha256` (hex) are of the file as it is on disk.
+    """Summary of a FASTA file.
 
     Args:
-        size, sha256: of the file.
-        num_records: sound and faulty ones.
-        lengths: (number of sound records,) int32, residues after cleaning.
-        is_dna: the first records look like nucleotides.
-        faults: what keeps it from being embedded.
+        size, sha256: size in bytes and hash (hex) of the file on disk.
+        num_records: number of records, valid and faulty.
+        lengths: (number of valid records,) int32, residues after cleaning.
+        is_dna: whether the first records look like nucleotides.
+        faults: what prevents the file from being embedded.
     """
 
     size: int
@@ -139,16 +139,16 @@ def survey(
     most_listed: int | None = MOST_LISTED,
     progress: Callable[[int], None] | None = None,
 ) -> Survey:
-    """Read a FASTA file to its end, whatever faults its records have, with files in `work_dir` meanwhile.
+    """Read a FASTA file to its end despite faulty records, using temporary files in `work_dir`.
 
     Args:
-        path: as `build_index` takes it.
+        path: as in `build_index`.
         work_dir: an empty folder.
-        most_listed: faults to keep; None keeps all.
+        most_listed: number of faults to keep; None keeps all.
         progress: as in `build_index`.
 
     Raises:
-        InputError: it cannot be read to its end; the message lists the faults up to there.
+        InputError: the file cannot be read to its end; the message lists the faults up to that point.
         OSError: `work_dir` cannot be written.
     """
     scan = Scan(work_dir, ReadOptions(), Faults(most_listed), is_survey=True)
@@ -166,19 +166,19 @@ def survey(
 
 
 class _Ids:
-    """The IDs of the records of a scan, those that are there more than once, and what becomes of these.
+    """Finds and handles duplicate IDs among the records of a scan.
 
     Attributes:
-        records: (n,) the rows of the records, mapped.
-        firsts: (n,) int64, the first record of the same ID.
-        num_duplicates: records that have the ID of an earlier one.
+        records: (n,) rows of the records, memory-mapped.
+        firsts: (n,) int64, the first record with the same ID.
+        num_duplicates: number of records with the same ID as an earlier one.
     """
 
     def __init__(self, scan: Scan, work_dir: Path) -> None:
         self._scan = scan
         self._work_dir = work_dir
         self._mapped = np.memmap(work_dir / RECORDS, dtype=RECORD, mode="r+")
-        self.records = np.asarray(self._mapped)  # single elements of a memmap itself are slow to reach
+        self.records = np.asarray(self._mapped)  # indexing single elements of a memmap is slow
         sort_rows(work_dir / ID_HASHES)
         self._sorted: HashRows = np.asarray(np.memmap(work_dir / ID_HASHES, dtype=ROW, mode="r"))
         self.firsts = write_firsts(self._sorted, work_dir / _FIRST_IDS)
@@ -186,7 +186,7 @@ class _Ids:
         self.num_duplicates = confirm_firsts(self.firsts, self._names.of)
 
     def add_faults(self) -> None:
-        """Make each record whose ID an earlier one has a fault."""
+        """Report each record with the ID of an earlier one as a fault."""
         listed = (
             Listed(number, problem.line, str(problem), _HINT_DUPLICATES)
             for _, number, problem in self._duplicates()
@@ -194,7 +194,7 @@ class _Ids:
         self._scan.faults.add("duplicate", listed, self.num_duplicates)
 
     def keep_first(self) -> list[tuple[int, Problem]]:
-        """Leave out all but the first record of each ID; number of the input and problem of each other."""
+        """Drop all but the first record of each ID; return (input number, problem) of each dropped record."""
         if not self.num_duplicates:
             return []
         is_kept = np.ones(len(self.firsts), dtype=np.bool_)
@@ -208,13 +208,13 @@ class _Ids:
         return left_out
 
     def rename(self) -> None:
-        """Number the records of an ID from 2 on, past the IDs that the inputs already have."""
+        """Number repeated IDs from 2 on, skipping IDs that already occur in the inputs."""
         if not self.num_duplicates:
             return
         path = self._work_dir / _NEXT_COPIES
         next_copies = np.asarray(np.memmap(path, dtype=np.int32, mode="w+", shape=self.firsts.shape))
         for batch in self._batches():
-            # What the names become if none is taken is hashed at once: one by one takes ten times as long.
+            # Hash the names expected if none is taken in one call: one at a time takes ten times as long.
             expected: list[bytes] = []
             in_batch: Counter[int] = Counter()
             for _, first, name in batch:
@@ -233,7 +233,7 @@ class _Ids:
         self._mapped.flush()
 
     def remove_files(self) -> None:
-        """Remove what only the search for duplicates needed."""
+        """Remove the files that only the search for duplicates needs."""
         self._names.close()
         for name in (ID_HASHES, _FIRST_IDS, _NEXT_COPIES):
             (self._work_dir / name).unlink(missing_ok=True)
@@ -242,12 +242,12 @@ class _Ids:
         return name in self._names.of(records_with(self._sorted, *hash_halves))
 
     def _batches(self) -> Iterator[list[tuple[int, int, bytes]]]:
-        """Batches of (record, first record of its ID, ID) of all whose ID an earlier one has, in order."""
+        """Yield batches of (record, first record with its ID, ID) for all duplicates, in order."""
         for records, firsts in copies(self.firsts):
             yield list(zip(records.tolist(), firsts.tolist(), self._names.of(records), strict=True))
 
     def _duplicates(self) -> Iterator[tuple[int, int, Problem]]:
-        """Each record whose ID an earlier one has, number of its input, and why it is left out or refused."""
+        """Yield each duplicate record, its input number, and why it is left out or rejected."""
         for record, first, name in chain.from_iterable(self._batches()):
             number, file, line = self._place(record)
             _, first_file, first_line = self._place(first)
@@ -255,13 +255,13 @@ class _Ids:
             yield record, number, Problem(name.decode("utf-8"), file, line, reason)
 
     def _place(self, record: int) -> tuple[int, str, int]:
-        """Number and name of the input, and the line of the header."""
+        """Return the number and name of the input, and the line of the header."""
         number = bisect_right(self._scan.starts, record) - 1
         return number, self._scan.names[number], int(self.records["line"][record])
 
 
 class _Pieces:
-    """Names or residues of the records of an index that is being made, from a mapped file."""
+    """Names or residues of the records of an unfinished index, from a memory-mapped file."""
 
     def __init__(self, path: Path, records: npt.NDArray[Any], begin: str, size: str) -> None:
         with path.open("rb") as file:
@@ -271,7 +271,7 @@ class _Pieces:
         self._size = size
 
     def of(self, wanted: Positions) -> Iterator[bytes]:
-        """The pieces of these records."""
+        """Yield the pieces of the given records."""
         rows = self._records[wanted]
         for begin, size in zip(rows[self._begin].tolist(), rows[self._size].tolist(), strict=True):
             yield self._content[begin : begin + size]
@@ -281,14 +281,14 @@ class _Pieces:
 
 
 def _clear(work_dir: Path) -> None:
-    """Remove an earlier index, first what vouches for it; a process that has it open keeps its files."""
+    """Remove an earlier index, metadata first; a process that has it open can still read its files."""
     for pattern in (METADATA, f"{METADATA}.*", "*.bin", "*.bin.spare"):
         for path in work_dir.glob(pattern):
             path.unlink()
 
 
 def _drop_rows(path: Path, rows: npt.NDArray[Any], is_kept: npt.NDArray[np.bool_]) -> None:
-    """Write anew the file of `rows` without those that are not kept; hashes get their new record numbers."""
+    """Rewrite the file of `rows` with only the rows to keep, renumbering the records of hashes."""
     num_kept = 0
     kept_path = path.with_name(_KEPT)
     with kept_path.open("wb") as file:
@@ -308,7 +308,7 @@ def _hashes_of_names(names: list[bytes]) -> list[list[int]]:
 
 
 def _find_identical(work_dir: Path) -> int:
-    """Write the first record of each sequence; the number of records that are copies of an earlier one."""
+    """Write the first record of each sequence; return the number of records that copy an earlier one."""
     records = np.asarray(np.memmap(work_dir / RECORDS, dtype=RECORD, mode="r"))
     sort_rows(work_dir / SEQUENCE_HASHES)
     rows = np.asarray(np.memmap(work_dir / SEQUENCE_HASHES, dtype=ROW, mode="r"))

@@ -1,7 +1,7 @@
-"""Equal items among millions: 128-bit hashes in a file, sorted there, and each match confirmed by the items.
+"""Find equal items among millions: sort 128-bit hashes on disk, then compare the items of each match.
 
-Memory is bounded by `ROWS_IN_MEMORY`, whatever the number of items or of equal ones; the files are mapped, so
-that the pages of them in memory belong to the operating system's cache.
+Memory is bounded by `ROWS_IN_MEMORY`, regardless of the number of items or duplicates. The files are
+memory-mapped, so their resident pages belong to the operating system's cache.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ Positions = npt.NDArray[np.int64]
 
 
 def hashes_of(text: bytes, begins: Positions, ends: Positions) -> Hashes:
-    """(n, 2) halves of the hashes of the n pieces [begins, ends) of `text`, n > 0.
+    """Return the (n, 2) halves of the hashes of the n pieces [begins, ends) of `text`, n > 0.
 
-    Each word of 8 bytes, its position in the piece added, and to the last one the length, goes through
-    MurmurHash3's finaliser; one half is the sum of the results, the other the sum of a function of them.
-    This is no cryptographic hash, but several times as fast as one call for each piece; whoever contrives
-    equal hashes costs us time, as every match is confirmed, and nothing else.
+    Each 8-byte word, plus its position in the piece and, for the last word, the length, goes through
+    MurmurHash3's finaliser. One half is the sum of the results, the other the sum of a function of them.
+    This is not a cryptographic hash, but it is several times faster than one call per piece. Every match is
+    confirmed, so deliberate collisions only cost time.
     """
     lengths = ends - begins
     num_words = np.maximum(-(-lengths // _WORD_BYTES), 1)
     stops = np.cumsum(num_words)
     firsts = stops - num_words
     in_piece = np.arange(stops[-1]) - np.repeat(firsts, num_words)
-    # a word at every byte, the last ones reaching beyond the text
+    # one word starting at each byte; the last ones extend past the text
     overlapping = np.ndarray(len(text) + 1, np.dtype("<u8"), text + bytes(_WORD_BYTES), strides=(1,))
     words = overlapping[np.repeat(begins, num_words) + _WORD_BYTES * in_piece]
     words[stops - 1] &= _WORD_MASKS[lengths - _WORD_BYTES * (num_words - 1)]
@@ -66,7 +66,7 @@ def hashes_of(text: bytes, begins: Positions, ends: Positions) -> Hashes:
 
 
 def hash_rows(hashes: Hashes, first_record: int) -> HashRows:
-    """`ROW`s of (n, 2) hashes that belong to consecutive records."""
+    """Return `ROW`s for (n, 2) hashes of consecutive records."""
     rows = np.empty(len(hashes), dtype=ROW)
     rows["high"] = hashes[:, 0]
     rows["low"] = hashes[:, 1]
@@ -75,10 +75,10 @@ def hash_rows(hashes: Hashes, first_record: int) -> HashRows:
 
 
 def sort_rows(path: Path) -> None:
-    """Sort a file of `ROW`s, which are in the order of their records, by hash and then by record.
+    """Sort a file of `ROW`s, given in record order, by hash and then by record.
 
     A range too large for memory is distributed by one byte of the hash, then each part by the next byte.
-    Each step keeps the order of equal rows, so that millions of the same hash need no sorting at the end.
+    Each step is stable, so millions of rows with the same hash need no final sort.
     """
     rows = np.asarray(np.memmap(path, dtype=ROW, mode="r+"))
     if len(rows) <= ROWS_IN_MEMORY:
@@ -100,9 +100,9 @@ def sort_rows(path: Path) -> None:
 
 
 def _order(rows: HashRows) -> npt.NDArray[np.intp]:
-    """The order of `rows` by hash; equal hashes stay as they are."""
+    """Return the indices that sort `rows` by hash; equal hashes keep their order."""
     high = np.ascontiguousarray(rows["high"])
-    order = np.argsort(high)  # several times as fast as a stable sort, and almost all are different
+    order = np.argsort(high)  # several times faster than a stable sort, and almost all values differ
     same = high[order[1:]] == high[order[:-1]]
     if same.any():
         tied = np.append(same, False) | np.append(False, same)
@@ -117,7 +117,7 @@ def _chunks(begin: int, end: int) -> Iterator[slice]:
 
 
 def _distribute(rows: HashRows, spare: HashRows, begin: int, end: int, digit: int) -> list[int]:
-    """Order rows [begin, end) by one byte of their hash; where the parts of equal bytes begin, and `end`."""
+    """Sort rows [begin, end) by one byte of their hash; return the start of each part, and `end`."""
     column = digit ^ 7  # little-endian halves: the highest byte is the last
 
     def digits_of(part: slice) -> npt.NDArray[np.uint8]:
@@ -143,7 +143,7 @@ def _distribute(rows: HashRows, spare: HashRows, begin: int, end: int, digit: in
 
 
 def records_with(rows: HashRows, high: int, low: int) -> Positions:
-    """The records of this hash in sorted `rows`, ascending."""
+    """Return the records with this hash in sorted `rows`, ascending."""
     begin = bisect_left(rows["high"], high)
     same_high = rows[begin : bisect_right(rows["high"], high, begin)]
     found: Positions = same_high["record"][same_high["low"] == low]
@@ -151,12 +151,12 @@ def records_with(rows: HashRows, high: int, low: int) -> Positions:
 
 
 def write_firsts(rows: HashRows, path: Path) -> npt.NDArray[np.int64]:
-    """For each record the first one of the same hash, from sorted `rows`; a mapped file, made at `path`."""
+    """Map each record in sorted `rows` to the first with the same hash, in a mapped file made at `path`."""
     firsts = np.asarray(np.memmap(path, dtype=np.int64, mode="w+", shape=rows.shape))
     for part in _chunks(0, len(rows)):
         firsts[part] = np.arange(part.start, part.stop)
     previous = np.zeros(1, dtype=ROW)
-    group = -1  # the first record of the hash that the last chunk ended with
+    group = -1  # first record with the hash that ended the previous chunk
     for part in _chunks(0, len(rows)):
         chunk = np.concatenate([previous, rows[part]])
         is_copy = (chunk["high"][1:] == chunk["high"][:-1]) & (chunk["low"][1:] == chunk["low"][:-1])
@@ -173,7 +173,7 @@ def write_firsts(rows: HashRows, path: Path) -> npt.NDArray[np.int64]:
 
 
 def copies(firsts: Positions) -> Iterator[tuple[Positions, Positions]]:
-    """(records, their firsts) of those that have an earlier one, in order, some thousands at a time."""
+    """Yield (records, their firsts) for records with an earlier copy, in order, some thousands at a time."""
     for start in range(0, len(firsts), _RECORDS_AT_ONCE):
         part = np.array(firsts[start : start + _RECORDS_AT_ONCE])
         found = np.flatnonzero(part != np.arange(start, start + len(part)))
@@ -182,14 +182,14 @@ def copies(firsts: Positions) -> Iterator[tuple[Positions, Positions]]:
 
 
 def confirm_firsts(firsts: Positions, read: Callable[[Positions], Iterator[bytes]]) -> int:
-    """Correct `firsts` where items of one hash differ after all; how many records have an earlier equal one.
+    """Correct `firsts` where items with the same hash differ; return how many records equal an earlier one.
 
     Args:
-        firsts: (n,) what `write_firsts` gave.
-        read: the items of these record numbers, one after the other.
+        firsts: (n,) as returned by `write_firsts`.
+        read: yields the items with the given record numbers, one at a time.
     """
     num_copies = 0
-    others: dict[tuple[int, bytes], int] = {}  # the first record of each further item of a hash
+    others: dict[tuple[int, bytes], int] = {}  # first record of each further item with the same hash
     for records, originals in copies(firsts):
         pairs = zip(records.tolist(), originals.tolist(), read(records), read(originals), strict=True)
         for record, original, item, first_item in pairs:

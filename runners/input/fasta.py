@@ -1,13 +1,13 @@
-"""FASTA text: what is accepted, what is refused and why, and the residues of many records at once.
+"""Parse FASTA text: what is accepted, what is rejected and why, and the residues of many records at once.
 
-Works on blocks of whole records as bytes, through numpy, never residue by residue; files are the business of
-`index`. The rules:
+Works on blocks of whole records as bytes, vectorized with NumPy; files are handled by `index`. The rules:
 
-- A line ends with LF, CRLF or CR. A record starts at a line whose first character is `>`; before the first,
-  only a UTF-8 byte order mark, blank lines and `;` comment lines may stand.
-- The ID is the first word of the header (ASCII white space separates words), or on request the whole header.
-- ASCII white space, `;` comment lines, one `*` at the very end and, on request, the gaps `-` and `.` are no
-  part of a sequence. Upper and lower case are the same.
+- A line ends with LF, CRLF or CR. A record starts at a line whose first character is `>`; only a UTF-8 byte
+  order mark, blank lines and `;` comment lines may precede the first record.
+- The ID is the first word of the header (words are separated by ASCII whitespace) or, optionally, the whole
+  header.
+- ASCII whitespace, `;` comment lines, one `*` at the very end and, optionally, the gaps `-` and `.` are not
+  part of a sequence. Case is ignored.
 - Everything else is a `Fault`.
 """
 
@@ -27,9 +27,9 @@ from esm_packed.errors import UserError
 from esm_packed.runners.input.rules import CHOICES
 
 NOTHING = 0
-"""The code of a byte that is no part of a sequence (the id of `<cls>`, which is no residue either)."""
+"""The code of a byte that is not part of a sequence (the id of `<cls>`, which is not a residue either)."""
 NEVER_REPLACED = 253
-"""The code of a gap or `>` where a residue should be: the file is broken in a way that X would only hide."""
+"""The code of a gap or `>` in place of a residue: a defect of the file that replacing it by X would hide."""
 STOP = 254
 """The code of `*`."""
 INVALID = INVALID_ID
@@ -65,7 +65,7 @@ class InputError(UserError, ValueError):
 
 
 class DamagedIndexError(InputError):
-    """The index of the inputs is not what was written; the inputs can be read again.
+    """The index of the inputs is damaged; the inputs can be read again.
 
     Args:
         what: the file or folder, and what is wrong with it.
@@ -81,19 +81,19 @@ class DamagedIndexError(InputError):
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """How to go on where the default is to stop with an error.
+    """How to continue where the default is to stop with an error.
 
     Args:
         invalid: a character outside the alphabet is an `error`, is replaced by X (`x`), or its record is left
             out (`skip`, which also leaves out records with a gap, without residues or without an ID).
-        duplicates: a second record of the same ID is an `error`, is left out (`first`), or is called `ID__2`,
-            `ID__3` ... (`rename`).
+        duplicates: a second record with the same ID is an `error`, is left out (`first`), or is renamed
+            `ID__2`, `ID__3` ... (`rename`).
         gaps: `-` and `.` are an `error` or are removed (`drop`).
-        full_header: the ID is the whole header instead of its first word.
-        force: go on although the sequences look like DNA.
+        full_header: use the whole header as the ID instead of its first word.
+        force: continue even if the sequences look like DNA.
 
     Raises:
-        ValueError: an argument has none of these values.
+        ValueError: an argument is not one of these values.
     """
 
     invalid: str = "error"
@@ -110,7 +110,7 @@ class ReadOptions:
 
 @dataclass(frozen=True)
 class Fault:
-    """Why a record cannot be used: `line` counts from 0 in the block, `reason` is for the user."""
+    """Why a record cannot be used: `line` is 0-based within the block, `reason` is for the user."""
 
     record: int
     line: int
@@ -123,9 +123,10 @@ class ParsedBlock:
     """The n records of one block of text.
 
     `name_begins` and `name_ends` (of the ID, bytes from the start of the block), `lengths` (residues) and
-    `lines` (of the headers, counted from 0 in the block) are (n,) int64; `modified` is (n,) uint8, `Modified`
-    flags; `token_ids` is (sum of lengths,) uint8, where X stands for what is no residue. `num_lines` end in
-    the block. `faults` are ordered by record and place, at most one of each kind for each record.
+    `lines` (of the headers, 0-based within the block) are (n,) int64. `modified` is (n,) uint8 `Modified`
+    flags. `token_ids` is (sum of lengths,) uint8, with X for anything that is not a residue. `num_lines` is
+    the number of lines that end in the block. `faults` are ordered by record and position, with at most one
+    of each kind per record.
     """
 
     block: bytes
@@ -140,7 +141,7 @@ class ParsedBlock:
     num_replaced: int
 
     def name(self, record: int) -> str:
-        """The ID of `record`; empty if it has none."""
+        """Return the ID of `record`; empty if it has none."""
         return self.block[self.name_begins[record] : self.name_ends[record]].decode("utf-8")
 
 
@@ -159,7 +160,7 @@ _X_CODE = TOKENS.index("X")
 
 
 def residue_codes(text: bytes, begins: Positions, ends: Positions, gaps: str) -> Codes:
-    """What each byte of `text` means inside the sequences [begins, ends): a token id or a code from above.
+    """Map each byte of `text` inside the sequences [begins, ends) to a token id or one of the codes above.
 
     Args:
         text: bytes that hold whole sequences; every range starts at the end of a header line.
@@ -167,7 +168,7 @@ def residue_codes(text: bytes, begins: Positions, ends: Positions, gaps: str) ->
         gaps: as in `ReadOptions`.
 
     Returns:
-        (len(text),) uint8; `NOTHING` outside the ranges, in comment lines and for white space.
+        (len(text),) uint8; `NOTHING` outside the ranges, in comment lines and for whitespace.
     """
     edges = np.zeros(2 * len(begins) + 2, dtype=np.int64)
     edges[1:-1:2] = begins
@@ -185,26 +186,26 @@ def residue_codes(text: bytes, begins: Positions, ends: Positions, gaps: str) ->
 
 
 def _has_comment_line(text: bytes) -> bool:
-    """Whether the search for comment lines, slow where headers are full of `;`, is worth while."""
+    """Whether there are comment lines; avoids a search that is slow when headers contain many `;`."""
     characters = np.frombuffer(text, dtype=np.uint8)
     before = characters[np.flatnonzero(characters[1:] == ord(";"))]
     return bool(((before == ord("\n")) | (before == ord("\r"))).any())
 
 
 def token_ids_of(codes: Codes) -> npt.NDArray[np.uint8]:
-    """The token ids in `codes`, end to end; whatever is no residue becomes X (asked for by `invalid='x'`)."""
+    """Return the concatenated token ids in `codes`; invalid characters become X (for `invalid='x'`)."""
     token_ids: Codes = codes[codes != NOTHING]
     token_ids[token_ids >= NEVER_REPLACED] = _X_CODE
     return token_ids
 
 
 def count_nucleotides(token_ids: npt.NDArray[np.uint8]) -> int:
-    """How many residues are one of A, C, G, T, U, N."""
+    """Return how many residues are A, C, G, T, U or N."""
     return int(np.isin(token_ids, _NUCLEOTIDE_IDS).sum())
 
 
 def text_fault(block: bytes) -> tuple[int, str] | None:
-    """Position and reason of the first byte that shows that `block` is no text; None if there is none."""
+    """Return the position and reason of the first byte that is not valid text; None if there is none."""
     nul = block.find(b"\0")
     text = block if nul < 0 else block[:nul]
     if not text.isascii():
@@ -216,7 +217,7 @@ def text_fault(block: bytes) -> tuple[int, str] | None:
 
 
 def preamble_fault(preamble: bytes) -> tuple[int, str] | None:
-    """Position and reason of what may not stand before the first record; None if there is nothing."""
+    """Return the position and reason of invalid text before the first record; None if there is none."""
     for line in re.finditer(rb"[^\r\n]+", preamble):
         if line.group().strip() and not line.group().startswith(b";"):
             shown = line.group().decode("utf-8", "replace").strip()
@@ -225,23 +226,23 @@ def preamble_fault(preamble: bytes) -> tuple[int, str] | None:
 
 
 def first_record(block: bytes) -> int:
-    """Position of the first `>` at the start of a line; len(block) if there is none."""
+    """Return the position of the first `>` at the start of a line; len(block) if there is none."""
     found = re.search(rb"(?:\A|[\r\n])>", block)
     return found.end() - 1 if found else len(block)
 
 
 def count_lines(text: bytes) -> int:
-    """Line ends in `text`, CR LF being one."""
+    """Return the number of line ends in `text`; CR LF counts as one."""
     return text.count(b"\n") + text.count(b"\r") - text.count(b"\r\n")
 
 
 def record_begin(block: bytes, position: int) -> int:
-    """Where the record in which `position` lies begins; 0 if no later line begins one."""
+    """Return the start of the record that contains `position`; 0 if no later line starts one."""
     return max(block.rfind(b"\n>", 0, position + 1), block.rfind(b"\r>", 0, position + 1)) + 1
 
 
 def record_at(block: bytes, position: int, full_header: bool) -> str | None:
-    """The ID of the record in which `position` lies; None before the first record."""
+    """Return the ID of the record that contains `position`; None before the first record."""
     start = record_begin(block, position)
     if not block.startswith(b">", start):
         return None
@@ -250,7 +251,7 @@ def record_at(block: bytes, position: int, full_header: bool) -> str | None:
 
 
 def record_name(header: bytes, full_header: bool) -> bytes:
-    """The ID in a header line without its `>`; empty if there is none."""
+    """Return the ID in a header line without its `>`; empty if there is none."""
     if full_header:
         return header.strip()
     words = header.split(None, 1)
@@ -258,9 +259,9 @@ def record_name(header: bytes, full_header: bool) -> bytes:
 
 
 def parse_block(block: bytes, options: ReadOptions) -> ParsedBlock:
-    """Find and check the records of `block`, valid UTF-8 that starts at a record and ends where one ends.
+    """Find and check the records of `block`, which is valid UTF-8 and consists of whole records.
 
-    With `invalid='x'` characters that get replaced are counted and are no faults.
+    With `invalid='x'`, replaced characters are counted and are not faults.
     """
     text = np.frombuffer(block, dtype=np.uint8)
     starts, header_ends, lines, spaces, line_ends = _find_records(block, text)
@@ -293,7 +294,7 @@ def parse_block(block: bytes, options: ReadOptions) -> ParsedBlock:
         num_replaced = len(replaced)
         modified[owners(replaced)] |= Modified.RESIDUES_REPLACED.value
 
-    # one of each kind in each record; '>' and gaps have one code
+    # one of each kind per record; '>' and gaps share a code
     kinds = np.where(text[suspects] == ord(">"), NOTHING, codes[suspects])
     _, firsts = np.unique(owners(suspects) * 256 + kinds, return_index=True)
     suspects = suspects[firsts]
@@ -320,9 +321,8 @@ def parse_block(block: bytes, options: ReadOptions) -> ParsedBlock:
 
 
 def _find_records(block: bytes, text: Codes) -> tuple[Positions, Positions, Positions, Positions, Positions]:
-    """Where records begin, where their headers end, in which lines; white space and, last, len(block); where
-    lines end."""
-    spaces = np.flatnonzero(text <= ord(" "))  # all white space, in one pass, and control characters
+    """Return record starts, header ends, record lines, whitespace (and, last, len(block)), and line ends."""
+    spaces = np.flatnonzero(text <= ord(" "))  # all whitespace and control characters, in one pass
     characters = text[spaces]
     line_ends = spaces[(characters == ord("\n")) | (characters == ord("\r"))]
     spaces = np.append(spaces[_IS_SPACE[characters]], len(block))
@@ -330,7 +330,7 @@ def _find_records(block: bytes, text: Codes) -> tuple[Positions, Positions, Posi
     starts = np.append(0, following[text[following + 1] == ord(">")] + 1)
     lines = np.searchsorted(line_ends, starts)
     header_ends = np.append(line_ends, len(block))[lines]
-    if b"\r" in block:  # of CR LF only the second counts
+    if b"\r" in block:  # of CR LF, only the LF counts
         next_character = text[np.minimum(line_ends + 1, len(block) - 1)]
         line_ends = line_ends[(text[line_ends] == ord("\n")) | (next_character != ord("\n"))]
         lines = np.searchsorted(line_ends, starts)
@@ -344,7 +344,7 @@ def _faults(
     positions: Positions,
     reasons: list[tuple[str, str]],
 ) -> list[Fault]:
-    """Faults at `positions` in `records`; those beyond the `reasons` given are of the characters there."""
+    """Return faults at `positions` in `records`; those without `reasons` are due to the characters there."""
     lines = np.searchsorted(line_ends, positions)
     reasons += [_character_fault(block, position) for position in positions[len(reasons) :].tolist()]
     return [
@@ -354,7 +354,7 @@ def _faults(
 
 
 def _count_present(absent: Positions, begins: Positions, ends: Positions) -> Positions:
-    """Residues in each range; `absent` are the places of what is none."""
+    """Return the number of residues in each range; `absent` are the positions of non-residues."""
     num_absent: Positions = np.searchsorted(absent, ends) - np.searchsorted(absent, begins)
     return ends - begins - num_absent
 
@@ -362,7 +362,7 @@ def _count_present(absent: Positions, begins: Positions, ends: Positions) -> Pos
 def _trailing_stops(
     stops: Positions, owners: Callable[[Positions], Positions], absent: Positions, ends: Positions
 ) -> Positions:
-    """Those of the `*` behind which nothing stands in their record."""
+    """Return the positions of `*` at the end of their record."""
     owner = owners(stops)
     is_last = np.append(owner[1:] != owner[:-1], True)[: len(stops)]
     stops, owner = stops[is_last], owner[is_last]
@@ -373,7 +373,7 @@ def _trailing_stops(
 def _find_names(
     block: bytes, header_begins: Positions, header_ends: Positions, spaces: Positions, full_header: bool
 ) -> tuple[Positions, Positions]:
-    """Where the IDs begin and end; `spaces` are the positions of white space and, last, len(block)."""
+    """Return where the IDs begin and end; `spaces` are the positions of whitespace and, last, len(block)."""
     begins = header_begins.copy()
     ends = spaces[np.searchsorted(spaces, begins)]
     one_by_one = range(len(begins)) if full_header else np.flatnonzero(ends == begins).tolist()
@@ -385,7 +385,7 @@ def _find_names(
 
 
 def _character_fault(block: bytes, position: int) -> tuple[str, str]:
-    """Reason and hint of the character at `position`, which may not stand in a sequence."""
+    """Return the reason and hint for the character at `position`, which is not allowed in a sequence."""
     character = block[position : position + 4].decode("utf-8", "ignore")[0]
     if character in "-.":
         reason = f"gap {character!r} in the sequence: this looks like an alignment"
@@ -401,5 +401,5 @@ def _character_fault(block: bytes, position: int) -> tuple[str, str]:
 
 
 def shorten(text: str, width: int = 60) -> str:
-    """`text` in quotes, control characters escaped, cut to about `width` characters."""
+    """Return `text` quoted, with control characters escaped, truncated to about `width` characters."""
     return repr(text if len(text) <= width else text[: width - 3] + "...")

@@ -1,10 +1,10 @@
-"""What is stored of the records of FASTA files, and how it is opened again.
+"""The stored form of FASTA records, and how to reopen it.
 
-An index is a folder: `tokens.bin`, the residues of all records, one byte each; `names.bin`, their IDs as the
-files have them; `records.bin`, a row of 37 bytes for each record that says where in those two it is found;
-`first_same.bin`, 8 bytes that name the first record of the same sequence; and `index.json`, which is written
-last, vouches for the checksums of all, and says what the index was made from. The inputs are not opened
-again, but to see whether they are still the same when a later process takes the index over.
+An index is a folder: `tokens.bin`, the residues of all records, one byte each; `names.bin`, their IDs as in
+the files; `records.bin`, 37 bytes per record that locate it in those two; `first_same.bin`, 8 bytes per
+record with the first record of the same sequence; and `index.json`, which is written last, protects the
+checksums of the others with hashes, and says what the index was made from. The inputs are opened again only
+to check that they are unchanged when a later process reuses the index.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ TOKENS = "tokens.bin"
 NAMES = "names.bin"
 FIRST_SAME = "first_same.bin"
 
-# `token` and `name` are positions in their files, `line` is that of the header; `copy` is 0, or the number in
-# the `__2` that tells this record from an earlier one of the same ID; `modified` holds the flags of
-# `fasta.Modified` but RENAMED, which `copy` tells.
+# `token` and `name` are positions in their files; `line` is the line of the header; `copy` is 0, or the
+# number in the `__2` suffix that distinguishes this record from an earlier one with the same ID; `modified`
+# holds the `fasta.Modified` flags except RENAMED, which follows from `copy`.
 RECORD = np.dtype(
     [
         ("token", "<i8"),
@@ -49,12 +49,12 @@ RECORD = np.dtype(
 _FORMAT_VERSION = 3
 _CHECKSUM_BYTES = hashlib.sha256().digest_size * 2
 _NO_INDEX = (OSError, ValueError, TypeError, KeyError)
-"""What reading an index raises that is not there, not whole, or not of this version."""
+"""Errors raised when the index to be read is missing, incomplete or of another version."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A record that was left out; `line` counts from 1 and is where the reason shows."""
+    """A record that was left out; `line` is the 1-based line of the fault."""
 
     sequence_id: str
     file: str
@@ -66,7 +66,7 @@ class Problem:
 
 
 class InputFile(NamedTuple):
-    """One input as the user named it; `size` in bytes and `sha256` (hex) are of the file as it is on disk."""
+    """One input, as named by the user; `size` (bytes) and `sha256` (hex) refer to the file on disk."""
 
     path: str
     size: int
@@ -77,21 +77,20 @@ class FastaIndex:
     """The records of one or more FASTA files in input order; made by `build_index`.
 
     Args:
-        work_dir: its folder.
-        metadata: what `index.json` says.
+        work_dir: the folder of the index.
+        metadata: the content of `index.json`.
 
     Attributes:
-        num_records: how many, records left out not counted.
+        num_records: number of records, excluding those left out.
         lengths: (num_records,) int32, residues after cleaning.
-        first_same: (num_records,) int64, the first record of the same residues, which may be the record
-            itself.
+        first_same: (num_records,) int64, the first record with the same residues, possibly the record itself.
         total_residues: sum of `lengths`.
-        num_identical: records whose residues an earlier one has.
-        num_replaced: characters that became X, in duplicates left out too.
-        num_duplicates: records that had the ID of an earlier one.
-        mean_id_bytes: mean size of an ID as it was read, in bytes of UTF-8.
+        num_identical: number of records with the same residues as an earlier one.
+        num_replaced: number of characters replaced by X, including those in duplicates that were left out.
+        num_duplicates: number of records with the same ID as an earlier one.
+        mean_id_bytes: mean size of an ID as read, in bytes of UTF-8.
         problems: the records left out, in input order.
-        options: the rules it was made by.
+        options: the rules used to build the index.
         inputs: path, size in bytes and sha256 of each input.
         num_bytes: size on disk.
     """
@@ -113,18 +112,18 @@ class FastaIndex:
         self.num_bytes = sum(file.num_bytes for file in self._files.values())
 
     def token_ids(self, start: int, stop: int, max_length: int = 0) -> list[npt.NDArray[np.uint8]]:
-        """The residues of records [start, stop).
+        """Return the residues of records [start, stop).
 
         Args:
             start, stop: record numbers, 0 <= start <= stop <= num_records.
             max_length: cut each sequence to its first `max_length` residues; 0 keeps them whole.
 
         Returns:
-            For each record (num_residues,) uint8 ids as in `alphabet.TOKENS`, without BOS and EOS.
+            For each record, (num_residues,) uint8 ids into `alphabet.TOKENS`, without BOS and EOS.
 
         Raises:
-            ValueError: no such range, or `max_length` is negative.
-            InputError: the index was damaged.
+            ValueError: the range is out of bounds, or `max_length` is negative.
+            InputError: the index is damaged.
         """
         if max_length < 0:
             raise ValueError(f"max_length must be 0 (no limit) or positive; got {max_length}")
@@ -133,11 +132,11 @@ class FastaIndex:
         return [np.frombuffer(part, np.uint8) for part in self._parts(TOKENS, rows["token"], lengths)]
 
     def sequence_ids(self, start: int, stop: int) -> list[str]:
-        """The IDs of records [start, stop), `__2` and so on included.
+        """Return the IDs of records [start, stop), including suffixes such as `__2`.
 
         Raises:
-            ValueError: no such range.
-            InputError: the index was damaged.
+            ValueError: the range is out of bounds.
+            InputError: the index is damaged.
         """
         rows = self._rows(start, stop)
         names = self._parts(NAMES, rows["name"], rows["name_bytes"])
@@ -147,11 +146,11 @@ class FastaIndex:
         ]
 
     def modified(self, start: int, stop: int) -> npt.NDArray[np.uint8]:
-        """(stop - start,) uint8, what was changed in the records [start, stop): `Modified` flags.
+        """Return (stop - start,) uint8 `Modified` flags: what was changed in records [start, stop).
 
         Raises:
-            ValueError: no such range.
-            InputError: the index was damaged.
+            ValueError: the range is out of bounds.
+            InputError: the index is damaged.
         """
         rows = self._rows(start, stop)
         is_renamed = (rows["copy"] > 0).astype(np.uint8)
@@ -159,7 +158,7 @@ class FastaIndex:
         return modified
 
     def close(self) -> None:
-        """Close the files of the index; network file systems keep those that are open."""
+        """Close the files of the index; network file systems keep open files even after deletion."""
         for file in self._files.values():
             file.close()
 
@@ -173,7 +172,7 @@ class FastaIndex:
     def _parts(
         self, name: str, begins: npt.NDArray[np.int64], sizes: npt.NDArray[np.int32]
     ) -> list[memoryview]:
-        """Pieces of a file, ascending and near each other, with one read."""
+        """Return ascending, nearby pieces of a file, using one read."""
         if not len(begins):
             return []
         ends = begins + sizes
@@ -187,7 +186,7 @@ def write_metadata(work_dir: Path, metadata: dict[str, Any]) -> FastaIndex:
     """Finish the index in `work_dir`, whose files are sealed, and open it.
 
     Raises:
-        OSError: the disk is full or fails.
+        OSError: the disk is full or has failed.
     """
     metadata = {"format_version": _FORMAT_VERSION, **metadata}
     text = json.dumps(metadata).encode("ascii")
@@ -197,11 +196,11 @@ def write_metadata(work_dir: Path, metadata: dict[str, Any]) -> FastaIndex:
 
 
 def open_index(paths: Sequence[str], work_dir: Path, options: ReadOptions) -> FastaIndex | None:
-    """The index that `build_index` left in `work_dir`, if it is whole and was made from just this.
+    """Open the index that `build_index` left in `work_dir`, if it is complete and matches inputs and options.
 
-    A file that may have been touched in any way is hashed, and must have the same content. Standard input is
-    not looked at and may be left out of `paths`; it is for the caller to know whether there is anything new
-    in it. A pipe with a name is never known to be unchanged.
+    A file that may have been modified is hashed and must have the same content. Standard input is not checked
+    and may be omitted from `paths`; the caller must know whether it holds anything new. A named pipe never
+    counts as unchanged.
     """
     try:
         metadata = _read_metadata(work_dir)
@@ -218,10 +217,10 @@ def open_index(paths: Sequence[str], work_dir: Path, options: ReadOptions) -> Fa
 
 
 def reopen_index(work_dir: Path) -> FastaIndex:
-    """The index in `work_dir`, whatever it was made from and whatever has become of that.
+    """Open the index in `work_dir`, without checking the inputs it was made from.
 
     Raises:
-        DamagedIndexError: none can be read.
+        DamagedIndexError: the index cannot be read.
     """
     try:
         return FastaIndex(work_dir, _read_metadata(work_dir))
@@ -230,15 +229,15 @@ def reopen_index(work_dir: Path) -> FastaIndex:
 
 
 def file_state(status: os.stat_result) -> list[int]:
-    """Size in bytes, times of modification and of change in ns, and inode: what tells an unchanged file."""
+    """Return size in bytes, mtime and ctime in ns, and inode, which together identify an unchanged file."""
     return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
 
 
 def _read_metadata(work_dir: Path) -> dict[str, Any]:
-    """What `index.json` says, once it is known to be what was written.
+    """Read `index.json` and verify its checksum.
 
     Raises:
-        OSError, ValueError, TypeError, KeyError: it is not there, of another version, or not whole.
+        OSError, ValueError, TypeError, KeyError: it is missing, incomplete or of another version.
     """
     content = read_regular(work_dir / METADATA)
     text, checksum = content[:-_CHECKSUM_BYTES], content[-_CHECKSUM_BYTES:]

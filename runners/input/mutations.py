@@ -1,8 +1,8 @@
-"""Tables of mutants: CSV or TSV with a header and a row for each mutant, as ProteinGym has them.
+"""Tables of mutants: CSV or TSV with a header and one row per mutant, as in ProteinGym.
 
-The column `mutant` holds mutants such as `A24G` or `A24G:K30R`; `mutated_sequence`, the residues of the
-mutant, is held against it, or stands for it. A column called as one of `ID_COLUMNS` says which record of the
-FASTA file a mutant is of; it may be left out if there is one record. Other columns are carried along.
+The column `mutant` holds mutants such as `A24G` or `A24G:K30R`. `mutated_sequence`, the mutant's residues, is
+checked against it or replaces it. A column named in `ID_COLUMNS` identifies the FASTA record of each mutant;
+it is optional if there is only one record. Other columns are copied to the output.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ ID_COLUMNS = ("sequence_id", "id", "protein")
 MUTANT = "mutant"
 SEQUENCE = "mutated_sequence"
 SCORE = "score"
-"""The column that an output adds."""
+"""The column that the output adds."""
 
 _MOST_LISTED = 10
 _IDS_AT_ONCE = 1 << 14
 
 
 class TableProblem(NamedTuple):
-    """Why a row cannot be used; `row` is the line of the table in which it ends, the header being line 1."""
+    """Why a row cannot be used; `row` is the line on which it ends, counting the header as line 1."""
 
     row: int
     column: str
@@ -47,15 +47,15 @@ class TableProblem(NamedTuple):
 
 @dataclass(frozen=True)
 class Mutants:
-    """The mutants of a table, in its order.
+    """The mutants of a table, in table order.
 
     Args:
         path: the table.
         columns: its header.
-        rows: (n,) int64 lines of the table in which the mutants stand, ascending.
-        records: (n,) int64 records of the FASTA file that they are of.
-        starts: (n + 1,) int64; the substitutions of mutant i are those from starts[i] to starts[i + 1].
-        sites: (num_substitutions,) int32, counted from 0, ascending in a mutant.
+        rows: (n,) int64 line of each mutant in the table, ascending.
+        records: (n,) int64 FASTA record of each mutant.
+        starts: (n + 1,) int64; the substitutions of mutant i are starts[i] to starts[i + 1].
+        sites: (num_substitutions,) int32, 0-based, ascending within a mutant.
         wild_types, mutants: (num_substitutions,) uint8 token ids.
         problems: rows that were left out.
     """
@@ -75,18 +75,18 @@ class Mutants:
 
     @property
     def owners(self) -> npt.NDArray[np.int64]:
-        """(num_substitutions,) mutant that each is of."""
+        """(num_substitutions,) mutant that each substitution belongs to."""
         return np.repeat(np.arange(len(self)), np.diff(self.starts))
 
     def sums(self, effects: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.float64]:
-        """(n,) scores from the (num_substitutions,) effects of the substitutions."""
+        """Return (n,) scores from the (num_substitutions,) effects of the substitutions."""
         return np.bincount(self.owners, effects, len(self)).astype(np.float64)
 
     def table_rows(self) -> Iterator[list[str]]:
-        """The cells of each mutant's row, from the table, which is read again.
+        """Yield the cells of each mutant's row, reading the table again.
 
         Raises:
-            UsageError: it is not what it was.
+            UsageError: the table has changed.
         """
         place = 0
         for row, cells in _rows(self.path):
@@ -110,16 +110,16 @@ def read_mutants(
     """Read a table and check it against the proteins.
 
     Args:
-        path: a file; tabs separate its columns if there is one in the header, else commas.
-        index: of the FASTA file.
+        path: a file; its columns are separated by tabs if the header contains one, else by commas.
+        index: index of the FASTA file.
         offset: number of the first residue of each protein.
-        max_span: residues from the first to the last site of a mutant, at most; those of a window where they
-            are masked together.
-        skip_bad: leave out rows with faults and list them, where otherwise they are an error.
+        max_span: maximum number of residues from the first to the last site of a mutant; the window size
+            if sites are masked together.
+        skip_bad: leave out rows with faults and list them instead of raising an error.
 
     Raises:
-        UsageError: a row has a fault, or the table has no rows, or not the columns; the message names the
-            table, and row and column of the first faults.
+        UsageError: a row has a fault, or the table has no rows or lacks a required column; the message names
+            the table, and the row and column of the first faults.
         OSError: the table cannot be read.
     """
     reader = _Reader(path, index, offset, max_span)
@@ -150,7 +150,7 @@ def _error(path: Path, count: int, listed: Sequence[TableProblem], *, skip_bad: 
 
 
 def _chosen(mutants: Mutants, keep: npt.NDArray[np.bool_], problems: Sequence[TableProblem]) -> Mutants:
-    """Those of the mutants for which `keep` (n,) holds."""
+    """Return the mutants for which `keep` (n,) is True."""
     counts = np.diff(mutants.starts)
     of_chosen = np.repeat(keep, counts)
     return replace(
@@ -166,7 +166,7 @@ def _chosen(mutants: Mutants, keep: npt.NDArray[np.bool_], problems: Sequence[Ta
 
 
 def _repeated(mutants: Mutants) -> dict[int, int]:
-    """Mutants that are there before, and where; mutants are compared that have one sum of hashes."""
+    """Map each repeated mutant to its first occurrence; compare only mutants with equal sums of hashes."""
     mixed = (mutants.sites.astype(np.uint64) * np.uint64(32) + mutants.mutants) * np.uint64(
         0x9E3779B97F4A7C15
     )
@@ -185,7 +185,7 @@ def _repeated(mutants: Mutants) -> dict[int, int]:
 
 
 class _Fault(Exception):
-    """What is wrong in a row."""
+    """What is wrong with a row."""
 
     def __init__(self, column: str, reason: str) -> None:
         super().__init__(reason)
@@ -200,7 +200,7 @@ def _difference(sequence: str, expected: str, mutant: str) -> str:
 
 
 class _Reader:
-    """Reads a table; `problems` are the first of the `num_problems` rows that cannot be used."""
+    """Reads a table; `problems` holds the first of the `num_problems` unusable rows."""
 
     def __init__(self, path: Path, index: FastaIndex, offset: int, max_span: int | None) -> None:
         self._path, self._max_span = path, max_span
@@ -218,7 +218,7 @@ class _Reader:
         self.num_problems = 0
 
     def read(self, most_listed: int | None) -> Mutants:
-        """All rows that can be used; whether one repeats another is not looked for."""
+        """Read all usable rows, without checking for repeated mutants."""
         rows, records, counts = array("q"), array("q"), array("q")
         substitutions = array("i")
         for row, cells in self._below_header():
@@ -252,10 +252,10 @@ class _Reader:
         return rows
 
     def _parse(self, cells: Sequence[str]) -> tuple[int, Mutant]:
-        """Record and substitutions of a row.
+        """Return the record and substitutions of a row.
 
         Raises:
-            _Fault: it cannot be used.
+            _Fault: the row cannot be used.
         """
         if len(cells) != len(self.columns):
             raise _Fault("", f"{counted(len(cells), 'cell')}, but the header has {len(self.columns)}")
@@ -301,10 +301,10 @@ class _Reader:
         return self.columns.index(column) if column in self.columns else None
 
     def _records(self, index: FastaIndex) -> dict[str, int]:
-        """The records that the table names; the only one is called "" where there is no column for it.
+        """Return the records named in the table; without an ID column, the only record is named "".
 
         Raises:
-            UsageError: there is no such column, and more than one record.
+            UsageError: there is no ID column but more than one record.
         """
         if self._id is None:
             if index.num_records != 1:
@@ -325,10 +325,10 @@ class _Reader:
 
 
 def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """The rows of a table, header first, that are not blank, and the lines in which they end.
+    """Yield the non-blank rows of a table, header first, with the lines on which they end.
 
     Raises:
-        UsageError: no such file, it is no text, or a row is no CSV.
+        UsageError: the file does not exist, is not text, or has a row that is not valid CSV.
     """
     if path.exists() and not path.is_file():
         raise UsageError(f"{path}: not a regular file, which is read more than once")

@@ -1,4 +1,4 @@
-"""FASTA records one by one, by the rules of `embed`."""
+"""Read FASTA records one at a time, by the rules of `embed`."""
 
 from __future__ import annotations
 
@@ -28,26 +28,26 @@ def read_fasta(
 ) -> Iterator[tuple[str, str]]:
     """Read a FASTA file as `esm-packed embed` does.
 
-    The whole input is checked before the first record is given, with an index of about its size in a
-    temporary folder, so that memory does not grow with it.
+    The whole input is checked before the first record is returned. An index of about the size of the input is
+    kept in a temporary folder, so memory use does not grow with the input.
 
     Args:
         source: a FASTA file, plain or gzip, `-` for standard input, or an open file.
         invalid: a character outside the alphabet is an `error`, is replaced by X (`x`), or its record is left
             out (`skip`).
-        duplicates: a second record of the same ID is an `error`, is left out (`first`), or is called `ID__2`,
-            `ID__3` ... (`rename`).
+        duplicates: a second record with the same ID is an `error`, is left out (`first`), or is renamed
+            `ID__2`, `ID__3` ... (`rename`).
         gaps: `-` and `.` are an `error` or are removed (`drop`).
-        full_header: the ID is the whole header instead of its first word.
-        force: go on although the sequences look like DNA.
+        full_header: use the whole header as the ID instead of its first word.
+        force: continue even if the sequences look like DNA.
 
     Returns:
         (ID, sequence in upper case) of each record in input order.
 
     Raises:
-        InputError: it cannot be read, or has faults that are not allowed; the message names file, line and
-            record of the first ones.
-        ValueError: an argument has none of its values.
+        InputError: the input cannot be read or has faults that are not allowed; the message names the file,
+            line and record of the first ones.
+        ValueError: an argument is not one of its allowed values.
         OSError: the temporary folder cannot be written to.
     """
     options = ReadOptions(invalid, duplicates, gaps, full_header, force)
@@ -64,7 +64,7 @@ def read_fasta(
 
 
 def _index_open_file(file: IO[Any], folder: Path, options: ReadOptions) -> FastaIndex:
-    """Copy an open file, and index the copy; messages call it by the name of the file."""
+    """Copy an open file and index the copy; messages use the name of the original."""
     copy = folder / "input"
     with copy.open("wb") as copied:
         while chunk := file.read(1 << 20):

@@ -1,4 +1,4 @@
-"""What may be chosen where an input is faulty; imports nothing, for the command line's help."""
+"""Choices for handling faulty input; imports nothing, so that the command line's help can use it."""
 
 from __future__ import annotations
 
@@ -7,4 +7,4 @@ CHOICES = {
     "duplicates": ("error", "first", "rename"),
     "gaps": ("error", "drop"),
 }
-"""Of a field of `fasta.ReadOptions`, which says what each means; the first is the default."""
+"""Allowed values of the fields of `fasta.ReadOptions`, which explains them; the first is the default."""

@@ -1,7 +1,7 @@
-"""The one pass over the inputs: every record is checked, and what an index needs of it is written down.
+"""A single pass over the inputs that checks every record and writes what the index needs.
 
-Memory is bounded by the chunk size or the longest record, plus a note for each record left out and each fault
-to be listed.
+Memory is bounded by the chunk size or the longest record, plus an entry for each record left out and each
+fault to be listed.
 """
 
 from __future__ import annotations
@@ -58,13 +58,13 @@ ID_HASHES = "id_hashes.bin"
 SEQUENCE_HASHES = "sequence_hashes.bin"
 
 MAX_RECORD_BYTES = 1 << 26
-"""Longest record that is read, as a record is held in memory whole; the longest proteins are about 46 kB."""
+"""Longest record to read, as each record is held in memory; the longest proteins are about 46 kB."""
 DNA_RECORDS = 100
 DNA_FRACTION = 0.9
 MOST_READ_OF_DNA = 1 << 26
-"""Bytes of text after which an input that looks like DNA is not read on: there may be a hundred gigabytes."""
+"""Bytes of text after which to stop reading an input that looks like DNA, which may be very large."""
 MOST_LISTED = 10
-"""Faults that an error lists; of the others it says how many there are."""
+"""Number of faults listed in an error; the others are only counted."""
 
 _BOM = b"\xef\xbb\xbf"
 _COMPRESSED = {b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip"}
@@ -72,11 +72,11 @@ _END_OF_INPUT = sys.maxsize
 
 
 class UnreadableError(InputError):
-    """An input, or the rest of it, cannot be read; other inputs can."""
+    """An input, or the rest of it, cannot be read; other inputs can still be read."""
 
 
 class Listed(NamedTuple):
-    """A fault to be listed; inputs and lines put all of them in order."""
+    """A fault to be listed; faults are ordered by input and line."""
 
     input: int
     line: int
@@ -85,10 +85,10 @@ class Listed(NamedTuple):
 
 
 class Faults:
-    """The faults of the inputs, counted; the first ones are kept.
+    """Counts the faults of the inputs and keeps the first ones.
 
     Args:
-        most: how many to list; None lists all.
+        most: number of faults to list; None lists all.
     """
 
     def __init__(self, most: int | None) -> None:
@@ -98,25 +98,25 @@ class Faults:
         self._kept: defaultdict[str, list[Listed]] = defaultdict(list)
 
     def add(self, kind: str, faults: Iterable[Listed], count: int) -> None:
-        """Add `count` faults of one kind, which come in order from call to call; only those kept are made."""
+        """Add `count` faults of one kind, ordered across calls; only those kept are generated."""
         self.count += count
         kept = self._kept[kind]
         kept += islice(faults, None if self.most is None else self.most - len(kept))
 
     def add_unreadable(self, number: int, message: str) -> None:
-        """Add what ends the reading of an input."""
+        """Add a fault that stops the reading of an input."""
         self.is_unreadable = True
         self.add("unreadable", [Listed(number, _END_OF_INPUT, message)], 1)
 
     def listed(self) -> list[Listed]:
-        """The first faults in input order; what ends the reading of an input is listed in any case."""
+        """Return the first faults in input order; faults that stop the reading are always listed."""
         ends = self._kept["unreadable"]
         others = [fault for kept in self._kept.values() if kept is not ends for fault in kept]
         others.sort(key=lambda fault: fault[:2])
         return sorted(others[: self.most] + ends, key=lambda fault: fault[:2])
 
     def error(self) -> InputError:
-        """The error that lists them."""
+        """Return the error that lists the faults."""
         listed = self.listed()
         lines = [" ".join(fault.text.splitlines()) for fault in listed]
         hints = list(dict.fromkeys(fault.hint for fault in listed if fault.hint))
@@ -130,7 +130,7 @@ class Faults:
 
 
 class _HashingReader(io.RawIOBase):
-    """Reads a binary stream once, keeping its size and SHA-256; a read is short only at the end."""
+    """Reads a binary stream once, computing its size and SHA-256; a read is short only at the end."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
@@ -148,17 +148,17 @@ class _HashingReader(io.RawIOBase):
 
 
 class _Input:
-    """One input while it is read, once.
+    """One input, read once.
 
     Args:
-        path: as the user named it.
+        path: as named by the user.
         full_header: as in `ReadOptions`.
         chunk_size: bytes to read at a time.
-        progress: told how many more bytes, compressed or not, have been read.
-        stack: closes it.
+        progress: called with the number of additional bytes read (compressed bytes if compressed).
+        stack: closes the input.
 
     Raises:
-        UnreadableError: it cannot be opened.
+        UnreadableError: the input cannot be opened.
     """
 
     def __init__(
@@ -171,7 +171,7 @@ class _Input:
     ) -> None:
         self.path = path
         self.name = input_name(path)
-        self.line = 1  # in which the newest block begins
+        self.line = 1  # where the newest block begins
         self.num_read = 0  # bytes of text
         self._full_header = full_header
         self._chunk_size = chunk_size
@@ -183,20 +183,20 @@ class _Input:
             self._descriptor = file.fileno()
         self.state = self._state()
         self._hashing = _HashingReader(file)
-        # gzip reads in small pieces, so that what is beneath it must be buffered
+        # gzip reads in small pieces, so the underlying stream must be buffered
         self._stream: Any = io.BufferedReader(self._hashing, max(chunk_size, io.DEFAULT_BUFFER_SIZE))
         self._head = self._stream.peek(8)
         if self._head.startswith(b"\x1f\x8b"):
             self._stream = gzip.GzipFile(fileobj=self._stream)
-        # A second thread reads, unpacks and hashes what comes next; of a pipe that might never end.
+        # A second thread reads, decompresses and hashes ahead; not for pipes, which might never end.
         self._ahead = None if self._descriptor is None else stack.enter_context(ThreadPoolExecutor(1))
         self._next: Future[bytes] | None = None
 
     def finish(self) -> InputFile:
-        """What was read.
+        """Return what was read.
 
         Raises:
-            InputError: it was changed meanwhile.
+            InputError: the file was changed while it was being read.
         """
         size = self._hashing.size
         if self.state is not None and (self.state[0] != size or self.state != self._state()):
@@ -204,10 +204,10 @@ class _Input:
         return InputFile(self.path, size, self._hashing.sha256.hexdigest())
 
     def blocks(self) -> Iterator[bytes]:
-        """Blocks of whole records; whoever takes one adds its lines to `line`.
+        """Yield blocks of whole records; the caller adds the lines of each to `line`.
 
         Raises:
-            UnreadableError: it, or the rest of it, is no FASTA.
+            UnreadableError: the input, or the rest of it, is not FASTA.
         """
         for magic, compression in _COMPRESSED.items():
             if self._head.startswith(magic):
@@ -233,7 +233,7 @@ class _Input:
             )
 
     def error(self, block: bytes, fault: int, reason: str, hint: str = "") -> UnreadableError:
-        """The error for byte `fault` of the newest block."""
+        """Return the error for byte `fault` of the newest block."""
         line = self.line + count_lines(block[:fault])
         name = record_at(block, fault, self._full_header)
         record = "" if name is None else f", record {shorten(name)}"
@@ -243,7 +243,7 @@ class _Input:
         return None if self._descriptor is None else file_state(os.fstat(self._descriptor))
 
     def _cut_text(self) -> Iterator[bytes]:
-        """Cut the text in front of records."""
+        """Yield the text in pieces that end before a record."""
         pending = b""
         while True:
             try:
@@ -275,7 +275,7 @@ class _Input:
             yield pending
 
     def _chunk(self) -> bytes:
-        """The text that comes next; empty at the end."""
+        """Return the next chunk of text; empty at the end."""
         if self._ahead is None:
             chunk: bytes = self._stream.read(self._chunk_size)
         else:
@@ -290,27 +290,27 @@ class _Input:
 
 
 class Scan:
-    """What the pass finds, and the files in which it leaves it.
+    """The results of the pass and the files it writes.
 
     `RECORDS`, `NAMES` and the two files of hashes have a row for each record that is not left out; a faulty
-    one has no residues there, and only its ID counts. `TOKENS` has the residues of the others.
+    record has no residues, and only its ID matters. `TOKENS` has the residues of the others.
 
     Args:
         folder: where the files go.
-        options: what to do about faults.
-        faults: those that `options` does not allow are added.
-        is_survey: faults are all that is wanted, to the end of every input: no `TOKENS`.
+        options: how to handle faults.
+        faults: collects the faults that `options` does not allow.
+        is_survey: only collect faults, to the end of every input; do not write `TOKENS`.
 
     Attributes:
-        inputs: of each input that was read to its end what was read, and its `file_state`.
-        names: what messages call the inputs.
+        inputs: what was read of each input that was read to its end, and its `file_state`.
+        names: names of the inputs for messages.
         starts: first row of each input.
-        left_out: number of the input and problem of each record left out.
-        num_found: records, whatever became of them.
-        num_records: rows.
-        num_replaced: characters that became X.
-        is_dna: the first records look like nucleotides.
-        checksums: of the files that are written to only here.
+        left_out: (input number, problem) of each record left out.
+        num_found: number of records found, including faulty ones.
+        num_records: number of rows.
+        num_replaced: number of characters replaced by X.
+        is_dna: whether the first records look like nucleotides.
+        checksums: checksums of the files that are written only here.
     """
 
     def __init__(
@@ -328,7 +328,7 @@ class Scan:
         self.is_dna = False
         self._num_tested = DNA_RECORDS if options.force else 0
         self._num_residues = self._num_nucleotides = 0  # of the records tested
-        self._first: tuple[int, Problem] | None = None  # of these, without a reason
+        self._first: tuple[int, Problem] | None = None  # first of these, without a reason
         self._stack = ExitStack()
         names = (RECORDS, NAMES, TOKENS, ID_HASHES, SEQUENCE_HASHES)
         self._files = {name: self._stack.enter_context((folder / name).open("wb")) for name in names}
@@ -336,10 +336,10 @@ class Scan:
     def read(
         self, paths: Sequence[str], chunk_size: int, progress: Callable[[int], None] | None = None
     ) -> None:
-        """Read all inputs. Those that cannot be read to their end are faults.
+        """Read all inputs. Inputs that cannot be read to their end are faults.
 
         Raises:
-            InputError: an input was changed meanwhile.
+            InputError: an input was changed while it was being read.
             OSError: the folder cannot be written to.
         """
         with self._stack:
@@ -370,7 +370,7 @@ class Scan:
             file.line += parsed.num_lines
 
     def _add(self, number: int, file: _Input, parsed: ParsedBlock) -> None:
-        """Write down the records of the newest block of an input."""
+        """Record the contents of the newest block of an input."""
         is_sound = np.ones(len(parsed.lengths), dtype=np.bool_)
         is_sound[[fault.record for fault in parsed.faults]] = False
         self.num_found += len(is_sound)
@@ -441,8 +441,8 @@ class Scan:
         self.checksums[name].update(content)
 
     def _judge(self) -> None:
-        """Add a fault if the tested records look like nucleotides; when enough of them, or all, are known."""
-        if self._first is None:  # nothing was tested, or it was judged before
+        """Add a fault if the tested records look like nucleotides; called once enough or all are tested."""
+        if self._first is None:  # nothing was tested, or already judged
             return
         number, first = self._first
         self._first = None
@@ -458,7 +458,7 @@ class Scan:
 
 
 def input_name(path: str) -> str:
-    """What messages call an input."""
+    """Return the name of an input for messages."""
     return "standard input" if path == STDIN else path
 
 

@@ -1,4 +1,4 @@
-"""Tables that describe sequences: tab-separated, a header, the ID in the first column."""
+"""Tables that describe sequences: tab-separated, with a header and the ID in the first column."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ _SHOWN_COLUMNS = 10
 
 
 def read_column(path: Path, column: str) -> dict[str, str]:
-    """A column of a TSV file, by the ID in the first one.
+    """Read a column of a TSV file, keyed by the ID in the first column.
 
     Raises:
-        UsageError: there is no such column, a line has too few, an ID appears twice, the file is no text, or
-            there is none.
-        OSError: it cannot be read.
+        UsageError: the file or column does not exist, a line has too few columns, an ID appears twice, or the
+            file is not text.
+        OSError: the file cannot be read.
     """
     found: dict[str, str] = {}
     try:
