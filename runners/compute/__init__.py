@@ -1,1 +1,1 @@
-"""Shards computed: the pipeline around the model, in this process or on Ray."""
+"""Computing shards: the pipeline around the model, in this process or on Ray."""

@@ -1,4 +1,4 @@
-"""Windows of long items, kept until an item has all of its own."""
+"""Windows of long items, kept until all windows of an item are there."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from esm_packed.windows import Blend, Windows
 
 
 class Blends:
-    """Of the shard that is computed.
+    """Windows of the shard being computed.
 
     Args:
         windows: how items are cut.
-        arrays: what is kept of an item.
+        arrays: the arrays kept for an item.
     """
 
     def __init__(self, windows: Windows, arrays: Sequence[Array]) -> None:
@@ -30,14 +30,14 @@ class Blends:
         """Add a pack of windows.
 
         Args:
-            items: (n,) whose windows they are.
-            starts: (n,) their first residues.
-            lengths: (n,) residues of the items.
-            rows: by name, (n * size, columns) of the residues of all windows; none if the pack failed.
-            failure: why it did.
+            items: (n,) item of each window.
+            starts: (n,) first residue of each window.
+            lengths: (n,) residues of each item.
+            rows: by name, (n * size, columns), residues of all windows; empty if the pack failed.
+            failure: why the pack failed; empty if it did not.
 
         Returns:
-            Items that are whole now; their rows by name, NaN of those of which a window failed; and why.
+            Items that are now complete; their rows by name, NaN where a window failed; failures by item.
         """
         size, whole = self._windows.size, []
         found: dict[str, list[Rows]] = {array.name: [] for array in self._arrays}
@@ -57,7 +57,7 @@ class Blends:
                     missing = np.full(shape, np.nan, array.dtype)
                     found[array.name].append(outputs.get(array.name, missing).reshape(shape))
         failures = {item: self._failures.pop(item) for item in whole if item in self._failures}
-        with np.errstate(over="ignore"):  # too large for FP16 becomes Inf, which is looked for later
+        with np.errstate(over="ignore"):  # overflow in FP16 gives Inf, which is checked for later
             stored = {
                 array.name: np.concatenate(found[array.name]).astype(array.dtype)
                 for array in self._arrays

@@ -1,4 +1,4 @@
-"""How many tokens a pack may hold on a GPU: measured, not guessed."""
+"""Measures how many tokens a pack may hold on a GPU."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from esm_packed.outputs import mean_of
 from esm_packed.packing import SPECIAL_TOKENS, pack
 
 PROBE_LENGTH = 510
-"""Residues of the sequences measured with."""
+"""Residues of each sequence used to measure."""
 
 PROBE_SEQUENCES = (4, 16)
 MEMORY_SHARE = 0.8
-"""Of the memory that is free; the rest is for fragmentation and for packs in flight."""
+"""Share of the free memory to use; the rest is for fragmentation and packs in flight."""
 
 STEP = 1024
 
 
 def probe(num_sequences: int) -> list[npt.NDArray[np.uint8]]:
-    """So many sequences of PROBE_LENGTH residues."""
+    """`num_sequences` sequences of PROBE_LENGTH residues."""
     return [np.resize(encode("ACDEFGHIKLMNPQRSTVWY"), PROBE_LENGTH)] * num_sequences
 
 
 def peak_memory(model: ESM2, num_sequences: int) -> int:
-    """Most bytes of its GPU in use while so many sequences of PROBE_LENGTH residues are embedded."""
+    """Peak bytes of GPU memory while embedding `num_sequences` sequences of PROBE_LENGTH residues."""
     batch = pack(probe(num_sequences)).to(model.device)
     torch.cuda.reset_peak_memory_stats(model.device)
     model.embed_packed(batch, [mean_of(model.config.num_layers)])
@@ -36,7 +36,7 @@ def peak_memory(model: ESM2, num_sequences: int) -> int:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes of a GPU that could be had now, by way of PyTorch's allocator."""
+    """Bytes that PyTorch's allocator could provide on a GPU now."""
     reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + reserved
 
@@ -44,14 +44,14 @@ def free_memory(device: torch.device) -> int:
 def measured_token_budget(model: ESM2, most: int) -> int:
     """Tokens that fit into the free memory of the model's GPU.
 
-    Two packs of different size give the bytes per token; a share of the free memory is divided by them.
+    Two packs of different sizes give the bytes per token; a share of the free memory is divided by that.
 
     Args:
         model: on its GPU.
         most: tokens beyond which larger packs gain nothing.
 
     Returns:
-        `most` where it fits, else a multiple of 1,024 from 1,024 on.
+        `most` if it fits, else a multiple of 1,024, at least 1,024.
     """
     small, large = (peak_memory(model, count) for count in PROBE_SEQUENCES)
     tokens = (PROBE_SEQUENCES[1] - PROBE_SEQUENCES[0]) * (PROBE_LENGTH + SPECIAL_TOKENS)

@@ -1,4 +1,4 @@
-"""Packs on a device: sent there, computed, and what they give taken back."""
+"""Sends packs to a device, computes them and copies the results back."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from esm_packed.runners.watch.metrics import StageTimes
 
 @dataclass
 class Launched:
-    """A pack on its way.
+    """A launched pack.
 
     Args:
-        rows: outputs by name, on the host; on a GPU they may not have arrived yet.
+        rows: outputs by name, on the host; with a GPU they may not have arrived yet.
         events: before and after copying to the device, computing, and copying back.
     """
 
@@ -36,7 +36,7 @@ class Launched:
 
 @dataclass(frozen=True)
 class _Streams:
-    """Of a GPU: packs go there, and results come back, while others are computed."""
+    """Streams of a GPU: packs and results are copied while other packs are computed."""
 
     to_device: torch.cuda.Stream
     compute: torch.cuda.Stream
@@ -55,8 +55,8 @@ class Device:
     """The device of a model.
 
     Args:
-        model: computes.
-        layout: of the packs.
+        model: the model.
+        layout: layout of the packs.
         cuda_graphs: replay packs as CUDA graphs.
         times: seconds of `computing` and `copying` are added to it.
     """
@@ -70,12 +70,12 @@ class Device:
     def launch(
         self, batch: PackedBatch, names: Sequence[str], residue_dtype: torch.dtype | None = None
     ) -> Launched:
-        """Begin to compute a pack; on a CPU it is computed when this returns.
+        """Start computing a pack; on a CPU it is finished when this returns.
 
         Args:
             batch: the pack.
-            names: of the outputs.
-            residue_dtype: of ragged outputs; None for the one they are computed in.
+            names: names of the outputs.
+            residue_dtype: dtype of ragged outputs; None for the one they are computed in.
         """
         if self._streams is None:
             begin = time.monotonic()
@@ -115,11 +115,11 @@ class Device:
 
         Args:
             launched: the pack.
-            residue_bounds: of its n sequences, as `PackedBatch` has them.
-            dtypes: of the outputs by name.
+            residue_bounds: bounds of its n sequences, as in `PackedBatch`.
+            dtypes: dtypes of the outputs by name.
 
         Returns:
-            Outputs by name, (rows of all sequences, columns), and which sequences are (n,) finite.
+            Outputs by name, (rows of all sequences, columns), and a mask (n,) of the finite sequences.
         """
         if launched.events:
             going, gone, start, end, returning, returned = launched.events
@@ -127,7 +127,7 @@ class Device:
             self._times.computing += start.elapsed_time(end) / 1000
             self._times.copying += (going.elapsed_time(gone) + returning.elapsed_time(returned)) / 1000
         begin = time.monotonic()
-        with np.errstate(over="ignore"):  # too large for FP16 becomes Inf, which is looked for later
+        with np.errstate(over="ignore"):  # overflow in FP16 gives Inf, which is checked for later
             rows = {
                 name: _as_stored(name, launched.rows[name], residue_bounds, dtypes[name]) for name in dtypes
             }
@@ -141,21 +141,21 @@ class Device:
         return rows, finite
 
     def free_memory(self) -> None:
-        """Give back what is held for later."""
+        """Release cached GPU memory."""
         if self._streams is not None:
             torch.cuda.empty_cache()
 
     def memory_and_utilization(self) -> tuple[int | None, int | None]:
-        """Bytes allocated, and percent of the time in use; None where the device does not say."""
+        """Allocated bytes and utilization in percent; None where the device does not report them."""
         if self._streams is None:
             return None, None
-        with suppress(Exception):  # the library that knows is not always there, nor always right
+        with suppress(Exception):  # the library that reports it may be missing or wrong
             return torch.cuda.memory_allocated(self._device), torch.cuda.utilization(self._device)
         return torch.cuda.memory_allocated(self._device), None
 
 
 def _as_stored(name: str, tensor: torch.Tensor, residue_bounds: npt.NDArray[np.int32], dtype: str) -> Rows:
-    """An output as it is stored: of one with a row for each token, the rows of residues."""
+    """An output as it is stored; of an output with a row per token, only the rows of residues."""
     values = tensor.numpy()
     if per_of(name) != "residue":
         return values.astype(dtype)

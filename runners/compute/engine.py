@@ -1,4 +1,4 @@
-"""Who computes the shards of a run: one device in this process, or many workers (see `ray_engine`)."""
+"""What computes the shards of a run: one device in this process, or many workers (see `ray_engine`)."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ class Engine(AbstractContextManager["Engine"], Protocol):
     """Computes shards.
 
     Attributes:
-        num_workers: how many devices, or groups of CPU cores, work side by side.
-        times: of all workers together; `wall` is the sum over workers.
+        num_workers: number of devices, or groups of CPU cores, that work in parallel.
+        times: totals of all workers; `wall` is the sum over workers.
     """
 
     num_workers: int
     times: StageTimes
 
     def describe(self) -> str:
-        """What the work is done on."""
+        """Description of the devices."""
         ...
 
     def token_budget(self, *, measured: bool) -> int:
         """Tokens that a pack may hold on these devices.
 
         Args:
-            measured: on a GPU as many of the default as its memory is measured to hold.
+            measured: on a GPU, limit the default to what its memory is measured to hold.
         """
         ...
 
@@ -46,7 +46,7 @@ class Engine(AbstractContextManager["Engine"], Protocol):
         """Compute `shards` and write each to its file.
 
         Raises:
-            Exception: what ended the work; shards that are finished are kept.
+            Exception: whatever stopped the work; finished shards are kept.
         """
         ...
 
@@ -56,8 +56,8 @@ class InProcessEngine:
 
     Args:
         request: how to compute.
-        checkpoint: of the model, which is loaded when it is needed.
-        device: where.
+        checkpoint: checkpoint of the model, loaded when it is first needed.
+        device: the device to use.
     """
 
     num_workers = 1

@@ -1,4 +1,4 @@
-"""What is held against FP32: rows that are not finite, and a sample of the others."""
+"""Checks against FP32: non-finite rows are recomputed, and a sample of the others is compared."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class Guard:
     """Recomputes single sequences in FP32.
 
     Args:
-        model: whose results are looked at.
-        names: of the outputs that are kept.
-        in_fp32: loads the model in FP32, called at most once; None where `model` computes in FP32 or better.
+        model: the model whose results are checked.
+        names: names of the outputs that are kept.
+        in_fp32: loads the model in FP32, called at most once; None if `model` computes in FP32 or better.
         windows: how long proteins are cut.
     """
 
@@ -48,15 +48,15 @@ class Guard:
         self._windows = windows
 
     def rescue(self, rows: Mapping[str, Rows], token_ids: TokenIds, sites: Items | None = None) -> ItemStatus:
-        """Replace outputs of a sequence that are not finite by what FP32 gives, or by NaN.
+        """Replace non-finite outputs of a sequence by FP32 results, or by NaN.
 
         Args:
-            rows: by name, (columns,) or (rows, columns), modified.
+            rows: by name, (columns,) or (rows, columns), modified in place.
             token_ids: residues of the sequence.
-            sites: those whose log-probabilities are read.
+            sites: sites whose log-probabilities are read.
 
         Returns:
-            What became of them.
+            The resulting status.
         """
         stored = next(iter(rows.values())).dtype
         rescued, reason = self._rescue.replace(
@@ -72,15 +72,15 @@ class Guard:
     def compare(
         self, rows: Mapping[str, Rows], token_ids: TokenIds, sites: Items | None = None
     ) -> Comparison | None:
-        """How outputs of a sequence compare with the same in FP32 on its own.
+        """Compare outputs of a sequence with those of the same sequence computed alone in FP32.
 
         Args:
-            rows: by name; the mean of the last layer is compared, or the last output without it.
+            rows: by name; the mean of the last layer is compared, or, without a mean, the last output.
             token_ids: residues of the sequence.
-            sites: those whose log-probabilities are read.
+            sites: sites whose log-probabilities are read.
 
         Returns:
-            None where memory does not suffice.
+            The comparison; None if there is not enough memory.
         """
         try:
             alone = self._alone(token_ids, self._rescue.model or self._model, sites)

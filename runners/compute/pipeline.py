@@ -1,12 +1,12 @@
-"""One device at work: sequences are read ahead, packs computed one behind the other, results written aside.
+"""The pipeline of one device: reading ahead, computing packs, and writing results in the background.
 
-    reader thread   reads residues, plans packs, lays them end to end in pinned memory
-    this thread     sends packs to the device, computes, takes results back
-    writer thread   writes what packs give to the files of their shards
+    reader thread   reads residues, plans packs, concatenates them in pinned memory
+    this thread     sends packs to the device, computes, copies results back
+    writer thread   writes the results of packs to the files of their shards
 
-The queues between them are short, so memory stays bounded; whichever stage is slowest, the others wait for
-it, and the time each spends at work tells which one it was. On a GPU packs and results travel on streams of
-their own; the device is waited for once per pack, for a result one pack old, while it computes the next.
+The queues between them are short, so memory stays bounded. All stages wait for the slowest one, and the time
+each spends working shows which one that was. On a GPU packs and results are copied on separate streams; the
+host waits once per pack, for the result of the previous pack, while the device computes the next.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class PackTooLargeError(RuntimeError):
     """A pack of the layout `fixed` does not fit into the memory of the device, and must not be halved.
 
     Args:
-        tokens: in the pack.
+        tokens: number of tokens in the pack.
     """
 
     def __init__(self, tokens: int) -> None:
@@ -66,7 +66,7 @@ class PackTooLargeError(RuntimeError):
 
 @dataclass
 class _Progress:
-    """A shard while it is computed."""
+    """A shard being computed."""
 
     shard: ShardInput
     packs_left: int
@@ -74,14 +74,14 @@ class _Progress:
 
 @dataclass
 class _Pack:
-    """Items of a shard, or windows of long ones, laid out.
+    """Items of a shard, or windows of long items, packed together.
 
     Args:
-        progress: of the shard.
-        items: (n,) that are in the pack.
+        progress: state of the shard.
+        items: (n,) items in the pack.
         starts: (n,) first residue of each window; None if the items are whole.
         token_ids: residues of each item or window.
-        batch: what is computed; None for a shard with nothing to compute.
+        batch: the packed batch; None for a shard with nothing to compute.
     """
 
     progress: _Progress
@@ -93,7 +93,7 @@ class _Pack:
 
 @dataclass(frozen=True)
 class _Result:
-    """What a pack gave; there are no rows if it could not be computed."""
+    """The result of a pack; it has no rows if the pack could not be computed."""
 
     shard: int
     items: npt.NDArray[np.int64]
@@ -116,15 +116,15 @@ class Pipeline:
     """Embeds shards on the device of `model`.
 
     Args:
-        model: computes.
-        arrays: what is kept.
+        model: the model.
+        arrays: the arrays to keep.
         token_budget: tokens in a pack.
-        windows: how items longer than a window are cut; None for not at all.
+        windows: how items longer than a window are cut; None to leave them whole.
         in_fp32: loads the model in FP32, for sequences whose embedding is not finite and for those that are
-            compared; called at most once. None where the model computes in FP32 or better already.
-        on_pack: told of residues as a pack of them is done.
+            compared; called at most once. None if the model already computes in FP32 or better.
+        on_pack: called with the number of residues when a pack is done.
         layout: one of `LAYOUTS`.
-        cuda_graphs: replay packs of the layout `fixed` as CUDA graphs; on a GPU.
+        cuda_graphs: replay packs of the layout `fixed` as CUDA graphs, on a GPU.
     """
 
     def __init__(
@@ -157,15 +157,15 @@ class Pipeline:
         self._shard: int | None = None
 
     def run(self, shards: Iterable[ShardInput], open_shard: OpenShard) -> None:
-        """Compute `shards` in their order.
+        """Compute `shards` in order.
 
         Args:
-            shards: drawn from in the reader thread, a few packs ahead.
-            open_shard: called in the writer thread with the number of a shard; gives the file to fill.
+            shards: consumed in the reader thread, a few packs ahead.
+            open_shard: called in the writer thread with the number of a shard; returns the file to fill.
 
         Raises:
-            PackTooLargeError: see there.
-            Exception: whatever `shards` or `open_shard` raised; shards not yet whole are dropped.
+            PackTooLargeError: a pack of the layout `fixed` does not fit into memory.
+            Exception: whatever `shards` or `open_shard` raised; incomplete shards are dropped.
         """
         self._began = time.monotonic()
         self._blends = Blends(self._windows, self._arrays) if self._windows else None
@@ -181,7 +181,7 @@ class Pipeline:
             self._queues = self._shard = None
 
     def snapshot(self) -> Snapshot:
-        """Where the work is; may be called from any thread."""
+        """The current state; may be called from any thread."""
         times, waiting = replace(self.times), (0, 0)
         if (queues := self._queues) is not None:
             times.wall += time.monotonic() - self._began
@@ -203,7 +203,7 @@ class Pipeline:
         self.times.reading += time.monotonic() - begin
 
     def _plan(self, shard: ShardInput) -> list[tuple[Items, Items | None]]:
-        """Items of each pack of a shard, and where their windows start; whole items come first."""
+        """Items of each pack of a shard and the starts of their windows; whole items come first."""
         lengths = _lengths(shard, np.arange(len(shard.token_ids)))
         is_long = lengths > self._windows.size if self._windows else np.zeros(len(lengths), np.bool_)
         is_whole = ~is_long
@@ -263,11 +263,11 @@ class Pipeline:
         take_back(0)
 
     def _launch(self, pack: _Pack, drain: Callable[[], None]) -> Iterator[_InFlight]:
-        """Start a pack on the device, in halves where its memory does not suffice.
+        """Start a pack on the device, in halves if its memory does not suffice.
 
         Args:
-            pack: to start.
-            drain: takes back all that is on the device.
+            pack: the pack to start.
+            drain: takes back everything that is on the device.
         """
         batch = pack.batch
         if batch is None:
@@ -306,7 +306,7 @@ class Pipeline:
             yield from self._launch(self._lay_out(pack.progress, pack.items[part], starts), drain)
 
     def _take_back(self, done: _InFlight) -> _Result:
-        """Wait for a pack and see that what it gave is sound."""
+        """Wait for a pack and check its results."""
         pack, progress = done.pack, done.pack.progress
         progress.packs_left -= 1
         result = _Result(progress.shard.number, pack.items, is_last=progress.packs_left == 0)
@@ -326,7 +326,7 @@ class Pipeline:
         return result
 
     def _blend(self, done: _InFlight, batch: PackedBatch, starts: Items, result: _Result) -> _Result:
-        """Add windows to their items; items that have all of their windows are the result."""
+        """Add windows to their items; return the items that are now complete."""
         assert self._blends is not None
         shard, items = done.pack.progress.shard, result.items
         rows: dict[str, Rows] = {}
@@ -344,7 +344,7 @@ class Pipeline:
         return result
 
     def _judge(self, shard: ShardInput, result: _Result, finite: npt.NDArray[np.bool_]) -> None:
-        """Recompute what is not finite, and compare what is sampled."""
+        """Recompute non-finite items, and compare sampled ones."""
         for place, item in enumerate(result.items.tolist()):
             if item in result.statuses or (finite[place] and item not in shard.compared):
                 continue
@@ -356,7 +356,7 @@ class Pipeline:
 
     @staticmethod
     def _outputs_of(shard: ShardInput, result: _Result, place: int) -> dict[str, Rows]:
-        """Views of what one of the items of a result has."""
+        """Views of the outputs of one item of a result."""
         items = result.items[: place + 1]
         sites = None if shard.sites is None else [shard.sites[item] for item in items.tolist()]
         counts = row_counts(_lengths(shard, items), sites)

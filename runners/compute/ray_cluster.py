@@ -1,4 +1,4 @@
-"""The Ray that workers run on: connected to or started, and the places for workers that it has."""
+"""The Ray cluster that workers run on, connected to or started here, and its slots for workers."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from esm_packed.runners.watch.metrics import Snapshot, StageTimes
 
 OBJECT_STORE_BYTES = 512 << 20
 AUTHENTICATED_RELEASE = (2, 59)
-"""The first that asks for a token at a cluster that it starts on this machine."""
+"""First release of Ray that requires a token for clusters that it starts on this machine."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """A shard, or if `last` is not None the items [first, last) of those it computes."""
+    """A shard, or, if `last` is not None, the items [first, last) of those it computes."""
 
     shard: int
     first: int = 0
@@ -44,18 +44,18 @@ class Task:
 
 @dataclass
 class Slot:
-    """A place for a worker; when one dies another takes it."""
+    """A slot for a worker; a worker that dies is replaced in its slot."""
 
     rank: int
     actor: Any = None
     name: str = "starting"
     pending: Any = None
-    """Reference to what the worker's present call will return."""
+    """Reference to the result of the worker's current call."""
     task: Task | None = None
-    """That this call computes; None while a worker opens the run, or waits."""
+    """The task that this call computes; None while a worker opens the run or waits."""
     failed_starts: int = 0
     times: StageTimes = field(default_factory=StageTimes)
-    """Of finished tasks of the worker that is there now."""
+    """Times of the tasks that the current worker has finished."""
     snapshot: Snapshot | None = None
     asked: Any = None
 
@@ -72,13 +72,13 @@ class RayCluster:
         request: how to compute, and where: `workers`, `threads`, `ray_address`.
         device: cuda or cpu.
         gpu_numbers: GPUs of this machine to use; empty for all that Ray has.
-        worker_class: of the actors.
-        model_sha256: of the checkpoint that they must find.
+        worker_class: class of the actors.
+        model_sha256: hash of the checkpoint that the workers must find.
 
     Attributes:
         ray: the module.
         threads: CPU threads of a worker.
-        slots: a place for each worker.
+        slots: one for each worker.
 
     Raises:
         UsageError: Ray is not installed, cannot be reached, or has no such devices.
@@ -157,16 +157,16 @@ class RayCluster:
         return _threads_each(self.capacities("CPU"), len(self.slots))
 
     def capacities(self, resource: str) -> list[int]:
-        """How much of a resource each node has that is alive: no worker can be spread over several."""
+        """Amount of a resource on each live node, as a worker cannot span several nodes."""
         return [int(node["Resources"].get(resource, 0)) for node in self.ray.nodes() if node["Alive"]]
 
     def has_room(self) -> bool:
-        """Whether there is a node that a worker fits on, be it in use or not."""
+        """Whether a worker fits on some node, whether or not that node is in use."""
         resource, needed = ("GPU", 1) if self._device.type == "cuda" else ("CPU", self.threads)
         return any(capacity >= needed for capacity in self.capacities(resource))
 
     def start(self, slot: Slot) -> None:
-        """Have a worker in `slot`, if there is none."""
+        """Start a worker in `slot` unless it has one."""
         if slot.actor is not None:
             return
         actor_class = self.ray.remote(self._worker_class)
@@ -180,7 +180,7 @@ class RayCluster:
         )
 
     def close(self) -> None:
-        """Disconnect, and end what was started here."""
+        """Disconnect, and stop what was started here."""
         with _signals_kept():
             self.ray.shutdown()
 
@@ -189,7 +189,7 @@ def _import_ray(request: EmbedRequest) -> Any:
     """The module `ray`.
 
     Raises:
-        UsageError: it is not installed, or too old for what is asked.
+        UsageError: it is not installed, or is too old for the request.
     """
     try:
         import ray
@@ -207,7 +207,7 @@ def _import_ray(request: EmbedRequest) -> Any:
 
 
 def _threads_each(cores: Sequence[int], num_workers: int) -> int:
-    """The most threads with which workers fit on nodes that have so many cores."""
+    """Most threads per worker such that all workers fit on nodes with these numbers of cores."""
     most = sum(cores) // num_workers
     fitting = (
         threads for threads in range(most, 0, -1) if sum(each // threads for each in cores) >= num_workers
@@ -216,39 +216,39 @@ def _threads_each(cores: Sequence[int], num_workers: int) -> int:
 
 
 def _want_authentication() -> None:
-    """Let the cluster that Ray will start here take orders from nobody who lacks its token.
+    """Make the cluster that Ray will start here refuse everyone without its token.
 
-    Ray does so by default, with a token in the home folder, which others may be able to read.
+    Ray does so by default, but with a token in the home folder, which others may be able to read.
     """
     os.environ.pop("RAY_AUTH_MODE", None)  # "disabled" may be right for another cluster
-    if "ray" not in sys.modules and "RAY_AUTH_TOKEN_PATH" not in os.environ:  # later Ray keeps the one it has
+    if "ray" not in sys.modules and "RAY_AUTH_TOKEN_PATH" not in os.environ:  # later Ray keeps its token
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 
 def _release(version: str) -> tuple[int, ...]:
-    """The first two numbers of a version."""
+    """Major and minor number of a version."""
     return tuple(map(int, re.findall("[0-9]+", version)[:2]))
 
 
 def _check_reachable(address: str) -> None:
-    """See that something listens at HOST:PORT, for which Ray itself waits for minutes."""
+    """Check that something listens at HOST:PORT; Ray itself would wait for minutes."""
     host, found, port = address.rpartition(":")
     if found and re.fullmatch("[0-9]+", port):
         try:
             socket.create_connection((host, int(port)), timeout=10).close()
-        except (OSError, OverflowError, ValueError) as error:  # no such port, no name of a host
+        except (OSError, OverflowError, ValueError) as error:  # invalid port or host name
             raise UsageError(f"Ray cannot be reached at {address}: {error}") from error
 
 
 def _visible_gpu(number: int) -> str:
-    """What the driver calls GPU `number` of those this process may use."""
+    """The driver's name for GPU `number` of those visible to this process."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return visible.split(",")[number] if visible else str(number)
 
 
 @contextmanager
 def _signals_kept() -> Iterator[None]:
-    """Ray sets handlers of its own for signals; keep ours."""
+    """Keep our signal handlers, which Ray replaces by its own."""
     try:
         handlers = {name: signal.getsignal(name) for name in ENDING_SIGNALS}
         yield

@@ -1,6 +1,6 @@
 """Many workers on Ray: each has one GPU, or a share of the CPU cores, of this machine or of a cluster.
 
-The run directory must be on a file system that all of them see.
+The run directory must be on a file system shared by all of them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class RayEngine:
         request: how to compute, and where: `workers`, `threads`, `ray_address`.
         device: cuda or cpu.
         gpu_numbers: GPUs of this machine to use; empty for all that Ray has.
-        checkpoint: the model, for its hash.
+        checkpoint: the model's, for its hash.
         console: for notes.
 
     Raises:
@@ -54,7 +54,7 @@ class RayEngine:
         self.times = StageTimes()
 
     def describe(self) -> str:
-        """How many workers there are, and on what."""
+        """The number of workers and their devices."""
         threads = counted(self._cluster.threads, "thread")
         kind = "GPU" if self._device.type == "cuda" else f"CPU, {threads}"
         return f"{counted(self.num_workers, 'Ray worker')} ({kind} each)"
@@ -77,7 +77,7 @@ class RayEngine:
         """See `Engine`.
 
         Raises:
-            EngineError: workers cannot be started, or fail whatever they are given.
+            EngineError: workers cannot be started, or fail on every shard.
         """
         schedule = Schedule(self._cluster, run, shards, watch, self._console)
         try:

@@ -1,7 +1,7 @@
-"""Shards handed out as workers become free; what kills a worker is left out.
+"""Assigns shards to workers as they become free, and isolates sequences that kill a worker.
 
-A worker that dies is replaced. A shard that fails MAX_ATTEMPTS times is computed in pieces; those that fail
-are halved until the sequence that fails alone is found. It is recorded as failed; everything else is kept.
+A worker that dies is replaced. A shard that fails MAX_ATTEMPTS times is computed in pieces; pieces that fail
+are halved until a single failing sequence is found. It is recorded as failed; everything else is kept.
 """
 
 from __future__ import annotations
@@ -21,35 +21,35 @@ from esm_packed.runners.watch.metrics import StageTimes
 from esm_packed.runners.watch.watch import Watch, WorkerState
 
 MAX_ATTEMPTS = 3
-"""Failures of a shard, or of a single sequence, before it is split or given up."""
+"""Failures after which a shard is split, or a single sequence given up."""
 
 BACK_OFF_SECONDS = 1.0
-"""Before the first repetition of a shard; doubled each time."""
+"""Delay before the first retry of a shard; doubled each time."""
 
 MAX_FAILURES_IN_A_ROW = 12
-"""Without anything that works in between: then it is not a sequence that is at fault."""
+"""Consecutive failures, without any success, after which the cause is not taken to be a sequence."""
 
 MAX_FAILED_STARTS = 3
 NO_ROOM_SECONDS = 60.0
-"""How long the run waits for a node, after all that a worker fits on are gone."""
+"""How long the run waits for a node once all nodes that a worker fits on are gone."""
 
 POLL_SECONDS = 0.5
 LASTING_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.ENOENT)
-"""What would happen again with any shard, or for any worker."""
+"""Errors that would recur with any shard and on any worker."""
 
 
 class Schedule:
     """Has the workers of a cluster compute shards.
 
     Args:
-        cluster: where.
-        run: whose shards they are.
+        cluster: the cluster.
+        run: the run that the shards belong to.
         shards: their numbers.
-        watch: told how it goes.
+        watch: updated with the progress.
         console: for notes.
 
     Attributes:
-        times: of all workers together.
+        times: totals of all workers.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Schedule:
         """Compute all shards.
 
         Raises:
-            EngineError: workers cannot be started, or fail whatever they are given.
+            EngineError: workers cannot be started, or fail on every shard.
         """
         slots = self._cluster.slots
         for slot in slots:
@@ -91,7 +91,7 @@ class Schedule:
             self._watch.write_log(self._states(), "end")
 
     def _open(self, slot: Slot) -> None:
-        """Have a worker in `slot` that opens the run."""
+        """Have a worker in `slot` open the run, starting one if there is none."""
         self._cluster.start(slot)
         slot.times, slot.snapshot, slot.asked = StageTimes(), None, None
         slot.pending = slot.actor.open.remote(str(self._run.directory.output), self._run.plan.hash)
@@ -112,7 +112,7 @@ class Schedule:
                 slot.pending = slot.actor.compute_piece.remote(task.shard, task.first, task.last)
 
     def _look(self, seconds: float) -> None:
-        """Wait for a worker that has started, finished or failed."""
+        """Wait until a worker has started, finished or failed."""
         pending = {slot.pending: slot for slot in self._cluster.slots if slot.pending is not None}
         if not pending:
             time.sleep(seconds)
@@ -161,13 +161,13 @@ class Schedule:
         num_sequences = self._sequences(task)
         if not num_sequences:
             raise EngineError(f"{task} fails, though it has nothing to compute: {cause}")
-        # a part is known to fail: only a single sequence gets the benefit of the doubt again
+        # a piece is known to fail: only a single sequence is retried
         if attempts < MAX_ATTEMPTS and (task.last is None or num_sequences == 1):
             self._delayed.append((time.monotonic() + BACK_OFF_SECONDS * 2 ** (attempts - 1), task))
         elif num_sequences > 1:
             middle = task.first + num_sequences // 2
             last = task.first + num_sequences
-            # at the end: the half that works comes before the quarters of the other, so failures alternate
+            # appended at the end: the good half runs before the quarters of the other, so failures alternate
             self._waiting += [Task(task.shard, task.first, middle), Task(task.shard, middle, last)]
         else:
             self._keep_piece(Task(task.shard, task.first, task.first + 1), f"its worker failed: {cause}")
@@ -189,7 +189,7 @@ class Schedule:
 
         Args:
             task: the piece.
-            failure: why it failed, a single sequence then; None if it is computed.
+            failure: why it failed, only for a single sequence; None if it was computed.
         """
         pieces = self._pieces.setdefault(task.shard, {})
         pieces[task] = failure
@@ -206,7 +206,7 @@ class Schedule:
         del self._pieces[task.shard]
 
     def _check_room(self) -> None:
-        """See that there is a worker, or may come to be one: Ray would wait for a new node for ever."""
+        """Check that there is, or can be, a worker: Ray would wait forever for a new node."""
         now = time.monotonic()
         if not all(slot.is_starting for slot in self._cluster.slots) or self._cluster.has_room():
             self._last_room = now
@@ -214,7 +214,7 @@ class Schedule:
             raise EngineError("no node of the cluster has room for a worker")
 
     def _ask(self) -> None:
-        """Ask workers how it goes, without waiting for their answers."""
+        """Ask workers for their progress without waiting for their answers."""
         for slot in self._cluster.slots:
             if slot.is_starting:
                 continue
@@ -224,7 +224,7 @@ class Schedule:
                     continue
                 with suppress(self._ray.exceptions.RayError):
                     snapshot = self._ray.get(slot.asked)
-                    # an answer from before the last task was finished says less than is known
+                    # an answer from before the last task finished is outdated
                     if snapshot is None or snapshot.times.residues_done >= slot.times.residues_done:
                         slot.snapshot = snapshot
             slot.asked = slot.actor.snapshot.remote()
@@ -234,7 +234,7 @@ class Schedule:
 
 
 def _new_residues(slot: Slot) -> int:
-    """Residues of the task in work that the worker has told of."""
+    """Residues of the current task that the worker has reported."""
     if slot.snapshot is None:
         return 0
     return max(0, slot.snapshot.times.residues_done - slot.times.residues_done)
@@ -245,12 +245,12 @@ def _difference(now: StageTimes, before: StageTimes) -> StageTimes:
 
 
 def is_lasting(cause: BaseException) -> bool:
-    """Whether it would happen again with any shard, or for any worker."""
+    """Whether the error would recur with any shard and on any worker."""
     return isinstance(cause, UserError) or getattr(cause, "errno", None) in LASTING_ERRORS
 
 
 def root_cause(error: BaseException) -> BaseException:
-    """What a worker raised, or that it died."""
+    """The exception that a worker raised, or one that says that it died."""
     while isinstance(cause := getattr(error, "cause", None), BaseException):
         error = cause
     if not type(error).__module__.startswith("ray."):

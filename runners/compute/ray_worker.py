@@ -1,4 +1,4 @@
-"""A worker on Ray, and what is known of one that fails."""
+"""A worker on Ray, and the errors it raises."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from esm_packed.runners.watch.metrics import Snapshot, StageTimes
 
 
 class RayWorker:
-    """A `Worker` as an actor. Two threads: one computes, the other tells how it goes.
+    """A `Worker` as an actor. Two threads: one computes, the other reports the progress.
 
-    What can fail is left to the methods: Ray hands over what they raise, but only a text of what is raised
-    while an actor is made.
+    Whatever can fail is left to the methods: Ray passes on the exceptions that they raise, but only the text
+    of those raised in the constructor.
 
     Args:
         request: how to compute.
-        model_sha256: of the checkpoint that the driver opened.
-        device: where, as this process sees its devices.
-        rank: its number in the run.
+        model_sha256: hash of the checkpoint that the driver opened.
+        device: the device, as numbered in this process.
+        rank: number of the worker in the run.
     """
 
     _opened: RunWorker
@@ -50,13 +50,13 @@ class RayWorker:
         return Worker(self._request, checkpoint, resolve_device(self._device), self._rank)
 
     def token_budget(self, measured: bool) -> int:
-        """See `Engine`: of its GPU."""
+        """See `Engine`, for its GPU."""
         model = self._worker.model
         default = default_token_budget(model.device)
         return measured_token_budget(model, default) if measured else default
 
     def open(self, output: str, plan_hash: str) -> str:
-        """Open the run of `output`, before anything is computed; where this worker runs."""
+        """Open the run of `output` before anything is computed; return where this worker runs."""
         directory = RunDirectory(Path(output))
         if not directory.plan_path.exists():
             raise UsageError(
@@ -70,15 +70,15 @@ class RayWorker:
         return f"{device_name(self._worker.model.device)} on {os.uname().nodename}, process {os.getpid()}"
 
     def compute(self, shard: int) -> StageTimes:
-        """Compute a shard and write it; what the worker has done so far."""
+        """Compute and write a shard; return what the worker has done so far."""
         self._opened.compute([shard])
         return self._opened.pipeline.times
 
     def compute_piece(self, shard: int, first: int, last: int) -> StageTimes:
-        """Compute the sequences [first, last) of a shard and write them; what the worker has done so far."""
+        """Compute and write sequences [first, last) of a shard; return what the worker has done so far."""
         self._opened.compute_piece(shard, first, last)
         return self._opened.pipeline.times
 
     def snapshot(self) -> Snapshot:
-        """Where it is."""
+        """The current state of the worker."""
         return self._opened.pipeline.snapshot()

@@ -1,4 +1,4 @@
-"""One device at work: its model, and for a run its pipeline and its log."""
+"""A worker on one device: its model, and for a run its pipeline and log."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ from esm_packed.runners.system.environment import num_cpus
 from esm_packed.version import __version__
 
 _GIVEN_AT_ONCE = 32
-"""Sequences of an earlier output in memory."""
+"""Sequences of an earlier output that are in memory at a time."""
 
 THREADS_PER_CPU = 4
 LEAST_MOST_THREADS = 64
-"""Threads that are allowed on any machine, however few CPUs it has."""
+"""Threads that are always allowed, however few CPUs the machine has."""
 
 
 class Worker:
     """A model on a device, ready to compute shards.
 
     Args:
-        request: how.
-        checkpoint: of the model.
-        device: where.
-        rank: number of the worker among those of its run, for the log.
+        request: how to compute.
+        checkpoint: checkpoint of the model.
+        device: the device to use.
+        rank: number of the worker in its run, for the log.
 
     Raises:
         UsageError: the model does not fit into the memory of the device.
@@ -72,18 +72,18 @@ class Worker:
         """Get ready to compute shards of `run`.
 
         Args:
-            run: its plan fixes what is not left to the device.
-            on_pack: told of residues as a pack of them is done.
+            run: the run; its plan fixes what does not depend on the device.
+            on_pack: called with the number of residues when a pack is done.
         """
         return RunWorker(self, run, on_pack)
 
     def load_fp32(self) -> ESM2:
-        """The model in FP32, beside the one at work."""
+        """Load the model in FP32, in addition to the one in use."""
         return load_in_fp32(self._checkpoint, self.model.device)
 
     @property
     def made_by(self) -> dict[str, str]:
-        """What of the device and the programs a shard should remember."""
+        """The device and the versions that a shard records."""
         padded = self.request.layout == "padded"
         versions = {
             "esm-packed": __version__,
@@ -106,11 +106,11 @@ class Worker:
 
 
 class RunWorker:
-    """A worker at work on a run: its pipeline and its log; see `Worker.open`.
+    """A worker with an open run, its pipeline and its log; see `Worker.open`.
 
     Attributes:
         run: the run.
-        pipeline: with what it has measured.
+        pipeline: the pipeline and its measurements.
     """
 
     def __init__(self, worker: Worker, run: Run, on_pack: Callable[[int], None]) -> None:
@@ -151,7 +151,7 @@ class RunWorker:
         self._compute(inputs(), output)
 
     def compute_piece(self, shard: int, first: int, last: int) -> None:
-        """Compute the sequences [first, last) of those that a shard computes, to a file of their own."""
+        """Compute the sequences [first, last) of those that a shard computes into a separate file."""
 
         @contextmanager
         def output(number: int) -> Iterator[ShardWriter]:
@@ -163,7 +163,7 @@ class RunWorker:
         self._compute([self.run.input_of(shard).piece(first, last)], output)
 
     def _without_given(self, shard: ShardInput) -> ShardInput:
-        """The shard without what an earlier output has."""
+        """The shard without the sequences that an earlier output has."""
         if self._earlier is None:
             return shard
         rows = self._given[shard.number] = self._earlier.find(shard.token_ids)
@@ -171,7 +171,7 @@ class RunWorker:
         return replace(shard, given=rows >= 0, compared=compared)
 
     def _write_given(self, number: int, writer: ShardWriter) -> None:
-        """Write what an earlier output has of a shard."""
+        """Write the sequences of a shard that an earlier output has."""
         if self._earlier is None:
             return
         rows = self._given.pop(number)
@@ -194,7 +194,7 @@ class RunWorker:
             self._log.error("stopped: %s: %s", type(error).__name__, error)
             raise
         finally:
-            for handler in self._log.handlers:  # opens its file again when there is more to say
+            for handler in self._log.handlers:  # reopens its file for the next message
                 handler.close()
 
     def _load_fp32(self) -> ESM2:
@@ -204,7 +204,7 @@ class RunWorker:
 
 
 def _open_log(folder: Path, rank: int, part: Slice | None) -> logging.Logger:
-    """The log of a worker, in a file that is made when there is something to say."""
+    """The log of a worker; its file is created with the first message."""
     log = logging.getLogger(f"{__name__}.{rank}")
     for handler in log.handlers[:]:
         handler.close()
@@ -221,10 +221,10 @@ def _open_log(folder: Path, rank: int, part: Slice | None) -> logging.Logger:
 
 
 def check_threads(threads: int | None) -> None:
-    """See that a machine can hold so many CPU threads: their start cannot fail without ending the process.
+    """Check that the machine can run so many CPU threads: a failure to start them ends the process.
 
     Raises:
-        UsageError: there are many times more than CPUs.
+        UsageError: there are many times more threads than CPUs.
     """
     cpus = num_cpus()
     most = max(LEAST_MOST_THREADS, THREADS_PER_CPU * cpus)
@@ -233,7 +233,7 @@ def check_threads(threads: int | None) -> None:
 
 
 def set_threads(threads: int | None) -> None:
-    """Let torch compute with `threads` CPU threads; None leaves it its choice.
+    """Let torch compute with `threads` CPU threads; None leaves the choice to torch.
 
     Raises:
         UsageError: see `check_threads`.

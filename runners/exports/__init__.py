@@ -1,1 +1,1 @@
-"""Outputs written as other programs read them, one file a format."""
+"""Exports in formats that other programs read, one module per format."""

@@ -44,7 +44,7 @@ def write(selection: Selection, path: Path, advance: Advance) -> None:
 
 
 def _fill(file: Any, selection: Selection) -> None:
-    """Make all that there is, the rows of `X` and `obs` still empty."""
+    """Create the whole structure; the rows of `X` and `obs` are still empty."""
     number = len(selection)
     _mark(file.create_dataset("X", (number, selection.width), selection.dtype), "array")
     columns = selection.reader.columns(0, 0)
@@ -78,7 +78,7 @@ def _frame(file: Any, name: str, columns: list[str]) -> Any:
 
 
 def _categorical(obs: Any, name: str, number: int, labels: Mapping[int, str]) -> None:
-    """A column of codes, which are the places of their labels."""
+    """A column of codes, which are indices into `labels`."""
     group = obs.create_group(name)
     _mark(group, "categorical")
     group.attrs["ordered"] = False

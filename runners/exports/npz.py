@@ -1,4 +1,4 @@
-"""NumPy's archives: IDs and a matrix."""
+"""NumPy archives: IDs and a matrix."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from esm_packed.runners.watch.console import Advance
 
 
 def write(selection: Selection, path: Path, advance: Advance) -> None:
-    """Write `path`, which `np.load` reads: `ids` (n,) text and `embeddings` (n, D).
+    """Write `path` for `np.load`: `ids` (n,) text and `embeddings` (n, D).
 
     Raises:
         OSError: the disk is full or fails.
@@ -37,7 +37,7 @@ def write(selection: Selection, path: Path, advance: Advance) -> None:
 def _array(
     archive: zipfile.ZipFile, name: str, dtype: npt.DTypeLike, shape: tuple[int, ...]
 ) -> Iterator[IO[Any]]:
-    """An array to be filled from its first value to its last."""
+    """An array to be filled from first value to last."""
     with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
         description = {
             "descr": np.lib.format.dtype_to_descr(np.dtype(dtype)),

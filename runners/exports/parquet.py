@@ -1,4 +1,4 @@
-"""Parquet: a row for each protein, its values as a list of fixed size."""
+"""Parquet: a row for each protein, with its values as a fixed-size list."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def write(selection: Selection, path: Path, advance: Advance) -> None:
     """Write `path`: columns `sequence_id`, those of `EmbeddingReader.columns`, and `embedding`.
 
     Values are float32, as few programs read Parquet's float16. The metadata `esm-packed` of the schema is
-    JSON that says what the values are.
+    JSON that describes the values.
 
     Raises:
         UserError: pyarrow is not installed.

@@ -1,4 +1,4 @@
-"""One file for torch: a dict of tensors by ID."""
+"""One file for torch: a dict from ID to tensor."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from esm_packed.runners.watch.console import Advance
 
 
 def write(selection: Selection, path: Path, advance: Advance) -> None:
-    """Write `path`, which `torch.load(weights_only=True)` reads: {ID: (D,) or (L, columns) tensor}.
+    """Write `path` for `torch.load(weights_only=True)`: {ID: (D,) or (L, columns) tensor}.
 
-    All tensors are views of one storage, written from a temporary file beside `path`, so that their values
-    need not fit into memory.
+    All tensors are views of one storage, written from a temporary file next to `path`, so their values need
+    not fit into memory.
 
     Raises:
         OSError: the disk is full or fails.
@@ -31,7 +31,7 @@ def write(selection: Selection, path: Path, advance: Advance) -> None:
                 scratch.write(np.ascontiguousarray(value).data)
                 advance(1)
         scratch.flush()
-        # copy-on-write, as torch has no tensors that are read-only
+        # copy-on-write, as torch has no read-only tensors
         storage = torch.from_numpy(np.memmap(scratch, selection.dtype, "c", shape=(num_values,)))
         tensors = {
             sequence_id: storage[start : start + int(np.prod(shape))].view(shape)

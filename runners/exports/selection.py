@@ -1,4 +1,4 @@
-"""What is exported of an output."""
+"""The part of an output that is exported."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _ROWS_AT_ONCE = 1 << 10
 
 
 class Block(NamedTuple):
-    """Sequences that follow one another.
+    """Consecutive sequences.
 
     Args:
-        ids: (n,) of them.
-        columns: (n,) arrays, as `EmbeddingReader.columns` gives them.
+        ids: (n,) IDs.
+        columns: (n,) arrays, as returned by `EmbeddingReader.columns`.
         values: (n, D), or an iterator of n (L, columns) or (L, L) arrays if the kind is ragged.
     """
 
@@ -35,15 +35,15 @@ class Selection:
     """The sequences that are exported, in input order, each with the values of one kind and layer.
 
     Args:
-        reader: of the output.
-        kind: mean, max, bos or a ragged kind; None stands for the first of these that there is.
-        layer: one of those of the output; None stands for the last one.
-        keep_missing: with the sequences that failed or were not computed; their values are NaN.
+        reader: reader of the output.
+        kind: mean, max, bos or a ragged kind; None for the first of these in the output.
+        layer: a layer of the output; None for the last one.
+        keep_missing: include sequences that failed or were not computed; their values are NaN.
 
     Attributes:
-        reader, kind, layer: as above, without None but for the layer of a kind that has none.
+        reader, kind, layer: as above, resolved; `layer` is None only for a kind without layers.
         num_missing: sequences that failed or were not computed.
-        dtype: of the values.
+        dtype: dtype of the values.
         width: D.
 
     Raises:
@@ -71,12 +71,12 @@ class Selection:
 
     @property
     def is_ragged(self) -> bool:
-        """Whether there is a matrix for each sequence, not a row."""
+        """Whether each sequence has a matrix, not a row."""
         return self.kind in RAGGED
 
     @property
     def provenance(self) -> dict[str, str | int]:
-        """What the values are and which model made them."""
+        """What the values are and which model computed them."""
         attributes = self.reader.attributes
         names = ("model_name", "model_sha256", "dtype", "attention_backend")
         found: dict[str, str | int] = {name: str(attributes[name]) for name in names if name in attributes}
@@ -84,12 +84,12 @@ class Selection:
         return found if self.layer is None else found | {"layer": self.layer}
 
     def ids(self) -> Iterator[str]:
-        """The IDs alone."""
+        """Only the IDs."""
         for start, is_kept in self._kept():
             yield from self._ids(start, is_kept)
 
     def blocks(self) -> Iterator[Block]:
-        """All that is exported, in memory that does not grow."""
+        """Everything to export, in blocks, with bounded memory."""
         for start, is_kept in self._kept():
             stop = start + len(is_kept)
             columns = self.reader.columns(start, stop)
@@ -103,7 +103,7 @@ class Selection:
             yield Block(self._ids(start, is_kept), kept_columns, values)
 
     def _kept(self) -> Iterator[tuple[int, npt.NDArray[np.bool_]]]:
-        """First rows of blocks, and which of each block are exported."""
+        """First row of each block, and a mask of its exported rows."""
         for start in range(0, self.reader.num_sequences, _ROWS_AT_ONCE):
             status = self.reader.column("status", start, start + _ROWS_AT_ONCE)
             yield start, ~np.isin(status, MISSING) | self._keep_missing

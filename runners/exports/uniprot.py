@@ -1,4 +1,4 @@
-"""UniProt's HDF5 files: a data set for each protein, called by its accession."""
+"""HDF5 files like UniProt's: a dataset for each protein, named by its accession."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from esm_packed.runners.system.hdf5 import NewFile
 from esm_packed.runners.watch.console import Advance
 
 ORIGINAL_ID = "original_id"
-"""Attribute of a data set that is not called by its ID."""
+"""Attribute of a dataset whose name is not its ID."""
 
 
 def write(selection: Selection, path: Path, advance: Advance) -> None:
     """Write `path`, per protein (D,) or per residue (L, columns).
 
-    Data sets are called by accession where an ID is a UniProt header, else by ID, with `/` as `%2F` and an ID
-    `.` as `%2E`; `original_id` holds an ID that is changed.
+    Datasets are named by accession where an ID is a UniProt header, else by ID, with `/` as `%2F` and an ID
+    `.` as `%2E`; `original_id` holds an ID that was changed.
 
     Raises:
-        UsageError: two IDs would be called the same.
+        UsageError: two IDs would get the same name.
         OSError: the disk is full or fails.
     """
     _check_names(selection)
@@ -42,12 +42,12 @@ def write(selection: Selection, path: Path, advance: Advance) -> None:
 
 
 def _name(sequence_id: str) -> str:
-    name = accession_of(sequence_id).replace("/", "%2F")  # a / makes groups
+    name = accession_of(sequence_id).replace("/", "%2F")  # a / would create groups
     return "%2E" if name == "." else name
 
 
 def _check_names(selection: Selection) -> None:
-    """See that no two IDs have one name, with 8 bytes for each."""
+    """Check that no two IDs have the same name, in 8 bytes of memory per ID."""
     hashes = np.fromiter((hash(_name(each)) for each in selection.ids()), np.int64, len(selection))
     hashes.sort()
     shared = set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())

@@ -1,1 +1,1 @@
-"""What is shown of a run while it works."""
+"""Progress of a run, shown while it works."""

@@ -1,4 +1,4 @@
-"""What a run says while it works: a bar on a terminal, now and then a line in a log."""
+"""Progress output of a run: a bar on a terminal, occasional lines in a log."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ LOG_INTERVAL_SECONDS = 15.0
 
 _NARROW_COLUMNS = 60
 _NARROW_BAR = "{desc}: {percentage:3.0f}%, {remaining} left{postfix}"
-"""On a terminal of fewer columns, which would cut the usual bar off in front of the time left."""
+"""With fewer columns the terminal would cut off the time left in the usual bar."""
 
 
 class Advance(Protocol):
-    """Tells a progress display how many more units are done, and a bar in a word what is going on."""
+    """Adds finished units to a progress display; `state` is a short text for a bar."""
 
     def __call__(self, amount: int, /, state: str = "") -> None: ...
 
@@ -30,7 +30,7 @@ class Console:
     """Notes and progress on stderr.
 
     Args:
-        quiet: say nothing.
+        quiet: print nothing.
     """
 
     def __init__(self, quiet: bool = False) -> None:
@@ -39,11 +39,11 @@ class Console:
 
     @property
     def has_bar(self) -> bool:
-        """Whether progress is a bar."""
+        """Whether progress is shown as a bar."""
         return self._terminal and not self._quiet
 
     def note(self, text: str) -> None:
-        """One line; with the time of day in a log."""
+        """Print one line; in a log with a timestamp."""
         if not self._quiet:
             stamp = "" if self._terminal else time.strftime("%Y-%m-%d %H:%M:%S ")
             # A log that is gone or full must not end the work.
@@ -78,7 +78,7 @@ class Console:
 
     @contextmanager
     def lines(self, count: int) -> Iterator[Callable[[Sequence[str]], None]]:
-        """`count` lines below the progress that are told anew now and then, while the block runs."""
+        """`count` lines below the progress, updated from time to time while the block runs."""
         if self._quiet:
             yield lambda texts: None
         elif self._terminal:
@@ -102,7 +102,7 @@ class Console:
 
     @contextmanager
     def byte_steps(self) -> Iterator[Callable[[str, int, int | None], None]]:
-        """Show steps that follow one another, each told as (what it is, bytes done, bytes in all)."""
+        """Show consecutive steps, each reported as (description, bytes done, total bytes)."""
         with ExitStack() as stack:
             yield _Steps(self, stack)
 
@@ -159,7 +159,7 @@ def _is_notebook() -> bool:
 
 
 def _bar(**options: Any) -> Any:
-    """A bar on the terminal, or in the notebook."""
+    """A progress bar on the terminal or in the notebook."""
     if _is_notebook():
         from tqdm.auto import tqdm as notebook_bar
 
@@ -175,7 +175,7 @@ def _columns() -> int:
 
 
 def duration(seconds: float) -> str:
-    """As 12.3 s, 4:05 min or 1:02:03 h."""
+    """Format a duration as 12.3 s, 4:05 min or 1:02:03 h."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -184,7 +184,7 @@ def duration(seconds: float) -> str:
 
 
 def byte_size(size: int) -> str:
-    """As 512 B, 1.2 kB, 3.4 GB."""
+    """Format a size as 512 B, 1.2 kB or 3.4 GB."""
     value, units = float(size), ["B", "kB", "MB", "GB", "TB"]
     while value >= 1000 and len(units) > 1:
         value /= 1000

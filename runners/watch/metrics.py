@@ -1,18 +1,18 @@
-"""What a pipeline measures of itself."""
+"""Measurements of a pipeline."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 RESULTS_AHEAD = 2
-"""Computed packs that wait to be written before computing waits for them."""
+"""Computed packs that may wait to be written before computing pauses."""
 
 STAGES = ("reading", "copying", "computing", "writing")
 
 
 @dataclass
 class StageTimes:
-    """Seconds each stage was at work, and what went through."""
+    """Seconds that each stage worked, and how much was processed."""
 
     reading: float = 0.0
     copying: float = 0.0
@@ -24,31 +24,31 @@ class StageTimes:
     sequences: int = 0
     packs: int = 0
     overlong_packs: int = 0
-    """Packs of one sequence that is longer than the budget."""
+    """Packs of a single sequence longer than the budget."""
     tokens_in_budget: int = 0
-    """Tokens of sequences in the other packs, padding not counted."""
+    """Tokens of sequences in the other packs, excluding padding."""
     token_room: int = 0
     """Tokens that the other packs have room for."""
     packs_queued: int = 0
-    """Packs that were ready when one was taken, summed over packs: near zero, the device waited for packs."""
+    """Packs ready when one was taken, summed over packs; near zero, the device waited for packs."""
     num_halved: int = 0
     reused: int = 0
     """Sequences whose rows came from an earlier output."""
     reused_residues: int = 0
 
     def add(self, other: StageTimes) -> None:
-        """Count what `other` measured, too."""
+        """Add the measurements of `other`."""
         for name, value in vars(other).items():
             setattr(self, name, getattr(self, name) + value)
 
     @property
     def residues_done(self) -> int:
-        """Computed or taken from an earlier output."""
+        """Residues computed or taken from an earlier output."""
         return self.residues + self.reused_residues
 
     @property
     def packing_efficiency(self) -> float:
-        """Tokens over (packs x budget) without overlong packs; 1 if there is no other."""
+        """Tokens over (packs x budget), excluding overlong packs; 1 if there are no others."""
         return self.tokens_in_budget / self.token_room if self.token_room else 1.0
 
     @property
@@ -58,21 +58,21 @@ class StageTimes:
 
     @property
     def bottleneck(self) -> str:
-        """The stage that was at work for the longest."""
+        """The stage that worked longest."""
         return max(STAGES, key=lambda stage: float(getattr(self, stage)))
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A pipeline at one moment.
+    """The state of a pipeline at one moment.
 
     Args:
-        times: so far.
-        shard: being computed; None between shards.
-        packs_waiting: laid out and ready.
-        results_waiting: packs that are computed and not yet written.
-        memory_bytes: allocated on the device, None where it does not say.
-        utilization: of the device in percent, None where it does not say.
+        times: measurements so far.
+        shard: the shard being computed; None between shards.
+        packs_waiting: packs that are ready to be computed.
+        results_waiting: packs that are computed but not yet written.
+        memory_bytes: bytes allocated on the device; None where it does not report them.
+        utilization: utilization of the device in percent; None where it does not report it.
     """
 
     times: StageTimes

@@ -1,4 +1,4 @@
-"""Watching a run: one display for all of its workers, and metrics for machines in a JSON-lines file."""
+"""Monitoring a run: one display for all of its workers, and metrics in a JSON Lines file."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ LOG_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class WorkerState:
-    """A worker at one moment.
+    """The state of a worker at one moment.
 
     Args:
         rank: its number in the run.
-        name: what it runs on.
-        snapshot: of its pipeline, None while it starts.
+        name: the device it runs on.
+        snapshot: state of its pipeline; None while it starts.
     """
 
     rank: int
@@ -55,13 +55,13 @@ class WorkerState:
 
 
 class Watch:
-    """Shows how far a run is, and logs metrics.
+    """Shows the progress of a run, and logs metrics.
 
     Args:
-        console: told when the log cannot be written any more.
-        advance: tells the display of residues done; a bar also which stage most workers wait for.
+        console: gets a note if the log can no longer be written.
+        advance: reports finished residues to the display, and to a bar the stage most workers wait for.
         show: shows a line for each worker; None if there is only one.
-        log: file for metrics, a JSON object in each line; None for none.
+        log: file for metrics, one JSON object per line; None for no log.
         total: residues to compute.
     """
 
@@ -84,15 +84,15 @@ class Watch:
 
     @property
     def done(self) -> int:
-        """Residues computed since it began."""
+        """Residues computed since the start."""
         return self._done
 
     def update(self, done: int, states: Callable[[], Sequence[WorkerState]]) -> None:
-        """Tell of the run at this moment.
+        """Update the display and the log.
 
         Args:
-            done: residues computed since it began.
-            states: of its workers; asked for only when they are due to be shown or logged.
+            done: residues computed since the start.
+            states: returns the states of the workers; called only when they are due to be shown or logged.
         """
         if done != self._done:
             self._advance(done - self._done)
@@ -111,7 +111,7 @@ class Watch:
     def write_log(self, states: Sequence[WorkerState], event: str) -> None:
         """Append a line of metrics to the log, if there is one.
 
-        A log that is gone or full does not end the run.
+        A failure to write it does not end the run.
         """
         if self._log is None:
             return
@@ -166,7 +166,7 @@ def _worker_metrics(state: WorkerState) -> dict[str, object]:
 
 @contextmanager
 def watching(console: Console, num_workers: int, log: Path | None, total: int) -> Iterator[Watch]:
-    """A `Watch` for as long as `total` residues are computed."""
+    """A `Watch` while `total` residues are computed."""
     with ExitStack() as stack:
         advance = stack.enter_context(console.progress("embedding", "residues", total))
         show = stack.enter_context(console.lines(num_workers)) if num_workers > 1 else None
