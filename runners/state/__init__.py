@@ -1,1 +1,1 @@
-"""The state of a run on disk: what was asked, its plan, claims and shards."""
+"""The state of a run on disk: the request, its plan, claims and shards."""

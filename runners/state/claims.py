@@ -1,4 +1,4 @@
-"""A claim: a file that says which process works on something, so that no second one does."""
+"""Claims: files that say which process is working on something, so that no other process does."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class ClaimedError(RuntimeError):
     """Another live process holds the claim.
 
     Args:
-        holder: which one, for the terminal.
-        purpose: what it claims it for; empty where that is not known.
+        holder: description of that process, for display.
+        purpose: what the claim is for; empty if unknown.
     """
 
     def __init__(self, holder: str, purpose: str = "") -> None:
@@ -35,12 +35,12 @@ class ClaimedError(RuntimeError):
 
 
 class Claim:
-    """A file that says who works on something. It is refreshed while the process lives, until released.
+    """A file that says who is working on something. It is refreshed while the process lives, until released.
 
     Args:
         path: the file.
-        purpose: what it is claimed for, for others to read.
-        scratch: folder on the same file system for temporary files; the one of `path` if None.
+        purpose: what the claim is for, shown to other processes.
+        scratch: folder on the same file system for temporary files; the folder of `path` if None.
     """
 
     def __init__(self, path: Path, purpose: str = "", scratch: Path | None = None) -> None:
@@ -52,7 +52,7 @@ class Claim:
         self._thread: threading.Thread | None = None
 
     def acquire(self) -> None:
-        """Take the claim, over from a holder that is gone if need be.
+        """Acquire the claim, taking it over if its holder is gone.
 
         Raises:
             ClaimedError: a live process holds it.
@@ -68,7 +68,7 @@ class Claim:
             "token": self._token,
             **_slurm_incarnation(),
         }
-        # Linking a complete file is atomic also on NFS, where O_EXCL alone may leave an empty one behind.
+        # Linking a complete file is atomic even on NFS, where O_EXCL alone may leave an empty one behind.
         draft = self._scratch / f"{self._token}.claim"
         try:
             draft.write_text(json.dumps(holder))
@@ -89,7 +89,7 @@ class Claim:
             draft.unlink(missing_ok=True)
 
     def is_held(self) -> bool:
-        """Whether the file still names this claim: a process that was stopped for long may have lost it."""
+        """Whether the file still names this claim; a process that was suspended for long may have lost it."""
         return holder_of(self.path).get("token") == self._token
 
     def is_anothers(self) -> bool:
@@ -97,7 +97,7 @@ class Claim:
         return bool(holder_of(self.path).get("token", self._token) != self._token)
 
     def release(self) -> None:
-        """Give the claim back; one that was never taken, or has been taken over, is left as it is."""
+        """Release the claim; do nothing if it was never acquired or has been taken over."""
         self._stopped.set()
         if self._thread is not None:
             self._thread.join()
@@ -108,7 +108,7 @@ class Claim:
         self._stopped.clear()
         thread = threading.Thread(target=self._refresh, name=f"claim {self.path.name}", daemon=True)
         thread.start()
-        self._thread = thread  # only now: one that did not start cannot be joined
+        self._thread = thread  # only now: a thread that did not start cannot be joined
 
     def _refresh(self) -> None:
         while not self._stopped.wait(HEARTBEAT_SECONDS):
@@ -116,7 +116,7 @@ class Claim:
                 os.utime(self.path)
 
     def _take_over(self, draft: Path) -> bool:
-        """Replace the claim of a holder that is gone; False if the claim has changed meanwhile."""
+        """Replace the claim of a holder that is gone; return False if the claim has changed meanwhile."""
         now = draft.stat().st_mtime  # the clock of the file system
         holder = holder_of(self.path)
         successions: list[Path] = []
@@ -125,9 +125,9 @@ class Claim:
                 raise OSError(errno.EINVAL, "is no regular file; delete it", str(self.path))
             if _may_live(self.path, holder, now):
                 raise ClaimedError(describe_holder(holder), str(holder.get("purpose", "")))
-            # Whoever links this name is the successor of that one holder, and has a successor in turn if
-            # killed before the claim is replaced. A process that saw the old claim long ago may link one of
-            # the names, too, but finds another holder then.
+            # The process that links this name is the successor of that holder. If it is killed before the
+            # claim is replaced, it has a successor in turn. A process that saw the old claim long ago may
+            # also link one of the names, but then finds another holder.
             predecessor = holder
             while True:
                 successions.append(self._succession_of(predecessor))
@@ -151,7 +151,7 @@ class Claim:
         return True
 
     def _succession_of(self, holder: dict[str, Any]) -> Path:
-        """The file that says who succeeds `holder`."""
+        """Return the path of the file that names the successor of `holder`."""
         generation = hashlib.sha256(repr(holder.get("token")).encode()).hexdigest()[:16]
         return self._scratch / f"{self.path.name}.after-{generation}"
 
@@ -164,7 +164,7 @@ class Claim:
 
 
 def holder_of(path: Path) -> dict[str, Any]:
-    """What a claim says of who holds it; empty when there is none, or it says nothing."""
+    """Return the holder recorded in a claim; empty if there is no claim or it cannot be read."""
     try:
         holder = json.loads(read_regular(path))
     except (OSError, ValueError, RecursionError):
@@ -173,10 +173,10 @@ def holder_of(path: Path) -> dict[str, Any]:
 
 
 def is_live(path: Path, now: float) -> bool:
-    """Whether there is a claim, and its holder shows signs of life.
+    """Whether there is a claim whose holder may be alive.
 
     Args:
-        path: of the claim.
+        path: path of the claim.
         now: seconds since the epoch by the clock of the file system.
     """
     try:
@@ -186,22 +186,22 @@ def is_live(path: Path, now: float) -> bool:
 
 
 def _may_live(path: Path, holder: dict[str, Any], now: float) -> bool:
-    """Whether `holder`, whose claim is `path`, shows signs of life, or none of death."""
+    """Whether `holder` may be alive: its claim `path` is not stale, and it is not known to be gone."""
     return not _is_stale(path, now) and not _is_gone(holder)
 
 
 def _is_stale(path: Path, now: float) -> bool:
-    """Whether a claim was not refreshed for long; a time far ahead says nothing, and counts as long ago."""
+    """Whether a claim has not been refreshed for long; a time far in the future also counts as stale."""
     return abs(now - path.lstat().st_mtime) >= STALE_SECONDS
 
 
 def describe_holder(holder: dict[str, Any]) -> str:
-    """As `process 17 on node3, since 2026-01-31 12:00:00`."""
+    """Describe a holder, as in `process 17 on node3, since 2026-01-31 12:00:00`."""
     return f"process {holder.get('pid', '?')} on {holder.get('host', '?')}, since {holder.get('since', '?')}"
 
 
 def _is_gone(holder: dict[str, Any]) -> bool:
-    """Whether the holder was a process of this host that does not live any more, or of this requeued job."""
+    """Whether the holder was a process of this host that has ended, or of this Slurm job before a requeue."""
     mine = _slurm_incarnation()
     if mine and mine["job"] == holder.get("job") and holder.get("restarts", 0) < mine["restarts"]:
         return True
@@ -216,7 +216,7 @@ def _is_gone(holder: dict[str, Any]) -> bool:
 
 
 def _process_table() -> dict[str, str]:
-    """What names the table that a process number is looked up in: containers share a host, or its name."""
+    """Identify the table in which PIDs are looked up; containers may share a host or its name."""
     return {
         "host": socket.gethostname(),
         "boot": _text_of("/proc/sys/kernel/random/boot_id"),
@@ -225,14 +225,14 @@ def _process_table() -> dict[str, str]:
 
 
 def _text_of(path: str) -> str:
-    """A line of /proc, or where a link there points; empty on systems without."""
+    """Return the content of a /proc file, or the target of a link; empty on systems without /proc."""
     with suppress(OSError):
         return str(Path(path).readlink()) if Path(path).is_symlink() else Path(path).read_text().strip()
     return ""
 
 
 def _slurm_incarnation() -> dict[str, Any]:
-    """The Slurm job of this process, and how often it was requeued: its earlier processes are gone."""
+    """Return the Slurm job of this process and its requeue count; processes before a requeue are gone."""
     job, restarts = os.environ.get("SLURM_JOB_ID", ""), os.environ.get("SLURM_RESTART_COUNT", "0")
     return (
         {"job": job, "restarts": int(restarts)} if job and restarts.isascii() and restarts.isdecimal() else {}
@@ -240,7 +240,7 @@ def _slurm_incarnation() -> dict[str, Any]:
 
 
 def _link(source: Path, target: Path) -> bool:
-    """Make `target` a second name of `source`, or a copy where there are no links; False if it exists."""
+    """Hard-link `source` to `target`, or copy it if links are not supported; False if `target` exists."""
     try:
         os.link(source, target)
     except FileExistsError:
@@ -248,7 +248,7 @@ def _link(source: Path, target: Path) -> bool:
     except FileNotFoundError:
         raise
     except OSError:
-        content = source.read_text()  # first: nothing may fail once the target is there
+        content = source.read_text()  # read first: nothing may fail once the target exists
         try:
             with target.open("x") as file:
                 file.write(content)
@@ -258,7 +258,7 @@ def _link(source: Path, target: Path) -> bool:
 
 
 def _process_start(pid: int) -> str:
-    """When a process of this host began, in clock ticks since boot; empty when it is gone."""
+    """Return when a process of this host started, in clock ticks since boot; empty if it is gone."""
     try:
         status = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
@@ -268,6 +268,6 @@ def _process_start(pid: int) -> str:
             return ""
         except OSError:
             pass
-        return "running"  # no /proc: a process of this number lives
+        return "running"  # no /proc: a process with this PID is alive
     fields = status.rpartition(")")[2].split()
     return "" if fields[0] == "Z" else fields[19]

@@ -1,4 +1,4 @@
-"""Records cut into shards of like cost."""
+"""Cut records into shards of similar cost."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from esm_packed.packing import SPECIAL_TOKENS, plan_packs
 MAX_SHARD_RECORDS = 65_536
 SHARD_SECONDS = 10.0
 REFERENCE_FLOPS = {"cpu": 5e10, "cuda": 2.5e14}
-"""Operations in a second that shards are cut for: of a CPU thread, and of a GPU at half of its FP16 rate."""
+"""Assumed operations per second when cutting shards: one CPU thread, and a GPU at half of its FP16 rate."""
 
 MAX_SHARDS = 20_000
 LEAST_GPU_SHARDS = 64
-"""So many shards there are on GPUs as soon as each holds this number of full packs:"""
+"""Minimum number of shards on GPUs, provided that each holds at least `LEAST_GPU_PACKS` full packs."""
 LEAST_GPU_PACKS = 3
 
 FLOPS_PER_SHARD: dict[str, float] = {}
-"""By device type, in place of all that is said here on the size of shards; for tests with small ones."""
+"""Shard size by device type, overriding all of the above; for tests with small shards."""
 
 _BLOCK_RECORDS = 1 << 16
 _MOST_REPACKINGS = 8
 
 
 def sequence_flops(lengths: npt.NDArray[np.int64], config: ESM2Config) -> npt.NDArray[np.float64]:
-    """Floating-point operations to embed sequences of `lengths` residues, attention included."""
+    """Return the floating-point operations to embed sequences of `lengths` residues, including attention."""
     tokens = lengths.astype(np.float64) + SPECIAL_TOKENS
     hidden_size = config.hidden_size
     return config.num_layers * (24.0 * hidden_size**2 * tokens + 4.0 * hidden_size * tokens**2)
@@ -37,12 +37,12 @@ def sequence_flops(lengths: npt.NDArray[np.int64], config: ESM2Config) -> npt.ND
 
 @dataclass(frozen=True)
 class ShardSize:
-    """How large shards are.
+    """The size of shards.
 
     Args:
-        flops: most that one costs, if it holds more than one record, and no less than a pack.
-        token_budget: tokens in a pack, the least that a shard holds; 0 for any size.
-        whole_packs: a shard ends where a whole number of packs is full, as a part-filled pack costs a GPU as
+        flops: maximum cost of a shard that holds more than one record; a shard holds at least one pack.
+        token_budget: tokens in a pack, the minimum size of a shard; 0 for any size.
+        whole_packs: end each shard after a whole number of full packs, as a partly filled pack costs a GPU as
             much as a full one.
     """
 
@@ -59,10 +59,10 @@ class ShardSize:
         device_type: str,
         token_budget: int,
     ) -> ShardSize:
-        """The size for a run: about ten seconds of work, but enough shards for many GPUs to share.
+        """Return the size for a run: about ten seconds of work, but enough shards for many GPUs to share.
 
         Args:
-            lengths: (num_records,) residues that are embedded.
+            lengths: (num_records,) residues to embed.
             is_computed: (num_records,) False for records whose embedding is copied from an earlier one.
             config: shape of the model.
             device_type: cpu or cuda.
@@ -74,9 +74,9 @@ class ShardSize:
         number = flops / (SHARD_SECONDS * REFERENCE_FLOPS[device_type])
         if device_type == "cuda":
             number = max(number, min(LEAST_GPU_SHARDS, tokens // (LEAST_GPU_PACKS * token_budget)))
-        # rounding down to whole packs makes up to twice as many
+        # rounding down to whole packs can double the number of shards
         number = max(1.0, min(number, 0.475 * MAX_SHARDS))
-        # what costs more than a shard is one, and the others share the rest
+        # a sequence that costs more than a shard is a shard of its own; the others share the rest
         most, _, num_larger = _work(lengths, is_computed, config, flops / number)
         if num_larger:
             flops, number = most, max(1.0, number - num_larger)
@@ -86,7 +86,7 @@ class ShardSize:
 def _work(
     lengths: npt.NDArray[np.int32], is_computed: npt.NDArray[np.bool_], config: ESM2Config, most_flops: float
 ) -> tuple[float, int, int]:
-    """Operations and tokens of all sequences that cost `most_flops` or less, and how many cost more."""
+    """Return operations and tokens of sequences that cost at most `most_flops`, and how many cost more."""
     flops, tokens, num_larger = 0.0, 0, 0
     for first in range(0, len(lengths), _BLOCK_RECORDS):
         block = slice(first, first + _BLOCK_RECORDS)
@@ -105,16 +105,16 @@ def cut_shards(
     config: ESM2Config,
     size: ShardSize,
 ) -> tuple[int, ...]:
-    """Cut the records into contiguous shards that cost alike.
+    """Cut the records into contiguous shards of similar cost.
 
     Args:
-        lengths: (num_records,) residues that are embedded.
+        lengths: (num_records,) residues to embed.
         is_computed: (num_records,) False for records whose embedding is copied from an earlier one.
         config: shape of the model.
-        size: of the shards. What is left at the end and fills no pack goes to the last one.
+        size: size of the shards. A remainder that does not fill a pack is added to the last shard.
 
     Returns:
-        First record of each shard, then the number of records.
+        The first record of each shard, followed by the number of records.
     """
     num_records = len(lengths)
     starts = [0]
@@ -145,11 +145,11 @@ def cut_shards(
 
 
 def _count_in_whole_packs(tokens: npt.NDArray[np.int64], count: int, token_budget: int) -> int:
-    """Records of the longest prefix that fills as many packs as `count` records do, at least one.
+    """Return how many records the longest prefix has that fills as many packs as `count` records, at least 1.
 
     Args:
-        tokens: (n,) tokens of each record, 0 for one that is not computed.
-        count: of records, 1 <= count <= n.
+        tokens: (n,) tokens of each record, 0 if it is not computed.
+        count: number of records, 1 <= count <= n.
         token_budget: tokens in a pack.
     """
     tokens = np.minimum(tokens, token_budget)  # a longer sequence is a pack of its own

@@ -1,21 +1,22 @@
-"""The directory a run is worked on in, and who may do what in it.
+"""The working directory of a run, and which process may do what in it.
 
 OUT.h5.run/
-    ESM-PACKED-RUN          the marker: this folder is ours, and so is all that it holds
+    ESM-PACKED-RUN          the marker: this folder and all its content belong to esm-packed
     claim                   held by the one process that plans, admits, merges or cleans up
-    plan.json               what the run is (see `plan`)
-    queries.npz             of a scoring run, what is computed (see `queries`)
-    index/                  the records of the inputs (see `index`); index.new/ until known to be the plan's
-    shards/00007.shard      finished work, each file whole or not there
+    plan.json               the definition of the run (see `plan`)
+    queries.npz             what a scoring run computes (see `queries`)
+    index/                  the records of the inputs (see `index`); index.new/ until found to match the plan
+    shards/00007.shard      finished work; each file is either complete or absent
     slices/3-of-8.claim     held by a process that computes one slice of the shards
     logs/                   a log of each worker
-    tmp/                    files that are being written; what killed processes left is swept
+    tmp/                    unfinished files; leftovers of killed processes are removed
 
-A process that computes all shards holds the claim from beginning to end. One with a slice holds it while it
-joins and while it leaves, so that nobody joins a run that is being replaced, merged or removed.
+A process that computes all shards holds the claim from start to end. A process with a slice holds it while
+joining and while leaving, so that no process joins a run that is being replaced, merged or removed.
 
-The directory is made as `.OUT.h5.run.new`, gets its marker and then its name, and is removed as
-`.OUT.h5.run.old`: no kill leaves it without its marker. Nothing is touched in a directory without one.
+The directory is created as `.OUT.h5.run.new`, gets its marker and then its final name, and is renamed to
+`.OUT.h5.run.old` for removal, so a killed process never leaves it without its marker. Nothing is changed in a
+directory without a marker.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ _LONGEST_AFFIX = len("..run.new")
 
 
 class RunDirectory:
-    """`OUT.h5.run`, beside the output it becomes."""
+    """`OUT.h5.run`, next to the output file that is created from it."""
 
     def __init__(self, output: Path) -> None:
         self.output = output
@@ -62,10 +63,10 @@ class RunDirectory:
         self._being_removed = output.with_name(f".{self.path.name}.old")
 
     def check_name(self) -> None:
-        """See that the name of the output leaves room for those of the directory.
+        """Check that the output's name is short enough for the directory's names, which are longer.
 
         Raises:
-            UsageError: it does not.
+            UsageError: the name is too long.
         """
         try:
             longest = os.pathconf(self.output.parent, "PC_NAME_MAX") - _LONGEST_AFFIX
@@ -79,11 +80,11 @@ class RunDirectory:
 
     @staticmethod
     def holds(path: Path) -> bool:
-        """Whether a path lies in some run directory."""
+        """Whether a path lies directly in a run directory."""
         return _is_made_by_us(path.parent)
 
     def exists(self) -> bool:
-        """Whether there is such a directory.
+        """Whether the directory exists.
 
         Raises:
             UsageError: something else has its name.
@@ -94,11 +95,11 @@ class RunDirectory:
         return True
 
     def make(self) -> None:
-        """Make the directory and the folders in it, as far as they are missing.
+        """Create the directory and its subfolders if missing.
 
         Raises:
-            UsageError: something that is not ours has its name, or is in it.
-            FileNotFoundError: another process has removed it meanwhile.
+            UsageError: something not created by esm-packed has its name, or is in it.
+            FileNotFoundError: another process removed it in the meantime.
             OSError: the folder of the output cannot be written to.
         """
         old = self._being_removed
@@ -110,7 +111,7 @@ class RunDirectory:
             self._mark(self._being_made)
             try:
                 self._being_made.rename(self.path)
-            except FileNotFoundError:  # another process has given it its name
+            except FileNotFoundError:  # another process has renamed it
                 continue
             except OSError as error:
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
@@ -120,9 +121,9 @@ class RunDirectory:
                 (self.path / name).mkdir(exist_ok=True)
 
     def sweep(self) -> None:
-        """Remove what killed processes left half-written. Call it with the claim held.
+        """Remove unfinished files of killed processes. The claim must be held.
 
-        While slices are being computed nothing is removed from the directory.
+        While slices are being computed, nothing is removed from the directory.
         """
         _discard(self._being_removed)
         if self.live_slices():
@@ -136,25 +137,25 @@ class RunDirectory:
                     entry.unlink(missing_ok=True)
 
     def shard_path(self, shard: int) -> Path:
-        """Where a finished shard lies."""
+        """Return the path of a finished shard."""
         return self.path / "shards" / f"{shard:05}.shard"
 
     def finished(self, num_shards: int) -> list[int]:
-        """Shards whose files are there; what they hold is checked when they are read."""
+        """Return the shards whose files exist; their content is checked when they are read."""
         names = {entry.name for entry in os.scandir(self.path / "shards")}
         return [shard for shard in range(num_shards) if self.shard_path(shard).name in names]
 
     def claim(self, purpose: str = WHOLE_RUN) -> Claim:
-        """The claim on the whole run."""
+        """Return the claim on the whole run."""
         return Claim(self.path / "claim", purpose, self.scratch_path)
 
     def slice_claim(self, part: Slice) -> Claim:
-        """The claim of the process that computes `part`."""
+        """Return the claim of the process that computes `part`."""
         path = self._slices / f"{part.index}-of-{part.count}.claim"
         return Claim(path, f"slice {part}", self.scratch_path)
 
     def live_slices(self) -> dict[Slice, Path]:
-        """Slices that are being computed, and their claims."""
+        """Return the slices that are being computed, and the paths of their claims."""
         if not self._slices.is_dir():
             return {}
         now = self._clock()
@@ -167,7 +168,7 @@ class RunDirectory:
         return live
 
     def _clock(self) -> float:
-        """The time by the clock of the file system, or by our own where nothing can be written."""
+        """Return the time by the clock of the file system, or the local clock if nothing can be written."""
         probe = self.scratch_path / secrets.token_hex(8)
         try:
             probe.touch()
@@ -179,46 +180,46 @@ class RunDirectory:
                 probe.unlink()
 
     def adopt_index(self) -> None:
-        """Put the new index in the place of the old one. Only for an index that this process has made."""
+        """Replace the old index by the new one. Only for an index built by this process."""
         shutil.rmtree(self.index_path)
         self.new_index_path.rename(self.index_path)
 
     def forget_shards(self) -> int:
-        """Remove all shards, which belong to no plan, or to one that is given up; how many there were."""
+        """Remove all shards, which belong to no plan or an abandoned one; return how many there were."""
         entries = list((self.path / "shards").iterdir())
         for entry in entries:
             entry.unlink(missing_ok=True)
         return len(entries)
 
     def remove(self) -> None:
-        """Delete the directory with all it holds, if it is there. Call it with the claim held."""
+        """Delete the directory and its content, if it exists. The claim must be held."""
         if not self.exists():
             return
         self._put_draft_aside()
-        for entry in os.scandir(self.path):  # what takes long first, while the directory has its name
+        for entry in os.scandir(self.path):  # slow deletions first, while the directory has its name
             if entry.is_dir(follow_symlinks=False):
                 shutil.rmtree(entry, ignore_errors=True)
         _discard(self._being_removed)
         try:
             self.path.rename(self._being_removed)
-        except OSError:  # what is left under that name cannot be deleted now; this one goes with the next run
+        except OSError:  # the old directory cannot be deleted now; the next run removes this one
             return
         _discard(self._being_removed)
 
     def _put_draft_aside(self) -> None:
-        """Take the draft of a process that lost the race to make the directory, or was killed, into it."""
+        """Move the draft of a process that was killed, or lost the race to create the directory, into it."""
         if _is_made_by_us(self._being_made):
             with suppress(OSError):
                 self._being_made.rename(self.scratch_path / secrets.token_hex(8))
 
     def _mark(self, draft: Path) -> None:
-        """Make `draft` a folder that holds nothing but the marker."""
+        """Make `draft` a folder that contains only the marker."""
         with suppress(FileExistsError):
             draft.mkdir()
         status = draft.lstat()
         if not stat.S_ISDIR(status.st_mode) or {entry.name for entry in draft.iterdir()} - {MARKER}:
             raise UsageError(f"{draft}: in the way of the run directory, and not made by esm-packed; move it")
-        # all processes write the same bytes, so that it does not matter who is first
+        # all processes write the same bytes, so it does not matter which one is first
         flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
         with os.fdopen(os.open(draft / MARKER, flags, 0o666), "wb") as file:
             file.write(_MARKER_TEXT)
@@ -228,10 +229,10 @@ class RunDirectory:
             sync(draft)
 
     def _prove(self) -> None:
-        """See that the directory is ours, and that nothing in it leads elsewhere.
+        """Check that esm-packed created the directory, and that nothing in it links elsewhere.
 
         Raises:
-            UsageError: it is not.
+            UsageError: a check fails.
         """
         path = self.path
         status = path.lstat()
@@ -261,7 +262,7 @@ class RunDirectory:
 
 
 def _check_kind(entry: os.DirEntry[str], is_folder: bool) -> None:
-    """See that a directory entry is a folder, or a regular file, and no link."""
+    """Check that a directory entry is a folder, or a regular file, and not a link."""
     is_right = (entry.is_dir if is_folder else entry.is_file)(follow_symlinks=False)
     if not is_right and os.path.lexists(entry.path):
         kind = "folder" if is_folder else "regular file"
@@ -273,20 +274,20 @@ def _is_number(text: str) -> bool:
 
 
 def _is_foreign(path: Path) -> bool:
-    """Whether there is something of this name that others may have made."""
+    """Whether something of this name exists that others may have created."""
     try:
         status = path.lstat()
         if stat.S_ISDIR(status.st_mode) and (_is_made_by_us(path) or not any(path.iterdir())):
             return False
-        return path.lstat().st_ino == status.st_ino  # and not a folder that has just come and gone
+        return path.lstat().st_ino == status.st_ino  # and not a folder that has just been replaced
     except FileNotFoundError:
         return False
 
 
 def _discard(path: Path) -> None:
-    """Delete a folder, if it is ours, its marker last, so that it stays ours until it is gone.
+    """Delete a folder if it has the marker, which is deleted last so that an interrupted deletion can resume.
 
-    Network file systems keep files that a process has open; then the folder stays, and is deleted later.
+    Network file systems keep files that a process has open; the folder then stays and is deleted later.
     """
     with suppress(OSError):
         if _is_made_by_us(path):
@@ -301,7 +302,7 @@ def _discard(path: Path) -> None:
 
 
 def _is_made_by_us(path: Path) -> bool:
-    """Whether this is a folder, no link to one, that has the marker."""
+    """Whether this is a folder, not a link to one, that contains the marker."""
     try:
         return stat.S_ISDIR(path.lstat().st_mode) and read_regular(path / MARKER) == _MARKER_TEXT
     except OSError:

@@ -1,8 +1,8 @@
-"""The folder of the parts of an output, beside it.
+"""The folder with the parts of an output, next to the output file.
 
 OUT.h5.parts/
-    ESM-PACKED-PARTS        the marker: this folder is ours
-    1a2b3c4d/00007.h5       the parts of one run; those of the run that OUT.h5 is of are read through it
+    ESM-PACKED-PARTS        the marker: this folder belongs to esm-packed
+    1a2b3c4d/00007.h5       the parts of one run; OUT.h5 refers to those of its own run
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ _PART = re.compile(r"[0-9]{5}\.h5")
 
 
 class PartsFolder:
-    """Parts of one run.
+    """The parts of one run.
 
     Args:
         output: the file they belong to.
-        run: name of the folder of the run.
+        run: name of the run's folder.
     """
 
     def __init__(self, output: Path, run: str) -> None:
@@ -35,13 +35,13 @@ class PartsFolder:
         self._root = _root_of(output)
         self.path = self._root / run
         self.attribute = f"{self._root.name}/{run}"
-        """Where the parts are, relative to the output."""
+        """Path of the parts, relative to the output."""
 
     def check(self) -> None:
-        """See that the folder is there or can be made.
+        """Check that the folder exists or can be created.
 
         Raises:
-            UsageError: something that is not ours has its name, or HDF5 cannot keep that name.
+            UsageError: something not created by esm-packed has its name, or HDF5 cannot store that name.
         """
         try:
             self.attribute.encode()
@@ -59,14 +59,14 @@ class PartsFolder:
             raise UsageError(f"{self.path}: not made by esm-packed; move it away")
 
     def make(self, scratch: Path) -> None:
-        """Make the folder if it is not there.
+        """Create the folder if it does not exist.
 
         Args:
             scratch: a folder on the same file system for unfinished files.
 
         Raises:
-            UsageError: as `check` does.
-            OSError: it cannot be made.
+            UsageError: as in `check`.
+            OSError: the folder cannot be created.
         """
         self.check()
         self._root.mkdir(exist_ok=True)
@@ -77,7 +77,7 @@ class PartsFolder:
 
 
 def remove_unused_parts(output: Path, used: str | None) -> None:
-    """Remove the parts of other runs than the one an output is of.
+    """Remove the parts that belong to runs other than that of the output.
 
     Args:
         output: the file.
@@ -85,7 +85,7 @@ def remove_unused_parts(output: Path, used: str | None) -> None:
     """
     root = _root_of(output)
     if not _is_ours(root):
-        with suppress(OSError):  # an empty one is what a killed process has left
+        with suppress(OSError):  # a killed process may have left an empty one
             root.rmdir()
         return
     for folder in root.iterdir():
@@ -94,7 +94,7 @@ def remove_unused_parts(output: Path, used: str | None) -> None:
             for file in folder.iterdir():
                 if _PART.fullmatch(file.name):
                     file.unlink(missing_ok=True)
-            with suppress(OSError):  # something else is in it
+            with suppress(OSError):  # it contains something else
                 folder.rmdir()
     if all(entry.name == MARKER for entry in root.iterdir()):
         (root / MARKER).unlink(missing_ok=True)
@@ -114,7 +114,7 @@ def _is_ours(root: Path) -> bool:
 
 
 def _is_foreign(folder: Path) -> bool:
-    """Whether there is something that is no folder."""
+    """Whether the path exists but is not a folder."""
     return folder.is_symlink() or (folder.exists() and not folder.is_dir())
 
 

@@ -1,4 +1,4 @@
-"""How a run is cut up: shards of like cost, and which records are computed at all."""
+"""The plan of a run: its shards of similar cost, and which records are computed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PLAN_FORMAT = 2
 
 
 def plan_hash(identity: Mapping[str, Any]) -> str:
-    """SHA-256 (hex) of what defines a run, independent of the order of keys."""
+    """Return the SHA-256 (hex) of what defines a run, independent of key order."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
@@ -28,16 +28,16 @@ class PlanError(UserError, ValueError):
 
 @dataclass(frozen=True)
 class Plan:
-    """A run, fixed before anything is computed and the same for every process that works on it.
+    """The definition of a run, fixed before anything is computed and shared by all its processes.
 
     Args:
-        identity: what makes two runs the same one.
-        input_names: the inputs as the user named them.
-        starts: first record of each shard, and the number of records at the end; of a scoring run, queries.
-        model_name: for people; `model_sha256` in the identity says which model it is.
+        identity: what defines the run; two runs with equal identities are the same.
+        input_names: the inputs as named by the user.
+        starts: first record of each shard, followed by the number of records; queries for a scoring run.
+        model_name: for display; `model_sha256` in the identity identifies the model.
         hidden_size: columns of the embeddings.
-        command: the one that began the run, for people.
-        nonce: tells this run from others of the same identity, by the parts of its output.
+        command: the command that started the run, for display.
+        nonce: distinguishes the output parts of this run from those of others with the same identity.
     """
 
     identity: Mapping[str, Any]
@@ -55,23 +55,23 @@ class Plan:
 
     @property
     def outputs(self) -> list[str]:
-        """Names of the outputs that are kept."""
+        """Names of the outputs kept."""
         return output_names(self.identity["kinds"], self.layers)
 
     @property
     def is_scoring(self) -> bool:
-        """Whether variants are scored, in place of proteins embedded."""
+        """Whether the run scores variants instead of embedding proteins."""
         return "scoring" in self.identity
 
     @property
     def scoring(self) -> Mapping[str, Any]:
-        """How variants are scored: the fields of `request.Scoring` that make another run."""
+        """How variants are scored: the fields of `request.Scoring` that are part of the identity."""
         scoring: Mapping[str, Any] = self.identity["scoring"]
         return scoring
 
     @property
     def windows(self) -> Windows | None:
-        """How long proteins are cut into windows; None for not at all."""
+        """How long proteins are cut into windows; None if they are not."""
         windows = self.identity["windows"]
         return Windows(*windows) if windows else None
 
@@ -82,7 +82,7 @@ class Plan:
 
     @property
     def max_length(self) -> int:
-        """Residues kept of a sequence; 0 keeps all."""
+        """Number of residues kept of a sequence; 0 keeps all."""
         return int(self.identity["max_length"])
 
     @property
@@ -92,15 +92,15 @@ class Plan:
 
     @property
     def num_shards(self) -> int:
-        """Shards of the run."""
+        """Number of shards of the run."""
         return len(self.starts) - 1
 
     def records(self, shard: int) -> tuple[int, int]:
-        """Records [start, stop) of a shard; of a scoring run, queries."""
+        """Return the records [start, stop) of a shard; queries for a scoring run."""
         return self.starts[shard], self.starts[shard + 1]
 
     def write(self, path: Path, scratch: Path) -> None:
-        """Write the plan so that it is there whole or not at all; `scratch` holds it meanwhile."""
+        """Write the plan atomically, via the folder `scratch`."""
         content = {
             "format": PLAN_FORMAT,
             "identity": self.identity,
@@ -120,8 +120,8 @@ class Plan:
         """Read a plan.
 
         Raises:
-            PlanError: the file is no plan, or a newer program's.
-            OSError: it is not there or cannot be read.
+            PlanError: the file is not a plan, or was written by another version.
+            OSError: the file is missing or cannot be read.
         """
         try:
             content = json.loads(read_regular(path))
@@ -146,10 +146,10 @@ class Plan:
         raise PlanError(f"{path}: made by another version of esm-packed; use --overwrite to start over")
 
     def check_same(self, identity: Mapping[str, Any], where: Path) -> None:
-        """See that a run of `identity` may continue this one.
+        """Check that a run with `identity` may continue this one.
 
         Raises:
-            PlanError: names what differs, with both values.
+            PlanError: the identities differ; names the differences with both values.
         """
         if differing := differences(self.identity, identity):
             raise PlanError(
@@ -159,7 +159,7 @@ class Plan:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """What differs between the identities of two runs, with both values; empty if nothing does."""
+    """Describe how the identities of two runs differ, with both values; empty if they are equal."""
     before, now = _flat(before), _flat(now)
     return "; ".join(
         f"{name} was {_shown(name, before.get(name))}, now {_shown(name, now.get(name))}"
@@ -169,7 +169,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 
 def _flat(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """An identity whose ways of scoring stand beside everything else."""
+    """Return an identity with the entries of `scoring` moved to the top level."""
     rest = {name: value for name, value in identity.items() if name != "scoring"}
     return {**rest, **identity.get("scoring", {})}
 

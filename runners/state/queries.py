@@ -1,4 +1,4 @@
-"""What a scoring run computes: copies of proteins, and the sites that are read of each."""
+"""What a scoring run computes: copies of proteins, and the sites read from each."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _ARRAYS = ("records", "starts", "stops", "ends", "sites")
 
 
 class QueriesError(UserError, ValueError):
-    """The queries of a run are missing, damaged, or another run's."""
+    """The queries of a run are missing, damaged, or from another run."""
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,10 @@ class Queries:
     """Queries of many proteins, ordered by protein; see `scoring.plan_queries`.
 
     Args:
-        records: (num_queries,) int32 protein of each.
+        records: (num_queries,) int32 protein of each query.
         starts, stops: (num_queries,) int32 residues [start, stop) of each copy.
         ends: (num_queries + 1,) int64; the sites of query i are `sites[ends[i] : ends[i + 1]]`.
-        sites: (num_sites,) int32, counted in the protein from 0.
+        sites: (num_sites,) int32, 0-based positions in the protein.
         are_masked: whether sites are masked.
     """
 
@@ -45,7 +45,7 @@ class Queries:
 
     @property
     def lengths(self) -> npt.NDArray[np.int32]:
-        """(num_queries,) residues of each copy."""
+        """(num_queries,) number of residues of each copy."""
         return self.stops - self.starts
 
     def __getitem__(self, query: int) -> Query:
@@ -58,7 +58,7 @@ class Queries:
         """Collect the queries of proteins.
 
         Args:
-            plans: records, ascending, and the queries of each.
+            plans: (record, its queries) pairs, in ascending order of records.
             are_masked: whether their sites are masked.
         """
         found: dict[str, list[npt.NDArray[np.int32]]] = {name: [] for name in (*_ARRAYS, "counts")}
@@ -76,10 +76,10 @@ class Queries:
         return cls(records, starts, stops, ends, sites, are_masked)
 
     def write(self, path: Path, scratch: Path, plan: str) -> None:
-        """Write the file whole or not at all; `scratch` holds it meanwhile, `plan` is the hash of the run's.
+        """Write the file atomically, via the folder `scratch`; `plan` is the hash of the run's plan.
 
         Raises:
-            OSError: the disk is full or fails.
+            OSError: the disk is full or has failed.
         """
         with whole_or_nothing(path, scratch) as temporary, temporary.open("wb") as file:
             arrays = {name: getattr(self, name) for name in _ARRAYS}
@@ -87,10 +87,10 @@ class Queries:
 
     @classmethod
     def read(cls, path: Path, plan: str) -> Queries:
-        """Read what `write` wrote; each array has a CRC-32, which is verified.
+        """Read a file written by `write`, verifying the CRC-32 of each array.
 
         Raises:
-            QueriesError: it is not there or damaged, or of another plan.
+            QueriesError: the file is missing, damaged, or from another plan.
         """
         try:
             with open_regular(path) as file, np.load(file) as found:

@@ -1,4 +1,4 @@
-"""What `esm-packed embed` is asked to do, and how that is read before any work begins."""
+"""The request passed to `esm-packed embed`, validated before any work begins."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ class Scoring:
     """How `esm-packed score` scores variants.
 
     Args:
-        table: what the output has rows for: `scan` for every substitution, `mutants` for the mutants of
-            `mutations`, `proteins` for the pseudo-log-likelihood of each protein.
+        table: what the rows of the output stand for: `scan` for every substitution, `mutants` for the mutants
+            in `mutations`, `proteins` for the pseudo-log-likelihood of each protein.
         method: one of `config.SCORING_METHODS`.
         joint: mask all sites of a mutant together.
-        window: residues of a copy of a longer protein.
+        window: number of residues in a copy of a longer protein.
         mutations: the table of mutants.
         offset: number of the first residue of each protein.
-        skip_bad: leave out mutants that do not fit their protein.
-        heat_map: a picture of the scan of one protein, made of the table; None for none.
+        skip_bad: leave out mutants that do not match their protein.
+        heat_map: path of a heat map of the scan of one protein, drawn from the table; None for none.
 
     Raises:
-        ValueError: an argument has a value that cannot be.
+        ValueError: an argument is invalid.
     """
 
     table: str = "scan"
@@ -60,7 +60,7 @@ class Scoring:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What of it makes another run; `mutations` is known by its content."""
+        """The fields that are part of a run's identity; `mutations` is identified by its content."""
         return {name: value for name, value in asdict(self).items() if name not in ("mutations", "heat_map")}
 
     def __post_init__(self) -> None:
@@ -80,44 +80,44 @@ class Scoring:
 
 @dataclass(frozen=True)
 class EmbedRequest:
-    """What `esm-packed embed` is asked to do.
+    """The options of `esm-packed embed`.
 
     Args:
         inputs: FASTA files, `-` for standard input.
-        output: the HDF5 file to make.
-        model: as `ESM2.from_pretrained` takes it.
+        output: the HDF5 file to create.
+        model: as in `ESM2.from_pretrained`.
         device: auto, cpu, cuda or cuda:INDEX.
-        devices: numbers of the GPUs to use, an empty tuple for all; None for `device` alone.
+        devices: indices of the GPUs to use, an empty tuple for all; None to use only `device`.
         engine: auto, in-process or ray.
-        ray_address: of a Ray cluster, None for one of this machine alone.
-        workers: how many Ray actors; None for one on each GPU, or one on a machine without.
+        ray_address: address of a Ray cluster; None to start one on this machine only.
+        workers: number of Ray actors; None for one per GPU, or one on a machine without GPUs.
         part: the slice of the shards to compute; None for all.
         dtype: precision mode, or None for the device's default.
-        disable_fp16: compute in FP32 where a half type would be used.
+        disable_fp16: compute in FP32 where a half-precision type would be used.
         attention: attention backend, or auto.
         layout: one of `layouts.LAYOUTS`.
         cuda_graphs: replay forward passes as CUDA graphs; for the layout `fixed` on a GPU.
-        kinds: of output to keep, of `outputs.KINDS`.
+        kinds: kinds of output to keep, from `outputs.KINDS`.
         layers: layers to keep, negative ones counted from the last; the mean of the last one listed is
             `embeddings`.
-        max_length: residues kept of each sequence; 0 keeps all.
-        windows: how longer sequences are cut into windows, in place of `max_length`; None for not at all.
-        token_budget: tokens in a pack, BOS and EOS included; None to measure or take the device's default.
+        max_length: number of residues kept of each sequence; 0 keeps all.
+        windows: how to cut longer sequences into windows, instead of `max_length`; None for no windows.
+        token_budget: tokens in a pack, including BOS and EOS; None to measure it or use the device's default.
         read: the rules for the input.
         threads: CPU threads of a worker, or None for torch's choice.
-        store_dtype: fp32 or fp16, of the stored embeddings.
-        fp32_compare: sequences that are computed in FP32, too, to report how far off the others are.
-        log_json: file that gets a line of metrics every few seconds.
-        compression: of the output, none or gzip.
-        parts: leave rows of residues in files beside the output; None for large outputs alone.
-        reuse: an earlier output, whose rows of the same residues are taken; None for none.
-        scoring: score variants, in place of embedding proteins; None for embedding.
+        store_dtype: dtype of the stored embeddings, fp32 or fp16.
+        fp32_compare: number of sequences to compute in FP32 as well, to report the error of the others.
+        log_json: file to which a line of metrics is written every few seconds.
+        compression: compression of the output, none or gzip.
+        parts: leave rows of residues in separate files next to the output; None to do so for large outputs.
+        reuse: an earlier output, from which rows for the same residues are reused; None for none.
+        scoring: how to score variants instead of embedding proteins; None to embed.
         overwrite: replace an output, or a run directory, of another run.
-        keep_run: leave the run directory when the output is made.
-        command: the command line, to be kept in the output; empty for none.
+        keep_run: keep the run directory after the output has been created.
+        command: the command line to store in the output; empty for none.
 
     Raises:
-        ValueError: an argument has a value that cannot be.
+        ValueError: an argument is invalid.
     """
 
     inputs: tuple[str, ...]
@@ -171,10 +171,10 @@ class EmbedRequest:
             raise ValueError("token_budget, workers and threads must be at least 1")
 
     def precision(self, device: torch.device) -> Precision:
-        """The precision mode on `device`.
+        """Return the precision mode on `device`.
 
         Raises:
-            UsageError: there is no such mode on that device.
+            UsageError: the device does not support the mode.
         """
         try:
             precision = resolve_precision(self.dtype, device)
@@ -185,7 +185,7 @@ class EmbedRequest:
         return precision
 
     def resolved_layers(self, config: ESM2Config) -> list[int]:
-        """The layers counted from 0, each once; the last one is `embeddings`.
+        """Return the layers as non-negative numbers, without repetitions; the last one is `embeddings`.
 
         Raises:
             UsageError: the model has no such layer.
@@ -194,5 +194,5 @@ class EmbedRequest:
             layers = [config.resolve_layer(layer) for layer in self.layers]
         except ValueError as error:
             raise UsageError(f"--layers: {error}") from error
-        # of a layer listed twice the last mention counts: it says which one `embeddings` is
+        # keep the last mention of a repeated layer, as the last layer listed is `embeddings`
         return list(dict.fromkeys(reversed(layers)))[::-1]

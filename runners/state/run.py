@@ -1,4 +1,4 @@
-"""A run and its shards: what each holds, which are finished, and their computation."""
+"""A run and its shards: what they hold, which are finished, and what computing them needs."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ from esm_packed.runners.state.shard import (
 from esm_packed.runners.system.terminal import counted
 
 IDENTIFYING_RULES = ("invalid", "duplicates", "gaps", "full_header")
-"""What of the rules for the input makes another run."""
+"""The input rules that are part of a run's identity."""
 
 SCORED = Array(LOG_PROBABILITIES, "float32", 20, "site")
-"""What a scoring run keeps."""
+"""The output of a scoring run."""
 
 _BLOCK_RECORDS = 1 << 16
 
 
 def input_identity(index: FastaIndex) -> dict[str, Any]:
-    """What of the inputs, and of the rules for them, tells two runs apart."""
+    """Return the part of a run's identity that comes from the inputs and the rules for them."""
     return {
         "inputs": [{"size": file.size, "sha256": file.sha256} for file in index.inputs],
         **{name: getattr(index.options, name) for name in IDENTIFYING_RULES},
@@ -52,7 +52,7 @@ def input_identity(index: FastaIndex) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Run:
-    """A run under way: where it is worked on, what is to be done, and the records of its inputs."""
+    """A run: its directory, its plan, and the index of its inputs."""
 
     directory: RunDirectory
     plan: Plan
@@ -60,13 +60,13 @@ class Run:
 
     @staticmethod
     def open(directory: RunDirectory) -> Run:
-        """The run that a directory holds.
+        """Open the run in a directory.
 
         Raises:
-            PlanError: its plan cannot be read, or the index is not that of the plan.
+            PlanError: its plan cannot be read, or the index does not match the plan.
             QueriesError: it is a scoring run whose queries cannot be read.
             InputError: its index cannot be read, or an input has changed.
-            OSError: there is none.
+            OSError: there is no run.
         """
         plan = Plan.read(directory.plan_path)
         kind = ScoringRun if plan.is_scoring else Run
@@ -81,20 +81,20 @@ class Run:
 
     @property
     def num_items(self) -> int:
-        """Items of all shards, copied records included."""
+        """Number of items of all shards, including copied records."""
         return self.index.num_records
 
     def describe(self) -> str:
-        """What it does, for people."""
+        """Describe the run, for display."""
         residues = counted(self.index.total_residues, "residue")
         return f"embedding {counted(self.index.num_records, 'sequence')}, {residues}"
 
     def counted_items(self, number: int) -> str:
-        """So many of what it computes, for people."""
+        """Format a number of items, for display."""
         return counted(number, "sequence")
 
     def is_computed(self, start: int, stop: int) -> npt.NDArray[np.bool_]:
-        """Which of the records [start, stop) are computed; the others are copies of an earlier record."""
+        """Return a mask of the records [start, stop) to compute; the others copy an earlier record."""
         computed = np.empty(stop - start, np.bool_)
         for first in range(start, stop, _BLOCK_RECORDS):
             last = min(first + _BLOCK_RECORDS, stop)
@@ -104,33 +104,33 @@ class Run:
         return computed
 
     def computed(self, shard: int) -> npt.NDArray[np.int64]:
-        """Numbers of the records of a shard that are computed."""
+        """Return the numbers of the records of a shard that are computed."""
         start, stop = self.plan.records(shard)
         return start + np.flatnonzero(self.is_computed(start, stop))
 
     def embedded_lengths(self, start: int, stop: int) -> npt.NDArray[np.int32]:
-        """Residues of the records [start, stop) that are embedded."""
+        """Return the number of residues to embed of each record in [start, stop)."""
         lengths = np.array(self.index.lengths[start:stop])
         return np.minimum(lengths, self.plan.max_length) if self.plan.max_length else lengths
 
     def residues(self, shard: int) -> int:
-        """Residues that computing a shard takes, those in several windows counted as often."""
+        """Return the number of residues computed for a shard, counted once per window that contains them."""
         lengths, windows = self.item_lengths(shard), self.plan.windows
         return int((windows.num_residues(lengths) if windows else lengths).sum())
 
     def item_lengths(self, shard: int) -> npt.NDArray[np.int64]:
-        """Residues of each item of a shard."""
+        """Return the number of residues of each item of a shard."""
         start, stop = self.plan.records(shard)
         return self.embedded_lengths(start, stop)[self.computed(shard) - start].astype(np.int64)
 
     def finished(self, shards: Iterable[int]) -> list[int]:
-        """Those of `shards` whose files are there; what they hold is checked when they are read."""
+        """Return those of `shards` whose files exist; their content is checked when they are read."""
         there = set(self.directory.finished(self.plan.num_shards))
         return [shard for shard in shards if shard in there]
 
     @property
     def arrays(self) -> list[Array]:
-        """What the file of a shard holds: the plan's outputs."""
+        """The arrays in the file of a shard: the plan's outputs."""
         store_dtype = STORE_DTYPES[self.plan.identity["store_dtype"]]
         return [
             Array(
@@ -144,41 +144,41 @@ class Run:
 
     @property
     def ragged_arrays(self) -> list[Array]:
-        """Those of the arrays in which items differ in their numbers of rows."""
+        """The arrays in which items have different numbers of rows."""
         return [array for array in self.arrays if array.is_ragged]
 
     def row_counts(self, shard: int) -> Mapping[Per, Items]:
-        """Rows of each item of a shard, by what a row is for."""
+        """Return the number of rows of each item of a shard, by what a row stands for."""
         return row_counts(self.item_lengths(shard))
 
     def num_rows(self, shard: int) -> dict[Per, int]:
-        """Rows of a shard, by what a row is for."""
+        """Return the number of rows of a shard, by what a row stands for."""
         return {per: int(counts.sum()) for per, counts in self.row_counts(shard).items()}
 
     @cached_property
     def total_rows(self) -> dict[Per, int]:
-        """Rows of all shards, by what the arrays have a row for."""
-        if not self.ragged_arrays:  # no shard needs to be looked at
+        """Number of rows of all shards, by what a row stands for."""
+        if not self.ragged_arrays:  # no need to look at the shards
             return {"sequence": self.index.num_records - self.index.num_identical}
         rows = [self.num_rows(shard) for shard in range(self.plan.num_shards)]
         return {per: sum(each[per] for each in rows) for per in rows[0]}
 
     @property
     def ragged_bytes(self) -> int:
-        """Size of the ragged arrays of all shards."""
+        """Size in bytes of the ragged arrays of all shards."""
         return arrays_bytes(self.ragged_arrays, self.total_rows)
 
     def shape(self, shard: int) -> ShardShape:
-        """Where all that is lies in the file of a shard."""
+        """Return the layout of the file of a shard."""
         return ShardShape(self.arrays, self.row_counts(shard))
 
     @property
     def parts(self) -> PartsFolder:
-        """Where the parts of the output are, if it has any."""
+        """The folder with the parts of the output, if it has any."""
         return PartsFolder(self.directory.output, self.plan.nonce)
 
     def open_shard(self, shard: int) -> ShardReader | None:
-        """A finished shard, to be read; None, and its file removed, if there is none that can be trusted."""
+        """Open a finished shard; return None if it is missing, or damaged, in which case its file is removed."""
         path = self.directory.shard_path(shard)
         try:
             return ShardReader(path, shard, self.plan.hash, self.shape(shard), self.parts.path)
@@ -189,7 +189,7 @@ class Run:
             return None
 
     def is_whole(self, shard: int) -> bool:
-        """Whether a shard is finished and all of it can be trusted; if it cannot, its file is removed."""
+        """Whether a shard is finished and passes verification; if it is damaged, its file is removed."""
         reader = self.open_shard(shard)
         if reader is None:
             return False
@@ -202,26 +202,26 @@ class Run:
         return True
 
     def discard(self, shard: int) -> None:
-        """Remove the file of a shard, which is not finished then."""
+        """Remove the file of a shard, which then counts as unfinished."""
         self.directory.shard_path(shard).unlink(missing_ok=True)
 
     def output(self, shard: int) -> AbstractContextManager[ShardWriter]:
-        """The file of a shard, to be filled; it is finished when the block ends well.
+        """Context manager to write the file of a shard; the shard is finished if the block succeeds.
 
         Raises:
-            OSError: the disk is full or fails.
+            OSError: the disk is full or has failed.
         """
         return self._output(self.directory.shard_path(shard), shard, self.shape(shard))
 
     def piece_output(self, shard: int, first: int, last: int) -> AbstractContextManager[ShardWriter]:
-        """A file for the items [first, last) of those that a shard computes, in the scratch folder."""
+        """Like `output`, for a scratch file with the items [first, last) of those that a shard computes."""
         return self._output(self._piece(shard, first, last), shard, self.shape(shard).piece(first, last))
 
     def take_piece(self, shard: int, first: int, last: int, whole: ShardWriter) -> None:
-        """Move what `piece_output` has filled to the file of the shard.
+        """Move the items written with `piece_output` to the file of the shard.
 
         Raises:
-            StoreError: it is not there, or not what was written.
+            StoreError: the piece is missing or damaged.
         """
         path, shape = self._piece(shard, first, last), self.shape(shard).piece(first, last)
         try:
@@ -238,12 +238,12 @@ class Run:
         return shard_output(path, self.directory.scratch_path, shard, self.plan.hash, shape)
 
     def input_of(self, shard: int, num_compared: int = 0) -> ShardInput:
-        """What computing a shard needs.
+        """Return the input of a shard.
 
         Args:
             shard: its number.
-            num_compared: how many sequences of the whole run are to be compared with FP32; each shard has its
-                share of them, always the same ones.
+            num_compared: number of sequences of the whole run to compare with FP32; each shard has a fixed
+                share of them.
         """
         start, stop = self.plan.records(shard)
         records = self.computed(shard)
@@ -252,7 +252,7 @@ class Run:
         return ShardInput(shard, [residues[record - start] for record in records.tolist()], compared)
 
     def _compared(self, shard: int, num_items: int, num_compared: int) -> list[int]:
-        """Items of a shard that are compared with FP32, as places among those that are computed."""
+        """Return the items of a shard to compare with FP32, as indices into those that are computed."""
         total = self.plan.num_shards
         share = min(num_compared * (shard + 1) // total - num_compared * shard // total, num_items)
         random = np.random.default_rng([int(self.plan.hash[:16], 16), shard])
@@ -261,24 +261,24 @@ class Run:
 
 @dataclass(frozen=True)
 class ScoringRun(Run):
-    """A run whose items are queries: copies of proteins, of which log-probabilities are read at sites."""
+    """A run whose items are queries: copies of proteins, with log-probabilities read at given sites."""
 
     @cached_property
     def queries(self) -> Queries:
-        """What is computed.
+        """The queries to compute.
 
         Raises:
-            QueriesError: it cannot be read.
+            QueriesError: the queries cannot be read.
         """
         return Queries.read(self.directory.queries_path, self.plan.hash)
 
     @property
     def num_items(self) -> int:
-        """Queries of all shards."""
+        """Number of queries of all shards."""
         return len(self.queries)
 
     def describe(self) -> str:
-        """What it does, and how much more than the input it computes."""
+        """Describe the run, and how many times the input it computes."""
         computed, given = int(self.queries.lengths.sum(dtype=np.int64)), self.index.total_residues
         return (
             f"scoring {counted(self.index.num_records, 'protein')}: computing "
@@ -287,29 +287,29 @@ class ScoringRun(Run):
         )
 
     def counted_items(self, number: int) -> str:
-        """So many copies of proteins, for people."""
+        """Format a number of copies of proteins, for display."""
         return "1 copy" if number == 1 else f"{number:,} copies"
 
     def computed(self, shard: int) -> npt.NDArray[np.int64]:
-        """Numbers of the queries of a shard."""
+        """Return the numbers of the queries of a shard."""
         return np.arange(*self.plan.records(shard))
 
     def item_lengths(self, shard: int) -> npt.NDArray[np.int64]:
-        """Residues of each query of a shard."""
+        """Return the number of residues of each query of a shard."""
         return self.queries.lengths[slice(*self.plan.records(shard))].astype(np.int64)
 
     @property
     def arrays(self) -> list[Array]:
-        """What the file of a shard holds."""
+        """The arrays in the file of a shard."""
         return [SCORED]
 
     def row_counts(self, shard: int) -> Mapping[Per, Items]:
-        """Rows of each query of a shard, by what a row is for."""
+        """Return the number of rows of each query of a shard, by what a row stands for."""
         start, stop = self.plan.records(shard)
         return {**super().row_counts(shard), "site": np.diff(self.queries.ends[start : stop + 1])}
 
     def input_of(self, shard: int, num_compared: int = 0) -> ShardInput:
-        """What computing a shard needs; see `Run.input_of`."""
+        """Return the input of a shard; see `Run.input_of`."""
         start, stop = self.plan.records(shard)
         copies, places = [], []
         record, token_ids = -1, np.zeros(0, np.uint8)

@@ -1,15 +1,15 @@
-"""A shard: what computing it needs, and the file of what was computed.
+"""A shard: its input, and the file of its results.
 
-    arrays      one behind the other, each of rows: one for each item, residue or pair of residues
-    manifest    JSON: the run and the shard, shapes, what there is to say of single items, checksums
+    arrays      stored consecutively; a row for each item, residue or pair of residues
+    manifest    JSON: the run and the shard, shapes, notes on single items, checksums
     trailer     length of the manifest (8 bytes, little-endian) and its SHA-256
 
-The ragged arrays of a shard may have moved to a part of the output, an HDF5 file; then the manifest names it.
+The ragged arrays of a shard may have moved to a part of the output, an HDF5 file; the manifest then names it.
 
-An item is what is computed as one thing, such as a sequence. Its numbers of rows say where they lie, so rows
-are written as they come, in any order, and the file is never in memory as a whole. Each block of an array has
-a CRC-32, which is verified when it is read. It guards against accidents, not against somebody who alters the
-file on purpose, and takes half as long as SHA-256 does with the instructions for it.
+An item is a unit of computation, such as a sequence. The row counts of the items determine where their rows
+lie, so rows can be written in any order, and the file is never held in memory as a whole. Each block of an
+array has a CRC-32, which is verified when it is read. It protects against accidental damage, not deliberate
+changes, and takes half as long as SHA-256 with hardware instructions.
 """
 
 from __future__ import annotations
@@ -42,23 +42,23 @@ STATUS_NOT_COMPUTED = 3
 BLOCK_BYTES = 1 << 22
 _TRAILER = struct.Struct("<Q32s")
 _MANIFEST_BYTES = 1_024
-"""Of a shard in which nothing went wrong, without its checksums."""
+"""Size of the manifest of a shard without failures, excluding its checksums."""
 
 Rows = npt.NDArray[Any]
 Items = npt.NDArray[np.int64]
 
 
 class StoreError(UserError, ValueError):
-    """A file that is not a whole esm-packed output."""
+    """A file that is not a complete esm-packed output."""
 
 
 class Comparison(NamedTuple):
-    """How far a mean embedding is from the same in FP32.
+    """Difference between a mean embedding and its FP32 reference.
 
     Args:
-        cosine: similarity of the two.
+        cosine: cosine similarity of the two.
         max_error: largest difference of a component.
-        relative_error: L2 norm of the difference over that of the FP32 embedding.
+        relative_error: L2 norm of the difference divided by that of the FP32 embedding.
     """
 
     cosine: float
@@ -67,11 +67,11 @@ class Comparison(NamedTuple):
 
 
 class ItemStatus(NamedTuple):
-    """What became of an item that was not simply computed.
+    """Status of an item that was not computed normally.
 
     Args:
         status: one of the STATUS values.
-        reason: why.
+        reason: the reason for it.
     """
 
     status: int
@@ -80,15 +80,15 @@ class ItemStatus(NamedTuple):
 
 @dataclass(frozen=True)
 class ShardInput:
-    """What a shard computes.
+    """The input of a shard.
 
     Args:
-        number: of the shard.
+        number: number of the shard.
         token_ids: the residues of each of its items.
-        compared: items, as places in `token_ids`, that are also computed in FP32 on their own.
-        given: (num_items,) whether an item's rows come from elsewhere, so that it is not computed; None if
-            none do.
-        sites: of each item the residues that log-probabilities are read at; None where items are embedded.
+        compared: items, as indices into `token_ids`, that are also computed individually in FP32.
+        given: (num_items,) True for items whose rows come from elsewhere and are not computed; None if there
+            are none.
+        sites: residues of each item at which log-probabilities are read; None if items are embedded.
     """
 
     number: int
@@ -98,11 +98,11 @@ class ShardInput:
     sites: Sequence[Items] | None = None
 
     def sites_of(self, item: int) -> Items | None:
-        """Where an item is read."""
+        """Return the sites at which an item is read."""
         return None if self.sites is None else self.sites[item]
 
     def piece(self, first: int, last: int) -> ShardInput:
-        """The items [first, last), of which none is compared."""
+        """Return the input of the items [first, last), without comparisons."""
         sites = None if self.sites is None else self.sites[first:last]
         return ShardInput(self.number, self.token_ids[first:last], sites=sites)
 
@@ -111,10 +111,10 @@ class Array(NamedTuple):
     """An array in a shard.
 
     Args:
-        name: of an output, as `mean/33`.
-        dtype: of its values.
-        columns: values in a row.
-        per: what it has a row for.
+        name: name of an output, such as `mean/33`.
+        dtype: dtype of its values.
+        columns: number of values in a row.
+        per: what each row stands for.
     """
 
     name: str
@@ -124,27 +124,27 @@ class Array(NamedTuple):
 
     @property
     def is_ragged(self) -> bool:
-        """Whether items differ in their numbers of rows."""
+        """Whether items have different numbers of rows."""
         return self.per != "sequence"
 
     @property
     def row_bytes(self) -> int:
-        """Size of a row."""
+        """Size of a row in bytes."""
         return self.columns * np.dtype(self.dtype).itemsize
 
     @property
     def block_rows(self) -> int:
-        """Rows that share a checksum."""
+        """Number of rows that share a checksum."""
         return max(1, BLOCK_BYTES // self.row_bytes)
 
 
 class ShardShape:
-    """Where the rows of each item lie in the file of a shard.
+    """The location of each item's rows in the file of a shard.
 
     Args:
-        arrays: in the order of the file.
-        counts: (num_items,) rows of each item, by what a row is for.
-        has_ragged: whether the ragged arrays are in the file, not in a part of the output.
+        arrays: the arrays, in file order.
+        counts: (num_items,) number of rows of each item, by what a row stands for.
+        has_ragged: whether the ragged arrays are in this file rather than in a part of the output.
     """
 
     def __init__(
@@ -163,52 +163,52 @@ class ShardShape:
                 self.array_bytes += self.num_rows(array) * array.row_bytes
 
     def starts(self, array: Array) -> Items:
-        """(num_items + 1,) first row of each item, and the number of rows."""
+        """Return the (num_items + 1,) first row of each item, followed by the number of rows."""
         return self._starts[array.per]
 
     def num_rows(self, array: Array) -> int:
-        """Rows of an array."""
+        """Return the number of rows of an array."""
         return int(self.starts(array)[-1])
 
     def offset(self, array: Array, row: int) -> int:
-        """Where a row begins in the file."""
+        """Return the byte offset of a row in the file."""
         return self._offsets[array.name] + row * array.row_bytes
 
     def blocks(self, array: Array) -> Iterator[tuple[int, int]]:
-        """Rows [start, stop) of each block of an array; an array without rows is one block."""
+        """Yield rows [start, stop) of each block of an array; an array without rows is one block."""
         num_rows = self.num_rows(array)
         for start in range(0, max(1, num_rows), array.block_rows):
             yield start, min(start + array.block_rows, num_rows)
 
     def piece(self, first: int, last: int) -> ShardShape:
-        """The shape of a shard of the items [first, last)."""
+        """Return the shape of a shard of the items [first, last)."""
         counts = {per: each[first:last] for per, each in self._counts.items()}
         return ShardShape(list(self.arrays.values()), counts)
 
     def without_ragged(self) -> ShardShape:
-        """The shape of the same shard when its ragged arrays have moved to a part of the output."""
+        """Return the shape of the same shard after its ragged arrays have moved to a part of the output."""
         return ShardShape(list(self.arrays.values()), self._counts, has_ragged=False)
 
     def describe(self) -> list[list[str | int]]:
-        """Names, types and sizes of the arrays."""
+        """Return the names, types and sizes of the arrays."""
         return [[*array, self.num_items, self.num_rows(array)] for array in self.arrays.values()]
 
 
 def arrays_bytes(arrays: Iterable[Array], num_rows: Mapping[Per, int]) -> int:
-    """Size in bytes of arrays with so many rows, by what a row is for."""
+    """Return the size in bytes of arrays with the given numbers of rows, by what a row stands for."""
     return sum(array.row_bytes * num_rows[array.per] for array in arrays)
 
 
 def shards_bytes(num_shards: int, arrays: Iterable[Array], num_rows: Mapping[Per, int]) -> int:
-    """Size in bytes of so many shards, which have so many rows together."""
+    """Return the size in bytes of `num_shards` shards with `num_rows` rows in total."""
     return num_shards * _MANIFEST_BYTES + arrays_bytes(arrays, num_rows)
 
 
 class ShardWriter:
-    """The file of a shard while its items are computed, in any order; see `shard_output`.
+    """Writes the file of a shard as its items are computed, in any order; see `shard_output`.
 
     Attributes:
-        made_by: the device, attention backend and versions that computed it; set before it is complete.
+        made_by: the device, attention backend and versions used; set it before `complete`.
     """
 
     def __init__(self, file: BinaryIO, shape: ShardShape) -> None:
@@ -229,14 +229,14 @@ class ShardWriter:
         """Write the rows of some items.
 
         Args:
-            items: (n,) their numbers.
-            rows: by name of the array: those of `items[0]`, then those of `items[1]`, and so on.
-            statuses: of items that were not simply computed.
-            comparisons: of sampled items.
+            items: (n,) item numbers.
+            rows: rows by array name: those of `items[0]`, then those of `items[1]`, and so on.
+            statuses: statuses of items that were not computed normally.
+            comparisons: comparisons of sampled items.
 
         Raises:
-            ValueError: there are not as many rows as the items have.
-            OSError: the disk is full or fails.
+            ValueError: the number of rows does not match the items.
+            OSError: the disk is full or has failed.
         """
         for array in self.shape.arrays.values():
             self._write_array(array, items, np.ascontiguousarray(rows[array.name], array.dtype))
@@ -253,7 +253,7 @@ class ShardWriter:
         self.write(np.array([item]), rows, {item: ItemStatus(STATUS_FAILED, reason)})
 
     def write_piece(self, piece: ShardReader, first: int) -> None:
-        """Take over all items of `piece`, which are those from `first` on; a block at a time."""
+        """Copy all items of `piece`, which start at item `first`, one block at a time."""
         buffer = bytearray(piece.shape.block_bytes)
         for array in self.shape.arrays.values():
             begin = int(self.shape.starts(array)[first])
@@ -270,14 +270,14 @@ class ShardWriter:
         bounds = np.concatenate([[0], np.cumsum(starts[items + 1] - starts[items])])
         if rows.shape != (bounds[-1], array.columns):
             raise ValueError(f"{array.name} of {len(items)} items: {rows.shape}, not {bounds[-1]} rows")
-        # neighbours are written with one call
+        # write consecutive items with one call
         firsts = np.flatnonzero(np.diff(items, prepend=-2) != 1)
         limits = bounds[[*firsts, len(items)]].tolist()
         for item, start, stop in zip(items[firsts].tolist(), limits, limits[1:], strict=False):
             _write_at(self._file, rows[start:stop], self.shape.offset(array, int(starts[item])))
 
     def complete(self, number: int, plan: str) -> None:
-        """Write checksums and notes behind the arrays.
+        """Write checksums and notes after the arrays.
 
         Raises:
             ValueError: an item has not been written.
@@ -309,18 +309,18 @@ class ShardWriter:
 def shard_output(
     path: Path, scratch: Path, number: int, plan: str, shape: ShardShape
 ) -> Iterator[ShardWriter]:
-    """A shard to be filled: on disk whole when the block ends well, or not at all.
+    """Context manager to write a shard; its file appears complete if the block succeeds, or not at all.
 
     Args:
-        path: the file to make; one that is there is replaced.
+        path: the file to create; an existing one is replaced.
         scratch: a folder on the same file system for the unfinished file.
-        number: of the shard in its plan.
+        number: number of the shard in its plan.
         plan: hash of the plan.
-        shape: of the shard.
+        shape: shape of the shard.
 
     Raises:
         ValueError: an item is missing at the end.
-        OSError: the disk is full or fails.
+        OSError: the disk is full or has failed.
     """
     with whole_or_nothing(path, scratch) as temporary, temporary.open("x+b", buffering=0) as file:
         writer = ShardWriter(file, shape)
@@ -329,24 +329,24 @@ def shard_output(
 
 
 class ShardReader:
-    """The file of a finished shard; each block is verified as it is read.
+    """Reads the file of a finished shard; each block is verified as it is read.
 
     Args:
         path: the file.
-        number: of the shard in its plan.
+        number: number of the shard in its plan.
         plan: hash of the plan.
-        shape: that the shard has.
-        parts: folder of the parts of the output, for ragged arrays that have moved there.
+        shape: expected shape of the shard.
+        parts: folder with the parts of the output, for ragged arrays that have moved there.
 
     Attributes:
-        part: the file of that folder that has them; None if they have not moved.
-        statuses: of items that were not simply computed.
-        comparisons: sampled items and how they compare with FP32.
-        made_by: the device, attention backend and versions that computed it.
+        part: the file in that folder that holds them; None if they have not moved.
+        statuses: statuses of items that were not computed normally.
+        comparisons: comparisons of sampled items with FP32.
+        made_by: the device, attention backend and versions used.
 
     Raises:
-        StoreError: it is cut short, altered, or another run's; `block` and `verify` raise it, too.
-        FileNotFoundError: it is not there.
+        StoreError: the file is truncated, altered, or from another run; also raised by `block` and `verify`.
+        FileNotFoundError: the file does not exist.
     """
 
     def __init__(
@@ -399,13 +399,13 @@ class ShardReader:
         return status
 
     def block(self, array: Array, start: int, stop: int, buffer: bytearray) -> Rows:
-        """Rows [start, stop) of an array, which are a block of it.
+        """Return rows [start, stop) of an array, which must be one of its blocks.
 
         Args:
-            array: of the shape.
+            array: an array of the shape.
             start: first row.
-            stop: the row behind the last one.
-            buffer: holds the rows until it is used again; of `shape.block_bytes`.
+            stop: one past the last row.
+            buffer: holds the rows until it is reused; has `shape.block_bytes` bytes.
         """
         if array.is_ragged and self.part is not None:
             content = memoryview(self._rows_in_part(array, start, stop).tobytes())
@@ -417,7 +417,7 @@ class ShardReader:
         return np.frombuffer(content, array.dtype).reshape(stop - start, array.columns)
 
     def _rows_in_part(self, array: Array, start: int, stop: int) -> Rows:
-        """Rows [start, stop) of a ragged array, which are in a part; none if there is no such part."""
+        """Return rows [start, stop) of a ragged array from its part."""
         if self.part is None or self._parts is None:
             raise self._damaged()
         try:
@@ -432,13 +432,13 @@ class ShardReader:
     def write_without_ragged(
         self, path: Path, scratch: Path, part: str, first_rows: Mapping[Per, int]
     ) -> None:
-        """Write the shard anew, without its ragged arrays, which are in a part now.
+        """Rewrite the shard without its ragged arrays, which are now in a part.
 
         Args:
-            path: the file to make.
+            path: the file to create.
             scratch: a folder on the same file system for the unfinished file.
-            part: the file that has them.
-            first_rows: of theirs in it, by what a row is for.
+            part: the file that holds them.
+            first_rows: their first rows in it, by what a row stands for.
         """
         shape, buffer = self.shape.without_ragged(), bytearray(self.shape.block_bytes)
         with whole_or_nothing(path, scratch) as temporary, temporary.open("x+b", buffering=0) as file:
@@ -450,7 +450,7 @@ class ShardReader:
             _write_manifest(file, {**self._content, "part": part, "first_rows": first_rows}, shape)
 
     def verify(self) -> None:
-        """See that all is what was written."""
+        """Verify all blocks."""
         buffer = bytearray(self.shape.block_bytes)
         for array in self.shape.arrays.values():
             for start, stop in self.shape.blocks(array):
@@ -470,7 +470,7 @@ class ShardReader:
 
 
 def _identity(number: int, plan: str) -> dict[str, Any]:
-    """What of a manifest tells whose it is."""
+    """Return the manifest entries that identify the shard and its run."""
     return {"format": SHARD_FORMAT, "plan_hash": plan, "shard": number}
 
 
@@ -488,7 +488,7 @@ def _write_at(file: BinaryIO, rows: Rows, offset: int) -> None:
 
 
 def _read_at(file: BinaryIO, buffer: bytearray, offset: int, size: int) -> memoryview:
-    """`size` bytes from `offset` on in `buffer`; less at the end of the file."""
+    """Read `size` bytes at `offset` into `buffer`; fewer at the end of the file."""
     view = memoryview(buffer)[:size]
     done = 0
     while done < size and (count := os.preadv(file.fileno(), [view[done:]], offset + done)):

@@ -1,4 +1,4 @@
-"""Static slices of a run: which shards a process computes, and on which of its node's devices."""
+"""Static slices of a run: which shards a process computes, and on which device of its node."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from esm_packed.errors import UserError
 
 
 class SliceError(UserError, ValueError):
-    """`--slice` cannot be understood; the message says why and shows what can."""
+    """`--slice` is invalid; the message says why and shows valid values."""
 
 
 @dataclass(frozen=True)
 class Slice:
-    """Part `index`, counted from 0, of `count` parts of a run."""
+    """Part `index` (0-based) of `count` parts of a run."""
 
     index: int
     count: int
@@ -24,18 +24,18 @@ class Slice:
         return f"{self.index}/{self.count}"
 
     def shards(self, num_shards: int) -> range:
-        """Numbers of the shards in this part: every `count`-th one."""
+        """Return the numbers of the shards in this part: every `count`-th one."""
         return range(self.index, num_shards, self.count)
 
 
 def parse_slice(text: str, environment: Mapping[str, str]) -> Slice:
-    """Read `INDEX/COUNT`, or take both from what started the process when `text` is `auto`.
+    """Parse `INDEX/COUNT`, or take both from the environment if `text` is `auto`.
 
-    `auto` knows torchrun (RANK, WORLD_SIZE), Slurm tasks (SLURM_PROCID, SLURM_NTASKS) and Slurm arrays that
-    begin at 0 and count by 1 (SLURM_ARRAY_TASK_ID and its kin), in this order.
+    `auto` recognizes torchrun (RANK, WORLD_SIZE), Slurm tasks (SLURM_PROCID, SLURM_NTASKS) and Slurm arrays
+    that start at 0 with step 1 (SLURM_ARRAY_TASK_ID and related variables), in this order.
 
     Raises:
-        SliceError: `text` is neither, or the environment does not say.
+        SliceError: `text` is neither, or the environment does not define a slice.
     """
     if text != "auto":
         found = re.fullmatch("([0-9]{1,6})/([0-9]{1,6})", text)
@@ -52,7 +52,7 @@ def parse_slice(text: str, environment: Mapping[str, str]) -> Slice:
                     f"--slice auto: {index} is {part.index} and {count} is {part.count}, but {index} goes "
                     f"from 0 to {count} - 1; say --slice INDEX/COUNT"
                 )
-            # a single task is no slice: in a Slurm array every job step is one
+            # a single Slurm task does not define a slice: in a Slurm array every job step is one
             if part.count > 1 or index == "RANK":
                 return part
     if "SLURM_ARRAY_TASK_ID" in environment:
@@ -81,11 +81,11 @@ def _array_slice(environment: Mapping[str, str]) -> Slice:
 
 
 def local_device_number(environment: Mapping[str, str], num_devices: int) -> int:
-    """Which of the devices that a process sees is its own, by its number on its node.
+    """Return which of its visible devices a process should use, by its local rank on the node.
 
     Args:
-        environment: of the process; LOCAL_RANK (torchrun) or SLURM_LOCALID are looked for.
-        num_devices: how many it sees; a process that sees one has been given its own.
+        environment: environment of the process, searched for LOCAL_RANK (torchrun) and SLURM_LOCALID.
+        num_devices: number of visible devices; a process that sees only one uses that one.
     """
     for name in ("LOCAL_RANK", "SLURM_LOCALID"):
         if name in environment:
