@@ -178,7 +178,7 @@ class Run:
         return PartsFolder(self.directory.output, self.plan.nonce)
 
     def open_shard(self, shard: int) -> ShardReader | None:
-        """Open a finished shard; return None if it is missing, or damaged, in which case its file is removed."""
+        """Open a finished shard; None if it is missing, or damaged, in which case its file is removed."""
         path = self.directory.shard_path(shard)
         try:
             return ShardReader(path, shard, self.plan.hash, self.shape(shard), self.parts.path)
