@@ -1,4 +1,4 @@
-"""What a scoring run asks of each protein, and what its shards answer."""
+"""Queries of a scoring run about each protein, and the answers in its shards."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class Answer(NamedTuple):
     """Log-probabilities at the sites of a protein.
 
     Args:
-        record: of the input; of equal ones the first.
-        first, last: the queries of the run that are of it are [first, last).
-        rows: (num_sites, 20) of the sites of these queries, one after the other.
+        record: record of the input; the first of equal ones.
+        first, last: its queries in the run are [first, last).
+        rows: (num_sites, 20), the sites of these queries, concatenated.
     """
 
     record: int
@@ -38,12 +38,12 @@ class Answer(NamedTuple):
 
 
 def queries_of(scoring: Scoring, index: FastaIndex, mutants: Mutants | None) -> Queries:
-    """What is computed: of equal proteins the first alone.
+    """The queries to compute; of equal proteins only the first is queried.
 
     Args:
-        scoring: how.
-        index: of the proteins.
-        mutants: those whose sites are read; None for every site with one of the 20 amino acids.
+        scoring: how to score.
+        index: index of the proteins.
+        mutants: mutants whose sites are read; None for every site with one of the 20 amino acids.
     """
     found = _all_sites(scoring, index) if mutants is None else _sites_of(scoring, index, mutants)
     return Queries.of(found, are_masked=scoring.method == "masked")
@@ -80,7 +80,7 @@ def _sites_of(scoring: Scoring, index: FastaIndex, mutants: Mutants) -> Iterator
 
 
 def by_record(mutants: Mutants, index: FastaIndex) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
-    """Records that have mutants, ascending, of equal ones the first, and the places of these mutants."""
+    """Records with mutants, ascending (the first of equal ones), and the indices of these mutants."""
     records = np.array(index.first_same[:])[mutants.records]
     order = np.argsort(records, kind="stable")
     found, firsts = np.unique(records[order], return_index=True)
@@ -90,12 +90,12 @@ def by_record(mutants: Mutants, index: FastaIndex) -> Iterator[tuple[int, npt.ND
 def answers(
     run: ScoringRun, advance: Advance, notes: Callable[[ShardNotes], None] = lambda notes: None
 ) -> Iterator[Answer]:
-    """The answers to all queries, a protein at a time, in their order; NaN to those that failed.
+    """Yield the answers to all queries in order, one protein at a time; NaN where a query failed.
 
     Args:
-        run: all of whose shards are finished.
-        advance: told of bytes read.
-        notes: told what is to be said of each shard.
+        run: a run with all shards finished.
+        advance: called with the number of bytes read.
+        notes: called with the notes of each shard.
 
     Raises:
         DamagedShardError: a shard is missing or damaged.
@@ -127,8 +127,8 @@ def scores_of(mutants: Mutants, run: ScoringRun, found: Iterable[Answer]) -> npt
     """(num_mutants,) sums over the sites of each mutant, in nats.
 
     Args:
-        mutants: whose sites are the run's.
-        run: that scores them.
+        mutants: mutants whose sites the run has.
+        run: the run that scores them.
         found: all answers.
     """
     queries, of_each = run.queries, np.zeros(len(mutants.sites))
@@ -137,7 +137,7 @@ def scores_of(mutants: Mutants, run: ScoringRun, found: Iterable[Answer]) -> npt
         chosen = _substitutions(mutants, places[answer.record])
         if run.plan.scoring["joint"]:
             rows = answer.rows[_rows_of_sets(answer, queries, mutants, places[answer.record])]
-        else:  # each site is in one query, and they ascend
+        else:  # each site is in one query, in ascending order
             sites = queries.sites[slice(*queries.ends[[answer.first, answer.last]].tolist())]
             rows = answer.rows[np.searchsorted(sites, mutants.sites[chosen])]
         of_each[chosen] = effects(rows, mutants.wild_types[chosen], mutants.mutants[chosen])
@@ -145,13 +145,13 @@ def scores_of(mutants: Mutants, run: ScoringRun, found: Iterable[Answer]) -> npt
 
 
 def _substitutions(mutants: Mutants, places: Items) -> Items:
-    """Places of the substitutions of some mutants, one mutant after the other."""
+    """Indices of the substitutions of some mutants, concatenated."""
     ranges = [np.arange(*mutants.starts[place : place + 2]) for place in places.tolist()]
     return np.concatenate(ranges)
 
 
 def _rows_of_sets(answer: Answer, queries: Queries, mutants: Mutants, places: Items) -> Items:
-    """Rows of an answer with the sites of some mutants, each mutant's from the query that masks its sites."""
+    """Rows of an answer for the sites of some mutants, each from the query that masks the mutant's sites."""
     known = {b"": np.arange(0)}  # of the wild type
     for query in range(answer.first, answer.last):
         first, last = (queries.ends[query : query + 2] - queries.ends[answer.first]).tolist()

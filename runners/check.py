@@ -1,4 +1,4 @@
-"""What this installation computes, compared with outputs of the same model that others computed."""
+"""Compares results of this installation with outputs of the same model computed by other software."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ VALUES_FILE = CASES_FILE.with_name("values.safetensors")
 
 @dataclass(frozen=True)
 class Case:
-    """An output of a model, as its source has it.
+    """A reference output of a model.
 
     Args:
-        sequence: one-letter residues, `<mask>` among them.
+        sequence: one-letter residues, possibly with `<mask>`.
         output: `mean` (over the residues), `tokens` (hidden states, BOS first) or `logits`.
         layer: 0 to num_layers; the last for logits.
-        source: who computed it, as in golden/README.md.
+        source: software that computed it, as in golden/README.md.
         tolerance: relative L2 error of the source itself.
-        values: FP32; (hidden_size,) of a mean, else the leading rows and columns.
+        values: FP32; (hidden_size,) for a mean, else the leading rows and columns.
     """
 
     sequence: str
@@ -56,11 +56,11 @@ class Case:
 
 @dataclass(frozen=True)
 class Golden:
-    """What is known of a published model.
+    """Golden values of a published model.
 
     Args:
         name: ESM-2 name, or `demo`.
-        sha256: of its files, to where they are from.
+        sha256: hashes of its files, mapped to their origins.
         cases: its outputs.
     """
 
@@ -69,7 +69,7 @@ class Golden:
     cases: Sequence[Case]
 
     def has_shape_of(self, config: ESM2Config) -> bool:
-        """Whether a model of shape `config` gives these outputs."""
+        """Whether a model of shape `config` can have these outputs."""
         means = [case for case in self.cases if case.output == "mean"]
         return max(case.layer for case in means) == config.num_layers and all(
             case.values.shape == (config.hidden_size,) for case in means
@@ -92,21 +92,21 @@ def load_golden() -> dict[str, Golden]:
 def check_model(
     model: str, console: Console, *, device: str = "auto", threads: int | None = None
 ) -> tuple[list[str], bool]:
-    """Compare a model's outputs in FP32, and in the device's default precision, with those of others.
+    """Compare a model's outputs in FP32, and in the device's default precision, with golden values.
 
     All proteins are computed in one pack.
 
     Args:
-        model: as `weights.load_checkpoint` takes it.
+        model: a model, as for `weights.load_checkpoint`.
         console: shows the download.
         device: auto, cpu, cuda or cuda:INDEX.
-        threads: CPU threads, or None for torch's choice.
+        threads: CPU threads; None for torch's default.
 
     Returns:
         Lines for the terminal, the last of which begins with `passed` or `differs`, and whether it passed.
 
     Raises:
-        UsageError: there are no golden values for this model, no such device, or too little memory.
+        UsageError: there are no golden values for this model, no such device, or not enough memory.
         CheckpointError: the model is missing or damaged.
     """
     known = load_golden()
@@ -162,7 +162,7 @@ def _memory_explained(model: str, device: torch.device, precision: Precision) ->
 
 
 def _find_golden(known: Mapping[str, Golden], model: str, checkpoint: Checkpoint) -> Golden:
-    """The values of a checkpoint, by its hash, else by its name.
+    """Golden values of a checkpoint, found by its hash, else by its name.
 
     Raises:
         UsageError: there are none.
@@ -181,7 +181,7 @@ def _no_values(model: str, known: Mapping[str, Golden]) -> UsageError:
 def _errors(
     checkpoint: Checkpoint, device: torch.device, precision: Precision, cases: Sequence[Case]
 ) -> tuple[str, list[tuple[Case, float]]]:
-    """The attention backend, and of each case the relative L2 error; logits need a language-model head."""
+    """The attention backend, and the relative L2 error of each case; logits need a language-model head."""
     backend = select_backend("auto", device, precision, checkpoint.config.head_dim)
     model = ESM2.from_checkpoint(checkpoint, device, precision, backend)
     cases = [case for case in cases if case.output != "logits" or model.lm_head is not None]

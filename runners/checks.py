@@ -1,4 +1,4 @@
-"""What is refused before any work: options that do not fit, outputs that cannot be made, too small disks."""
+"""Checks before any work: incompatible options, outputs that cannot be created, disks that are too small."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ OTHER_SUFFIXES = """
     .fasta .fa .faa .fas .fna .ffn .mpfa .fastq .fq .aln .a2m .a3m .sto .pdb .cif .gff .gb .gbk
     .gz .bgz .bz2 .xz .zst .zip .tar .tgz
 """
-"""Of formats for which an output, which is HDF5, must not pass."""
+"""Suffixes of other formats, which an output must not have, as it is HDF5."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,9 @@ class ExistingOutput:
 
     Args:
         path: the file.
-        plan_hash: of its run.
-        identity: of its run.
-        is_complete: whether `merge --partial` has left no rows out.
+        plan_hash: plan hash of its run.
+        identity: identity of its run.
+        is_complete: False if `merge --partial` left rows out.
         parts: where its parts are; None if it has none.
     """
 
@@ -61,10 +61,10 @@ class ExistingOutput:
     parts: str | None = None
 
     def check_same(self, identity: Mapping[str, Any]) -> None:
-        """See that a run of `identity` makes this output.
+        """Check that a run of `identity` produces this output.
 
         Raises:
-            UsageError: names what differs.
+            UsageError: it does not; the message names the differences.
         """
         if self.plan_hash != plan_hash(identity):
             differing = differences(self.identity, identity)
@@ -75,18 +75,18 @@ class ExistingOutput:
 
 
 def check_output(output: Path, overwrite: bool) -> ExistingOutput | None:
-    """See that `output` can be made.
+    """Check that `output` can be created.
 
     Returns:
-        The esm-packed output that is already there and may not simply be replaced, else None.
+        The existing esm-packed output, if it may not simply be replaced, else None.
 
     Raises:
-        UsageError: it cannot be made, or what is there is something else.
-        PartError: a part of the output that is there is missing or is another.
+        UsageError: it cannot be created, or the existing file is something else.
+        PartError: a part of the existing output is missing or belongs to another output.
     """
     try:
         return _check_output(output, overwrite)
-    except OSError as error:  # no right to look there, a name too long
+    except OSError as error:  # no permission, or a name that is too long
         raise UsageError(f"{output}: {error.strerror}") from error
 
 
@@ -114,7 +114,7 @@ def _check_output(output: Path, overwrite: bool) -> ExistingOutput | None:
                 attributes.get("complete") == 1,
                 attributes.get("parts"),
             )
-    except PartError:  # says which, and that it can be put back
+    except PartError:  # names it, and says that it can be put back
         raise
     except (StoreError, OSError):
         raise UsageError(
@@ -123,7 +123,7 @@ def _check_output(output: Path, overwrite: bool) -> ExistingOutput | None:
 
 
 def check_paths(request: EmbedRequest, read: Iterable[str | Path]) -> None:
-    """See that nothing that is written is among the files `read`."""
+    """Check that no written file is among the files `read`."""
     output, scoring = resolved(request.output), request.scoring
     written = {"the run directory": RunDirectory(output).path, "--output": output}
     if scoring is not None:
@@ -137,7 +137,7 @@ def check_paths(request: EmbedRequest, read: Iterable[str | Path]) -> None:
 
 
 def _check_suffix(output: Path) -> None:
-    """See that the name of the output is not that of a file of another format."""
+    """Check that the output does not have the suffix of another format."""
     name = output
     while name.suffix.lower() in OTHER_SUFFIXES.split():
         name = name.with_suffix("")
@@ -149,7 +149,7 @@ def _check_suffix(output: Path) -> None:
 
 
 def _check_outputs(request: EmbedRequest) -> None:
-    """See that the kinds of output can be had together."""
+    """Check that the kinds of output can be combined."""
     if request.windows is not None and request.max_length != DEFAULT_MAX_LENGTH:
         raise UsageError("--windows and --max-length cannot be combined: windows keep all residues")
     ragged = [kind for kind in request.kinds if KINDS[kind].is_ragged]
@@ -164,7 +164,7 @@ def _check_outputs(request: EmbedRequest) -> None:
 
 
 def check_request(request: EmbedRequest) -> None:
-    """See that the options fit each other."""
+    """Check that the options are compatible."""
     _check_outputs(request)
     if request.part is not None and STDIN in request.inputs:
         raise UsageError("--slice: standard input cannot be read by every process; name files")
@@ -188,7 +188,7 @@ def check_request(request: EmbedRequest) -> None:
     if request.scoring is None:
         _check_suffix(request.output)
     if request.log_json is not None:
-        if request.log_json.is_fifo():  # opening one waits for its reader
+        if request.log_json.is_fifo():  # opening one blocks until it has a reader
             raise UsageError(f"--log-json {request.log_json}: is a pipe; name a file")
         try:
             request.log_json.open("a").close()
@@ -197,11 +197,11 @@ def check_request(request: EmbedRequest) -> None:
 
 
 def check_device(request: EmbedRequest, device: torch.device) -> None:
-    """See that the attention backend and CUDA graphs are to be had on `device`.
+    """Check that the attention backend and CUDA graphs are available on `device`.
 
     Raises:
-        UsageError: CUDA graphs are not.
-        BackendError: the attention backend is not.
+        UsageError: CUDA graphs are not available.
+        BackendError: the attention backend is not available.
     """
     if request.cuda_graphs and (request.layout != "fixed" or device.type != "cuda"):
         missing = "a GPU" if request.layout == "fixed" else "--reproducible, which makes packs of one size"
@@ -215,10 +215,10 @@ def check_device(request: EmbedRequest, device: torch.device) -> None:
 
 
 def check_heads(request: EmbedRequest, checkpoint: Checkpoint) -> None:
-    """See that a model has the heads that the kinds of output need.
+    """Check that a model has the heads that the kinds of output need.
 
     Raises:
-        CheckpointError: it has not.
+        CheckpointError: a head is missing.
     """
     needing = [kind for kind in request.kinds if needs_logits([kind])]
     if (needing or request.scoring is not None) and "lm_head.bias" not in checkpoint.tensors:
@@ -240,7 +240,7 @@ def first_device(request: EmbedRequest) -> torch.device:
 
 
 def gpu_numbers(request: EmbedRequest) -> tuple[int, ...]:
-    """The GPUs that `--devices` asks for; empty without it."""
+    """The GPUs given by `--devices`; empty without it."""
     if request.devices is None or request.ray_address is not None:
         return ()
     count = torch.cuda.device_count()
@@ -254,15 +254,15 @@ def gpu_numbers(request: EmbedRequest) -> tuple[int, ...]:
 
 
 def check_space(run: Run, needs: tuple[int, int], console: Console) -> None:
-    """Say what the output takes, what the run still takes with its shards before they go, and what is free.
+    """Report the output size, the space the run still needs (temporary shards included), and the free space.
 
     Args:
-        run: whose finished shards are there already.
-        needs: bytes that the output takes, and that the run still takes until it is made.
-        console: where it is said.
+        run: the run; its finished shards already exist.
+        needs: bytes of the output, and bytes that the run still needs until it is created.
+        console: gets the report.
 
     Raises:
-        OSError: ENOSPC, when that is too little.
+        OSError: ENOSPC, if there is not enough free space.
     """
     output, needed = needs
     folder = run.directory.output.parent
@@ -278,12 +278,12 @@ def check_space(run: Run, needs: tuple[int, int], console: Console) -> None:
 
 
 def space_of(run: Run, num_compared: int, in_parts: bool) -> tuple[int, int]:
-    """Bytes that the output takes, parts included, and that the run still takes until it is merged.
+    """Bytes of the output, parts included, and bytes that the run still needs until it is merged.
 
     Args:
-        run: whose finished shards are there already.
+        run: the run; its finished shards already exist.
         num_compared: sequences that are compared with FP32.
-        in_parts: whether rows of residues stay in files beside the output, where no copy of them is made.
+        in_parts: whether rows of residues stay in files next to the output, which avoids copying them.
     """
     index = run.index
     num_computed = index.num_records - index.num_identical
@@ -299,7 +299,7 @@ def space_of(run: Run, num_compared: int, in_parts: bool) -> tuple[int, int]:
 
 
 def left_bytes(run: Run) -> int:
-    """Bytes that the shards of a run take which are not finished."""
+    """Bytes that the unfinished shards of a run will take."""
     num_shards = run.plan.num_shards
     num_left = num_shards - len(run.finished(range(num_shards)))
     share = num_left / num_shards

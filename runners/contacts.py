@@ -1,4 +1,4 @@
-"""The command `contacts`: contact probabilities of one protein, as a picture or as numbers."""
+"""The command `contacts`: contact probabilities of one protein, as an image or as numbers."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ _RECORDS_NAMED = 3
 
 @dataclass(frozen=True)
 class ContactsRequest:
-    """What `esm-packed contacts` is asked to do.
+    """Arguments of `esm-packed contacts`.
 
     Args:
         fasta: FASTA file, `-` for standard input.
-        output: the file to make, of one of the `SUFFIXES`.
-        model: as `ESM2.from_pretrained` takes it.
+        output: the file to create, with one of the `SUFFIXES`.
+        model: a model, as for `ESM2.from_pretrained`.
         record: ID, or accession, of the protein; None if there is only one.
         device: auto, cpu, cuda or cuda:INDEX.
-        dtype: precision mode, or None for the device's default.
-        threads: CPU threads, or None for torch's choice.
-        read: the rules for the input.
-        overwrite: replace `output` if it is there.
+        dtype: precision mode; None for the device's default.
+        threads: CPU threads; None for torch's default.
+        read: rules for reading the input.
+        overwrite: replace `output` if it exists.
     """
 
     fasta: str
@@ -58,14 +58,14 @@ class ContactsRequest:
 
 
 def contacts_file(request: ContactsRequest, console: Console) -> list[str]:
-    """Predict the contacts of one protein, and draw or write them.
+    """Predict the contacts of one protein, and plot or write them.
 
     Returns:
         Lines for the terminal.
 
     Raises:
-        UsageError: an option cannot be, there are several proteins, or the protein does not fit into memory.
-        InputError: a fault in the FASTA file.
+        UsageError: an option is invalid, there are several proteins, or the protein does not fit into memory.
+        InputError: the FASTA file has an error.
         CheckpointError: the model is missing or damaged, or has no contact head.
         ReportError: matplotlib is not installed.
         UserError: the contacts are not finite.
@@ -98,7 +98,7 @@ def contacts_file(request: ContactsRequest, console: Console) -> list[str]:
 
 
 def _checked_suffix(request: ContactsRequest) -> str:
-    """What the name of the output asks for, which can be made."""
+    """The suffix of the output, checked to be one that can be written."""
     output, suffix = request.output, request.output.suffix.lower()
     if suffix not in SUFFIXES:
         raise UsageError(f"{output}: contacts are written to {', '.join(f'OUT{each}' for each in SUFFIXES)}")
@@ -113,7 +113,7 @@ def _record(request: ContactsRequest) -> tuple[str, str]:
     """ID and residues of the protein.
 
     Raises:
-        UsageError: it is not there, or there are several.
+        UsageError: it is not found, or there are several.
     """
     first: list[tuple[str, str]] = []
     for sequence_id, sequence in read_fasta(request.fasta, **asdict(request.read)):
@@ -149,7 +149,7 @@ def _load(request: ContactsRequest, console: Console) -> ESM2:
 
 
 def _write_csv(drawn: ContactMap, sequence: str, path: Path) -> None:
-    """Write a line for each pair of residues i < j, counted from 1."""
+    """Write a line for each pair of residues i < j, numbered from 1."""
     with path.open("w", encoding="utf-8", newline="") as file:
         table = csv.writer(file, lineterminator="\n")
         table.writerow(("i", "j", "residue_i", "residue_j", "probability"))

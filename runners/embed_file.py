@@ -34,31 +34,30 @@ def embed_file(
 ) -> EmbeddingFile:
     """Embed the proteins of FASTA files as `esm-packed embed` does, and open the output.
 
-    The work is done in `OUTPUT.run`. If it was interrupted, the same call continues it; an output that is
-    there already is opened.
+    The work is done in `OUTPUT.run`. If it was interrupted, the same call continues it; an existing output
+    of the same run is opened.
 
     Args:
         fasta: a FASTA file, plain or gzip, or several.
-        output: the HDF5 file to make.
+        output: the HDF5 file to create.
         model: a name, a checkpoint file or a folder.
-        include: kinds of output, of mean, max, bos, per_residue, logits, logits_all, unmasked_nll and
-            contacts.
-        layers: layers to keep, negative ones counted from the last.
+        include: kinds of output: mean, max, bos, per_residue, logits, logits_all, unmasked_nll and contacts.
+        layers: layers to keep; negative ones count from the last.
         windows: size and overlap, in residues, of the windows in which longer proteins are computed.
-        progress: show it, on the terminal or in the notebook.
-        options: other options of the command by their names, such as `device="cuda:1"`, `dtype="fp16"`,
+        progress: show progress, on the terminal or in the notebook.
+        options: other options of the command by name, such as `device="cuda:1"`, `dtype="fp16"`,
             `max_length=0`, `store_dtype="fp16"`, `overwrite=True` or `invalid="skip"`.
 
     Returns:
         The opened output; close it, or use it in a `with` block. Proteins that failed have rows of NaN, and
-        are in its `missing`.
+        are listed in its `missing`.
 
     Raises:
-        TypeError: there is no such option, or a layer or `windows` is of another type.
-        ValueError: an option has a value that cannot be.
-        esm_packed.errors.UserError: an option does not fit, the FASTA file has a fault, or the output cannot
-            be made; the message says what to do.
-        OSError: with `errno.ENOSPC` when the disk is, or will be, full.
+        TypeError: there is no such option, or a layer or `windows` has the wrong type.
+        ValueError: an option has an invalid value.
+        esm_packed.errors.UserError: options are incompatible, the FASTA file has an error, or the output
+            cannot be created; the message says what to do.
+        OSError: with `errno.ENOSPC` if the disk is, or will be, full.
     """
     if unknown := options.keys() - _OPTIONS - _READ_OPTIONS:
         possible = ", ".join(sorted(_OPTIONS | _READ_OPTIONS))

@@ -1,4 +1,4 @@
-"""`esm-packed embed --estimate`: what a run would compute, how long that takes, and how large it gets."""
+"""`esm-packed embed --estimate`: what a run would compute, how long it would take, and its output size."""
 
 from __future__ import annotations
 
@@ -39,22 +39,22 @@ from esm_packed.runners.watch.console import Console, byte_size, duration
 
 MEASURED_PACKS = 5
 MEASURED_SECONDS = 20.0
-"""No further pack is measured after this time."""
+"""No further pack is timed after this many seconds."""
 
 
 def estimate(request: EmbedRequest, console: Console, product: Product | None = None) -> list[str]:
-    """Read the input, plan, and time a few packs of it; nothing is written but temporary files.
+    """Read the input, plan, and time a few packs of it; only temporary files are written.
 
     Args:
         request: the run.
-        console: shows how far reading is.
-        product: what the run makes; None for a file of embeddings.
+        console: shows the progress of reading.
+        product: what the run produces; None for a file of embeddings.
 
     Returns:
         Lines for the terminal.
 
     Raises:
-        UsageError, InputError, CheckpointError, BackendError: as `session.embed_files`.
+        UsageError, InputError, CheckpointError, BackendError: as for `session.embed_files`.
     """
     product = product or EmbeddingOutput(request)
     product.existing(resolved(request.output), overwrite=True)
@@ -124,7 +124,7 @@ def _lines(
 
 
 def _computed_lengths(request: EmbedRequest, run: Run) -> tuple[npt.NDArray[np.int64], int]:
-    """Residues of each sequence or window that is computed, and how many sequences are reused instead."""
+    """Residues of each computed sequence or window, and the number of reused sequences."""
     earlier = None if request.reuse is None else EarlierOutput(request.reuse, run.plan.identity)
     found, num_reused = [], 0
     for shard in range(run.plan.num_shards):
@@ -146,7 +146,7 @@ def _computed_lengths(request: EmbedRequest, run: Run) -> tuple[npt.NDArray[np.i
 
 
 def _measure(run: Run, model: ESM2, lengths: npt.NDArray[np.int64]) -> tuple[int, float, float]:
-    """Packs that were timed, seconds that they took, and operations in them."""
+    """Number of timed packs, the seconds they took, and their operations."""
     num_packs, seconds, flops = 0, 0.0, 0.0
     layout, budget = LAYOUTS[run.plan.identity["layout"]], run.plan.token_budget
     computing, names = layout.prepare(model), [array.name for array in run.arrays]
@@ -173,7 +173,7 @@ def _measure(run: Run, model: ESM2, lengths: npt.NDArray[np.int64]) -> tuple[int
 def _sample(
     run: Run, lengths: npt.NDArray[np.int64], num_tokens: int
 ) -> Iterator[list[npt.NDArray[np.uint8]]]:
-    """Packs of random residues in sequences of lengths that are a sample of `lengths`."""
+    """Packs of random sequences with lengths sampled from `lengths`."""
     rng = np.random.default_rng(0)
     chosen = rng.permutation(lengths)
     chosen = chosen[: max(1, int(np.searchsorted(np.cumsum(chosen + SPECIAL_TOKENS), num_tokens)))]

@@ -1,4 +1,4 @@
-"""The command `export`: an output in a file that other programs read."""
+"""The command `export`: writes an output in a format that other programs read."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ TABLES = ("npz", "parquet", "h5ad")
 
 @dataclass(frozen=True)
 class ExportRequest:
-    """What `esm-packed export` is asked to do.
+    """Arguments of `esm-packed export`.
 
     Args:
-        source: the output.
+        source: the output to export.
         format: uniprot, pt, npz, parquet or h5ad.
-        output: the file to make.
-        kind, layer, keep_missing: as `Selection` takes them.
-        overwrite: replace `output` if it is there.
+        output: the file to create.
+        kind, layer, keep_missing: as for `Selection`.
+        overwrite: replace `output` if it exists.
     """
 
     source: Path
@@ -47,9 +47,9 @@ def export_file(request: ExportRequest, console: Console) -> list[str]:
         Lines for the terminal.
 
     Raises:
-        UsageError: the file is there already, or the format has no place for what is asked for.
+        UsageError: the file already exists, or the format cannot hold the requested kind.
         NotInFileError: there is no such kind or layer.
-        StoreError: the output is damaged, or none.
+        StoreError: the source is damaged, or not an output.
         UserError: a package that the format needs is not installed.
         OSError: a file cannot be read or written.
     """
@@ -86,10 +86,10 @@ def export_file(request: ExportRequest, console: Console) -> list[str]:
 
 
 def check_new(output: Path, source: Path, reader: EmbeddingReader, *, overwrite: bool) -> None:
-    """See that a file `output` can be made of the output `source`, which `reader` reads.
+    """Check that a file `output` can be created from the output `source`, which `reader` reads.
 
     Raises:
-        UsageError: it is there and may not be replaced, its folder is not, or it is part of `source`.
+        UsageError: it exists and may not be replaced, its folder does not exist, or it is part of `source`.
     """
     parts = [source.parent / reader.attributes["parts"] / part.file for part in reader.parts]
     check_apart({"--output": output}, [source, *parts])

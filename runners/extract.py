@@ -1,4 +1,4 @@
-"""The command `extract`: esm-extract's files, made of the output of a run."""
+"""The command `extract`: files like those of esm-extract, created from the output of a run."""
 
 from __future__ import annotations
 
@@ -32,27 +32,27 @@ from esm_packed.runners.system.terminal import counted
 from esm_packed.runners.watch.console import Console, byte_size, duration
 
 _OUTPUT_NAME = ".esm-packed.h5"
-"""Of the output that the files are made of, in their folder."""
+"""Name of the hidden output, in the folder of the files created from it."""
 _RECORDS_AT_ONCE = 1 << 12
 
 
 @dataclass(frozen=True)
 class ExtractRequest:
-    """What `esm-packed extract` is asked to do; esm-extract's options have its names.
+    """Arguments of `esm-packed extract`; esm-extract's options keep their names.
 
     Args:
-        model: as `ESM2.from_pretrained` takes it.
+        model: a model, as for `ESM2.from_pretrained`.
         fasta: FASTA file, `-` for standard input.
-        output_dir: folder for the files, made if it is not there.
-        include: kinds of output, of `pt_files.KINDS`.
-        repr_layers: layers, negative ones counted from the last.
+        output_dir: folder for the files, created if needed.
+        include: kinds of output, from `pt_files.KINDS`.
+        repr_layers: layers; negative ones count from the last.
         toks_per_batch: tokens computed together, BOS and EOS included.
         truncation_seq_length: residues kept of each sequence; 0 keeps all.
         device: auto, cpu, cuda or cuda:INDEX.
         dtype: precision mode.
-        threads: CPU threads, or None for torch's choice.
-        read: the rules for the input; labels are whole header lines.
-        overwrite: replace files that are in the folder, or an unfinished run of other options.
+        threads: CPU threads; None for torch's default.
+        read: rules for reading the input; labels are whole header lines.
+        overwrite: replace existing files in the folder, or an unfinished run with other options.
         command: the command line; empty for none.
     """
 
@@ -71,7 +71,7 @@ class ExtractRequest:
     command: str = ""
 
     def run(self, output: Path) -> EmbedRequest:
-        """The run whose output the files are made of."""
+        """The run whose output the files are created from."""
         return EmbedRequest(
             inputs=(self.fasta,),
             output=output,
@@ -92,12 +92,12 @@ class ExtractRequest:
 
 @dataclass(frozen=True)
 class Extracted:
-    """What became of extracting.
+    """The result of extracting.
 
     Args:
         folder: where the files are.
-        summary: of the run.
-        already_complete: all files were there before.
+        summary: summary of the run.
+        already_complete: all files already existed.
         num_failed: sequences whose values are NaN.
     """
 
@@ -112,7 +112,7 @@ class Extracted:
         return self.folder / INDEX_NAME
 
     def lines(self) -> list[str]:
-        """What is said at the end."""
+        """Lines to print at the end."""
         summary = self.summary
         files = f"{self.folder} ({counted(summary.num_sequences, '.pt file')}, listed in {INDEX_NAME})"
         if self.already_complete:
@@ -136,12 +136,12 @@ class Extracted:
 def extract_file(request: ExtractRequest, console: Console) -> Extracted:
     """Write a `.pt` file for each sequence of `request.fasta`, and `index.tsv`, which lists them.
 
-    A run embeds them into a hidden output in the folder; the files are made of it, and it is removed. The
-    same request continues an interrupted one.
+    A run embeds them into a hidden output in the folder; the files are created from it, and it is removed.
+    Repeating a request continues it if it was interrupted.
 
     Raises:
-        UsageError: as `embed_files` does; or the folder holds files that are not of this request.
-        InputError, CheckpointError, OSError: as `embed_files` does.
+        UsageError: as for `embed_files`; or the folder holds files that do not belong to this request.
+        InputError, CheckpointError, OSError: as for `embed_files`.
     """
     folder = resolved(request.output_dir)
     is_new = not folder.exists()
@@ -151,7 +151,7 @@ def extract_file(request: ExtractRequest, console: Console) -> Extracted:
         summary = embed_files(request.run(files.output), console, files)
     except BaseException as error:
         if is_new:
-            with suppress(OSError):  # it holds a run to be continued
+            with suppress(OSError):  # it holds a run that can be continued
                 folder.rmdir()
         if isinstance(error, UsageError) and error.message.startswith("--layers"):
             raise UsageError(error.message.replace("--layers", "--repr_layers", 1)) from error
@@ -160,18 +160,19 @@ def extract_file(request: ExtractRequest, console: Console) -> Extracted:
 
 
 class _Files:
-    """The files of one request, made of a hidden output while its run is held.
+    """The files of one request, created from a hidden output while its run is held.
 
-    Those that `index.tsv` lists are ours if it is of this run; whatever else has such a name is the user's.
+    Files listed in `index.tsv` are ours if it belongs to this run; any other file with such a name is the
+    user's.
 
     Args:
-        request: what is asked for.
-        folder: where they go.
-        console: shows how far it is.
+        request: the request.
+        folder: where the files go.
+        console: shows the progress.
 
     Attributes:
         output: the hidden output.
-        were_complete: all of them were there before.
+        were_complete: all files already existed.
     """
 
     def __init__(self, request: ExtractRequest, folder: Path, console: Console) -> None:
@@ -184,11 +185,11 @@ class _Files:
         self._identity: Mapping[str, Any] = {}
 
     def is_complete(self, index: FastaIndex, checkpoint: Checkpoint, identity: Mapping[str, Any]) -> bool:
-        """Whether all files are there; else see that they can be made.
+        """Whether all files exist; if not, check that they can be created.
 
         Raises:
-            UsageError: there are others in their place, which may not be replaced.
-            OSError: ENOSPC, when they would not fit.
+            UsageError: there are other files in their place, which may not be replaced.
+            OSError: ENOSPC, if they would not fit.
         """
         self._identity = identity
         self._read = [name for name in (self._request.fasta,) if name != STDIN] + files_of(checkpoint)
@@ -220,10 +221,10 @@ class _Files:
             yield from (self._folder / self._names.of(label) for label in batch)
 
     def _others(self, labels: Callable[[int, int], list[str]], number: int) -> Iterator[Path]:
-        """What is in the place of the files and may be replaced.
+        """Existing files in the place of ours that may be replaced.
 
         Raises:
-            UsageError: something may not.
+            UsageError: one of them may not be replaced.
         """
         for path in (self._folder / INDEX_NAME, *self._paths(labels, number)):
             if os.path.lexists(path):
@@ -255,10 +256,10 @@ class _Files:
         self._console.note(sizes)
 
     def make(self) -> None:
-        """Write those that are not there, and remove the output that they are made of.
+        """Write the files that do not exist, and remove the output that they are created from.
 
         Raises:
-            UsageError: another file has come into the place of one of them.
+            UsageError: another file has appeared in the place of one of them.
             OSError: the disk is full or fails.
         """
         with EmbeddingReader(self.output) as reader:
@@ -283,6 +284,6 @@ class _Files:
 
 
 def _batches(labels: Callable[[int, int], list[str]], number: int) -> Iterator[list[str]]:
-    """Labels of all records, some at a time."""
+    """Labels of all records, in batches."""
     for start in range(0, number, _RECORDS_AT_ONCE):
         yield labels(start, min(start + _RECORDS_AT_ONCE, number))

@@ -1,4 +1,4 @@
-"""A run held by one process, against all others that come to it."""
+"""Exclusive claims of a process on a run."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from esm_packed.runners.state.slices import Slice
 from esm_packed.runners.watch.console import Console
 
 MOST_REMOVALS = 1000
-"""How often a run directory may vanish while it is entered; more often, it cannot be made there at all."""
+"""How often a run directory may vanish while it is claimed before giving up: it cannot be created there."""
 
 WAIT_SECONDS = 0.5
 
 
 @contextmanager
 def undisturbed(directory: RunDirectory) -> Iterator[None]:
-    """Explain it if something is removed from the directory while it is worked in."""
+    """Raise a `UsageError` that explains it if something is removed from the directory during the run."""
     try:
         yield
     except FileNotFoundError as error:
@@ -37,9 +37,9 @@ def undisturbed(directory: RunDirectory) -> Iterator[None]:
 
 @contextmanager
 def claimed(directory: RunDirectory, purpose: str, console: Console) -> Iterator[Claim]:
-    """Hold the run; a directory that has no plan when the block fails is removed.
+    """Hold the run; if the block fails, a directory without a plan is removed.
 
-    A process that computes a slice waits for others that join, leave or merge.
+    A process that computes a slice waits for others that are joining, leaving or merging.
     """
     claim = directory.claim(purpose)
     try:
@@ -58,17 +58,17 @@ def claimed(directory: RunDirectory, purpose: str, console: Console) -> Iterator
             with suppress(OSError, UsageError):
                 directory.remove()
         if isinstance(error, Exception) and not isinstance(error, UsageError) and claim.is_anothers():
-            check_held(claim)  # whatever it is, it comes of two processes that work in one directory
+            check_held(claim)  # whatever it is, two processes working in one directory caused it
         raise
     finally:
         claim.release()
 
 
 def check_held(claim: Claim) -> None:
-    """See that no other process took the run for abandoned, as when this one was stopped for long.
+    """Check that no other process took over the run, as may happen if this one was suspended for long.
 
     Raises:
-        UsageError: one did.
+        UsageError: another process did.
     """
     if not claim.is_held():
         raise UsageError(
@@ -78,14 +78,14 @@ def check_held(claim: Claim) -> None:
 
 
 def _take(claim: Claim, directory: RunDirectory, console: Console) -> None:
-    """Take `claim` on a run, whose directory is made if need be; wait for others if both are slices."""
+    """Take `claim` on a run, creating its directory if needed; wait for others if both are slices."""
     is_waiting = False
     for attempt in count():
         try:
             directory.make()
             claim.acquire()
             return
-        except FileNotFoundError:  # the process that worked in the directory has removed it
+        except FileNotFoundError:  # the process that used the directory has removed it
             if attempt == MOST_REMOVALS:
                 raise
         except ClaimedError as holder:
@@ -101,10 +101,10 @@ def _take(claim: Claim, directory: RunDirectory, console: Console) -> None:
 
 
 def check_others(directory: RunDirectory, part: Slice | None) -> None:
-    """See that `part` (None: the whole run) does not overlap with what others compute.
+    """Check that `part` (None: the whole run) does not overlap with what others compute.
 
     Raises:
-        UsageError: it does; says with whom.
+        UsageError: it does; the message names the other process.
     """
     for other, path in directory.live_slices().items():
         who = describe_holder(holder_of(path))

@@ -1,4 +1,4 @@
-"""The command `map`: a picture of the embeddings of an output."""
+"""The command `map`: a plot of the embeddings of an output."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ _IDS_AT_ONCE = 1 << 14
 
 @dataclass(frozen=True)
 class MapRequest:
-    """What `esm-packed map` is asked to do.
+    """Arguments of `esm-packed map`.
 
     Args:
-        source: the output.
-        output: the file to make, of one of the `SUFFIXES`.
-        kind, layer: as `Selection` takes them.
-        color: a table and its column, as `read_column` takes them; None for one colour.
-        overwrite: replace `output` if it is there.
+        source: the output with the embeddings.
+        output: the file to create, with one of the `SUFFIXES`.
+        kind, layer: as for `Selection`.
+        color: a table and its column, as for `read_column`; None for a single colour.
+        overwrite: replace `output` if it exists.
     """
 
     source: Path
@@ -51,15 +51,15 @@ class MapRequest:
 
 
 def map_file(request: MapRequest, console: Console) -> list[str]:
-    """Draw the first two principal components of the embeddings of an output.
+    """Plot the first two principal components of the embeddings of an output.
 
     Returns:
         Lines for the terminal.
 
     Raises:
-        UsageError: an option cannot be, or there is too little to map.
+        UsageError: an option is invalid, or there are too few embeddings to map.
         NotInFileError: there is no such kind or layer.
-        StoreError: the output is damaged, or none.
+        StoreError: the source is damaged, or not an output.
         ReportError: matplotlib is not installed.
         OSError: a file cannot be read or written.
     """
@@ -95,7 +95,7 @@ def map_file(request: MapRequest, console: Console) -> list[str]:
 
 
 def _sample(selection: Selection, advance: Advance) -> npt.NDArray[np.floating[Any]]:
-    """(n, D) rows to fit components to: all, or `MOST_FITTED` of them, the same every time."""
+    """(n, D) rows to fit components to: all, or a deterministic sample of `MOST_FITTED`."""
     number = len(selection)
     chosen = np.arange(number)
     if number > MOST_FITTED:
@@ -119,7 +119,7 @@ def _title(selection: Selection, components: Components) -> str:
 def _colours(
     table: Path, column: str, ids: list[str], reader: EmbeddingReader, source: Path
 ) -> tuple[Categories | Numbers, list[str], list[str]]:
-    """Colours of the sequences `ids`, what a page says of each, and what is to be said of the table.
+    """Colours of the sequences `ids`, their labels on a page, and notes about the table.
 
     Raises:
         UsageError: none of its IDs is in the file.

@@ -1,4 +1,4 @@
-"""The command `merge`: the finished shards of a run put together."""
+"""The command `merge`: merges the finished shards of a run."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from esm_packed.runners.watch.console import Console
 
 @dataclass(frozen=True)
 class Merged:
-    """What became of merging.
+    """The result of merging.
 
     Args:
-        is_made: there is a new output.
-        already_complete: the whole output was there before.
-        missing_shards: how many are missing, so that there is no output; 1 at the first that is damaged.
-        missing_records: of a partial output, those that are not computed.
-        num_records: of the run.
+        is_made: a new output was created.
+        already_complete: the complete output already existed.
+        missing_shards: missing shards, without which there is no output; 1 at the first damaged one.
+        missing_records: records of a partial output that are not computed.
+        num_records: records of the run.
     """
 
     is_made: bool = False
@@ -46,22 +46,22 @@ def merge_files(
     compression: str = "none",
     parts: bool | None = None,
 ) -> Merged:
-    """Put the finished shards of the run of `output` together, if all are there.
+    """Merge the finished shards of the run of `output`, if all exist.
 
     Args:
-        output: the file to make.
-        console: shows how far it is.
-        overwrite: replace an output that is there; a partial one of the same run always is.
-        keep_run: leave the run directory.
-        partial: make an output of what is there, if there is any, with a row of NaN for each other record.
-            The run directory is kept while records are missing, and the command that began the run
+        output: the file to create.
+        console: shows the progress.
+        overwrite: replace an existing output; a partial one of the same run is always replaced.
+        keep_run: keep the run directory.
+        partial: create an output from the finished shards, if any, with a row of NaN for each other record.
+            The run directory is kept while records are missing, and the command that started the run
             continues it.
         compression: none or gzip.
-        parts: leave rows of residues in files beside the output; None for large outputs alone.
+        parts: leave rows of residues in files next to the output; None: only for large outputs.
 
     Raises:
-        UsageError: there is no such run, other processes are at work on it, or parts of a partial output are
-            asked for.
+        UsageError: there is no such run, other processes are working on it, or parts are requested for a
+            partial output.
     """
     if parts and partial:
         raise UsageError("--parts with --partial: a partial output is one file; use only one of them")
@@ -102,7 +102,7 @@ def merge_files(
 
 
 def _missing_shards(run: Run, partial: bool) -> int:
-    """Shards without which there is no output: those that are not there; of a partial one all, if none is."""
+    """How many missing shards prevent an output; for a partial one, all shards if none is whole, else 0."""
     finished = run.finished(range(run.plan.num_shards))
     if not partial:
         return run.plan.num_shards - len(finished)

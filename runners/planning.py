@@ -1,4 +1,4 @@
-"""What a run is: its input indexed, its identity, its plan."""
+"""Planning a run: the index of its input, its identity and its plan."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ from esm_packed.runners.watch.console import Console
 def open_or_build_index(
     request: EmbedRequest, directory: RunDirectory, claim: Claim, console: Console
 ) -> FastaIndex:
-    """The index of the inputs: that of the run, if it is of these very files, or a new one.
+    """The index of the inputs: that of the run, if it was built from these very files, or a new one.
 
     Raises:
-        UsageError: the input is not what others at work on the run read.
-        InputError: a fault in a FASTA file.
+        UsageError: the input differs from that of other processes working on the run.
+        InputError: a FASTA file has an error.
     """
     path = directory.index_path
     if STDIN not in request.inputs:
@@ -47,19 +47,19 @@ def open_or_build_index(
             f"{directory.path}: others are at work on this run, and {', '.join(request.inputs)} is "
             "not what they read: name the same files in the same way, with the same input rules"
         )
-    if directory.plan_path.exists():  # whose index must stay until this input is known to be its own
+    if directory.plan_path.exists():  # keep its index until this input is known to be the same
         path = directory.new_index_path
     with console.progress("reading", "B", input_bytes(request.inputs)) as advance:
 
         def advance_if_held(amount: int) -> None:
-            check_held(claim)  # or two processes would write one index
+            check_held(claim)  # else two processes would write the same index
             advance(amount)
 
         return build_index(request.inputs, path, request.read, progress=advance_if_held)
 
 
 def input_bytes(inputs: Sequence[str]) -> int | None:
-    """Size of the input files; None if one of them is no file, such as standard input."""
+    """Total size of the input files; None if one is not a regular file, such as standard input."""
     paths = [Path(path) for path in inputs]
     return sum(path.stat().st_size for path in paths) if all(path.is_file() for path in paths) else None
 
@@ -71,7 +71,7 @@ def run_identity(
     device: torch.device,
     token_budget: int,
 ) -> dict[str, Any]:
-    """What makes two runs the same one; device, attention backend and versions may differ."""
+    """What identifies a run; device, attention backend and versions may differ."""
     return {
         "format_version": FORMAT_VERSION,
         **input_identity(index),
@@ -88,7 +88,7 @@ def run_identity(
 
 
 def existing_plan(directory: RunDirectory, overwrite: bool) -> Plan | None:
-    """The plan of the run that is there; None without one, or for a damaged one that may be replaced.
+    """The plan of the existing run; None if there is none, or if it is damaged and may be replaced.
 
     Raises:
         UsageError: it is damaged.
@@ -127,7 +127,7 @@ def new_plan(
     command: str,
     queries: Queries | None = None,
 ) -> Plan:
-    """The plan of a new run, its records, or its queries, cut into shards."""
+    """The plan of a new run, with its records or queries cut into shards."""
     config = checkpoint.config
     uncut = Plan(
         identity,
@@ -153,9 +153,9 @@ def new_plan(
 
 
 def run_of(directory: RunDirectory, plan: Plan, index: FastaIndex, queries: Queries | None) -> Run:
-    """The run of a plan; the queries of a scoring run are written, unless they are there.
+    """The run of a plan; the queries of a scoring run are written unless they exist.
 
-    Call it with the claim held.
+    Call it while holding the claim.
     """
     if queries is None:
         return Run(directory, plan, index)

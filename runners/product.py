@@ -1,4 +1,4 @@
-"""What a run makes of its shards: one file, of embeddings or of scores."""
+"""What a run produces from its shards: one file of embeddings or scores."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ from esm_packed.runners.watch.console import Console
 
 
 class Product(Protocol):
-    """The file of a run; it appears only when it is whole."""
+    """The file that a run produces; it appears only when it is complete."""
 
     def existing(self, output: Path, overwrite: bool) -> ExistingOutput | None:
-        """See that the file can be made; the one that is there already and may not simply be replaced.
+        """Check that the file can be created; return an existing one that may not simply be replaced.
 
         Raises:
-            UsageError: it cannot be made, or what is there is something else.
+            UsageError: it cannot be created, or the existing file is something else.
         """
 
     def identity(self, index: FastaIndex) -> Mapping[str, Any]:
-        """What makes another run besides the input, the model and how it computes.
+        """What identifies the run besides the input, the model and how it computes.
 
         Raises:
-            UsageError: something that is read for it has a fault.
+            UsageError: a file that is read for it has an error.
         """
 
     def queries(self, index: FastaIndex) -> Queries | None:
-        """What is computed of the records; None for each of them whole."""
+        """The queries to compute; None to compute each record whole."""
 
     def space(self, run: Run) -> tuple[int, int]:
-        """Bytes that the file takes, and that the run still takes until it is made."""
+        """Bytes of the file, and bytes that the run still needs until it is created."""
 
     def make(self, run: Run, console: Console) -> None:
-        """Make the file.
+        """Create the file.
 
         Raises:
             DamagedShardError: a shard must be computed again.
@@ -51,14 +51,14 @@ class Product(Protocol):
         """
 
     def read(self, summary: Summary) -> None:
-        """Say in the summary what only the file knows, work of earlier processes included."""
+        """Add to the summary what only the file knows, including work of earlier processes."""
 
 
 class EmbeddingOutput:
     """An HDF5 file of embeddings.
 
     Args:
-        request: what is asked for.
+        request: the request.
     """
 
     def __init__(self, request: EmbedRequest) -> None:
@@ -76,7 +76,7 @@ class EmbeddingOutput:
         """None: each record is computed whole."""
 
     def space(self, run: Run) -> tuple[int, int]:
-        """See `Product`; parts are counted."""
+        """See `Product`; parts are included."""
         return space_of(run, self._request.fp32_compare, self._in_parts(run))
 
     def make(self, run: Run, console: Console) -> None:
@@ -104,9 +104,9 @@ class EmbeddingOutput:
 
 
 def _is_partial(run: Run) -> bool:
-    """Whether the output is there, made of a part of this run."""
+    """Whether the output exists and was created from a part of this run."""
     try:
         existing = check_output(run.directory.output, overwrite=False)
-    except UsageError:  # something else, which merging does not replace
+    except UsageError:  # another file, which merging does not replace
         return False
     return existing is not None and existing.plan_hash == run.plan.hash and not existing.is_complete

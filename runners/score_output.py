@@ -1,4 +1,4 @@
-"""The output of a scoring run: a table, and beside it what it was made from."""
+"""The output of a scoring run: a table, and a file that describes its origin."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ FORMAT = "esm-packed scores 1"
 
 
 def existing_table(output: Path, overwrite: bool) -> ExistingOutput | None:
-    """See that a table of scores can be made.
+    """Check that a table of scores can be created.
 
     Returns:
-        The table that is already there and may not simply be replaced, else None.
+        The existing table, if it may not simply be replaced, else None.
 
     Raises:
-        UsageError: it cannot be made, or what is there is something else.
+        UsageError: it cannot be created, or the existing file is something else.
     """
     check_table(output)
     if not output.parent.is_dir():
@@ -51,7 +51,7 @@ def existing_table(output: Path, overwrite: bool) -> ExistingOutput | None:
 
 
 def read_description(output: Path) -> dict[str, Any] | None:
-    """What was written beside a table; None if it is not there or not ours."""
+    """The description of a table; None if it does not exist or is not ours."""
     try:
         found: dict[str, Any] = json.loads(read_regular(described_at(output)))
         is_ours = (
@@ -67,13 +67,13 @@ def read_description(output: Path) -> dict[str, Any] | None:
 
 
 def describe(output: Path, table: Path, scratch: Path, content: Mapping[str, Any]) -> None:
-    """Write the file beside a table, before the table gets its name.
+    """Write the description of a table, before the table gets its final name.
 
     Args:
-        output: the table.
-        table: where it is now.
+        output: the final path of the table.
+        table: its current path.
         scratch: a folder for the unfinished file.
-        content: what there is to say.
+        content: the description.
     """
     date = datetime.now(UTC).isoformat(timespec="seconds")
     found = {"format": FORMAT, "sha256": sha256_of(table), "date": date, **content}

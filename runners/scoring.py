@@ -1,4 +1,4 @@
-"""The command `score`: variants of proteins, or proteins, scored by a run into a table."""
+"""The command `score`: a run scores variants of proteins, or proteins, and writes a table."""
 
 from __future__ import annotations
 
@@ -44,16 +44,16 @@ _RECORDS_AT_ONCE = 1 << 12
 _NO_ROWS: Rows = np.empty((0, SCORED.columns), SCORED.dtype)
 
 _ROW_BYTES = {"scan": 64, "mutants": 16, "proteins": 80}
-"""Of a row of each table, about; rows of mutants have the columns of their own table besides."""
+"""Approximate bytes per row of each table; rows of mutants also have the columns of the user's table."""
 
 
 @dataclass(frozen=True)
 class Scored:
-    """What became of scoring.
+    """The result of scoring.
 
     Args:
-        summary: of the run.
-        description: what is said beside the table; empty while slices are missing.
+        summary: summary of the run.
+        description: the description of the table; empty while slices are missing.
     """
 
     summary: Summary
@@ -61,11 +61,11 @@ class Scored:
 
     @property
     def num_failed(self) -> int:
-        """Copies of proteins that gave no number."""
+        """Copies of proteins without a score."""
         return len(self.description.get("failed", ()))
 
     def lines(self) -> list[str]:
-        """What is said at the end."""
+        """Lines to print at the end."""
         summary, found = self.summary, self.description
         if summary.missing_shards:
             missing = counted(summary.missing_shards, "shard")
@@ -90,14 +90,14 @@ class Scored:
 
 
 def score_file(request: EmbedRequest, console: Console) -> Scored:
-    """Score what `request.scoring` asks for into `request.output`, CSV or Parquet.
+    """Score as `request.scoring` says and write `request.output`, CSV or Parquet.
 
-    The work is done in the run directory `OUTPUT.run`, and the same request continues it. `OUTPUT.json` says
-    what the table was made from.
+    The work is done in the run directory `OUTPUT.run`, and the same request continues it. `OUTPUT.json`
+    describes the origin of the table.
 
     Raises:
-        UsageError: as `session.carry_out`, or the table of mutations has a fault.
-        InputError, CheckpointError, BackendError, OSError: as `session.carry_out`.
+        UsageError: as for `session.carry_out`, or the table of mutations has an error.
+        InputError, CheckpointError, BackendError, OSError: as for `session.carry_out`.
     """
     product = ScoreTable(request)
     summary = carry_out(request, console, product)
@@ -107,10 +107,10 @@ def score_file(request: EmbedRequest, console: Console) -> Scored:
 
 
 def _draw(table: Path, picture: Path, *, overwrite: bool) -> None:
-    """Draw the scan of a table.
+    """Plot the scan in a table.
 
     Raises:
-        UsageError: `picture` is there, is another one, and may not be replaced.
+        UsageError: `picture` exists, differs, and may not be replaced.
     """
     name, first, token_ids, log_probabilities = read_scan(table)
     title = f"{name}, {counted(len(token_ids), 'residue')}"
@@ -123,16 +123,16 @@ def _draw(table: Path, picture: Path, *, overwrite: bool) -> None:
 
 
 class ScoreTable:
-    """A table of scores, and the file beside it; see `product.Product`.
+    """A table of scores, and the file that describes it; see `product.Product`.
 
     Args:
-        request: what is asked for.
+        request: the request.
 
     Attributes:
-        heat_map: a picture that is made of the table; None for none.
+        heat_map: an image to create from the table; None for none.
 
     Raises:
-        ValueError: it is no request for scores.
+        ValueError: the request is not for scores.
     """
 
     def __init__(self, request: EmbedRequest) -> None:
@@ -157,7 +157,7 @@ class ScoreTable:
         return existing
 
     def identity(self, index: FastaIndex) -> Mapping[str, Any]:
-        """How is scored, and the checksum of the table of mutations."""
+        """The scoring options, and the checksum of the table of mutations."""
         if self.heat_map is not None and index.num_records != 1:
             raise UsageError(f"--heat-map draws one protein, and the input has {index.num_records:,}")
         scoring, path = self._scoring.identity, self._scoring.mutations
@@ -217,7 +217,7 @@ class ScoreTable:
         }
         output = run.directory.output
         with whole_or_nothing(output, scratch, overwrite=self._request.overwrite) as unfinished:
-            # or a table that has come to exist meanwhile would lose its own description
+            # else a table created in the meantime would lose its own description
             check_free(output, overwrite=self._request.overwrite)
             describe(output, table, scratch, description)
             table.rename(unfinished)
@@ -226,11 +226,11 @@ class ScoreTable:
         """Nothing: `OUTPUT.json` is read at the end."""
 
     def _write(self, run: ScoringRun, table: Path, notes: _Notes, advance: Advance) -> int:
-        """Write the table; the number of its rows."""
+        """Write the table; return the number of its rows."""
         found = answers(run, advance, notes.add)
         provenance = {"scores": _described(self._scoring), "plan": run.plan.identity}
         if self._mutants is not None:
-            path = self._mutants.path  # whose rows are read once more
+            path = self._mutants.path  # whose rows are read a second time
             if sha256_of(path.resolve()) != run.plan.scoring["mutations_sha256"]:
                 raise UsageError(f"{path}: was changed while its mutants were scored; rerun the same command")
             write_mutants(table, self._mutants, scores_of(self._mutants, run, found), provenance)
@@ -244,7 +244,7 @@ class ScoreTable:
 
 
 class _Notes:
-    """What is said of queries that were not simply computed."""
+    """Notes on queries that failed or were recomputed."""
 
     def __init__(self, run: ScoringRun) -> None:
         self._run = run
@@ -253,7 +253,7 @@ class _Notes:
         self.made_by: list[Mapping[str, str]] = []
 
     def add(self, shard: ShardNotes) -> None:
-        """Take the notes of a shard."""
+        """Add the notes of a shard."""
         if shard.made_by and shard.made_by not in self.made_by:
             self.made_by.append(shard.made_by)
         start, _ = self._run.plan.records(shard.number)
@@ -272,7 +272,7 @@ class _Notes:
 
 
 def _proteins(run: ScoringRun, found: Iterator[Answer]) -> Iterator[ProteinScan]:
-    """All proteins of the input in its order, equal ones with the same rows."""
+    """All proteins of the input in order; equal ones share the same rows."""
     index = run.index
     first_same = np.array(index.first_same[:])
     last_same = np.arange(index.num_records)
@@ -294,7 +294,7 @@ def _proteins(run: ScoringRun, found: Iterator[Answer]) -> Iterator[ProteinScan]
 
 
 def _num_sites(run: ScoringRun) -> int:
-    """Scored residues of all proteins, equal ones counted as often as they are there."""
+    """Scored residues of all proteins; equal proteins are counted each time they occur."""
     sites = np.zeros(run.index.num_records, np.int64)
     np.add.at(sites, run.queries.records, np.diff(run.queries.ends))
     return int(sites[run.index.first_same[:]].sum())
@@ -307,7 +307,7 @@ def _likelihood(protein: ProteinScan) -> ProteinLikelihood:
 
 
 def _described(scoring: Scoring) -> str:
-    """What the scores are, in words."""
+    """A description of the scores."""
     if scoring.table == "proteins":
         what = "sum over the residues of log p(residue), each masked in turn"
     else:

@@ -1,4 +1,4 @@
-"""FASTA files to one file, of embeddings or of scores: index, plan, compute what is left, merge."""
+"""From FASTA files to one file of embeddings or scores: index, plan, compute what is left, merge."""
 
 from __future__ import annotations
 
@@ -52,22 +52,22 @@ from esm_packed.runners.watch.watch import watching
 
 
 class DerivedFiles(Protocol):
-    """Files that take the place of the output of a run, made of it while the run is held."""
+    """Files that replace the output of a run, created from it while the run is held."""
 
     def is_complete(self, index: FastaIndex, checkpoint: Checkpoint, identity: Mapping[str, Any]) -> bool:
-        """Whether all is there already. Called before anything is computed; raises if it cannot be made."""
+        """Whether all files exist. Called before anything is computed; raises if they cannot be created."""
 
     def make(self) -> None:
-        """Make it, or what a killed process has left to make, and remove the output."""
+        """Create the files, or those that a killed process did not create, and remove the output."""
 
 
 def embed_files(request: EmbedRequest, console: Console, derived: DerivedFiles | None = None) -> Summary:
     """Embed every record of `request.inputs` into `request.output`; see `carry_out`.
 
     Args:
-        request: what is asked for.
-        console: shows how far it is.
-        derived: made of the output, if it is there or when it is made; without slices.
+        request: the request.
+        console: shows the progress.
+        derived: files created from the output, existing or new; not with slices.
     """
     return carry_out(request, console, EmbeddingOutput(request), derived)
 
@@ -75,25 +75,25 @@ def embed_files(request: EmbedRequest, console: Console, derived: DerivedFiles |
 def carry_out(
     request: EmbedRequest, console: Console, product: Product, derived: DerivedFiles | None = None
 ) -> Summary:
-    """Compute what `product` is made of, and make it: `request.output` appears only when it is whole.
+    """Compute the shards of `product` and create it: `request.output` appears only when it is complete.
 
-    The work is done in the run directory `OUTPUT.run`. If one is there, the run it holds is continued. With
-    `request.part` only that slice of the shards is computed, and the output is made by the process that finds
-    all of them there.
+    The work is done in the run directory `OUTPUT.run`. If it exists, the run it holds is continued. With
+    `request.part` only that slice of the shards is computed, and the output is created by the process that
+    finds all shards finished.
 
     Args:
-        request: what is asked for.
-        console: shows how far it is.
-        product: what is made.
-        derived: made of the output, if it is there or when it is made; without slices.
+        request: the request.
+        console: shows the progress.
+        product: what to create.
+        derived: files created from the output, existing or new; not with slices.
 
     Raises:
-        UsageError: an option does not fit the model or the device, the output cannot be where it should, or
-            the run directory belongs to another run or process.
-        InputError: a fault in a FASTA file.
+        UsageError: an option does not fit the model or the device, the output cannot be created, or the run
+            directory belongs to another run or process.
+        InputError: a FASTA file has an error.
         CheckpointError: the model is missing or damaged.
         BackendError: the attention backend cannot be used.
-        OSError: with `errno.ENOSPC` when the disk is, or will be, full.
+        OSError: with `errno.ENOSPC` if the disk is, or will be, full.
     """
     begin = time.monotonic()
     output = resolved(request.output)
@@ -151,7 +151,7 @@ def _compute_slice(session: _Session, part: Slice) -> None:
             member.enter_context(directory.slice_claim(part))
         session.compute(part.shards(len(shards)), verify=False)
     with claimed(directory, f"leaving with slice {part}", console) as session.claim:
-        # another process may have found all shards there, and merged them
+        # another process may have merged the shards
         if not session.is_merged_by_another():
             session.summary.part = str(part)
             session.summary.missing_shards = len(shards) - len(session.run.finished(shards))
@@ -160,7 +160,7 @@ def _compute_slice(session: _Session, part: Slice) -> None:
 
 
 class _Session:
-    """One process's part in a run."""
+    """The work of one process on a run."""
 
     run: Run
     summary: Summary
@@ -187,13 +187,13 @@ class _Session:
         self._opened_index: FastaIndex | None = None
 
     def prepare(self) -> bool:
-        """Read the input and plan, or find a plan; False if the output is complete already.
+        """Read the input and plan, or find a plan; False if the output is already complete.
 
-        Call it with the claim held.
+        Call it while holding the claim.
         """
         request = self.request
         existing = self._product.existing(self.directory.output, request.overwrite)
-        shutil.rmtree(self.directory.new_index_path, ignore_errors=True)  # of a killed process
+        shutil.rmtree(self.directory.new_index_path, ignore_errors=True)  # left by a killed process
         try:
             return self._prepare(request, existing)
         finally:  # an index that was refused, or not needed
@@ -243,28 +243,28 @@ class _Session:
         return True
 
     def _token_budget(self, plan: Plan | None, existing: ExistingOutput | None) -> int:
-        """Asked for, or that of the run or output that is there, or fixed, or measured."""
+        """The token budget: requested, or that of the existing run or output, or fixed, or measured."""
         if self.request.token_budget is not None:
             return self.request.token_budget
         if plan is not None:
             return plan.token_budget
         if existing is not None:
             return int(existing.identity.get("token_budget", 0))
-        # What is measured may differ from run to run.
+        # Measurements may differ from run to run.
         return self.engine().token_budget(measured=self.request.layout != "fixed")
 
     def engine(self) -> Engine:
-        """What computes, started when it is first needed."""
+        """The engine, started when it is first needed."""
         if self._engine is None:
             self._engine = self._stack.enter_context(self._new_engine())
         return self._engine
 
     def compute(self, shards: Sequence[int], *, verify: bool = True) -> None:
-        """Compute those of `shards` that are not finished.
+        """Compute the unfinished ones of `shards`.
 
         Args:
             shards: their numbers.
-            verify: read the finished ones, and compute again what is damaged; else merging does that.
+            verify: read the finished shards and recompute damaged ones; otherwise merging does that.
         """
         run = self.run
         if verify:
@@ -300,11 +300,11 @@ class _Session:
         self.summary.embedding_seconds += time.monotonic() - begin
 
     def _say_what_is_saved(self, shards: Sequence[int], done: int) -> None:
-        """Tell an interrupted user what the run has.
+        """Tell the user after an interruption what the run has saved.
 
         Args:
-            shards: that were to be computed.
-            done: residues computed of them.
+            shards: the shards that were to be computed.
+            done: residues of them that were computed.
         """
         run = self.run
         saved = run.finished(range(run.plan.num_shards))
@@ -316,10 +316,10 @@ class _Session:
         )
 
     def finish(self) -> None:
-        """Merge; what turns out to be damaged is computed again. Call it with the claim held.
+        """Merge, recomputing damaged shards. Call it while holding the claim.
 
         Raises:
-            UsageError: it is not held any more.
+            UsageError: the claim was lost.
         """
         begin = time.monotonic()
         while True:
@@ -341,7 +341,7 @@ class _Session:
             self._remove_directory()
 
     def is_merged_by_another(self) -> bool:
-        """Whether the run's output is there, and with that all is done. Call it with the claim held.
+        """Whether the run's output exists, so that nothing is left to do. Call it while holding the claim.
 
         Raises:
             UsageError: another run has taken this one's place.
@@ -352,7 +352,7 @@ class _Session:
             if not is_there and Plan.read(self.directory.plan_path).hash == self.run.plan.hash:
                 return False
         if not self.directory.plan_path.exists():
-            self._remove_directory()  # holding the claim has made it anew
+            self._remove_directory()  # taking the claim has recreated it
         if existing is None or not is_there or existing.plan_hash != self.run.plan.hash:
             raise UsageError(
                 f"{self.directory.path}: removed, or replaced by another run, while this one computed"
@@ -369,11 +369,11 @@ class _Session:
         self._leave(existing.plan_hash, parts)
 
     def _leave(self, complete_hash: str, parts: str | None) -> None:
-        """Remove the run directory and unused parts, unless they are of another run than the complete one.
+        """Remove the run directory and unused parts, unless they belong to a run other than the complete one.
 
         Args:
-            complete_hash: hash of its plan.
-            parts: those that its output uses, as `remove_unused_parts` takes them.
+            complete_hash: hash of the plan of the complete run.
+            parts: parts that its output uses, as for `remove_unused_parts`.
         """
         self.summary.already_complete = True
         with suppress(OSError, PlanError):
@@ -381,7 +381,7 @@ class _Session:
                 self.console.note(f"{self.directory.path}: holds another, unfinished run; it is kept")
                 return
         if not self.request.keep_run:
-            remove_unused_parts(self.directory.output, parts)  # if a killed process has not
+            remove_unused_parts(self.directory.output, parts)  # in case a killed process did not
             self._remove_directory()
 
     def _remove_directory(self) -> None:

@@ -22,22 +22,22 @@ from esm_packed.runners.system.terminal import counted
 
 @dataclass(frozen=True)
 class RunState:
-    """How far the run of an output is.
+    """The progress of the run of an output.
 
     Args:
-        run: its directory; empty when there is none any more.
-        output: the file it makes.
-        complete: the output is there, made by this run, and all is computed.
-        num_not_computed: records without a row in the output that `merge --partial` has made; None if it is
-            not there.
-        command: the one that began it, empty if it is not known.
-        num_shards: parts of the work; None while the input is read.
-        num_shards_finished: those that are done.
-        num_records: of the input; copies of proteins that are scored, or rows of a table of scores.
+        run: its directory; empty if it no longer exists.
+        output: the file that it produces.
+        complete: the output exists, was created by this run, and everything is computed.
+        num_not_computed: records without a row in the output of `merge --partial`; None if there is no such
+            output.
+        command: the command that started it; empty if unknown.
+        num_shards: number of shards; None while the input is read.
+        num_shards_finished: number of finished shards.
+        num_records: records of the input, copies of proteins that are scored, or rows of a table of scores.
         num_records_finished: those in finished shards.
-        shards_per_minute: None where it cannot be told.
-        seconds_since_last: since the last shard was finished.
-        workers: processes at work on it.
+        shards_per_minute: None if unknown.
+        seconds_since_last: seconds since the last shard was finished.
+        workers: processes working on it.
         is_scoring: whether variants are scored.
         index_fault: why the records of its inputs cannot be read, empty if they can.
     """
@@ -95,10 +95,10 @@ class RunState:
 
 
 def run_state(directory: RunDirectory) -> RunState:
-    """How far the run of an output is.
+    """The progress of the run of an output.
 
     Raises:
-        PlanError: neither the output nor a run is there, or what is there cannot be read.
+        PlanError: neither the output nor a run exists, or it cannot be read.
     """
     try:
         if directory.exists():
@@ -120,7 +120,7 @@ def run_state(directory: RunDirectory) -> RunState:
             )
     except StoreError as error:
         raise PlanError(str(error)) from error
-    except OSError as error:  # no right to look there, a name too long
+    except OSError as error:  # no permission, or a name that is too long
         raise PlanError(f"{error.filename or directory.output}: {error.strerror}") from error
 
 
@@ -170,14 +170,14 @@ def _index_fault(directory: RunDirectory) -> str:
 
 
 def _completeness(reader: EmbeddingReader) -> tuple[bool, int | None]:
-    """Whether all of an output is computed, else how many records are not."""
+    """Whether an output is complete, and if not, how many of its records are not computed."""
     if reader.attributes.get("complete", True):
         return True, None
     return False, int(np.count_nonzero(reader.column("status") == STATUS_NOT_COMPUTED))
 
 
 def _workers(directory: RunDirectory) -> tuple[str, ...]:
-    """Who is at work: one process on all of it, or several on slices."""
+    """The processes working on it: one on the whole run, or several on slices."""
     claims = {f"slice {part}": path for part, path in directory.live_slices().items()}
     claims["the run"] = directory.claim().path
     lines = []

@@ -1,4 +1,4 @@
-"""What a run did, in the lines that are printed at its end."""
+"""The summary of a run that is printed at its end."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from esm_packed.runners.watch.console import byte_size, duration
 from esm_packed.runners.watch.metrics import STAGES, StageTimes
 
 JUDGED_PACKS = 20
-"""Of fewer packs the last ones, which are not full, decide the efficiency."""
+"""With fewer packs, the last ones, which are not full, dominate the efficiency."""
 
 JUDGED_SECONDS = 10.0
 
 _IDS_SHOWN = 5
 _NAME_WIDTH, _VALUE_WIDTH, _ID_WIDTH = 20, 60, 50
-"""Characters of a line of the summary, and of an ID in it, as a terminal has 80."""
+"""Characters of names, values and IDs in the summary, for a terminal of 80 columns."""
 
 
 def parts_line(reader: EmbeddingReader) -> str:
@@ -38,13 +38,13 @@ def parts_line(reader: EmbeddingReader) -> str:
 
 
 class Changed(NamedTuple):
-    """The sequences that differ from the input in one way: how many, and the IDs of the first ones."""
+    """Sequences changed in one way from the input: how many, and the first IDs."""
 
     number: int
     first_ids: list[str]
 
     def after(self, text: str) -> str:
-        """`text: IDs`, as many as fit into the line, or into a second one if it would be too long."""
+        """`text: IDs`, with as many IDs as fit on the line, or on a second line if it would be too long."""
         for count in range(len(self.first_ids), 0, -1):
             ids = [shorten(each, _ID_WIDTH) for each in self.first_ids[:count]]
             shown = ", ".join(ids + ["..."] * (count < self.number))
@@ -56,7 +56,7 @@ class Changed(NamedTuple):
 
 @dataclass
 class Summary:
-    """What a run did; `already_complete` when the output was there and nothing had to be done."""
+    """What a run did; `already_complete` if the output existed and there was nothing to do."""
 
     output: Path
     model_name: str
@@ -73,7 +73,7 @@ class Summary:
     attention: str = ""
     num_truncated: int = 0
     changed: dict[str, Changed] = field(default_factory=dict)
-    """By what was changed, as `EmbeddingReader.changed` calls it."""
+    """By kind of change, named as in `EmbeddingReader.changed`."""
     num_recomputed: int = 0
     num_failed: int = 0
     comparisons: list[Comparison] = field(default_factory=list)
@@ -85,15 +85,15 @@ class Summary:
     already_complete: bool = False
     part: str = ""
     parts: str = ""
-    """Where the rows of residues are, if they are not in the output."""
+    """Where the rows of residues are, if not in the output."""
     missing_shards: int = 0
-    """Shards of other slices that are not there yet, so that there is no output."""
+    """Unfinished shards of other slices, without which there is no output."""
 
     @classmethod
     def of_run(
         cls, request: EmbedRequest, checkpoint: Checkpoint, index: FastaIndex, identity: Mapping[str, Any]
     ) -> Summary:
-        """What is known before anything is computed."""
+        """The summary before anything is computed."""
         return cls(
             output=request.output,
             model_name=checkpoint.model_name,
@@ -111,7 +111,7 @@ class Summary:
         )
 
     def read_output(self) -> None:
-        """Take from the output what only it knows, work of earlier processes included."""
+        """Add what only the output knows, including work of earlier processes."""
         with EmbeddingReader(self.output) as reader:
             status = reader.column("status")
             self.num_failed = int(np.count_nonzero(status == STATUS_FAILED))
@@ -128,7 +128,7 @@ class Summary:
             self.attention = reader.attributes.get("attention_backend", "")
 
     def warnings(self) -> list[str]:
-        """What in the run deserves a look."""
+        """What the user should look at."""
         found = []
         efficiency = self.stages.packing_efficiency
         if self.stages.packs >= JUDGED_PACKS and efficiency < 0.85:
@@ -153,7 +153,7 @@ class Summary:
         """The summary for the terminal.
 
         Args:
-            verbose: all that is known; else the output, counts, the rate, and what was out of the ordinary.
+            verbose: print everything; otherwise the output, counts, the rate, and anything unusual.
         """
         values = {**self._result_lines(), **self._exception_lines(), **self._comparison_lines()}
         if verbose:
@@ -184,7 +184,7 @@ class Summary:
         return {"output": output} | lines
 
     def _exception_lines(self) -> dict[str, str]:
-        """Counts of what is not as usual, if there is any."""
+        """Counts of unusual events, if any."""
         counts = {
             "replaced": (self.num_replaced, "residue", " outside the alphabet, now X"),
             "duplicates": (self.num_duplicates, "record", " with the ID of an earlier one"),

@@ -1,6 +1,6 @@
-"""`esm-packed tune`: measure which launch settings of the Triton kernels are fastest on this very GPU.
+"""`esm-packed tune`: measures which launch settings of the Triton kernels are fastest on this GPU.
 
-The search (candidates, checked, timed, chosen) knows no clock: a `Timer` is handed to it.
+The search checks, times and ranks candidates; it does not read a clock itself, but takes a `Timer`.
 """
 
 from __future__ import annotations
@@ -50,16 +50,16 @@ from esm_packed.version import __version__
 
 @dataclass(frozen=True)
 class TuneRequest:
-    """What `esm-packed tune` is asked to do.
+    """Arguments of `esm-packed tune`.
 
     Args:
         models: names in `ESM2_MODELS`.
         dtypes: precision modes.
         tokens: total_tokens of the inputs.
         device: a CUDA device.
-        output: the file to write; None for where launches look for it.
-        time_limit: seconds after which no further kernel is begun, or None.
-        jobs: processes that compile candidates ahead; None for one less than there are CPUs.
+        output: the file to write; None for the one that launches read.
+        time_limit: seconds after which no further kernel is started, or None.
+        jobs: processes that compile candidates ahead; None for one less than the number of CPUs.
     """
 
     models: tuple[str, ...] = tuple(ESM2_MODELS)
@@ -73,13 +73,13 @@ class TuneRequest:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a search found; times in microseconds, None where nothing worked.
+    """The result of a search; times in microseconds, None where nothing worked.
 
     Args:
-        key: in the tuned settings.
-        settings: the chosen ones; None leaves the heuristic's.
+        key: key in the tuned settings.
+        settings: the chosen settings; None keeps the heuristic's.
         candidates: how many were tried.
-        dropped: how many of them failed or computed wrong numbers.
+        dropped: how many of them failed or computed wrong results.
     """
 
     key: str
@@ -108,9 +108,9 @@ def search(
 
     Args:
         problem: the kernel.
-        tuned: the live settings; afterwards they hold the choice, or are as before if anything is raised.
-        timer: times the candidates that compute right numbers.
-        num_buffers: how many buffers of so many bytes to rotate through.
+        tuned: the live settings; afterwards they hold the choice, or are unchanged if anything is raised.
+        timer: times the candidates that compute correct results.
+        num_buffers: number of buffers of a given size in bytes to rotate through.
         advance: called after each candidate is checked.
     """
     before = tuned.get(problem.key)
@@ -158,7 +158,7 @@ def _search(
             tensors = {id(x): x for x in (*arguments.values(), *results.values()) if torch.is_tensor(x)}
             num_bytes = sum(tensor.nbytes for tensor in tensors.values())
         for result in results.values():
-            # The next candidate gets this memory, and must not find right numbers there.
+            # The next candidate gets this memory and must not find correct results there.
             result.fill_(math.nan if result.is_floating_point() else -1)
         del results
         advance()
@@ -172,7 +172,7 @@ def _search(
 
     def run(settings: Settings | None) -> object:
         put(settings)
-        # All results are alive at once, so that none is written where the cache still holds another.
+        # All results stay alive, so that none is written where the cache still holds another.
         return [case.function(**buffer) for buffer in buffers]
 
     trials = [
@@ -200,9 +200,9 @@ def search_all(
     time_limit: float | None = None,
     compiled: Callable[[int], object] = lambda number: None,
 ) -> list[Outcome]:
-    """Search for one problem after the other, saving each outcome at once; see `search`.
+    """Search one problem after another, saving each outcome immediately; see `search`.
 
-    `compiled` waits until the candidates of a problem are; it is called with its place in `work`.
+    `compiled` is called with the index of a problem in `work` and waits until its candidates are compiled.
     """
     begin = time.monotonic()
     outcomes: list[Outcome] = []
@@ -239,10 +239,10 @@ def search_all(
 
 
 def read_settings(path: Path, gpu: str) -> dict[str, Any]:
-    """What the file of tuned settings at `path` holds; empty if there is none.
+    """The contents of the file of tuned settings at `path`; empty if there is none.
 
     Raises:
-        UsageError: it is something else, or of another GPU.
+        UsageError: it is another kind of file, or is for another GPU.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -262,12 +262,12 @@ def read_settings(path: Path, gpu: str) -> dict[str, Any]:
 
 
 def save_outcome(path: Path, facts: Mapping[str, Any], outcome: Outcome) -> None:
-    """Merge an outcome into the file at `path`, which is whole at any time.
+    """Merge an outcome into the file at `path`, which is replaced atomically.
 
     Args:
-        path: the file; what it has for other keys remains.
-        facts: its other fields; `gpu` among them.
-        outcome: replaces what the file has for its key.
+        path: the file; its entries for other keys are kept.
+        facts: its other fields, including `gpu`.
+        outcome: replaces the entry for its key.
     """
     content = {"settings": {}, "measured": {}} | read_settings(path, facts["gpu"]) | dict(facts)
     _put(content["settings"], outcome.key, outcome.settings)
@@ -282,7 +282,7 @@ def save_outcome(path: Path, facts: Mapping[str, Any], outcome: Outcome) -> None
 
 
 def save_order(path: Path, facts: Mapping[str, Any], order: BackendOrder) -> None:
-    """Merge the order of attention backends into the file at `path`, as `save_outcome` does an outcome."""
+    """Merge the order of attention backends into the file at `path`; see `save_outcome`."""
     content = (
         {"settings": {}, "measured": {}, "attention": {}} | read_settings(path, facts["gpu"]) | dict(facts)
     )
@@ -308,14 +308,14 @@ def _rounded(value: float | None) -> float | None:
 
 
 def check_output(path: Path, gpu: str) -> None:
-    """Find out before the search whether its outcome can be written to `path`.
+    """Check before the search that its outcome can be written to `path`.
 
     Raises:
         UsageError: it cannot.
     """
     try:
         if path.parent == launch.CONFIG_FOLDER:
-            path.parent.mkdir(exist_ok=True)  # an installation without tuned settings lacks it
+            path.parent.mkdir(exist_ok=True)  # it does not exist in an installation without tuned settings
         with tempfile.TemporaryFile(dir=path.parent):
             pass
     except OSError as error:
@@ -362,7 +362,7 @@ def _gpu(request: TuneRequest) -> torch.device:
 def _measure(
     request: TuneRequest, device: torch.device, path: Path, console: Console
 ) -> tuple[list[Outcome], list[BackendOrder]]:
-    """Search for settings of every kernel; behind our attention kernel, its rivals take turns with it."""
+    """Search for settings of every kernel; after our attention kernel, time it against its rivals."""
     import triton
 
     facts = {
@@ -413,7 +413,7 @@ def _measure(
 
 
 def summary(outcomes: Sequence[Outcome], orders: Sequence[BackendOrder] = ()) -> list[str]:
-    """A table of what was found, and the attention backends by head_dim and dtype."""
+    """A table of the results, and the attention backends by head_dim and dtype."""
     lines = [f"{'kernel/size/dtype':34} {'heuristic':>12} {'tuned':>12} {'gain':>7}  settings"]
     lines += [_row(outcome) for outcome in outcomes]
     faster = sum(outcome.settings is not None for outcome in outcomes)

@@ -1,4 +1,4 @@
-"""Which attention backend is fastest on this very GPU: what `auto` then follows."""
+"""Measures which attention backend is fastest on this GPU, for `auto` to use."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from esm_packed.runners.tuning_problems import sample_lengths
 from esm_packed.runners.tuning_trials import FINAL_ROUNDS, LEAST_GAIN, Timer, Trial, agree, attempt
 
 LENGTH_CLASSES = {"short50": 50, "medium150": 150, "long300": 300}
-"""Mean tokens of the proteins that backends are timed on."""
+"""Mean number of tokens of the proteins that backends are timed on."""
 
 CASE = CASES["packed_attention"]
 
 
 @dataclass(frozen=True)
 class BackendOrder:
-    """What was found for one head_dim in one dtype.
+    """The result for one head_dim in one dtype.
 
     Args:
-        key: of `launch.tuned_attention`.
-        order: backends, the fastest first.
-        microseconds: of one call, by length class and backend.
-        dropped: backends that failed or computed wrong numbers.
+        key: key in `launch.tuned_attention`.
+        order: backends, fastest first.
+        microseconds: time of one call, by length class and backend.
+        dropped: backends that failed or computed wrong results.
     """
 
     key: str
@@ -44,11 +44,11 @@ class BackendOrder:
 def contests(
     configs: Sequence[ESM2Config], precisions: Sequence[Precision]
 ) -> dict[str, tuple[ESM2Config, Precision]]:
-    """By key of our kernel's settings, the shapes and modes in which backends compete with it, each once."""
+    """Shapes and modes in which backends compete with our kernel, each once, by the key of its settings."""
     found: dict[str, tuple[ESM2Config, Precision]] = {}
     for config in configs:
         for precision in precisions:
-            if precision.dtype in HALF_DTYPES:  # FP32 has no other than ours that does not wait
+            if precision.dtype in HALF_DTYPES:  # in FP32 only ours does not synchronize
                 key = CASE.settings_key(config, precision.dtype, precision.dtype)
                 found.setdefault(key, (config, precision))
     return found
@@ -64,19 +64,19 @@ def order_backends(
 ) -> BackendOrder | None:
     """Time the backends that `auto` may take, in turns, on proteins of every length class.
 
-    They are ranked by the geometric mean, over the classes, of their time over that of the fastest. The one
-    that comes first without a measurement stays first where it loses less than `LEAST_GAIN`.
+    They are ranked by the geometric mean, over the classes, of their time relative to the fastest. The
+    default first choice stays first if it loses less than `LEAST_GAIN`.
 
     Args:
-        config: its heads are those of the contest.
-        precision: a half type.
+        config: gives the heads.
+        precision: a half-precision mode.
         tokens: total_tokens of the inputs.
-        device: where.
-        timer: times the backends that compute right numbers.
-        num_buffers: how many buffers of so many bytes to rotate through.
+        device: the device to use.
+        timer: times the backends that compute correct results.
+        num_buffers: number of buffers of a given size in bytes to rotate through.
 
     Returns:
-        None where no two backends are left.
+        The order; None if fewer than two backends are left.
     """
     names = [
         name
@@ -103,7 +103,7 @@ def order_backends(
 
 
 def _ranked(names: list[str], microseconds: dict[str, dict[str, float]]) -> list[str]:
-    """The fastest first; `names` are in the order that holds where the gain is too small."""
+    """Fastest first; `names` are in the order that is kept if the gain is too small."""
     fastest = {length_class: min(times.values()) for length_class, times in microseconds.items()}
     means = {
         name: geometric_mean(
@@ -125,7 +125,7 @@ def _time(
     timer: Timer,
     num_buffers: Callable[[int], int],
 ) -> dict[str, float]:
-    """Microseconds of the functions that compute right numbers."""
+    """Microseconds of the functions that compute correct results."""
     arguments = CASE.arguments(workload, precision.dtype)
     with matmul_precision(PRECISIONS["fp32"]):
         truth = CASE.truth(arguments, torch.float32)
@@ -146,7 +146,7 @@ def _time(
 
 
 def _keywords(attend: PackedAttention) -> Callable[..., torch.Tensor]:
-    """A backend's function, called as our kernel is."""
+    """A backend's function, with the signature of our kernel."""
 
     def call(*, input_precision: str, **arguments: Any) -> torch.Tensor:
         return attend(*arguments.values())

@@ -1,7 +1,7 @@
-"""Compiling what `esm-packed tune` will time, ahead of it and in processes of their own.
+"""Compiles the candidates of `esm-packed tune` ahead of time in separate processes.
 
-Compiling takes the time of a CPU and timing that of the GPU. Triton keeps what is compiled on disk, where the
-process that times finds it.
+Compiling uses the CPU, timing the GPU. Triton caches compiled kernels on disk, where the timing process finds
+them.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from esm_packed.numerics import Precision
 from esm_packed.runners.tuning_problems import TuningProblem, problems
 
 _work: list[TuningProblem] = []
-"""Of a process that compiles."""
+"""Problems of a compiling process."""
 
 
 def begin(
     configs: Sequence[ESM2Config], precisions: Sequence[Precision], tokens: int, device: torch.device
 ) -> None:
-    """Make this process one that compiles: its launches end where a kernel is compiled."""
+    """Turn this process into a compiling one: its launches stop once a kernel is compiled."""
     from triton.runtime.jit import JITFunction
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started it ends it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process ends it
     run = JITFunction.run
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
@@ -48,7 +48,7 @@ def _arguments(number: int) -> Arguments:
 
 
 def compile_candidate(number: int, candidate: int, device: torch.device) -> bool:
-    """Compile a candidate of problem `number`, the heuristic's settings for -1; whether it could."""
+    """Compile a candidate of problem `number` (-1: the heuristic's settings); return whether it succeeded."""
     problem, tuned = _work[number], launch.tuned_settings(device)
     tuned.pop(problem.key, None)
     if candidate >= 0:
@@ -56,7 +56,7 @@ def compile_candidate(number: int, candidate: int, device: torch.device) -> bool
     try:
         with torch.no_grad():
             problem.case.function(**_arguments(number))
-    except Exception:  # the search meets it again, and drops the candidate
+    except Exception:  # the search gets it again and drops the candidate
         return False
     return True
 
@@ -70,12 +70,12 @@ def compiled_ahead(
     work: Sequence[TuningProblem],
     jobs: int,
 ) -> Iterator[Callable[[int], None]]:
-    """Compile the candidates of `work` in its order, in `jobs` processes; without any, in the search itself.
+    """Compile the candidates of `work` in order in `jobs` processes; with 0, the search itself compiles.
 
     Args:
-        configs, precisions, tokens, device: as `problems` makes `work` of them.
-        work: what is going to be searched.
-        jobs: processes.
+        configs, precisions, tokens, device: the arguments of `problems` that gave `work`.
+        work: the problems to be searched.
+        jobs: number of processes.
 
     Yields:
         A function that waits until the candidates of problem `number` are compiled.
@@ -100,4 +100,4 @@ def compiled_ahead(
 
 
 def _ended(futures: Sequence[Future[bool]]) -> None:
-    wait(futures)  # where the processes failed, the search compiles
+    wait(futures)  # if the processes failed, the search compiles

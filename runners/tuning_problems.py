@@ -1,4 +1,4 @@
-"""What `esm-packed tune` measures: each kernel of ESM-2 at each size, its inputs and candidate settings."""
+"""What `esm-packed tune` measures: each kernel of ESM-2 at each size, with inputs and candidate settings."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from esm_packed.numerics import Precision
 LENGTH_QUANTILES = (
     53, 183, 363, 98, 243, 550, 132, 295, 1009, 165, 79, 326, 201, 115, 409, 221, 683, 148, 468, 267
 )  # fmt: skip
-"""Tokens of proteins as in UniProt, log-normal with a mean of 300 (every 20-quantile), well mixed."""
+"""Lengths in tokens as in UniProt: the 20-quantiles of a log-normal with a mean of 300, well mixed."""
 
 MEAN_LENGTH = 300
 
@@ -28,11 +28,11 @@ class TuningProblem:
     """One entry of the tuned settings: a kernel at a size, in a dtype.
 
     Args:
-        key: of the tuned settings.
+        key: key in the tuned settings.
         case: the kernel.
         precision: the mode it is timed in.
-        candidates: settings to try beside the heuristic's.
-        arguments: makes what the kernel takes, the same values each time.
+        candidates: settings to try in addition to the heuristic's.
+        arguments: creates the arguments of the kernel, with the same values each time.
     """
 
     key: str
@@ -46,12 +46,12 @@ TUNING_ORDER = (
     *("packed_attention", "packed_attention_tf32", "packed_attention_tf32x3"),
     *("gemm_bias_gelu", "linear_gelu", "add_layer_norm_", "bias_gelu_"),
 )
-"""What a model spends most time in comes first, since time may be limited; the others follow. The choice
-`linear_gelu` is behind the fused product, which is then as fast as it gets."""
+"""The most time-consuming kernels come first, since time may be limited; the others follow. The choice
+`linear_gelu` comes after the fused kernel, which is tuned by then."""
 
 
 def sample_lengths(tokens: int, mean: int = MEAN_LENGTH) -> list[int]:
-    """Lengths of sequences with `tokens` tokens in all, at least 3; the longest first, as packs have them."""
+    """Lengths of sequences with `tokens` tokens in total, at least 3; longest first, as in packs."""
     lengths: list[int] = []
     left = tokens
     for length in itertools.cycle(LENGTH_QUANTILES):
@@ -75,13 +75,13 @@ def problems(
 
     Args:
         configs: shapes of the models.
-        precisions: modes.
+        precisions: precision modes.
         tokens: total_tokens of the inputs.
-        device: where they are.
-        few: keep only the longest and the shortest sequence, enough for compiling the kernels.
+        device: device of the inputs.
+        few: keep only the longest and the shortest sequence, which suffices to compile the kernels.
 
     Returns:
-        In `TUNING_ORDER`.
+        The problems in `TUNING_ORDER`.
     """
     found: dict[str, TuningProblem] = {}
     lengths = sample_lengths(tokens)

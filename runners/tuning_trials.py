@@ -1,4 +1,4 @@
-"""What `esm-packed tune` compares: trials that are checked, timed in turns, and ranked."""
+"""Trials of `esm-packed tune`, which are checked, timed in turns and ranked."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from esm_packed.kernels.launch import Settings
 from esm_packed.kernels.timing import Rounds
 
 LEAST_GAIN = 0.02
-"""Share of the time that settings, or another backend, must save to be kept: less may be chance."""
+"""Share of the time that settings, or another backend, must save to be kept; less may be noise."""
 
 SCREENING_ROUNDS, FINAL_ROUNDS, FINALISTS = 5, 21, 3
-"""The fastest candidates of a few rounds meet the heuristic again: the first of many is partly luck."""
+"""Fastest candidates of a few rounds that meet the heuristic again: the best of many is partly luck."""
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,9 @@ class Trial:
     """Something to be timed.
 
     Args:
-        settings: what `launch` launches with, None for the heuristic's; or the name of an attention backend.
+        settings: settings of `launch`, None for the heuristic's; or the name of an attention backend.
         launch: runs the kernel once on each of several buffers.
-        restore: undoes what in-place launches did to the buffers.
+        restore: undoes the effects of in-place launches on the buffers.
         launches: number of buffers.
     """
 
@@ -37,13 +37,13 @@ class Trial:
 
 
 class Timer(Protocol):
-    """Tells the median time of one launch in microseconds, for trials measured in turns."""
+    """Measures the median time of one launch in microseconds, for trials timed in turns."""
 
     def __call__(self, trials: Sequence[Trial], rounds: int, /) -> list[float]: ...
 
 
 def attempt(case: Case, function: Callable[..., Any], arguments: Arguments) -> Results:
-    """The results; none if this cannot run, for settings do not compile or need more than the GPU has."""
+    """The results; empty if the settings do not compile or need more resources than the GPU has."""
     from triton.runtime.errors import TritonError
 
     try:
@@ -52,12 +52,12 @@ def attempt(case: Case, function: Callable[..., Any], arguments: Arguments) -> R
         raise
     except (TritonError, RuntimeError):  # LLVM and the driver report theirs as RuntimeError
         if torch.cuda.is_available():
-            torch.cuda.synchronize()  # raises if the GPU cannot go on after this
+            torch.cuda.synchronize()  # raises if the GPU cannot continue after this
         return {}
 
 
 def agree(results: Results, truth: Results, input_precision: str | None) -> bool:
-    """Whether rounding alone parts `results` from the FP32 `truth`, as a whole and in every element."""
+    """Whether `results` differ from the FP32 `truth` only by rounding, as a whole and in every element."""
     for name, expected in truth.items():
         actual = results[name]
         if not actual.is_floating_point():
@@ -68,7 +68,7 @@ def agree(results: Results, truth: Results, input_precision: str | None) -> bool
         if actual.dtype == torch.float32:
             unit = 2.0**-8 if input_precision == "tf32" else 32 * unit
         error, largest = actual.float() - expected, float(expected.abs().max())
-        # NaN must disagree, so the comparisons are this way round.
+        # NaN must disagree, hence the direction of the comparisons.
         if not (
             float(error.norm()) <= unit * float(expected.norm())
             and float(error.abs_().max()) <= 4 * unit * largest

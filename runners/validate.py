@@ -1,4 +1,4 @@
-"""The precision-validation report: a model and a FASTA file to a folder with the page and its numbers."""
+"""The precision-validation report: from a model and a FASTA file to a folder with a page and its numbers."""
 
 from __future__ import annotations
 
@@ -37,28 +37,28 @@ from esm_packed.runners.watch.console import Console, duration
 TokenIds = npt.NDArray[np.uint8]
 
 MOST_TOKENS = 8192
-"""In a pack by default: the hidden states of all layers are held at once."""
+"""Default tokens in a pack, as the hidden states of all layers are in memory at once."""
 
 
 @dataclass(frozen=True)
 class ValidateRequest:
-    """What `esm-packed validate` is asked to do.
+    """Arguments of `esm-packed validate`.
 
     Args:
-        model: as `weights.load_checkpoint` takes it.
-        fasta: file, `-` for standard input.
-        output: folder for the report; made if missing.
+        model: a model, as for `weights.load_checkpoint`.
+        fasta: FASTA file, `-` for standard input.
+        output: folder for the report; created if missing.
         device: auto, cpu, cuda or cuda:INDEX.
         dtypes: precision modes.
-        thresholds: by mode, in place of the report's own.
+        thresholds: by mode, replacing the report's defaults.
         reference: one of `config.REFERENCES`.
-        limit: most proteins; 0 takes all.
+        limit: maximum number of proteins; 0 for all.
         max_length: residues kept of each protein; 0 keeps all.
         token_budget: tokens in a pack; None for the device's default, at most 8192.
-        read: the rules for the input.
-        threads: CPU threads, or None for torch's choice.
-        overwrite: replace a report that is there.
-        command: what the page says was typed.
+        read: rules for reading the input.
+        threads: CPU threads; None for torch's default.
+        overwrite: replace an existing report.
+        command: the command line that the page shows.
     """
 
     model: str
@@ -84,8 +84,8 @@ def validate_file(request: ValidateRequest, console: Console) -> tuple[list[str]
         Lines for the terminal, the last one the verdict, and whether every mode that ran passes.
 
     Raises:
-        UsageError: an option cannot be, or the report cannot be written.
-        InputError: a fault in the FASTA file.
+        UsageError: an option is invalid, or the report cannot be written.
+        InputError: the FASTA file has an error.
         CheckpointError: the model is missing or damaged.
         ReportError: matplotlib or fair-esm is missing, or no mode runs on the device.
     """
@@ -139,7 +139,7 @@ def validate_file(request: ValidateRequest, console: Console) -> tuple[list[str]
 
 
 def _conditions(request: ValidateRequest, sample: _Sample, took: str) -> dict[str, str]:
-    """What the report says of its making."""
+    """The conditions under which the report was created."""
     truncated = f"{sample.num_truncated:,} to their first {request.max_length:,} residues"
     return {
         "proteins": f"{request.fasta} (sha256 {sample.sha256}), {sample.rule}",
@@ -152,7 +152,7 @@ def _conditions(request: ValidateRequest, sample: _Sample, took: str) -> dict[st
 
 @dataclass(frozen=True)
 class _Sample:
-    """Proteins of a file, cut to the length that is computed, and how they were chosen."""
+    """Proteins of a file, truncated to the computed length, and how they were chosen."""
 
     sequence_ids: list[str]
     token_ids: list[npt.NDArray[np.uint8]]
@@ -184,9 +184,9 @@ def _read_sample(request: ValidateRequest, console: Console) -> _Sample:
 def choose(index: FastaIndex, limit: int) -> tuple[list[int], str]:
     """Record numbers, ascending, of the distinct sequences to use, and how they were chosen.
 
-    Of more than `limit` (0: no limit) these are evenly spaced by length, from the shortest to the longest;
-    a single one is of the median length. Equal sequences would be each other's nearest neighbours, in an
-    order that says nothing.
+    If there are more than `limit` (0: no limit), they are evenly spaced by length, from the shortest to the
+    longest; a single one has the median length. Equal sequences are left out, as they would be each other's
+    nearest neighbours in an arbitrary order.
     """
     distinct = np.flatnonzero(index.first_same[:] == np.arange(index.num_records))
     if not limit or len(distinct) <= limit:
@@ -229,7 +229,7 @@ def _check_folder(request: ValidateRequest) -> None:
 
 
 def _make_folder(folder: Path) -> None:
-    """Before the work, which may take long and would be lost."""
+    """Create the folder before the work, which may take long and would otherwise be lost."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
