@@ -1,1 +1,1 @@
-"""The HDF5 file a run makes."""
+"""The HDF5 file created by a run."""

@@ -1,4 +1,4 @@
-"""The finished shards of a run, read block by block and verified."""
+"""Read and verify the finished shards of a run, block by block."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from esm_packed.runners.state.shard import (
 from esm_packed.runners.system.queues import Ahead
 
 BLOCKS_AHEAD = 4
-"""Blocks that are read and verified while the one before them is written."""
+"""Number of blocks to read and verify ahead while a block is written."""
 
 
 class DamagedShardError(RuntimeError):
-    """A shard is not there or not what was written; its file has been removed.
+    """A shard is missing or damaged; its file has been removed.
 
     Args:
         shard: its number.
@@ -40,7 +40,7 @@ class DamagedShardError(RuntimeError):
 
 @dataclass(frozen=True, eq=False)
 class ShardNotes:
-    """What is to be said of a shard beside its arrays."""
+    """Information on a shard other than its arrays."""
 
     number: int
     statuses: Mapping[int, ItemStatus]
@@ -49,7 +49,7 @@ class ShardNotes:
 
 
 class Block(NamedTuple):
-    """Rows of an array, from row `first` of the shard on whose notes came last."""
+    """Rows of an array, starting at row `first` of the shard whose notes were yielded last."""
 
     array: Array
     first: int
@@ -58,10 +58,10 @@ class Block(NamedTuple):
 
 @contextmanager
 def whole_shard(run: Run, shard: int) -> Iterator[ShardReader]:
-    """A finished shard, for reading.
+    """Context manager to read a finished shard.
 
     Raises:
-        DamagedShardError: it is not there or not whole; what is read within the block may raise it, too.
+        DamagedShardError: the shard is missing or damaged; also raised if reads within the block find damage.
     """
     reader = run.open_shard(shard)
     if reader is None:
@@ -78,18 +78,18 @@ def whole_shard(run: Run, shard: int) -> Iterator[ShardReader]:
 def blocks_ahead(
     run: Run, shards: Sequence[int], arrays: Sequence[Array], missing: frozenset[int] = frozenset()
 ) -> Iterator[Iterator[ShardNotes | Block]]:
-    """Of shards, in their order, the notes and then blocks, verified, and read ahead by a thread.
+    """Context manager to read shards in order, ahead in a thread: notes of each, then its verified blocks.
 
-    A block's rows are there until the next one is asked for.
+    The rows of a block are valid until the next block is requested.
 
     Args:
-        run: whose shards they are.
+        run: the run with the shards.
         shards: their numbers.
-        arrays: that are read of each.
-        missing: shards that are not there: of these there are rows of NaN, and none of ragged arrays.
+        arrays: arrays to read from each.
+        missing: missing shards, which yield rows of NaN, and no rows of ragged arrays.
 
     Raises:
-        DamagedShardError: another one is not there or not whole.
+        DamagedShardError: any other shard is missing or damaged.
     """
     with Ahead(_blocks(run, shards, arrays, missing), BLOCKS_AHEAD, "shard reader") as blocks:
         yield iter(blocks)
@@ -113,7 +113,7 @@ def _blocks(
 
 
 def _not_computed(run: Run, number: int, arrays: Sequence[Array]) -> Iterator[ShardNotes | Block]:
-    """What stands for a shard that is not there."""
+    """Yield notes and rows of NaN in place of a missing shard."""
     shape = run.shape(number)
     status = ItemStatus(STATUS_NOT_COMPUTED, "not computed yet")
     yield ShardNotes(number, dict.fromkeys(range(shape.num_items), status))

@@ -1,4 +1,4 @@
-"""The log of what was changed in the input."""
+"""The log of changes made to the input."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _ROWS_AT_ONCE = 1 << 16
 
 
 def log_changes(console: Console, log: Path, output: Path) -> None:
-    """Append a line for each sequence of a finished output that differs from the input: its ID and how.
+    """Append a line for each sequence of a finished output that differs from the input: its ID and changes.
 
-    A log that is gone or full does not end the run.
+    Failure to write the log does not stop the run.
     """
     try:
         with EmbeddingReader(output) as reader, log.open("a") as file:

@@ -1,4 +1,4 @@
-"""HDF5 files of unknown origin, of which nothing is used before its type, shape and size are known."""
+"""Untrusted HDF5 files: nothing in them is used before its type, shape and size have been checked."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from esm_packed.errors import UserError
 from esm_packed.runners.state.shard import StoreError
 
 _MOST_COMPRESSED = 1032
-"""Bytes that one byte of a compressed data set can stand for."""
+"""Maximum compression ratio of a compressed dataset."""
 _MOST_ATTRIBUTE_BYTES = 1 << 20
 _ATTRIBUTE_CLASSES = (h5py.h5t.STRING, h5py.h5t.INTEGER, h5py.h5t.FLOAT, h5py.h5t.ENUM)
 
@@ -26,16 +26,16 @@ _ATTRIBUTE_CLASSES = (h5py.h5t.STRING, h5py.h5t.INTEGER, h5py.h5t.FLOAT, h5py.h5
 class CheckedFile:
     """An HDF5 file, open for reading.
 
-    Whatever does not fit raises ValueError, which `reading` turns into a StoreError that names the file.
+    Unexpected content raises ValueError, which `reading` turns into a StoreError that names the file.
 
     Args:
         path: the file.
-        kind: what it should be, as messages call it.
+        kind: what the file should be, for messages.
 
     Raises:
-        StoreError: it is no HDF5 file.
+        StoreError: the file is not an HDF5 file.
         UserError: too many files are open.
-        OSError: it is not there or cannot be opened.
+        OSError: the file is missing or cannot be opened.
     """
 
     def __init__(self, path: str | os.PathLike[str], kind: str) -> None:
@@ -45,7 +45,7 @@ class CheckedFile:
         if not stat.S_ISREG(found.st_mode):  # HDF5 would wait for a pipe
             raise StoreError(f"{self.path}: not a file")
         self.num_bytes = found.st_size
-        self._datasets: dict[str, Any] = {}  # HDF5 caches chunks of those that are open
+        self._datasets: dict[str, Any] = {}  # HDF5 caches chunks of open datasets
         try:
             self._file = h5py.File(path, "r")
         except (OSError, RuntimeError) as error:
@@ -58,11 +58,11 @@ class CheckedFile:
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """Raise whatever h5py makes of a damaged file as what it is.
+        """Context manager that turns errors of h5py due to a damaged file into StoreError.
 
         Raises:
-            StoreError: what is read is damaged.
-            ValueError: the file was closed.
+            StoreError: the data read are damaged.
+            ValueError: the file is closed.
         """
         if not self._file:
             raise ValueError(f"{self.path}: closed; open it again")
@@ -77,9 +77,9 @@ class CheckedFile:
         return name in self._file
 
     def attributes(self, dataset: str | None = None) -> dict[str, Any]:
-        """Those of the root or of a data set that are text and numbers, as Python values.
+        """Return the text and numeric attributes of the root or a dataset, as Python values.
 
-        HDF5 may crash on damaged ones of other types, and we write none.
+        HDF5 may crash on damaged attributes of other types, which esm-packed never writes.
         """
         attributes = {}
         found = (self._file if dataset is None else self._file[dataset]).attrs
@@ -94,7 +94,7 @@ class CheckedFile:
         return attributes
 
     def dataset(self, name: str, *, is_virtual: bool = False) -> Any:
-        """The data set `name`, which lies in this very file unless it should be virtual."""
+        """Return the dataset `name`, which must be stored in this file unless it should be virtual."""
         if name in self._datasets and not is_virtual:
             return self._datasets[name]
         found = self._file
@@ -105,14 +105,14 @@ class CheckedFile:
             found = found[part]
         if not isinstance(found, h5py.Dataset) or found.is_virtual != is_virtual or found.external:
             raise ValueError(f"no data set {name}")
-        if not is_virtual:  # HDF5 2.0 crashes when a process ends that has such a one open
+        if not is_virtual:  # HDF5 2.0 crashes when a process exits with a virtual dataset open
             self._datasets[name] = found
         return found
 
     def expect(
         self, name: str, types: str, shape: tuple[int, ...], *, is_virtual: bool = False
     ) -> np.dtype[Any]:
-        """See that data set `name` is of this shape and of one of these types, as `f2 f4`; which one."""
+        """Check that dataset `name` has this shape and one of `types`, such as `f2 f4`; return its dtype."""
         dataset = self.dataset(name, is_virtual=is_virtual)
         if dataset.shape != shape or not _is_of_type(dataset.dtype, types):
             raise ValueError(f"{name} is {dataset.shape} of {dataset.dtype}, not {shape} of {types}")
@@ -122,7 +122,7 @@ class CheckedFile:
         return dtype
 
     def expect_records(self, name: str, record: np.dtype[Any]) -> None:
-        """See that data set `name` has one dimension and these fields."""
+        """Check that dataset `name` is one-dimensional and has these fields."""
         dataset = self.dataset(name)
         found = dataset.dtype
         if (
@@ -134,7 +134,7 @@ class CheckedFile:
         self._check_stored(dataset)
 
     def _check_stored(self, dataset: Any) -> None:
-        """See that the values of a data set are in the file: one never written may declare any number."""
+        """Check that a dataset's values are in the file: an unwritten dataset may declare any size."""
         stored = dataset.id.get_storage_size()
         declared = math.prod(dataset.shape) * dataset.dtype.itemsize
         is_filtered = dataset.id.get_create_plist().get_nfilters() > 0
@@ -147,10 +147,10 @@ class CheckedFile:
 
 
 def _type_of(dtype: np.dtype[Any]) -> str:
-    """As `i4`, or `text`."""
+    """Return the type as a string such as `i4`, or `text`."""
     return "text" if h5py.check_string_dtype(dtype) is not None else f"{dtype.kind}{dtype.itemsize}"
 
 
 def _is_of_type(dtype: np.dtype[Any], types: str) -> bool:
-    """Whether a type is one of `types`, whatever its byte order."""
+    """Whether a type is one of `types`, ignoring byte order."""
     return dtype.shape == () and _type_of(dtype) in types.split()

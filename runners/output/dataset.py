@@ -1,4 +1,4 @@
-"""Outputs as PyTorch data sets."""
+"""Outputs as PyTorch datasets."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from esm_packed.runners.state.shard import StoreError
 
 
 class EmbeddingDataset(Dataset[tuple[str, torch.Tensor]]):
-    """The sequences of an output, each as its ID and a tensor on the CPU, in the type stored.
+    """Dataset of the sequences of an output: each item is an ID and a CPU tensor of the stored dtype.
 
-    It can be pickled. Every process opens the file when it first needs it, so that workers of a DataLoader
-    share nothing, whether forked or spawned.
+    The dataset can be pickled. Each process opens the file on first use, so DataLoader workers share nothing,
+    whether forked or spawned.
 
     Args:
-        path: what `esm-packed embed` wrote.
+        path: an output of `esm-packed embed`.
         kind: one of the kinds of the file. Tensors are (D,) for `mean`, `max` and `bos`, scalars for
             `unmasked_nll`, and (L, D), (L, 20), (L, 33) or (L, L) for `per_residue`, `logits`, `logits_all`
             and `contacts`, which need a `collate_fn` that pads them or a batch size of None.
-        layer: one of the layers of the file; None stands for the last one.
-        skip_missing: leave out sequences that failed or were not computed. Their tensors are NaN otherwise.
+        layer: one of the layers of the file; None selects the last one.
+        skip_missing: leave out sequences that failed or were not computed; otherwise their tensors are NaN.
 
     Raises:
         NotInFileError: the file has no such kind or layer.
-        StoreError: it is not a whole esm-packed output, or a part of it is missing or is another. Items raise
-            it if the file was replaced or damaged meanwhile.
-        OSError: it is not there or cannot be read.
+        StoreError: the file is not a complete esm-packed output, or one of its parts is missing or is not the
+            expected one. Indexing raises it if the file has since been replaced or damaged.
+        OSError: the file is missing or cannot be read.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class EmbeddingDataset(Dataset[tuple[str, torch.Tensor]]):
         self._reader: EmbeddingReader | None = None
         self._process = 0
         with EmbeddingReader(path) as reader:
-            reader.values(kind, layer, 0, 0)  # there is such a kind and layer
+            reader.values(kind, layer, 0, 0)  # checks that the kind and layer exist
             self._num_sequences = reader.num_sequences
             self._plan_hash = reader.attributes["plan_hash"]
             self._rows: npt.NDArray[np.int64] | None = None
@@ -61,10 +61,10 @@ class EmbeddingDataset(Dataset[tuple[str, torch.Tensor]]):
         return self._num_sequences if self._rows is None else len(self._rows)
 
     def __getitem__(self, index: int) -> tuple[str, torch.Tensor]:
-        """ID and values of a sequence.
+        """Return the ID and values of a sequence.
 
         Raises:
-            IndexError: there is no such item.
+            IndexError: the index is out of range.
         """
         item = checked_index(index, len(self))
         row = item if self._rows is None else int(self._rows[item])
@@ -73,7 +73,7 @@ class EmbeddingDataset(Dataset[tuple[str, torch.Tensor]]):
         return reader.sequence_ids(row, row + 1)[0], torch.from_numpy(value)
 
     def _opened(self) -> EmbeddingReader:
-        """The file, opened by this very process: HDF5 files that are open must not cross a fork."""
+        """Return the file, opened by this process: open HDF5 files must not be used across a fork."""
         if self._reader is None or self._process != os.getpid():
             reader = EmbeddingReader(self.path)
             if (reader.attributes["plan_hash"], reader.num_sequences) != (

@@ -1,4 +1,4 @@
-"""Outputs for use from Python: looked up by ID, sliced, iterated over, or turned into tables."""
+"""Outputs for use from Python: lookup by ID, slicing, iteration, and conversion to tables."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _INSTALL = "pip install pandas anndata"
 
 
 class EmbeddingFile:
-    """An output of `esm-packed embed`, open for reading; `esm_packed.open` makes it.
+    """An output of `esm-packed embed`, open for reading; returned by `esm_packed.open`.
 
         with esm_packed.open("embeddings.h5") as embeddings:
             embeddings["P69905"]                # (D,) mean of the last layer
@@ -33,20 +33,20 @@ class EmbeddingFile:
             embeddings.contacts("P69905")       # (L, L), if the file has contacts
             for sequence_id, embedding in embeddings: ...
 
-    The values in brackets and of an iteration are the means of the last layer, or the first of `kinds` if
-    there are no means. They are NaN where a sequence failed or was not computed; `missing` says which did.
+    Indexing and iteration yield the means of the last layer, or the first of `kinds` if there are no means.
+    Values are NaN for sequences that failed or were not computed, which `missing` lists.
 
     Args:
         path: the file.
 
     Attributes:
         path: the file.
-        ids: the sequence IDs in input order, read as they are asked for.
+        ids: the sequence IDs in input order, read on demand.
 
     Raises:
-        StoreError: it is not a whole esm-packed output, or a part of it is missing or is another; the methods
-            raise it, too, where the file is damaged.
-        OSError: it is not there or cannot be read.
+        StoreError: the file is not a complete esm-packed output, or one of its parts is missing or is not the
+            expected one; methods also raise it if the file is damaged.
+        OSError: the file is missing or cannot be read.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -57,12 +57,12 @@ class EmbeddingFile:
 
     @property
     def kinds(self) -> list[str]:
-        """What it holds, such as `mean` and `per_residue`."""
+        """The kinds in the file, such as `mean` and `per_residue`."""
         return self._reader.kinds
 
     @property
     def layers(self) -> list[int]:
-        """The layers kept, which a `layer` argument may name; its default, None, stands for the last one."""
+        """The layers kept, as accepted by `layer` arguments, whose default, None, selects the last one."""
         return self._reader.layers
 
     @property
@@ -77,7 +77,7 @@ class EmbeddingFile:
         return sequence_id in self.ids
 
     def __iter__(self) -> Iterator[tuple[str, Values]]:
-        """Each ID with its values, in input order and in memory that does not grow."""
+        """Yield each ID with its values, in input order, using bounded memory."""
         for start in range(0, len(self), _ROWS_AT_ONCE):
             stop = min(start + _ROWS_AT_ONCE, len(self))
             rows: Iterator[Values]
@@ -92,10 +92,10 @@ class EmbeddingFile:
     @overload
     def __getitem__(self, key: slice) -> Values | list[Values]: ...
     def __getitem__(self, key: str | int | np.integer[Any] | slice) -> Values | list[Values]:
-        """Values of a sequence, by its ID or number, or of a slice of them.
+        """Return the values of a sequence, given its ID or number, or of a slice of sequences.
 
         Returns:
-            (D,), or (n, D) of a slice; of a ragged kind (L, columns), (L, L) for contacts, or a list of such.
+            (D,), or (n, D) for a slice; for ragged kinds (L, columns), (L, L) for contacts, or lists of them.
 
         Raises:
             NotInFileError: there is no such ID.
@@ -113,19 +113,19 @@ class EmbeddingFile:
         return block if rows.step == 1 else block[np.asarray(rows, np.intp) - first]
 
     def mean(self, layer: int | None = None, start: int = 0, stop: int | None = None) -> Values:
-        """(n, D) means over the residues of the sequences [start, stop), all of them by default.
+        """Return (n, D) means over the residues of the sequences [start, stop), by default all of them.
 
         Raises:
-            NotInFileError: there are none of this layer; as for all kinds.
+            NotInFileError: the file has no means of this layer. The other kinds behave likewise.
         """
         return self._reader.values("mean", layer, start, stop)
 
     def max(self, layer: int | None = None, start: int = 0, stop: int | None = None) -> Values:
-        """(n, D) maxima over the residues of the sequences [start, stop)."""
+        """Return (n, D) maxima over the residues of the sequences [start, stop)."""
         return self._reader.values("max", layer, start, stop)
 
     def bos(self, layer: int | None = None, start: int = 0, stop: int | None = None) -> Values:
-        """(n, D) representations of the BOS token of the sequences [start, stop)."""
+        """Return (n, D) representations of the BOS token of the sequences [start, stop)."""
         return self._reader.values("bos", layer, start, stop)
 
     @property
@@ -134,7 +134,7 @@ class EmbeddingFile:
         return self._reader.values("unmasked_nll")
 
     def per_residue(self, sequence_id: str, layer: int | None = None) -> Values:
-        """(L, D) representations of the residues of a sequence, in one read; NaN if it failed.
+        """Return (L, D) representations of the residues of a sequence, in one read; NaN if it failed.
 
         Raises:
             NotInFileError: there is no such ID or layer, or the sequence was not computed.
@@ -142,7 +142,7 @@ class EmbeddingFile:
         return self._of_residues(sequence_id, "per_residue", layer)
 
     def logits(self, sequence_id: str) -> Values:
-        """(L, 20) logits of the amino acids, or (L, 33) of all tokens if the file has these; see `tokens`.
+        """Return (L, 20) logits of the amino acids, or (L, 33) of all tokens if stored; see `tokens`.
 
         Raises:
             NotInFileError: there is no such ID, there are no logits, or the sequence was not computed.
@@ -151,7 +151,7 @@ class EmbeddingFile:
 
     @property
     def tokens(self) -> list[str]:
-        """What the columns of `logits` stand for."""
+        """The tokens of the columns of `logits`."""
         return list(TOKENS_OF[self._logits_kind])
 
     @property
@@ -159,9 +159,9 @@ class EmbeddingFile:
         return "logits_all" if "logits_all" in self.kinds else "logits"
 
     def contacts(self, sequence_id: str) -> Values:
-        """(L, L) contact probabilities of the residues of a sequence, symmetric; NaN if it failed.
+        """Return symmetric (L, L) contact probabilities of the residues of a sequence; NaN if it failed.
 
-        The diagonal is that of fair-esm's regression, which means nothing.
+        The diagonal is that of fair-esm's regression and has no meaning.
 
         Raises:
             NotInFileError: there is no such ID, there are no contacts, or the sequence was not computed.
@@ -169,7 +169,7 @@ class EmbeddingFile:
         return self._of_residues(sequence_id, "contacts", None)
 
     def _of_residues(self, sequence_id: str, kind: str, layer: int | None) -> Values:
-        self._reader.values(kind, layer, 0, 0)  # there is such a kind and layer
+        self._reader.values(kind, layer, 0, 0)  # checks that the kind and layer exist
         row = self.ids.row(sequence_id)
         if not self._reader.has_rows(row, kind):
             raise NotInFileError(
@@ -178,7 +178,7 @@ class EmbeddingFile:
         return self._reader.value(row, kind, layer)
 
     def status(self, sequence_id: str) -> str:
-        """`computed`, `recomputed` (in FP32), `failed` or `not computed`.
+        """Return `computed`, `recomputed` (in FP32), `failed` or `not computed`.
 
         Raises:
             NotInFileError: there is no such ID.
@@ -188,7 +188,7 @@ class EmbeddingFile:
 
     @property
     def missing(self) -> dict[str, str]:
-        """The sequences whose values are NaN, by ID, each with the reason."""
+        """The sequences whose values are NaN: maps each ID to the reason."""
         found: dict[str, str] = {}
         for start in range(0, len(self), _RECORDS_AT_ONCE):
             rows = self._reader.missing(start, start + _RECORDS_AT_ONCE)
@@ -205,7 +205,7 @@ class EmbeddingFile:
         return found
 
     def obs(self) -> Any:
-        """DataFrame of all sequences, by ID: lengths in residues, status in words, what was truncated.
+        """Return a DataFrame of all sequences, indexed by ID: lengths in residues, status, and truncation.
 
         `unmasked_nll` is a column if the file has it.
 
@@ -218,21 +218,21 @@ class EmbeddingFile:
         return pandas.DataFrame(columns, index=self._pandas_index())
 
     def to_pandas(self, kind: str | None = None, layer: int | None = None) -> Any:
-        """DataFrame of (N, D) values, by ID; `obs` has what else there is of the sequences.
+        """Return a DataFrame of (N, D) values, indexed by ID; `obs` describes the sequences.
 
         Args:
-            kind: `mean`, `max` or `bos`; None stands for the first of these that there is.
+            kind: `mean`, `max` or `bos`; None selects the first of these in the file.
             layer: one of `layers`.
 
         Raises:
-            NotInFileError: there is no such kind or layer, or it is ragged.
+            NotInFileError: the file has no such kind or layer, or the kind is ragged.
             UserError: pandas is not installed.
         """
         values = self._reader.values(self._table_kind(kind), layer)
         return optional_package("pandas", _INSTALL).DataFrame(values, index=self._pandas_index())
 
     def _table_kind(self, kind: str | None) -> str:
-        """The kind to make a table of."""
+        """Return the kind to convert to a table."""
         tabular = [each for each in POOLED if each in self.kinds]
         if kind is None and tabular:
             return tabular[0]
@@ -246,10 +246,10 @@ class EmbeddingFile:
         return optional_package("pandas", _INSTALL).Index(self._reader.sequence_ids(), name="sequence_id")
 
     def to_anndata(self) -> Any:
-        """AnnData with the means of the last layer as X, or maxima or BOS tokens if there are no means.
+        """Return an AnnData with the means of the last layer as X, or maxima or BOS tokens if there are none.
 
-        `obs` is as `obs()` gives it; other layers and kinds are in `obsm`, called as `mean_30`; attributes
-        are in `uns`.
+        `obs` is as returned by `obs()`; other layers and kinds are in `obsm`, under names such as `mean_30`;
+        attributes are in `uns`.
 
         Raises:
             NotInFileError: all kinds are ragged.

@@ -1,4 +1,4 @@
-"""The IDs of an output, read as they are asked for, and found by hash."""
+"""The IDs of an output, read on demand and looked up by hash."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _UNIPROT = re.compile(r"(?:sp|tr)\|([A-Z0-9]{6,10}(?:-[0-9]+)?)\|")
 
 
 class SequenceIds(Sequence[str]):
-    """The IDs of an output in input order, read as they are asked for.
+    """The IDs of an output in input order, read on demand.
 
-    The first look-up of an ID reads all of them and keeps 16 bytes of each, a hash and its row.
+    The first lookup of an ID reads all of them and keeps 16 bytes for each: a hash and its row.
 
     Args:
-        reader: of the output.
-        path: for messages.
+        reader: reader of the output.
+        path: its path, for messages.
     """
 
     def __init__(self, reader: EmbeddingReader, path: str) -> None:
@@ -58,7 +58,7 @@ class SequenceIds(Sequence[str]):
         return isinstance(sequence_id, str) and self._find(sequence_id) is not None
 
     def row(self, sequence_id: str) -> int:
-        """Number of the row of an ID.
+        """Return the row number of an ID.
 
         Raises:
             NotInFileError: there is no such ID.
@@ -84,7 +84,7 @@ class SequenceIds(Sequence[str]):
         return None
 
     def _sorted_hashes(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Hashes of all IDs, ascending, and their rows.
+        """Return the hashes of all IDs, ascending, and their rows.
 
         Raises:
             StoreError: an ID appears twice.
@@ -100,17 +100,17 @@ class SequenceIds(Sequence[str]):
 
 
 def accession_of(sequence_id: str) -> str:
-    """`P12345` of `sp|P12345|X_HUMAN`, a UniProt header; of any other ID itself."""
+    """Return the accession `P12345` of a UniProt ID such as `sp|P12345|X_HUMAN`; any other ID unchanged."""
     found = _UNIPROT.match(sequence_id)
     return found[1] if found else sequence_id
 
 
 def checked_index(index: int | np.integer[Any], size: int) -> int:
-    """A row number, counted from the end if negative.
+    """Return a non-negative row number; negative indices count from the end.
 
     Raises:
         IndexError: there is no such row.
-        TypeError: it is no number.
+        TypeError: the index is not an integer.
     """
     row = operator.index(index)
     if not -size <= row < size:

@@ -1,8 +1,8 @@
-"""Ragged arrays of neighbouring shards joined to the parts of an output: one copy, shard by shard.
+"""Join the ragged arrays of consecutive shards into the parts of an output, copying shard by shard.
 
-A shard loses its ragged arrays as soon as the part that has them is on disk, so that the disk never holds
-more than one part twice. The part keeps the shard's checksums in the shard's manifest, and if a process is
-killed in between, or a part is damaged, the next one finds out which shards must be computed again.
+A shard loses its ragged arrays as soon as the part that holds them is on disk, so that at most one part is on
+disk twice. The checksums of the rows in a part stay in the shard's manifest. If a process is killed in
+between, or a part is damaged, the next process can tell which shards must be recomputed.
 """
 
 from __future__ import annotations
@@ -23,34 +23,34 @@ from esm_packed.runners.state.shard import arrays_bytes
 from esm_packed.runners.watch.console import Advance
 
 PART_BYTES = 1 << 30
-"""Of a part, at least, where there are not more than `MOST_PARTS` parts of this size."""
+"""Minimum size of a part, larger if there would be more than `MOST_PARTS` parts."""
 
 PARTS_FROM_BYTES = 50_000_000_000
-"""Of ragged arrays from which on parts are made unless asked otherwise."""
+"""Size of the ragged arrays from which parts are made by default."""
 
 
 def wants_parts(run: Run, asked: bool | None) -> bool:
-    """Whether the output of a run has parts: as asked, or if it is large."""
+    """Whether the output of a run has parts: as requested, or by default if it is large."""
     if asked is not None or not run.ragged_arrays:
         return bool(asked)
     return run.ragged_bytes >= PARTS_FROM_BYTES
 
 
 def make_parts(run: Run, compression: str, advance: Advance) -> dict[Per, list[Part]]:
-    """Make the parts of an output, as far as they are not there.
+    """Create the missing parts of an output.
 
     Args:
-        run: all of whose shards are finished.
-        compression: as `ArrayWriter` takes it.
-        advance: told of bytes that are in a part.
+        run: a run whose shards are all finished.
+        compression: as in `ArrayWriter`.
+        advance: called with the number of bytes that have been stored in a part.
 
     Returns:
-        The parts in row order, by what their rows are for.
+        The parts in row order, by what their rows stand for.
 
     Raises:
         DamagedShardError: a shard, or its rows in a part, is missing or damaged.
-        UsageError: something that is not ours is where the parts go.
-        OSError: the disk is full or fails.
+        UsageError: something not created by esm-packed is in the place of the parts.
+        OSError: the disk is full or has failed.
     """
     folder = run.parts
     folder.make(run.directory.scratch_path)
@@ -73,7 +73,7 @@ def make_parts(run: Run, compression: str, advance: Advance) -> dict[Per, list[P
 
 
 def _first_rows(run: Run, shards: list[int]) -> list[dict[Per, int]]:
-    """First rows of each shard in its part, and at the end their number, by what a row is for."""
+    """Return the first rows of each shard in its part, then the total number, by what a row stands for."""
     firsts: list[dict[Per, int]] = [dict.fromkeys(STARTS, 0)]
     for shard in shards:
         num_rows = run.num_rows(shard)
@@ -82,7 +82,7 @@ def _first_rows(run: Run, shards: list[int]) -> list[dict[Per, int]]:
 
 
 def _groups(run: Run) -> Iterator[list[int]]:
-    """Shards of each part."""
+    """Yield the shards of each part."""
     num_shards = run.plan.num_shards
     number = max(1, min(MOST_PARTS, num_shards, run.ragged_bytes // PART_BYTES))
     for shards in np.array_split(np.arange(num_shards), number):
@@ -90,7 +90,7 @@ def _groups(run: Run) -> Iterator[list[int]]:
 
 
 def _are_in_part(run: Run, shards: list[int], name: str) -> bool:
-    """Whether the ragged arrays of all of these shards have moved to a part, and are whole."""
+    """Whether the ragged arrays of all these shards have moved to the part `name` and pass verification."""
     for shard in shards:
         with whole_shard(run, shard) as reader:
             if reader.part != name:

@@ -1,4 +1,4 @@
-"""The data sets of an output: names, types, chunks and sizes."""
+"""The datasets of an output: names, types, chunks and sizes."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ COLUMN_KINDS = {
 
 
 CHUNK_BYTES = 1 << 18
-"""Of compressed data sets: about a protein's residues, so that reading one decompresses little else."""
+"""Chunk size of compressed datasets: about one protein's residues, so reading it decompresses little else."""
 RECORDS_IN_CHUNK = 1024
 _REFERENCE_BYTES = 16
-"""Of a text in a data set, which leads to the text in a heap."""
+"""Size of a string's entry in a dataset, which refers to the string in a heap."""
 _HEAP_BYTES = 20
-"""Of a text in a heap beside its own: 16, and half of the 8 it is rounded up to."""
+"""Overhead of a string in a heap: 16, plus half of the 8 to which its size is rounded up."""
 _EMPTY_FILE_BYTES = 24_000
 
 
@@ -64,15 +64,15 @@ def output_bytes(
     problems: Sequence[Sequence[object]] = (),
     num_compared: int = 0,
 ) -> int:
-    """Size of an output file in bytes, uncompressed, to within a tenth and 32 kB.
+    """Estimate the size of an uncompressed output file in bytes, to within 10% plus 32 kB.
 
     Args:
-        num_sequences: of the input.
+        num_sequences: number of sequences in the input.
         mean_id_bytes: mean size of a sequence ID in bytes of UTF-8.
-        arrays: that are kept.
-        num_rows: of the ragged arrays, by what a row is for.
+        arrays: the arrays kept.
+        num_rows: number of rows of the ragged arrays, by what a row stands for.
         problems: records left out, each as the fields of a `StoredProblem`.
-        num_compared: sequences compared with FP32.
+        num_compared: number of sequences compared with FP32.
     """
 
     def chunked(rows: int, row_bytes: int) -> int:

@@ -1,4 +1,4 @@
-"""The shards of a run put together to its output."""
+"""Merge the shards of a run into its output."""
 
 from __future__ import annotations
 
@@ -37,19 +37,19 @@ from esm_packed.runners.watch.console import Advance, Console
 _COPIES_AT_ONCE = 256
 _HASHED_AT_ONCE = 1024
 MOST_COMMAND_BYTES = 16_384
-"""Of the command in the output: all attributes together end at 64 KB."""
+"""Maximum size of the command in the output: all attributes together are limited to 64 KB."""
 
 
 @dataclass(frozen=True)
 class MergeOptions:
-    """How the output is made.
+    """How to create the output.
 
     Args:
-        overwrite: replace an output that is there.
-        partial: give records of shards that are missing or damaged a row of NaN, with the status for it.
+        overwrite: replace an existing output.
+        partial: give records of missing or damaged shards a row of NaN and the corresponding status.
         compression: none or gzip.
-        in_parts: leave ragged arrays in files beside the output; not with `partial`.
-        keep_run: leave the run's parts, too, which its shards have their ragged arrays in.
+        in_parts: leave ragged arrays in files next to the output; not with `partial`.
+        keep_run: also keep the run's parts, which hold the ragged arrays of its shards.
     """
 
     overwrite: bool = False
@@ -60,21 +60,21 @@ class MergeOptions:
 
 
 def merge_run(run: Run, console: Console, options: MergeOptions) -> int:
-    """Make the output of a run, all of whose shards are finished.
+    """Create the output of a run whose shards are all finished.
 
     Args:
-        run: whose output it is.
-        console: shows how far it is.
-        options: how it is made.
+        run: the run.
+        console: shows the progress.
+        options: how to create the output.
 
     Returns:
-        How many records are not computed; 0 unless the output is partial.
+        Number of records that were not computed; 0 unless the output is partial.
 
     Raises:
-        DamagedShardError: a shard turns out not to be finished; there is no output then.
+        DamagedShardError: a shard turns out to be unfinished; no output is created.
         StoreError: the output exists by now and may not be replaced.
-        UsageError: something that is not ours is where the parts go.
-        OSError: the disk is full or fails.
+        UsageError: something not created by esm-packed is in the place of the parts.
+        OSError: the disk is full or has failed.
     """
     shards = range(run.plan.num_shards)
     missing = frozenset(shard for shard in shards if options.partial and not run.is_whole(shard))
@@ -86,14 +86,14 @@ def merge_run(run: Run, console: Console, options: MergeOptions) -> int:
             num_missing = _merge(run, options, missing, parts, num_rows, advance)
     except FileExistsError as error:
         raise StoreError(f"{error.filename}: {error.strerror}") from error
-    if not num_missing:  # else the run goes on, and its shards may have rows in parts
+    if not num_missing:  # otherwise the run continues, and its shards may have rows in parts
         is_used = in_parts or options.keep_run
         remove_unused_parts(run.directory.output, run.parts.attribute if is_used else None)
     return num_missing
 
 
 def _num_rows(run: Run, missing: frozenset[int]) -> dict[Per, int]:
-    """Rows of the output, by what a row is for: one of each record, and those of shards that are whole."""
+    """Return the output's row counts, by what a row stands for: one per record, or those of whole shards."""
     lacking = [run.num_rows(shard) for shard in missing]
     rows = {per: total - sum(each[per] for each in lacking) for per, total in run.total_rows.items()}
     return {**rows, "sequence": run.index.num_records}
@@ -145,16 +145,16 @@ def _merge(
 
 
 class _Append:
-    """Appends shards in input order, rows of copied records from where they were computed.
+    """Appends shards in input order, taking rows of copied records from where they were computed.
 
     Args:
-        run: whose shards they are.
-        writer: of the output.
-        advance: told of bytes of arrays written.
+        run: the run with the shards.
+        writer: writer of the output.
+        advance: called with the number of array bytes written.
 
     Attributes:
-        made_by: what made the shards.
-        num_missing: records that are not computed.
+        made_by: the devices, backends and versions that computed the shards.
+        num_missing: number of records that were not computed.
     """
 
     def __init__(self, run: Run, writer: EmbeddingWriter, advance: Advance) -> None:
@@ -171,11 +171,11 @@ class _Append:
         self._bounds = 0, 0
 
     def begin(self, shard: ShardNotes, *, has_rows: bool) -> None:
-        """Append all of a shard but its arrays.
+        """Append everything of a shard except its arrays.
 
         Args:
-            shard: what is to be said of it.
-            has_rows: whether it is there.
+            shard: the notes on the shard.
+            has_rows: whether the shard exists.
         """
         run = self._run
         if shard.made_by and shard.made_by not in self.made_by:
@@ -216,7 +216,7 @@ class _Append:
         self.num_missing += int(np.count_nonzero(status == STATUS_NOT_COMPUTED))
 
     def _starts(self, shard: int, has_rows: bool) -> dict[Per, Items]:
-        """First row of each item in the ragged arrays of the output, by what a row is for; -1 if none."""
+        """Return each item's first row in ragged arrays, by what a row stands for; -1 if there is none."""
         counts = self._run.row_counts(shard)
         if not has_rows:
             return {per: np.full(len(counts[per]), -1) for per in self._num_rows}
@@ -252,13 +252,13 @@ class _Append:
         items: slice = slice(None),
         rows: slice | None = None,
     ) -> npt.NDArray[Any]:
-        """Values of an array or a column of all records, the copied ones included.
+        """Return the values of an array or a column for all records, including copied ones.
 
         Args:
-            name: of the array or column, in which those of earlier records are.
-            values: of `items`.
-            items: of the shard.
-            rows: of the output; None for all of the shard.
+            name: the array or column, which holds the values of earlier records.
+            values: values of `items`.
+            items: items of the shard.
+            rows: rows of the output; None for all of the shard.
         """
         start, _ = self._bounds
         sources = self._sources if rows is None else self._sources[rows.start - start : rows.stop - start]
@@ -266,7 +266,7 @@ class _Append:
 
 
 def _hashes(run: Run, start: int, stop: int) -> npt.NDArray[np.bytes_]:
-    """Hash of the residues of records [start, stop) that are embedded."""
+    """Return the hashes of the embedded residues of records [start, stop)."""
     hashes = np.empty(stop - start, HASH)
     for first in range(start, stop, _HASHED_AT_ONCE):
         token_ids = run.index.token_ids(first, min(first + _HASHED_AT_ONCE, stop), run.plan.max_length)
@@ -280,13 +280,13 @@ def _with_copies(
     sources: npt.NDArray[np.int64],
     earlier: Callable[[npt.NDArray[np.int64]], npt.NDArray[Any]],
 ) -> npt.NDArray[Any]:
-    """Values of all records, the copied ones included.
+    """Return the values of all records, including copied ones.
 
     Args:
-        values: (num_computed, ...) of `records`.
-        records: (num_computed,) that were computed, ascending.
-        sources: (n,) for each record the one that was computed in its place.
-        earlier: gives those of ascending records that are before `records` and in the output already.
+        values: (num_computed, ...) values of `records`.
+        records: (num_computed,) records that were computed, ascending.
+        sources: (n,) the record that was computed in place of each record.
+        earlier: returns the values of ascending records before `records`, which are already in the output.
     """
     is_earlier = sources < records[0] if len(records) else np.ones(len(sources), np.bool_)
     found = np.empty((len(sources), *values.shape[1:]), values.dtype)
@@ -299,7 +299,7 @@ def _with_copies(
 
 
 def _attributes(plan: Plan, made_by: Sequence[Mapping[str, str]]) -> dict[str, Any]:
-    """Root attributes; what differed between shards is listed."""
+    """Return the root attributes; values that differ between shards are listed."""
     identity = plan.identity
     packing = {"algorithm": LAYOUTS[identity["layout"]].algorithm, "token_budget": plan.token_budget}
     made = {
@@ -323,6 +323,6 @@ def _attributes(plan: Plan, made_by: Sequence[Mapping[str, str]]) -> dict[str, A
 
 
 def _cut(command: str) -> str:
-    """A command as UTF-8 that fits into an attribute."""
+    """Return a command as UTF-8, truncated to fit into an attribute."""
     text = command.encode("utf-8", "replace")
     return text[:MOST_COMMAND_BYTES].decode("utf-8", "ignore") + "..." * (len(text) > MOST_COMMAND_BYTES)

@@ -1,7 +1,7 @@
-"""The files beside an output that hold its rows of residues, where they are too many to copy.
+"""The files next to an output that hold its rows of residues, if these are too large to copy.
 
-HDF5 reads such files through virtual data sets, but keeps every one of them open, and silently fills in for
-one that it cannot open. Here all of them are verified first, and few are open at a time.
+HDF5 can read such files through virtual datasets, but keeps all of them open, and silently substitutes fill
+values for those that it cannot open. Here all of them are verified first, and only a few are open at a time.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ _MOST_OPEN = 16
 
 
 class PartError(StoreError):
-    """A part of an output is missing, or is not the one that belongs there."""
+    """A part of an output is missing, or is not the expected one."""
 
 
 class Part(NamedTuple):
-    """A part file: its name and size, and the rows that it holds."""
+    """A part file: its name and size, and the rows it holds."""
 
     file: str
     bytes: int
@@ -38,7 +38,7 @@ class Part(NamedTuple):
 
 
 class DataSetType(NamedTuple):
-    """What the rows of a data set are."""
+    """The dtype and shape of the rows of a dataset."""
 
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
@@ -49,14 +49,14 @@ class Parts:
 
     Args:
         output: the output file.
-        folder: root attribute `parts`.
-        parts: in row order.
-        plan_hash: of the output.
-        datasets: of each data set that has rows there what they should be.
+        folder: its root attribute `parts`.
+        parts: its parts, in row order.
+        plan_hash: the plan hash of the output.
+        datasets: the expected type of each dataset that has rows there.
 
     Raises:
-        PartError: a part is missing, or is not the one that belongs there.
-        ValueError: the list of parts makes no sense.
+        PartError: a part is missing, or is not the expected one.
+        ValueError: the list of parts is inconsistent.
         OSError: a part cannot be opened.
     """
 
@@ -94,7 +94,7 @@ class Parts:
             raise
 
     def _verify(self) -> dict[str, int]:
-        """See that every part is there and whole; bytes on disk of each data set."""
+        """Check that every part exists and is complete; return the bytes on disk of each dataset."""
         stored = dict.fromkeys(self._datasets, 0)
         for number in range(len(self.parts)):
             file = self._part(number)
@@ -103,11 +103,11 @@ class Parts:
         return stored
 
     def rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.floating[Any]]:
-        """Rows [start, stop) of data set `name`, 0 <= start <= stop <= num_rows.
+        """Return rows [start, stop) of dataset `name`, 0 <= start <= stop <= num_rows.
 
         Raises:
-            StoreError: a part was removed, replaced or damaged meanwhile.
-            OSError: it cannot be opened.
+            StoreError: a part has since been removed, replaced or damaged.
+            OSError: a part cannot be opened.
         """
         pieces = [self._read(name, number, *rows) for number, *rows in self._places(start, stop)]
         if len(pieces) == 1:
@@ -116,7 +116,7 @@ class Parts:
         return np.concatenate([np.empty((0, *shape), dtype), *pieces])
 
     def _places(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-        """The parts that hold rows [start, stop), each with the range of them within it."""
+        """Yield the parts that hold rows [start, stop), each with the range of rows within the part."""
         number = max(0, bisect_right(self._firsts, start) - 1)
         while start < stop:
             _, _, first, num_rows = self.parts[number]
@@ -133,7 +133,7 @@ class Parts:
         return rows
 
     def _part(self, number: int) -> CheckedFile:
-        """A part, open and checked; the one that was used longest ago is closed for it."""
+        """Return a part, opened and checked; if too many are open, close the least recently used one."""
         file = self._open_files.pop(number, None)
         if file is None:
             if len(self._open_files) == _MOST_OPEN:
@@ -169,6 +169,6 @@ class Parts:
                 file.expect(name, f"{dtype.kind}{dtype.itemsize}", (part.num_rows, *shape))
 
     def close(self) -> None:
-        """Close the parts that are open."""
+        """Close all open parts."""
         while self._open_files:
             self._open_files.popitem()[1].close()

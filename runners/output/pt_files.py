@@ -1,4 +1,4 @@
-"""esm-extract's files: one `.pt` file for each sequence, named after its header line."""
+"""Files in the format of esm-extract: one `.pt` file per sequence, named after its header line."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from esm_packed.runners.output.names import PER_LAYER
 from esm_packed.runners.output.reader import EmbeddingReader
 
 MOST_NAME_BYTES = 200
-"""Of a label in the name of a file: most file systems take 255 bytes, others fewer."""
+"""Maximum size of a label in a file name: most file systems allow 255 bytes, some fewer."""
 FILE_OVERHEAD_BYTES = 2048
-"""What a file takes besides its values, about."""
+"""Approximate size of a file in addition to its values."""
 
 KINDS = {"per_tok": "per_residue", "mean": "mean", "bos": "bos", "contacts": "contacts"}
-"""What esm-extract calls kinds of output, in the order of its files, and what they are called here."""
+"""esm-extract's names for kinds of output, in the order of its files, and the names used here."""
 _KEYS = {
     "per_tok": "representations",
     "mean": "mean_representations",
@@ -39,14 +39,14 @@ _HASHED = re.compile(f".*-[0-9a-f]{{{_HASH_DIGITS}}}", re.DOTALL)
 
 
 class FileNames:
-    """Names of the files of labels, no two alike: `LABEL.pt`, as far as that can be one.
+    """Unique file names for labels: `LABEL.pt` where possible.
 
-    `/`, `:`, a leading dot and control characters are percent-encoded. Labels over `MOST_NAME_BYTES`, and
-    those whose names would be alike, end in a hash of the label.
+    `/`, `:`, a leading dot and control characters are percent-encoded. The names of labels over
+    `MOST_NAME_BYTES`, and names that would be the same, end in a hash of the label.
 
     Args:
-        labels: all of them, in batches.
-        folds_case: names that differ only in case are alike.
+        labels: all labels, in batches.
+        folds_case: whether names that differ only in case are the same.
     """
 
     def __init__(self, labels: Iterable[Sequence[str]], *, folds_case: bool) -> None:
@@ -56,21 +56,21 @@ class FileNames:
         self._shared: npt.NDArray[np.uint64] = keys[counts > 1]
 
     def of(self, label: str) -> str:
-        """Name of the file of `label`."""
+        """Return the file name for `label`."""
         name = _plain(label)
         if len(self._shared) and self._key(name) in self._shared:
             name = _hashed(label)
         return f"{name}.pt"
 
     def _key(self, name: str) -> int:
-        """A number that names that are alike share."""
+        """Return a number that is equal for names that are the same."""
         if self._folds_case:
             name = unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
         return int(_hash_of(name), 16)
 
 
 def folds_case(folder: Path) -> bool:
-    """Whether names in `folder`, which can be written to, that differ only in case are the same."""
+    """Whether names that differ only in case are the same in `folder`, which must be writable."""
     probe = folder / f"case-{secrets.token_hex(8)}"
     probe.touch()
     try:
@@ -80,14 +80,14 @@ def folds_case(folder: Path) -> bool:
 
 
 def _plain(label: str) -> str:
-    """The name of a label on its own, without `.pt`."""
+    """Return the name for a label considered on its own, without `.pt`."""
     name = _encoded(label)
     is_long = len(name.encode()) > MOST_NAME_BYTES
     return _hashed(label) if is_long or _HASHED.fullmatch(name) else name
 
 
 def _hashed(label: str) -> str:
-    """A name that no other label has: none of `_plain` ends like this but by this function."""
+    """Return a name unique to the label: `_plain` returns no name that ends like this except from here."""
     start = _encoded(label).encode()[: MOST_NAME_BYTES - _HASH_DIGITS - 1].decode(errors="ignore")
     return f"{start}-{_hash_of(label)}"
 
@@ -106,17 +106,17 @@ def _hash_of(text: str) -> str:
 
 
 def content_of(reader: EmbeddingReader, row: int, label: str, include: Sequence[str]) -> dict[str, Any]:
-    """What the file of one sequence holds.
+    """Return the content of the file of one sequence.
 
     Args:
-        reader: of an output with all that is asked for.
-        row: of the sequence.
+        reader: reader of an output that has all kinds in `include`.
+        row: row of the sequence.
         label: its header line.
         include: some of `KINDS`.
 
     Returns:
-        `label`, and FP32 tensors: by layer (L, D) in `representations`, (D,) in `mean_representations` and
-        `bos_representations`; (L, L) `contacts`.
+        `label`, and FP32 tensors: by layer, (L, D) in `representations`, and (D,) in `mean_representations`
+        and `bos_representations`; (L, L) in `contacts`.
     """
 
     def tensor(kind: str, layer: int | None = None) -> torch.Tensor:
@@ -132,11 +132,11 @@ def content_of(reader: EmbeddingReader, row: int, label: str, include: Sequence[
 
 
 def write_pt(path: Path, content: dict[str, Any], scratch: Path) -> None:
-    """Make a file, which is there whole or not at all unless the machine fails: it is not flushed.
+    """Write a file atomically, except if the machine fails, as the file is not synced to disk.
 
     Args:
         path: the file.
-        content: what `torch.load` gives back.
+        content: what `torch.load` returns.
         scratch: a folder on the same file system.
     """
     buffer = io.BytesIO()  # torch hides why a file cannot be written
@@ -150,5 +150,5 @@ def write_pt(path: Path, content: dict[str, Any], scratch: Path) -> None:
 
 
 def is_whole(path: Path) -> bool:
-    """Whether there is a whole file: one that a failing machine has cut short lacks its end."""
+    """Whether there is a complete file: one truncated by a machine failure lacks its end."""
     return os.path.lexists(path) and zipfile.is_zipfile(path)

@@ -1,4 +1,4 @@
-"""`index.tsv` beside esm-extract's files: which run they are of, and which file each label has."""
+"""`index.tsv` next to the `.pt` files: the run they belong to, and the file of each label."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _RECORDS_AT_ONCE = 1 << 12
 def write_index(
     folder: Path, scratch: Path, identity: Mapping[str, Any], reader: EmbeddingReader, names: FileNames
 ) -> None:
-    """List all labels in input order, and then the records left out, in `folder`.
+    """List all labels in input order, then the records left out, in `folder`.
 
     Args:
-        folder: of the files.
+        folder: folder of the files.
         scratch: a folder on the same file system for the unfinished file.
-        identity: of the run, in the first line.
-        reader: of its output.
-        names: of the files.
+        identity: identity of the run, stored in the first line.
+        reader: reader of its output.
+        names: names of the files.
     """
     problems = reader.problems()
     reasons = {problem.sequence_id: problem.reason for problem in problems if not problem.file}
@@ -55,7 +55,7 @@ def write_index(
 
 
 def listed_identity(folder: Path) -> dict[str, Any] | None:
-    """Identity of the run whose files are listed in `folder`; None if no list of ours is there."""
+    """Return the identity of the run whose files are listed in `folder`; None if there is no valid list."""
     try:
         with open_regular(folder / INDEX_NAME) as file:
             line = file.readline(_MOST_FIRST_LINE_BYTES).decode()
@@ -66,7 +66,7 @@ def listed_identity(folder: Path) -> dict[str, Any] | None:
 
 
 def num_failed(folder: Path) -> int:
-    """How many of the labels listed in `folder` have only NaN."""
+    """Return how many of the labels listed in `folder` have only NaN."""
     with (folder / INDEX_NAME).open(encoding="utf-8", newline="") as file:
         file.readline()
         rows = csv.DictReader(file, delimiter="\t")

@@ -1,4 +1,4 @@
-"""Outputs read back, and seen to be ones."""
+"""Reading and validation of outputs."""
 
 from __future__ import annotations
 
@@ -55,19 +55,19 @@ STATUS_LABELS = {
     STATUS_NOT_COMPUTED: "not computed",
 }
 MISSING = (STATUS_FAILED, STATUS_NOT_COMPUTED)
-"""Of sequences that have only NaN, or no rows."""
+"""Statuses of sequences that have only NaN, or no rows."""
 _ROWS_AT_ONCE = 1 << 20
 
 
 class NotInFileError(UserError, KeyError):
-    """An output has no such ID, kind or layer, or no rows of a sequence."""
+    """An output has no such ID, kind or layer, or no rows for a sequence."""
 
     def __str__(self) -> str:  # KeyError would put it in quotes
         return self.message
 
 
 class StoredDataSet(NamedTuple):
-    """A data set of an output, and its size on disk, compressed or not."""
+    """A dataset of an output, and its size on disk, compressed or not."""
 
     kind: str
     layer: int | None
@@ -80,15 +80,15 @@ class StoredDataSet(NamedTuple):
 class EmbeddingReader:
     """Reads an output file.
 
-    Whatever the file holds is checked: what is read later has the type and the shape that it should have, and
-    no more rows than the size of the file allows. So is every part of an output in parts.
+    All content is checked first, including every part of an output in parts: whatever is read later has the
+    expected type and shape, and no more rows than the size of the file allows.
 
     Args:
         path: the file.
 
     Raises:
-        StoreError: it is not a whole esm-packed output; the methods raise it, too, where it is damaged.
-        OSError: it is not there or cannot be read.
+        StoreError: the file is not a complete esm-packed output; methods also raise it if it is damaged.
+        OSError: the file is missing or cannot be read.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -105,7 +105,7 @@ class EmbeddingReader:
             raise
 
     def _check(self) -> None:
-        """See that all that an output has is there, in types and shapes that fit each other."""
+        """Check that everything an output must have exists, with consistent types and shapes."""
         self._check_attributes()
         self._num_sequences = self._file.dataset("lengths").shape[0]
         for name, kind in COLUMN_KINDS.items():
@@ -151,16 +151,16 @@ class EmbeddingReader:
         layers = self._attributes.get("layers")
         if not isinstance(layers, list) or not layers or not all(isinstance(layer, int) for layer in layers):
             raise ValueError(f"layers {layers!r}")
-        kinds = self._attributes.setdefault("kinds", ["mean"])  # earlier versions had no others
+        kinds = self._attributes.setdefault("kinds", ["mean"])  # earlier versions had only this kind
         if not isinstance(kinds, list) or not kinds or not all(kind in KINDS for kind in kinds):
             raise ValueError(f"kinds {kinds!r}")
 
     def _columns(self, kind: str) -> int:
-        """Values in a row of residues or of a sequence."""
+        """Return the number of values in a row for a residue or a sequence."""
         return len(TOKENS_OF[kind]) if kind in TOKENS_OF else self._hidden_size or 0
 
     def _check_ragged(self, per: Per, kinds: dict[str, str]) -> None:
-        """See that rows for `per` are there; `kinds` are those of the data sets that hold them."""
+        """Check the rows for `per`; `kinds` maps the datasets that hold them to their kinds."""
         types, is_virtual = {}, self._is_in_parts
         num_rows = self._file.dataset(next(iter(kinds)), is_virtual=is_virtual).shape[0]
         self._num_rows[per] = num_rows
@@ -181,7 +181,7 @@ class EmbeddingReader:
                 raise ValueError(f"{found.num_rows} rows in parts, not {num_rows}")
 
     def _check_sequences(self) -> None:
-        """See that each sequence has a known status, and that its rows are ones that there are."""
+        """Check that each sequence has a known status, and that its rows exist."""
         for per in self._num_rows:
             self._file.expect(STARTS[per], "i8", (self._num_sequences,))
         for start in range(0, self._num_sequences, _ROWS_AT_ONCE):
@@ -215,26 +215,26 @@ class EmbeddingReader:
 
     @property
     def num_sequences(self) -> int:
-        """Rows."""
+        """Number of sequences."""
         return int(self._num_sequences)
 
     @property
     def kinds(self) -> list[str]:
-        """What it holds: some of `names.KINDS`."""
+        """The kinds in the file: some of `names.KINDS`."""
         return list(self._attributes["kinds"])
 
     @property
     def layers(self) -> list[int]:
-        """Layers kept; the mean of the last one is the data set `embeddings`."""
+        """Layers kept; the mean of the last one is the dataset `embeddings`."""
         return list(self._attributes["layers"])
 
     @property
     def parts(self) -> list[Part]:
-        """The files beside it that hold its ragged kinds, with rows of one of them; none if it holds them."""
+        """Part files that hold the ragged kinds, with rows of one of them; empty if the file holds them."""
         return next((each.parts for each in self._parts.values()), [])
 
     def datasets(self) -> list[StoredDataSet]:
-        """The data sets of all kinds."""
+        """Return the datasets of all kinds."""
         found = []
         for kind, layer, name in datasets_of(self.kinds, self.layers):
             parts = self._parts.get(per_of(kind))
@@ -244,40 +244,40 @@ class EmbeddingReader:
         return found
 
     def sequence_ids(self, start: int = 0, stop: int | None = None) -> list[str]:
-        """Names of the rows [start, stop)."""
+        """Return the IDs of the rows [start, stop)."""
         with self._file.reading():
             names: list[str] = self._file.dataset("sequence_ids").asstr()[start:stop].tolist()
         return names
 
     def column(self, name: str, start: int = 0, stop: int | None = None) -> npt.NDArray[Any]:
-        """A column, such as `lengths`, `status` or `sequence_hash`, of the rows [start, stop)."""
+        """Return a column, such as `lengths`, `status` or `sequence_hash`, for the rows [start, stop)."""
         with self._file.reading():
             values: npt.NDArray[Any] = self._file.dataset(name)[start:stop]
         return values
 
     def has_column(self, name: str) -> bool:
-        """Whether there is a column; earlier versions wrote no `sequence_hash`."""
+        """Whether the file has a column; earlier versions wrote no `sequence_hash`."""
         return name in self._file
 
     def columns(self, start: int = 0, stop: int | None = None) -> dict[str, npt.NDArray[Any]]:
-        """What there is to say of the sequences [start, stop) in a table, by name; (n,) arrays.
+        """Return the (n,) columns that describe the sequences [start, stop), by name.
 
-        `lengths` and `embedded_lengths` in residues, `truncated`, `status` (a key of `STATUS_LABELS`), and
-        `unmasked_nll` if the file has it.
+        These are `lengths` and `embedded_lengths` in residues, `truncated`, `status` (a key of
+        `STATUS_LABELS`), and `unmasked_nll` if the file has it.
         """
         names = ["lengths", "embedded_lengths", "truncated", "status"]
         names += ["unmasked_nll"] * ("unmasked_nll" in self.kinds)
         return {name: self.column(name, start, stop) for name in names}
 
     def starts(self, start: int = 0, stop: int | None = None) -> npt.NDArray[np.int64]:
-        """First row of the residues of the sequences [start, stop); -1 of one that was not computed."""
+        """Return the first residue row of the sequences [start, stop); -1 if a sequence was not computed."""
         return self.column("starts", start, stop)
 
     def changed(self, start: int = 0, stop: int | None = None) -> dict[str, npt.NDArray[np.int64]]:
-        """How embedded sequences differ from the input, in words, each with the rows of which it is true.
+        """Return how embedded sequences differ from the input: each change, in words, and the rows affected.
 
         Returns:
-            `truncated` and the label of each `Modified` flag to (n,) int64 row numbers in [start, stop).
+            Maps `truncated` and the label of each `Modified` flag to (n,) int64 row numbers in [start, stop).
         """
         modified = self.column("modified", start, stop)
         found = {"truncated": self.column("truncated", start, stop)}
@@ -287,18 +287,18 @@ class EmbeddingReader:
     def values(
         self, kind: str, layer: int | None = None, start: int = 0, stop: int | None = None
     ) -> npt.NDArray[np.floating[Any]]:
-        """Rows [start, stop) of a kind, each of one sequence, of one residue or of a pair of residues.
+        """Return rows [start, stop) of a kind, each for one sequence, residue or pair of residues.
 
         Args:
             kind: one of `kinds`.
-            layer: one of `layers`; None stands for the last one. Only kinds with layers have one.
+            layer: one of `layers`; None selects the last one. Must be None for kinds without layers.
             start, stop: as in a slice.
 
         Returns:
             (n, hidden_size), (n, tokens) for logits, or (n,) for `unmasked_nll` and `contacts`.
 
         Raises:
-            NotInFileError: it has no such kind or layer.
+            NotInFileError: the file has no such kind or layer.
         """
         if kind not in self.kinds:
             raise NotInFileError(f"{self._path}: no kind {kind!r}; it has {', '.join(self.kinds)}")
@@ -316,21 +316,21 @@ class EmbeddingReader:
         return rows
 
     def value(self, sequence: int, kind: str, layer: int | None = None) -> npt.NDArray[np.floating[Any]]:
-        """What there is of one sequence.
+        """Return the values of one sequence.
 
-        The first of a ragged kind reads where the rows of all sequences are, 16 bytes for each.
+        The first access to a ragged kind reads the row positions of all sequences, 16 bytes each.
 
         Args:
             sequence: 0 <= sequence < num_sequences.
             kind, layer: as in `values`.
 
         Returns:
-            (hidden_size,), a scalar for `unmasked_nll`, (embedded_length, columns) for a kind with a row for
-            each residue, or a symmetric (embedded_length, embedded_length) for `contacts`; NaN where the
-            sequence failed or was not computed.
+            (hidden_size,), a scalar for `unmasked_nll`, (embedded_length, columns) for a kind with a row per
+            residue, or a symmetric (embedded_length, embedded_length) for `contacts`; NaN if the sequence
+            failed or was not computed.
 
         Raises:
-            NotInFileError: it has no such kind or layer.
+            NotInFileError: the file has no such kind or layer.
         """
         rows = self.rows(sequence, kind, layer)
         if per_of(kind) == "pair":
@@ -341,7 +341,7 @@ class EmbeddingReader:
         return row
 
     def rows(self, sequence: int, kind: str, layer: int | None = None) -> npt.NDArray[np.floating[Any]]:
-        """The rows of one sequence, as `values` gives them; arguments and errors as for `value`."""
+        """Return the rows of one sequence, as in `values`; arguments and errors as in `value`."""
         if not is_ragged(kind):
             return self.values(kind, layer, sequence, sequence + 1)
         start, number = (int(each[sequence]) for each in self._rows_of_sequences(per_of(kind)))
@@ -351,30 +351,30 @@ class EmbeddingReader:
         return self.values(kind, layer, start, start + number)
 
     def has_rows(self, sequence: int, kind: str) -> bool:
-        """Whether there are rows of a sequence in the data sets of a ragged kind."""
+        """Whether a sequence has rows in the datasets of a ragged kind."""
         return bool(self._rows_of_sequences(per_of(kind))[0][sequence] >= 0)
 
     def _rows_of_sequences(self, per: Per) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """First row, -1 if there are none, and number of rows of every sequence."""
+        """Return the first row (-1 if there are none) and the number of rows of every sequence."""
         if per not in self._places:
             counts = row_counts(self.column("embedded_lengths"))[per]
             self._places[per] = self.column(STARTS[per]), counts
         return self._places[per]
 
     def missing(self, start: int = 0, stop: int | None = None) -> npt.NDArray[np.int64]:
-        """Those of the sequences [start, stop) that failed or were not computed, as numbers of rows."""
+        """Return the row numbers of the sequences in [start, stop) that failed or were not computed."""
         found: npt.NDArray[np.int64] = np.flatnonzero(np.isin(self.column("status", start, stop), MISSING))
         return start + found
 
     def embeddings(
         self, layer: int | None = None, start: int = 0, stop: int | None = None
     ) -> npt.NDArray[np.floating[Any]]:
-        """(stop - start, hidden_size) mean embeddings of one layer (the last one kept unless named)."""
+        """Return (stop - start, hidden_size) mean embeddings of a layer (by default, the last one kept)."""
         return self.values("mean", layer, start, stop)
 
     @property
     def hidden_size(self) -> int | None:
-        """Columns of the embeddings; None if there are none."""
+        """Number of columns of the embeddings; None if there are no embeddings."""
         return self._hidden_size
 
     @property
@@ -384,11 +384,11 @@ class EmbeddingReader:
 
     @property
     def num_problems(self) -> int:
-        """Records left out and rows that failed."""
+        """Number of records left out and rows that failed."""
         return len(self._file.dataset("problems"))
 
     def problems(self, start: int = 0, stop: int | None = None) -> list[StoredProblem]:
-        """Records left out and rows that failed, with reasons; all, or those in [start, stop)."""
+        """Return records left out and rows that failed, with reasons; all, or those in [start, stop)."""
         with self._file.reading():
             return [
                 StoredProblem(sequence_id.decode(), file.decode(), int(line), reason.decode())
@@ -396,7 +396,7 @@ class EmbeddingReader:
             ]
 
     def comparisons(self) -> list[StoredComparison]:
-        """Sampled sequences and how they compare with FP32."""
+        """Return the sampled sequences and how they compare with FP32."""
         if "fp32_compare" not in self._file:
             return []
         with self._file.reading():

@@ -1,4 +1,4 @@
-"""An earlier output whose rows need not be computed again."""
+"""Reuse of rows from an earlier output."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ from esm_packed.runners.state.plan import differences
 from esm_packed.runners.state.shard import STATUS_COMPUTED, Items, Rows, StoreError
 
 _SAME = ("model_sha256", "dtype", "store_dtype", "layout", "windows")
-"""Of the identities of two runs, what must be equal for the same residues to have the same rows in both."""
+"""Identity entries that must be equal in two runs for the same residues to have the same rows."""
 
 
 class EarlierOutput:
-    """Rows of an output, found by what sequence they are of. Only those simply computed are used.
+    """Rows of an output, looked up by sequence. Only rows with the status `computed` are used.
 
     Args:
         path: the output.
-        identity: of the run that is to use it.
+        identity: identity of the run that reuses it.
 
     Raises:
-        UsageError: it is no output, or one of another model, precision or options; says what differs.
+        UsageError: the file is not an output, or has a different model, precision or options; the message
+            says what differs.
     """
 
     def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
@@ -54,7 +55,7 @@ class EarlierOutput:
         reader, theirs = self._reader, self._reader.plan["identity"]
         if not reader.has_column("sequence_hash"):
             raise UsageError(f"--reuse {path}: made by a version that did not store sequence_hash")
-        same = _SAME + ("token_budget",) * (identity["layout"] == "fixed")  # which promises the same bits
+        same = _SAME + ("token_budget",) * (identity["layout"] == "fixed")  # which guarantees identical bits
         differing = differences(*({name: each.get(name) for name in same} for each in (theirs, identity)))
         lacking = [
             f"{name} are {', '.join(map(str, there))}, now {', '.join(map(str, asked))} are wanted"
@@ -69,7 +70,7 @@ class EarlierOutput:
             raise UsageError(f"--reuse {path}: made with other options ({'; '.join(reasons)})")
 
     def find(self, token_ids: Sequence[npt.NDArray[np.uint8]]) -> Items:
-        """(n,) row of each sequence, -1 where there is none.
+        """Return the (n,) row of each sequence, -1 if there is none.
 
         Args:
             token_ids: residues of n sequences.
@@ -81,7 +82,7 @@ class EarlierOutput:
         return np.where(self._hashes[places] == hashes, self._rows[places], -1)
 
     def outputs(self, rows: Items, names: Sequence[str]) -> dict[str, Rows]:
-        """By name, the rows of arrays that the sequences in `rows` have, (total, columns)."""
+        """Return the (total, columns) rows of the named arrays for the sequences in `rows`, by name."""
         found: dict[str, Rows] = {}
         for name in names:
             kind, layer = kind_of(name), layer_of(name)

@@ -1,9 +1,9 @@
-"""Tables of scores, CSV or Parquet, written row by row and whole or not at all.
+"""Tables of scores, CSV or Parquet, written row by row and atomically.
 
 Scores are log p(mutant) - log p(wild type) in nats, summed over the sites of a mutant. CSV has six decimals,
-and an empty cell where a number is missing as its computation failed; Parquet has the numbers as they were
-computed, NaN for those. Residues that are none of the 20 amino acids are not scored: they have no row in a
-scan, and do not count as scored residues of a protein.
+and an empty cell if the computation failed; Parquet has the numbers as computed, with NaN for failures.
+Residues other than the 20 amino acids are not scored: they have no row in a scan, and do not count as scored
+residues of a protein.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ _INSTALL = "pip install pyarrow"
 _LETTERS = np.array(AMINO_ACIDS)
 
 Block = Mapping[str, Sequence[str] | npt.NDArray[Any]]
-"""Columns of some rows: text, or numbers."""
+"""Columns of text or numbers, for a block of rows."""
 
 
 class ProteinScan(NamedTuple):
-    """A protein of which every substitution is scored.
+    """A protein with all substitutions scored.
 
     Args:
-        sequence_id: its name.
+        sequence_id: its ID.
         token_ids: (num_residues,) uint8.
         log_probabilities: (num_scored, 20) at its `scoring.scored_sites`.
     """
@@ -59,16 +59,16 @@ class ProteinLikelihood(NamedTuple):
 
 
 def described_at(table: Path) -> Path:
-    """The file beside a table that says what it was made from."""
+    """Return the path of the file next to a table that says what it was made from."""
     return table.with_name(f"{table.name}.json")
 
 
 def check_table(path: Path) -> None:
-    """See that a table can be written to `path`, before anything is computed for it.
+    """Check that a table can be written to `path`, before computing anything for it.
 
     Raises:
-        UsageError: its suffix is of no table.
-        UserError: pyarrow is not installed, which Parquet needs.
+        UsageError: the suffix is not one of `SUFFIXES`.
+        UserError: pyarrow, which Parquet requires, is not installed.
     """
     if path.suffix.lower() not in SUFFIXES:
         raise UsageError(f"{path}: a table of scores is {' or '.join(f'OUT{each}' for each in SUFFIXES)}")
@@ -84,19 +84,19 @@ def write_mutants(
     *,
     overwrite: bool = True,
 ) -> None:
-    """Write the rows of a table of mutants, as text, and their scores.
+    """Write the rows of a table of mutants, as text, with their scores.
 
     Args:
-        path: of one of the `SUFFIXES`.
+        path: output file with one of the `SUFFIXES`.
         mutants: the table.
-        scores: (n,) of the mutants.
-        provenance: what the scores are; kept as JSON in the metadata of Parquet.
-        overwrite: replace `path` if it is there.
+        scores: (n,) scores of the mutants.
+        provenance: description of the scores, stored as JSON in the metadata of Parquet.
+        overwrite: replace `path` if it exists.
 
     Raises:
-        UsageError: the table of mutants was changed.
-        FileExistsError: `path` is there and may not be replaced.
-        OSError: the disk is full or fails.
+        UsageError: the table of mutants has changed.
+        FileExistsError: `path` exists and may not be replaced.
+        OSError: the disk is full or has failed.
     """
     _write(path, _mutant_blocks(mutants, scores), provenance, overwrite=overwrite)
 
@@ -111,11 +111,11 @@ def write_scan(
 ) -> None:
     """Write every substitution of proteins: 19 rows for each scored residue.
 
-    Columns are `id`, `position`, `wild_type`, `mutant`, `score` and `log_prob`, log p(mutant).
+    The columns are `id`, `position`, `wild_type`, `mutant`, `score` and `log_prob`, log p(mutant).
 
     Args:
-        path, provenance, overwrite: as for `write_mutants`; errors, too.
-        proteins: at least one.
+        path, provenance, overwrite: as in `write_mutants`, which also lists the errors.
+        proteins: at least one protein.
         offset: number of the first residue of each protein.
     """
     blocks = (_scan_block(protein, offset) for protein in proteins)
@@ -123,11 +123,11 @@ def write_scan(
 
 
 def read_scan(path: Path) -> tuple[str, int, TokenIds, LogProbabilities]:
-    """The one protein of a table that `write_scan` wrote.
+    """Read a table of a single protein written by `write_scan`.
 
     Returns:
-        Its name, the number of its first residue, its token ids, X where none is scored, and its
-        log-probabilities, of the wild types, too.
+        Its ID, the number of its first residue, its token ids (X for residues not scored), and its
+        log-probabilities, including those of the wild types.
     """
     names, positions, own, mutants, scores, log_probs = _columns_of(path)
     places, firsts = np.unique(positions.astype(np.int64), return_index=True)
@@ -142,7 +142,7 @@ def read_scan(path: Path) -> tuple[str, int, TokenIds, LogProbabilities]:
 
 
 def _columns_of(path: Path) -> list[npt.NDArray[Any]]:
-    """Columns of a scan: text, integers, text, text, and twice numbers, NaN where one is missing."""
+    """Return the columns of a scan: text, integers, text, text, and two of floats, NaN if missing."""
     if path.suffix.lower() == ".csv":
         with path.open(encoding="utf-8", newline="") as file:
             reader = csv.reader(file)
@@ -162,14 +162,14 @@ def write_likelihoods(
     *,
     overwrite: bool = True,
 ) -> None:
-    """Write pseudo-likelihoods of proteins, a row for each.
+    """Write pseudo-likelihoods of proteins, one row each.
 
-    Columns are `id`, `length`, `scored_residues`, `pseudo_log_likelihood`, the sum over them in nats, and
-    `pseudo_perplexity`.
+    The columns are `id`, `length`, `scored_residues`, `pseudo_log_likelihood` (the sum over the scored
+    residues, in nats), and `pseudo_perplexity`.
 
     Args:
-        path, provenance, overwrite: as for `write_mutants`; errors, too.
-        proteins: at least one.
+        path, provenance, overwrite: as in `write_mutants`, which also lists the errors.
+        proteins: at least one protein.
     """
     _write(path, _likelihood_blocks(proteins), provenance, overwrite=overwrite)
 

@@ -1,4 +1,4 @@
-"""The HDF5 file embeddings are kept in: written by ranges of rows, seen under its name only when whole."""
+"""Write the HDF5 file of embeddings by ranges of rows; it appears under its name only when complete."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ _GZIP_LEVEL = 1
 
 
 class ArrayWriter(NewFile):
-    """Writes the data sets of arrays, any rows of them in any order.
+    """Writes the datasets of arrays; rows can be written in any order.
 
     Args:
         path: the file to create; it must not exist.
-        compression: of the arrays, none or gzip.
+        compression: compression of the arrays, none or gzip.
 
     Raises:
-        OSError: any of the methods, when the disk is full or fails; what was written is then worthless.
+        OSError: raised by any method if the disk is full or has failed; the file is then unusable.
     """
 
     def __init__(self, path: Path, compression: str = "none") -> None:
@@ -52,12 +52,12 @@ class ArrayWriter(NewFile):
         self._arrays: dict[str, Any] = {}
 
     def create(self, array: Array, dataset: str, rows: int) -> None:
-        """Make the data set of an array.
+        """Create the dataset of an array.
 
         Args:
-            array: what it holds.
-            dataset: its name in the file.
-            rows: how many it has.
+            array: the array.
+            dataset: name of the dataset in the file.
+            rows: number of rows.
         """
         shape = (rows, *row_shape(kind_of(array.name), array.columns))
         options: dict[str, Any] = {}
@@ -72,18 +72,18 @@ class ArrayWriter(NewFile):
     def create_virtual(
         self, array: Array, dataset: str, rows: int, folder: str, parts: Iterable[Part]
     ) -> None:
-        """Make a data set whose rows are in other files.
+        """Create a virtual dataset, whose rows are in other files.
 
         Args:
-            array: what it holds.
-            dataset: its name, here and there.
-            rows: how many it has.
-            folder: of the parts, relative to this file.
-            parts: that have the rows.
+            array: the array.
+            dataset: name of the dataset, both here and in the other files.
+            rows: number of rows.
+            folder: folder of the parts, relative to this file.
+            parts: the parts that hold the rows.
         """
         shape = row_shape(kind_of(array.name), array.columns)
         layout = h5py.VirtualLayout((rows, *shape), array.dtype)
-        folder = folder.replace("%", "%%")  # HDF5 takes %b for the number of a block
+        folder = folder.replace("%", "%%")  # HDF5 replaces %b by a block number
         for file, _, first, count in parts:
             if count:
                 source = h5py.VirtualSource(f"{folder}/{file}", dataset, (count, *shape), array.dtype)
@@ -98,7 +98,7 @@ class ArrayWriter(NewFile):
                 self._arrays[array.name].attrs["tokens"] = list(TOKENS_OF[kind])
 
     def write(self, name: str, start: int, rows: npt.NDArray[np.floating[Any]]) -> None:
-        """Fill (n, columns) `rows` of an array from `start` on."""
+        """Write the (n, columns) `rows` of an array, beginning at row `start`."""
         dataset = self._arrays[name]
         if len(rows):
             with self.writing():
@@ -112,16 +112,16 @@ class ArrayWriter(NewFile):
 
 
 class EmbeddingWriter(ArrayWriter):
-    """Writes an output file; of each array the data set is made first.
+    """Writes an output file; the dataset of each array must be created before it is written.
 
     Args:
         path: the file to create; it must not exist.
-        num_sequences: of the input.
-        starts: columns, of `names.STARTS`, that say where rows of ragged arrays begin.
-        compression: of the arrays, none or gzip.
+        num_sequences: number of sequences in the input.
+        starts: columns, from `names.STARTS`, with the first rows in ragged arrays.
+        compression: compression of the arrays, none or gzip.
 
     Raises:
-        OSError: any of the methods, when the disk is full or fails; what was written is then worthless.
+        OSError: raised by any method if the disk is full or has failed; the file is then unusable.
     """
 
     def __init__(
@@ -149,12 +149,12 @@ class EmbeddingWriter(ArrayWriter):
     def write_rows(
         self, start: int, sequence_ids: Sequence[str], columns: Mapping[str, npt.NDArray[Any]]
     ) -> None:
-        """Fill the rows from `start` on, but for the arrays.
+        """Write the rows from `start` on, except for the arrays.
 
         Args:
             start: first row.
-            sequence_ids: (n,) names.
-            columns: (n,) each: those of `COLUMN_KINDS`, `sequence_hash`, and `starts`.
+            sequence_ids: (n,) IDs.
+            columns: (n,) arrays: those in `COLUMN_KINDS`, `sequence_hash`, and `starts`.
         """
         rows = slice(start, start + len(sequence_ids))
         with self.writing():
@@ -163,20 +163,20 @@ class EmbeddingWriter(ArrayWriter):
                 self._columns[name][rows] = values
 
     def read(self, name: str, rows: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
-        """What was written before to ascending distinct `rows` of an array or a column."""
+        """Read back ascending, distinct `rows` of an array or a column that were written before."""
         dataset = self._arrays[name] if name in self._arrays else self._columns[name]
         with self.writing():
             values: npt.NDArray[Any] = dataset[rows]
         return values.reshape(len(rows), -1) if name in self._arrays else values
 
     def write_parts(self, parts: Mapping[Per, Sequence[Part]]) -> None:
-        """List the files that have the rows of virtual data sets, by what a row is for."""
+        """List the files that hold the rows of virtual datasets, by what a row stands for."""
         with self.writing():
             for per, files in parts.items():
                 self.file.create_dataset(PARTS[per], data=np.array([tuple(part) for part in files], PART))
 
     def write_problems(self, problems: Sequence[StoredProblem]) -> None:
-        """Append records that are left out or failed."""
+        """Append records that were left out or failed."""
         self._append(
             "problems",
             PROBLEM,
@@ -200,7 +200,7 @@ class EmbeddingWriter(ArrayWriter):
                 dataset[written:] = np.array(records, dtype=dtype)
 
     def write_plan(self, identity: Mapping[str, Any], input_names: Sequence[str]) -> None:
-        """Keep what defines a run: its hash in an attribute, the whole as JSON (attributes end at 64 KB)."""
+        """Store what defines a run: its hash as an attribute, all of it as JSON (attributes end at 64 KB)."""
         plan = json.dumps({"identity": identity, "input_names": list(input_names)}, sort_keys=True)
         with self.writing():
             self.file.attrs["plan_hash"] = plan_hash(identity)
@@ -208,5 +208,5 @@ class EmbeddingWriter(ArrayWriter):
 
 
 def _utf8(text: str) -> str:
-    """`text` without surrogates, which stand for what is not UTF-8 in a file's name, as HDF5 needs it."""
+    """Replace surrogates, which represent non-UTF-8 bytes in file names, as HDF5 requires valid UTF-8."""
     return text.encode("utf-8", "replace").decode()
