@@ -1,4 +1,4 @@
-"""Every attention backend over every distribution of lengths, alone, in the shape of one model."""
+"""Every attention backend on its own, for every distribution of lengths, in the shape of one model."""
 
 from __future__ import annotations
 

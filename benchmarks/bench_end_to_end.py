@@ -1,4 +1,4 @@
-"""FASTA to HDF5, as `esm-packed embed` does it, with the model read from a file: wall time and its stages."""
+"""FASTA to HDF5, like `esm-packed embed`, with the model read from a file: wall time and its stages."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def parameters(config: pytest.Config) -> dict[str, list[Any]]:
 
 
 class Files:
-    """Checkpoints and FASTA files, made once."""
+    """Checkpoints and FASTA files, created once."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -64,10 +64,10 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Files]:
 
 
 def checked_output(output: Path, model: Path, sequences: Sequence[str], dtype: str) -> dict[str, Any]:
-    """Errors of a few rows to FP64, and the attention backend that the file names.
+    """Errors of a few rows relative to FP64, and the attention backend named in the file.
 
     Raises:
-        AssertionError: the errors are more than the precision mode explains, or a row is not finite.
+        AssertionError: the errors are too large for the precision mode, or a row is not finite.
     """
     indices = checked_indices(sequences)
     truth = compute_truth(load_checkpoint(model), [sequences[index] for index in indices], True).embeddings
@@ -109,7 +109,7 @@ def test_end_to_end(
     )
     console = Console(quiet=True)
     key = (model, workload, dtype)
-    if key not in files.checked:  # the first run also compiles what there is to compile
+    if key not in files.checked:  # the first run also compiles the kernels
         peak = peak_memory(lambda: embed_files(request, console), 0)
         if not ON_GPU:
             embed_files(request, console)

@@ -1,6 +1,6 @@
 """The index of FASTA files: MB/s compared with plain SHA-256 of the same file, and memory.
 
-Small by default; ESM_PACKED_BENCH_MB=1000 makes files of 1 GB:
+Small by default; ESM_PACKED_BENCH_MB=1000 creates files of 1 GB:
 
     ESM_PACKED_BENCH_MB=1000 pytest benchmarks/bench_index.py --benchmark-json out.json
 """
@@ -35,7 +35,7 @@ OPTIONS = ReadOptions()
 
 
 def write_fasta(path: Path, kind: str) -> int:
-    """Write about `MEGABYTES` of seeded random proteins; the number of records."""
+    """Write about `MEGABYTES` of seeded random proteins; return the number of records."""
     rng = np.random.default_rng(0)
     number = num_bytes = 0
     with gzip.open(path, "wb", compresslevel=1) if kind.endswith("gzip") else path.open("wb") as file:
@@ -78,7 +78,7 @@ def anonymous_bytes() -> int:
 
 
 class PeakMemory:
-    """The most anonymous memory that was resident while this was entered, beyond what was before."""
+    """Peak resident anonymous memory within the block, beyond that at its start."""
 
     def __enter__(self) -> PeakMemory:
         self.before = self.peak = anonymous_bytes()
@@ -97,7 +97,7 @@ class PeakMemory:
 
 
 def test_index_sha256(benchmark: Any, fasta: tuple[str, Path, int]) -> None:
-    """The floor: what every pass must pay for the hash of the file."""
+    """The floor: every pass must hash the file."""
     _, path, num_records = fasta
 
     def digest() -> str:

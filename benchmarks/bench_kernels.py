@@ -1,7 +1,6 @@
 """Every kernel compared with PyTorch, on packed batches of UniRef lengths: README.md.
 
-On a CPU the sizes are tiny and the operations are the plain PyTorch ones: that shows that the code runs, no
-more.
+On a CPU the sizes are tiny and the operations are plain PyTorch, which only shows that the code runs.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ BACKEND_NAMES = [name for name in BACKENDS if name != "triton"]
 
 
 def memory_bound_contests() -> Iterator[KernelEntry]:
-    """Ours and plain PyTorch for every shape; `torch.compile` and other packages for one shape."""
+    """Our kernels and plain PyTorch for every shape; `torch.compile` and other packages for one shape."""
     for case in KERNELS.values():
         if case.num_flops is not None:
             continue
@@ -46,7 +45,7 @@ def memory_bound_contests() -> Iterator[KernelEntry]:
 
 
 def attention_contests() -> Iterator[KernelEntry]:
-    """All backends in the main shape, the ones a model would use in the others and on short proteins."""
+    """All backends in the main shape; those that a model would use in the others and on short proteins."""
     name = "packed_attention"
     for lengths in ("uniref", "constant1024"):
         for provider in ("ours", *BACKEND_NAMES):
@@ -62,14 +61,14 @@ def attention_contests() -> Iterator[KernelEntry]:
 
 
 def attention_map_contests() -> Iterator[KernelEntry]:
-    """Sums over attention maps, and what holds the maps."""
+    """Sums over attention maps, and a version that materializes the maps."""
     for size, dtype in SHAPES:
         for provider in ("ours", "torch"):
             yield KernelEntry("add_attention_maps_", provider, size, dtype)
 
 
 def fc1_contests() -> Iterator[KernelEntry]:
-    """The fused matrix multiplication, a library's with our bias + GELU, and with PyTorch's."""
+    """The fused matrix multiplication, and a library's with our bias + GELU and with PyTorch's."""
     for size, dtype in SHAPES:
         if dtype != FLOAT32:
             for provider in FC1_PROVIDERS:
@@ -78,7 +77,7 @@ def fc1_contests() -> Iterator[KernelEntry]:
 
 
 def contests() -> list[KernelEntry]:
-    """All, in the order they take turns."""
+    """All contests, in the order of execution."""
     found = [*memory_bound_contests(), *attention_contests(), *attention_map_contests(), *fc1_contests()]
     return found if ON_GPU else [contest for contest in found if contest.model_size != "3B"]
 

@@ -1,6 +1,6 @@
-"""One forward pass of esm-packed: precision by packed or padded by model by lengths.
+"""One forward pass of esm-packed, by precision, layout (packed or padded), model and lengths.
 
-The batches are on the device before the clock starts; copying them there is timed apart.
+The batches are on the device before timing starts; copying them there is timed separately.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from esm_packed.packing import SPECIAL_TOKENS, default_token_budget
 TOTAL_TOKENS = 131_072 if ON_GPU else 2048
 WORKLOADS = ("short50", "medium150", "long300", "uniref", "viral", "constant1024")
 REPRODUCIBLE_TOKENS = (63 * 4 * default_token_budget(DEVICE)) // 64 if ON_GPU else 8000
-"""On a GPU four packs that are filled but for a sixty-fourth: the last pack of a shard is another matter."""
+"""On a GPU four packs that are full except for 1/64, unlike the last pack of a shard."""
 
 REPRODUCIBLE = (
     ("esm_packed", "packed"),
@@ -29,14 +29,14 @@ REPRODUCIBLE = (
 DTYPES = ("fp32", "tf32", "fp16", "bf16") if ON_GPU else ("fp32", "fp16", "bf16")
 DEFAULT_DTYPE = "fp16" if ON_GPU else "fp32"
 LARGER_BUDGET_DTYPES = ("fp16",) if ON_GPU else ()
-"""In these, packs of twice the budget are measured, too: they take as much memory as FP32's."""
+"""For these, packs of twice the budget are also measured, as they take as much memory as FP32's."""
 
 
 def parameters(config: pytest.Config) -> dict[str, list[Any]]:
     budget = config.getoption("--token-budget") or default_token_budget(DEVICE)
     every = ON_GPU or config.getoption(
         "--full"
-    )  # half types are slow where a CPU has no instructions for them
+    )  # half types are slow on CPUs that have no instructions for them
     variants = [
         (dtype, layout, budget)
         for dtype in config.getoption("--dtype") or DTYPES
@@ -85,9 +85,9 @@ def test_reproducible(
     benchmark: Any,
     pytestconfig: pytest.Config,
 ) -> None:
-    """Cost of packs of one size, and gain of replaying them as CUDA graphs, in the default precision."""
+    """Cost of packs of fixed size, and gain from replaying them as CUDA graphs, in the default precision."""
     benchmark.group = "reproducible"
-    # on a GPU other amounts would leave a last pack that is mostly padding
+    # on a GPU, other amounts would leave a last pack that is mostly padding
     total_tokens = (None if ON_GPU else pytestconfig.getoption("--tokens")) or REPRODUCIBLE_TOKENS
     budget = pytestconfig.getoption("--token-budget") or default_token_budget(DEVICE)
     ready = contest.ready(Entry(provider, model, "uniref", total_tokens, DEFAULT_DTYPE, layout, budget))
@@ -96,7 +96,7 @@ def test_reproducible(
 
 
 def test_transfer(block: int, workload: str, benchmark: Any, pytestconfig: pytest.Config) -> None:
-    """Packs in pinned memory to the GPU: what `test_model` leaves out."""
+    """Copying packs from pinned memory to the GPU, which `test_model` leaves out."""
     if not ON_GPU:
         pytest.skip("needs a CUDA device: on a CPU there is nothing to copy")
     benchmark.group = "transfer"

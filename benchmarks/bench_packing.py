@@ -1,4 +1,4 @@
-"""The packer, and what batches without it pad: sorted by length, or in the order of the input."""
+"""The packer, and the padding of batches without it, sorted by length or in input order."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from esm_packed.config import DEFAULT_TOKEN_BUDGETS
 from esm_packed.packing import SPECIAL_TOKENS
 
 NUM_SEQUENCES = (1000, 1_000_000 if ON_GPU else 50_000)
-"""Sorting a whole database leaves little to pad; a small file, or a shard of a large one, leaves more."""
+"""Sorting a whole database leaves little padding; a small file, or a shard of a large one, leaves more."""
 
 TOKEN_BUDGETS = tuple(DEFAULT_TOKEN_BUDGETS.values())
 

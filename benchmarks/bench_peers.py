@@ -1,8 +1,8 @@
-"""esm-packed beside other packages and runtimes as their users run them, and beside its own floor.
+"""esm-packed compared with other packages and runtimes as their users run them, and with its own floor.
 
-Same weights, same proteins, each rival with the batches that are fastest for it here; each is held against
-FP64 before it is timed, and what cannot run is listed with the reason under `not_run` in the result file:
-README.md.
+Same weights, same proteins, each rival with the batches that are fastest for it here. Each is checked against
+FP64 before it is timed; those that cannot run are listed with the reason under `not_run` in the result file.
+See README.md.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ PROVIDERS = (
 )
 PACKED = ("esm_packed", "esm_efficient")
 KEEP_BUDGET = ("esm_packed", "esm_cpp", "floor_matmul_mm", "floor_matmul_best", "floor_attention")
-"""They run at the default, or form batches themselves; the others are tried with several budgets."""
+"""These use the default budget or form batches themselves; the others are tried with several budgets."""
 
 ON_CPU_ONLY = (
     ("openvino", "fp32"),
@@ -68,7 +68,7 @@ def parameters(config: pytest.Config) -> dict[str, list[Any]]:
 
 
 def takes_minutes(provider: str, dtype: str, config: pytest.Config) -> bool:
-    """Whether it is slow on a CPU and neither it nor everything has been asked for."""
+    """Whether it is slow on a CPU and neither it nor `--full` was requested."""
     if ON_GPU or config.getoption("--full"):
         return False
     dtypes, names = config.getoption("--dtype") or (), config.getoption("--provider") or ()

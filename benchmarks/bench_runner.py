@@ -1,7 +1,7 @@
 """The runner around the forward pass: overhead, speed of merging, scaling with Ray workers.
 
-All on the CPU, with one thread for each worker. `--full` takes the sizes that the targets are stated for:
-10,000 proteins of 50 residues, a GB of embeddings, and half a minute for each measurement on Ray.
+All on the CPU, with one thread per worker. `--full` uses the sizes that the targets are stated for: 10,000
+proteins of 50 residues, a GB of embeddings, and half a minute for each measurement on Ray.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ TARGET_MERGE = 500e6
 
 SCALING_TOKENS = {False: 12_000, True: 200_000}
 SCALING_SHARDS = 24
-"""Even, so that two workers have the same to do."""
+"""Even, so that two workers have equal work."""
 
 TARGET_SCALING = 1.8
 
@@ -111,7 +111,7 @@ def full(pytestconfig: pytest.Config) -> bool:
 
 
 def short_proteins(count: int, residues: int) -> list[str]:
-    """Random proteins, of residues as frequent as in UniRef50."""
+    """Random proteins with the residue frequencies of UniRef50."""
     shares = np.array(list(RESIDUE_COUNTS.values()))
     letters = np.frombuffer("".join(RESIDUE_COUNTS).encode(), dtype=np.uint8)
     drawn = np.random.default_rng(0).choice(letters, (count, residues), p=shares / shares.sum())
@@ -131,14 +131,14 @@ def index_and_plan(
     device_type: str,
     parts: dict[str, float],
 ) -> Run:
-    """A run as `embed_files` makes it.
+    """A run as created by `embed_files`.
 
     Args:
         request: what to embed.
-        checkpoint: of the model, for its hash.
-        config: shape of the embeddings, and what they cost.
-        device_type: that shards are cut for.
-        parts: seconds of `indexing` and `planning` are put here.
+        checkpoint: checkpoint of the model, for its hash.
+        config: shape of the embeddings, and their cost.
+        device_type: device type that shards are cut for.
+        parts: gets the seconds of `indexing` and `planning`.
     """
     directory = RunDirectory(request.output)
     directory.make()
@@ -156,10 +156,10 @@ def index_and_plan(
 
 
 def check_rows(rows: npt.NDArray[np.float32], model: ESM2, sequences: Sequence[str]) -> float:
-    """Worst relative L2 error of `rows` to their sequences embedded one by one.
+    """Worst relative L2 error of `rows` relative to their sequences embedded one by one.
 
     Raises:
-        AssertionError: it is more than the order of sums explains.
+        AssertionError: it is larger than the order of summation explains.
     """
     alone = np.array([model.embed([sequence])[0] for sequence in sequences])
     error = worst_relative_error(torch.from_numpy(rows), torch.from_numpy(alone))
@@ -168,7 +168,7 @@ def check_rows(rows: npt.NDArray[np.float32], model: ESM2, sequences: Sequence[s
 
 
 def timed_forward(worker: Worker, run: Run) -> tuple[list[dict[str, torch.Tensor]], float, float]:
-    """Results of each pack of a run, in order; seconds and processor seconds of the forward passes."""
+    """Results of each pack of a run, in order; wall and processor seconds of the forward passes."""
     layout, names = LAYOUTS["packed"], run.plan.outputs
     batches = []
     for shard in range(run.plan.num_shards):
@@ -183,7 +183,7 @@ def timed_forward(worker: Worker, run: Run) -> tuple[list[dict[str, torch.Tensor
 
 
 def compute_and_merge(worker: Worker, run: Run, parts: dict[str, float]) -> StageTimes:
-    """All shards and the output; seconds of `pipeline` and `merging` are put into `parts`."""
+    """Compute all shards and the output; `parts` gets the seconds of `pipeline` and `merging`."""
     begin = time.perf_counter()
     opened = worker.open(run)
     opened.compute(range(run.plan.num_shards))
@@ -197,7 +197,7 @@ def compute_and_merge(worker: Worker, run: Run, parts: dict[str, float]) -> Stag
 def test_overhead(
     block: int, model: str, full: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, benchmark: Any
 ) -> None:
-    """Everything but the forward pass: FASTA to HDF5 with results that are there already."""
+    """Everything except the forward pass: FASTA to HDF5 with precomputed results."""
     benchmark.group = "overhead"
     sequences = short_proteins(SHORT_PROTEINS[full], SHORT_RESIDUES)
     fasta = tmp_path / "proteins.fasta"
@@ -211,7 +211,7 @@ def test_overhead(
         return index_and_plan(request, checkpoint, checkpoint.config, "cpu", parts)
 
     results, forward_seconds, forward_processor_seconds = timed_forward(worker, plan())
-    recalled = cycle(results)  # packs come in the same order again
+    recalled = cycle(results)  # packs come in the same order
     monkeypatch.setattr(Device, "launch", lambda device, batch, *outputs: Launched(next(recalled)))
     measured: list[tuple[float, StageTimes]] = []
 
@@ -263,7 +263,7 @@ def merged_rows(run: Run, shard: int) -> npt.NDArray[np.float32]:
 
 @pytest.fixture(scope="module")
 def finished(full: bool, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A run whose shards are all there, of random embeddings; what merging makes of it has been checked."""
+    """A run with all shards finished, of random embeddings; its merged output has been checked."""
     folder = tmp_path_factory.mktemp("merge")
     fasta = folder / "proteins.fasta"
     write_fasta(fasta, short_proteins(MERGED_ROWS[full], SHORT_RESIDUES))
@@ -287,7 +287,7 @@ def finished(full: bool, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def test_merge(block: int, provider: str, finished: Run, tmp_path: Path, benchmark: Any) -> None:
-    """Merging finished shards, compared with a plain copy and with checksums; all in the page cache."""
+    """Merging finished shards, compared with a plain copy and with checksums, all in the page cache."""
     benchmark.group = "merge"
     paths = [finished.directory.shard_path(shard) for shard in range(finished.plan.num_shards)]
 
@@ -312,11 +312,11 @@ def test_merge(block: int, provider: str, finished: Run, tmp_path: Path, benchma
         {"copy": copy, "crc32": crc32, "merge": merge}[provider]()
         processor_seconds.append(time.process_time() - begin)
 
-    # a file that is there would be freed, block by block, while the clock runs
+    # the blocks of an existing file would be freed while the clock runs
     finished.directory.output.unlink(missing_ok=True)
     benchmark.pedantic(timed, rounds=1)
     for path in paths:
-        (tmp_path / path.name).unlink(missing_ok=True)  # the next one is not to look for memory elsewhere
+        (tmp_path / path.name).unlink(missing_ok=True)  # so that the next one can reuse its memory
     record(
         benchmark,
         suite="runner",
@@ -333,12 +333,12 @@ def test_merge(block: int, provider: str, finished: Run, tmp_path: Path, benchma
 
 @pytest.fixture(scope="module")
 def tokens_per_second() -> defaultdict[tuple[int, str], dict[int, float]]:
-    """By block and engine, for each number of workers."""
+    """Tokens per second by block and engine, for each number of workers."""
     return defaultdict(dict)
 
 
 class PlainProcesses:
-    """Processes that each compute all of `fasta`, packed, whenever they are told to."""
+    """Processes that each compute all of `fasta`, packed, on request."""
 
     def __init__(self, workers: int, fasta: Path, stack: ExitStack) -> None:
         command = [sys.executable, "-c", PLAIN_PROCESS, SMALL, str(fasta), str(TOKEN_BUDGET)]
@@ -370,7 +370,7 @@ def test_scaling(
     monkeypatch: pytest.MonkeyPatch,
     benchmark: Any,
 ) -> None:
-    """Workers that are up and have computed something, on shards that are not there yet.
+    """Workers that are running and warmed up, on unfinished shards.
 
     Plain processes show what the machine itself gains from a second process: cores may share a clock, a cache
     and memory.
@@ -421,7 +421,7 @@ def scale_ray(
     monkeypatch: pytest.MonkeyPatch,
     benchmark: Any,
 ) -> float:
-    """Time the shards of a run on Ray workers; the worst error of a few rows."""
+    """Time the shards of a run on Ray workers; return the worst error of a few rows."""
     pytest.importorskip("ray", reason="Ray is not installed")
     from esm_packed.runners.compute.ray_engine import RayEngine
 

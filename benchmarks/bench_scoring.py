@@ -1,7 +1,7 @@
 """Masked marginals of one protein: a copy for each residue, by this package, fair-esm and transformers.
 
-Each is held against FP64 before it is timed. `esm_packed_every_row` computes the logits of all tokens as
-others do: what it takes beyond `esm_packed` is what the masked rows alone save.
+Each is checked against FP64 before it is timed. `esm_packed_every_row` computes the logits of all tokens as
+others do: its extra time over `esm_packed` is what computing only the masked rows saves.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ RESIDUES = 300 if ON_GPU else 60
 FULL_RESIDUES = 300
 FULL_MODELS_ON_CPU = 2
 BATCHES = (8, 32, 128) if ON_GPU else (1, 4, 16)
-"""Copies in a batch of transformers, of which the best counts; fair-esm's example takes one at a time."""
+"""Copies per batch for transformers, the best of which counts; fair-esm's example takes one at a time."""
 
 PROVIDERS = (
     ("esm_packed", 0),
@@ -28,7 +28,7 @@ PROVIDERS = (
     ("fair_esm", 1),
     *(("transformers", copies) for copies in BATCHES),
 )
-"""And how many copies of the protein each computes together; 0 for those in a pack."""
+"""Providers and the number of copies of the protein that each computes together; 0: as many as fit a pack."""
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from esm_packed.kernels.segments import sequence_of_tile
 @triton.jit
 def _attend_to_block(
     out,  # (BLOCK_M, BLOCK_D) FP32, not yet divided by row_sum
-    row_max,  # (BLOCK_M,) FP32, of scores that are not yet scaled
+    row_max,  # (BLOCK_M,) FP32, of unscaled scores
     row_sum,
     query,  # (BLOCK_M, BLOCK_D)
     key_ptr,  # first key of the sequence
@@ -51,11 +51,11 @@ def _attend_to_block(
 
     new_max = tl.maximum(row_max, tl.max(scores, axis=1))
     correction = tl.exp2((row_max - new_max) * scale_log2)
-    # Scaled behind the maximum, a score and its subtraction are one multiply-add.
+    # Scaling after the maximum makes scaling and subtraction one multiply-add.
     weights = tl.exp2(scores * scale_log2 - (new_max * scale_log2)[:, None])
     row_sum = row_sum * correction + tl.sum(weights, axis=1)
 
-    # Values beyond the sequence are another protein's, or nobody's: 0 * NaN would be NaN.
+    # Values beyond the sequence belong to another protein, or are undefined: 0 * NaN would be NaN.
     value = tl.load(
         value_ptr + key_index[:, None] * stride_value + dim[None, :],
         mask=in_sequence[:, None] & in_head[None, :],
@@ -72,7 +72,7 @@ def _packed_attention_kernel(
     value_ptr,
     out_ptr,  # (total_tokens, num_heads, HEAD_DIM)
     cu_seqlens_ptr,  # (num_sequences + 1,)
-    stride_query,  # from token to token
+    stride_query,  # stride between tokens
     stride_key,
     stride_value,
     stride_out,
@@ -83,7 +83,7 @@ def _packed_attention_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_S: tl.constexpr,
-    MASK_ALL: tl.constexpr,  # one loop in place of two: FP32 products spill when they stand there twice
+    MASK_ALL: tl.constexpr,  # one loop instead of two: two copies of the FP32 products spill registers
     INPUT_PRECISION: tl.constexpr,
 ):
     start, length, first_query = sequence_of_tile(
@@ -136,16 +136,16 @@ def packed_attention(
     softmax_scale: float,
     input_precision: str = "ieee",
 ) -> torch.Tensor:
-    """See `reference.packed_attention`. Softmax and sums in FP32; the grid depends on shapes alone.
+    """See `reference.packed_attention`. Softmax and sums in FP32; the grid depends only on shapes.
 
     Args:
         query, key, value: FP16, BF16 or FP32, contiguous within a token; tokens may be strided.
-        softmax_scale: above 0: maxima are those of scores that are not yet scaled.
-        input_precision: what FP32 operands are multiplied in: `ieee`, `tf32`, or `tf32x3` (three TF32
+        softmax_scale: positive, as maxima are taken of unscaled scores.
+        input_precision: precision of products of FP32 operands: `ieee`, `tf32`, or `tf32x3` (three TF32
             products, nearly IEEE accuracy).
 
     Raises:
-        ValueError: a tensor is not contiguous within a token, `softmax_scale` is not above 0, or
+        ValueError: a tensor is not contiguous within a token, `softmax_scale` is not positive, or
             `input_precision` is unknown.
     """
     total_tokens, num_heads, head_dim = query.shape
@@ -190,12 +190,12 @@ def packed_attention(
 
 
 def _heuristic(head_dim: int, dtype: torch.dtype, input_precision: str, capability: int) -> Settings:
-    """Tiles that spill on none of sm_80 to sm_100 (the compile table in tests/kernels shows it)."""
+    """Tiles that do not spill on sm_80 to sm_100 (see the compile table in tests/kernels)."""
     if dtype != torch.float32:
         small = head_dim > (64 if 90 <= capability < 120 else 32)
         block_n, num_stages = (32, 3) if small else (64, 2)
         return {"BLOCK_M": 64, "BLOCK_N": block_n, "num_warps": 4, "num_stages": num_stages}
-    # With eight warps, heads of 16 leave each thread less than 128 bits of a tile.
+    # With eight warps and heads of 16, each thread has less than 128 bits of a tile.
     block_m, block_n, num_warps = 32, 32, 8 if head_dim > 16 else 4
     if input_precision == "tf32":
         block_m, num_warps = (64, 4) if head_dim <= 64 else (128, 8)

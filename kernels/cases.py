@@ -1,6 +1,6 @@
 """One example of every launcher: its inputs, minimum bytes and operations, and candidates for tuning.
 
-Tests, benchmarks, `esm-packed tune` and the table of compiled kernels use `CASES`: a new kernel needs a file,
+Tests, benchmarks, `esm-packed tune` and the table of compiled kernels use `CASES`. A new kernel needs a file,
 an operation in `kernels`, an entry here and a test.
 """
 
@@ -32,7 +32,7 @@ ALL_DTYPES = (*HALF_DTYPES, FLOAT32)
 
 
 class Shape(Protocol):
-    """Widths of a transformer, as `ESM2Config` has them."""
+    """Widths of a transformer, as in `ESM2Config`."""
 
     @property
     def hidden_size(self) -> int: ...
@@ -46,14 +46,14 @@ class Shape(Protocol):
 
 @dataclass(frozen=True)
 class Workload:
-    """A packed batch in the shape of a model.
+    """A packed batch with the shape of a model.
 
     Args:
-        shape: widths.
+        shape: widths of the model.
         lengths: tokens of each sequence; zero is allowed.
-        device: where tensors are made.
-        max_seqlen: 0 for that of the longest sequence.
-        seed: of the random tensors.
+        device: where tensors are created.
+        max_seqlen: 0 for the length of the longest sequence.
+        seed: seed of the random tensors.
     """
 
     shape: Shape
@@ -68,17 +68,17 @@ class Workload:
 
     @property
     def total_tokens(self) -> int:
-        """Rows of every activation."""
+        """Number of rows of every activation."""
         return sum(self.lengths)
 
     @property
     def num_sequences(self) -> int:
-        """Sequences, empty ones included."""
+        """Number of sequences, empty ones included."""
         return len(self.lengths)
 
     @property
     def sum_of_squares(self) -> int:
-        """Pairs of tokens that attend to each other."""
+        """Number of pairs of tokens that attend to each other."""
         return sum(length * length for length in self.lengths)
 
     @cached_property
@@ -112,7 +112,7 @@ class Workload:
 
     @cached_property
     def rotary_tables(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin, (max_seqlen, head_dim / 2) FP32 each."""
+        """cos and sin, each (max_seqlen, head_dim / 2) FP32."""
         half = self.shape.head_dim // 2
         inv_freq = 10000.0 ** -(torch.arange(half, dtype=torch.float64, device=self.device) / half)
         positions = torch.arange(self.max_seqlen, dtype=torch.float64, device=self.device)
@@ -140,26 +140,26 @@ class Case:
     """One launcher.
 
     Args:
-        name: of the launcher, and of its kernel in the tuned settings.
-        module: submodule of `esm_packed.kernels` that holds it.
-        inputs: makes arguments for a workload, the dtype of the operands, and that of the residual stream.
-        num_bytes: bytes that must move through memory, for the same.
-        num_flops: floating-point operations, where these and not the bytes are the limit.
-        operation: in `kernels`, that runs it; `name` by default.
-        direct: call the launcher, past an operation that may choose another.
-        chooses: the operation chooses among launchers that have cases of their own.
-        dtypes: of the operands.
+        name: name of the launcher, and of its kernel in the tuned settings.
+        module: submodule of `esm_packed.kernels` that contains it.
+        inputs: creates arguments for a workload, the dtype of the operands, and that of the residual stream.
+        num_bytes: minimum bytes of memory traffic, for the same.
+        num_flops: floating-point operations, if these and not the bytes are the limit.
+        operation: the operation in `kernels` that runs it; `name` by default.
+        direct: call the launcher, bypassing an operation that may choose another.
+        chooses: the operation chooses among launchers with their own cases.
+        dtypes: dtypes of the operands.
         streams: the residual stream is among the arguments or results.
-        residual_dtype: of that stream unless another is asked for; None: that of the operands.
-        input_precision: what FP32 operands are multiplied in, None where torch's switches say so.
-        max_error: relative L2 error that is the arithmetic's own (TF32), 0 for that of the dtype.
+        residual_dtype: default dtype of that stream; None: that of the operands.
+        input_precision: precision of products of FP32 operands; None if torch's switches determine it.
+        max_error: relative L2 error inherent in the arithmetic (TF32), 0 for that of the dtype.
         since: oldest compute capability that runs it, 80 for sm_80.
         size: the width by which it is tuned, an attribute of `Shape`.
-        launches: Triton kernels that one call launches.
+        launches: number of Triton kernels that one call launches.
         tuned_by_stream: it is tuned by the dtype of the residual stream, not by that of the operands.
-        candidates: makes settings to try beside the heuristic's, of its module, a shape and a dtype; None
-            where nothing is tuned, or another case is in its place.
-        reference: plain PyTorch with the same arguments, in FP64 too; the operation's own.
+        candidates: creates settings to try in addition to the heuristic's, from its module, a shape and a
+            dtype; None if nothing is tuned, or another case takes its place.
+        reference: plain PyTorch with the same arguments, also in FP64; the operation's own.
     """
 
     name: str
@@ -192,7 +192,7 @@ class Case:
 
     @property
     def function(self) -> Callable[..., Any]:
-        """Ours; found late, for a launcher needs Triton."""
+        """Our function; looked up lazily, as a launcher needs Triton."""
         owner, name = (self.launchers, self.name) if self.direct else (kernels, self.operation)
         function: Callable[..., Any] = getattr(owner, name)
         return function
@@ -204,7 +204,7 @@ class Case:
 
     @property
     def mutates(self) -> tuple[str, ...]:
-        """Arguments modified in place."""
+        """Names of the arguments modified in place."""
         schema = getattr(torch.ops.esm_packed, self.operation).default._schema
         return tuple(a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write)
 
@@ -215,11 +215,11 @@ class Case:
         return self.inputs(workload, dtype, residual_dtype or self.residual_dtype or dtype)
 
     def bytes(self, workload: Workload, dtype: torch.dtype) -> int:
-        """Bytes that one launch moves, at least."""
+        """Minimum bytes that one launch moves."""
         return self.num_bytes(workload, dtype, self.residual_dtype or dtype)
 
     def results(self, function: Callable[..., Any], arguments: Arguments) -> Results:
-        """Call `function`; its results by name, both returned and modified in place."""
+        """Call `function`; return its results by name, both returned and modified in place."""
         returned = function(**arguments)
         if not isinstance(returned, tuple):
             returned = () if returned is None else (returned,)
@@ -227,11 +227,11 @@ class Case:
         return results | {name: arguments[name] for name in self.mutates}
 
     def copied(self, arguments: Arguments) -> Arguments:
-        """The same arguments, those that are modified in memory of their own."""
+        """The same arguments, with copies of those that are modified."""
         return arguments | {name: arguments[name].clone() for name in self.mutates}
 
     def truth(self, arguments: Arguments, dtype: torch.dtype | None = torch.float64) -> Results:
-        """Results of the reference on copies of `arguments`, floats in `dtype` if it is given."""
+        """Results of the reference on copies of `arguments`, with floats in `dtype` if given."""
 
         def copied(value: Any) -> Any:
             if isinstance(value, torch.Tensor):
@@ -241,7 +241,7 @@ class Case:
         return self.results(self.reference, {name: copied(value) for name, value in arguments.items()})
 
     def settings_key(self, shape: Shape, dtype: torch.dtype, residual_dtype: torch.dtype) -> str:
-        """Where its settings lie among the tuned ones."""
+        """Key of its settings in the tuned settings."""
         tuned_dtype = residual_dtype if self.tuned_by_stream else dtype
         return launch.settings_key(self.name, getattr(shape, self.size), tuned_dtype)
 
@@ -345,7 +345,7 @@ def _pooling(w: Workload, dtype: torch.dtype, residual_dtype: torch.dtype) -> Ar
 
 
 def _elements(w: Workload) -> int:
-    """Of one activation."""
+    """Number of elements of one activation."""
     return w.total_tokens * w.shape.hidden_size
 
 
@@ -469,10 +469,10 @@ CASES: dict[str, Case] = {
 
 
 def relative_errors(actual: Results, truth: Results) -> dict[str, float]:
-    """Relative L2 error of every floating-point result, formed in FP64.
+    """Relative L2 error of every floating-point result, computed in FP64.
 
     Raises:
-        AssertionError: a result of integers or booleans is not that of `truth`, or one is not finite.
+        AssertionError: an integer or boolean result differs from `truth`, or a result is not finite.
     """
     errors = {}
     for name, expected in truth.items():

@@ -1,4 +1,4 @@
-"""Sums over attention maps that are never materialized: each program owns its output, no sum is atomic."""
+"""Sums over attention maps without materializing them: each program owns its output, no sum is atomic."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _load_tile(
 
 @triton.jit
 def _load_row(max_ptr, total_ptr, index, mask):
-    """Maximum and sum that normalise rows. A single log-sum-exp would round the scores twice."""
+    """Maximum and sum that normalize rows. A single log-sum-exp would round the scores twice."""
     row_max = tl.load(max_ptr + index, mask=mask, other=float("inf"))
     return row_max, tl.load(total_ptr + index, mask=mask, other=1.0)
 
@@ -110,7 +110,7 @@ def _add_column_sums_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """Arguments as for `_row_sums_kernel`; a tile is one of keys, met by all queries."""
+    """Arguments as for `_row_sums_kernel`; a tile holds keys and loops over all queries."""
     start, length, first = sequence_of_tile(tl.program_id(0), cu_seqlens_ptr, num_sequences, BLOCK_M, BLOCK_S)
     if first >= length:
         return
@@ -154,7 +154,7 @@ def _add_maps_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """Each program owns a tile of the sum, and loops over the heads."""
+    """Each program owns a tile of the sum and loops over the heads."""
     start, length, first = sequence_of_tile(tl.program_id(0), cu_seqlens_ptr, num_sequences, BLOCK_M, BLOCK_S)
     first_key = tl.program_id(1) * BLOCK_N
     if (first >= length) | (first_key >= length):
@@ -194,13 +194,13 @@ def add_attention_maps_(
     max_seqlen: int,
     softmax_scale: float,
 ) -> torch.Tensor:
-    """See `reference.add_attention_maps_`. Products of FP32 in IEEE arithmetic; three launches.
+    """See `reference.add_attention_maps_`. FP32 products in IEEE arithmetic; three launches.
 
     Args:
         query, key: FP16, BF16 or FP32, contiguous within a token; tokens may be strided.
 
     Raises:
-        ValueError: a tensor is not contiguous where it must be, or `scores` has another shape.
+        ValueError: a tensor is not contiguous where it must be, or `scores` has the wrong shape.
     """
     total_tokens, num_heads, head_dim = query.shape
     for name, tensor in (("query", query), ("key", key)):

@@ -1,4 +1,4 @@
-"""Token embedding, ESM-2's token dropout and the restart of positions, in one pass over the packed tokens."""
+"""Token embedding, ESM-2's token dropout and positions per sequence, in one pass over the packed tokens."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _embed_tokens_kernel(
     token = first + tl.arange(0, BLOCK_T)
     in_range = token < total_tokens
     starts, ends = segment_bounds(cu_seqlens_ptr, num_sequences, token, BLOCK_S)
-    # Tokens after the last sequence, as in a captured graph, have no end, and position 0.
+    # Tokens after the last sequence, as in a captured graph, have no end and get position 0.
     in_sequence = ends < 2147483647
     tl.store(position_ids_ptr + token, tl.where(in_sequence, token - starts, 0), mask=in_range)
 
@@ -69,7 +69,7 @@ def embed_tokens(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `reference.embed_tokens`; all tensors contiguous, else ValueError.
 
-    Each program counts the masked tokens of the sequences its own tokens belong to: nothing is read back,
+    Each program counts the masked tokens of the sequences that its tokens belong to, so nothing is read back
     and no second launch is needed. FP32 scale, one rounding to `out_dtype`.
     """
     check_contiguous(input_ids=input_ids, cu_seqlens=cu_seqlens, weight=weight)

@@ -15,8 +15,8 @@ def exact_gelu(x):
     """x/2 * (1 + erf(x / sqrt 2)) of FP32 values, as max(x, 0) - |x| * erfc(|x| / sqrt 2) / 2.
 
     erfc is exp(-x^2 / 2) times a polynomial in t = 1 / (1 + 0.275 |x|), the form of Abramowitz and Stegun
-    7.1.26, fitted anew. Unlike 1 + erf it loses no digits to cancellation (tests/kernels/test_gelu.py holds
-    it to every FP16 number), and it takes fewer instructions than `tl.erf`. Infinities become NaN.
+    7.1.26, refitted. Unlike 1 + erf it loses no digits to cancellation (tests/kernels/test_gelu.py checks
+    every FP16 number), and it takes fewer instructions than `tl.erf`. Infinities become NaN.
     """
     magnitude = tl.abs(x)
     t = reciprocal(1.0 + 0.275 * magnitude)
@@ -66,7 +66,7 @@ def bias_gelu_(hidden_states: torch.Tensor, bias: torch.Tensor) -> None:
 
 
 def _heuristic(dtype: torch.dtype) -> Settings:
-    # 32 bytes a thread
+    # 32 bytes per thread
     return {"BLOCK_T": 32 // dtype.itemsize // 2, "BLOCK_N": 256, "num_warps": 4}
 
 

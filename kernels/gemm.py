@@ -54,8 +54,8 @@ def _gemm_bias_gelu_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
-    NUM_STORES: tl.constexpr,  # 2: a tile leaves in halves, whose shared memory is half as large
-    FLATTEN: tl.constexpr,  # one loop over tiles and products: loads run on from tile to tile
+    NUM_STORES: tl.constexpr,  # 2: a tile is stored in halves, which need half the shared memory
+    FLATTEN: tl.constexpr,  # one loop over tiles and products, so that loads are pipelined across tiles
     USE_TMA: tl.constexpr,
 ):
     num_row_tiles = tl.cdiv(total_tokens, BLOCK_M)
@@ -70,7 +70,7 @@ def _gemm_bias_gelu_kernel(
 
         token = row + tl.arange(0, BLOCK_M)
         dim = column + tl.arange(0, BLOCK_N)
-        if not USE_TMA:  # rows beyond the last are read from the last, and not stored
+        if not USE_TMA:  # rows beyond the last read the last row and are not stored
             input_row = tl.minimum(token, total_tokens - 1).to(tl.int64)[:, None] * IN_FEATURES
             weight_row = tl.minimum(dim, OUT_FEATURES - 1).to(tl.int64)[:, None] * IN_FEATURES
         total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -102,10 +102,10 @@ def _gemm_bias_gelu_kernel(
 
 
 def gemm_bias_gelu(hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """As `linear_gelu`, in one kernel, for FP16 and BF16. FP32 accumulation, one rounding.
+    """Like `linear_gelu`, in one kernel, for FP16 and BF16. FP32 accumulation, one rounding.
 
-    Tiles travel by TMA where the GPU has it. The grid is persistent: settings say how many programs share a
-    multiprocessor.
+    Tiles are loaded and stored by TMA where the GPU has it. The grid is persistent; the settings give the
+    number of programs per multiprocessor.
     """
     check_contiguous(hidden_states=hidden_states, weight=weight, bias=bias)
     total_tokens, in_features = hidden_states.shape
@@ -115,7 +115,7 @@ def gemm_bias_gelu(hidden_states: torch.Tensor, weight: torch.Tensor, bias: torc
     block_m, block_n, block_k = (settings[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
     num_tiles = triton.cdiv(total_tokens, block_m) * triton.cdiv(out_features, block_n)
     num_programs = settings.pop("PROGRAMS") * num_multiprocessors(hidden_states.device)
-    if num_tiles == 0:  # a descriptor is never empty
+    if num_tiles == 0:  # a descriptor must not be empty
         return out
     use_tma = launch.capability(hidden_states.device) >= 90
     stored = [block_m, block_n // settings["NUM_STORES"]]
@@ -134,7 +134,7 @@ def gemm_bias_gelu(hidden_states: torch.Tensor, weight: torch.Tensor, bias: torc
 
 
 def linear_gelu(hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """See `matmul.linear_gelu`: the fused kernel where tuning found it faster here, else two steps."""
+    """See `matmul.linear_gelu`: the fused kernel if tuning found it faster on this GPU, else two steps."""
     out_features, in_features = weight.shape
     settings = launch_settings("linear_gelu", in_features, hidden_states, {"FUSED": 0})
     if settings["FUSED"] and out_features == 4 * in_features:  # fc1, for which it was measured
@@ -161,8 +161,8 @@ _WHOLE_TILES = [
     (128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 128, 128, 8, 2), (128, 256, 32, 8, 4),
     (128, 256, 64, 8, 3), (256, 128, 64, 8, 3),
 ]  # fmt: skip
-# While one program activates a tile, nothing else runs on its multiprocessor, unless a second program does,
-# or loads of the next tile do. In halves, large tiles have shared memory left for a fourth stage.
+# While one program activates a tile, only a second program or loads of the next tile keep its multiprocessor
+# busy. Stored in halves, large tiles leave shared memory for a fourth stage.
 _OVERLAPPED = [
     (128, 128, 64, 4, 2, 2, 1, 0), (128, 128, 64, 8, 2, 2, 1, 0), (128, 128, 64, 8, 3, 1, 1, 1),
     (128, 128, 64, 8, 4, 1, 1, 1), (128, 256, 64, 8, 4, 1, 2, 0), (256, 128, 64, 8, 4, 1, 2, 0),

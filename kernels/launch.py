@@ -1,4 +1,4 @@
-"""Launch settings: heuristics, overridden by measurements of `esm-packed tune` on the same GPU."""
+"""Launch settings: heuristics, overridden by measurements of `esm-packed tune` on the same GPU model."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from typing import Any
 import torch
 
 CONFIG_FOLDER = Path(__file__).parent / "configs"
-"""Holds one JSON file for each GPU that was tuned."""
+"""Folder with a JSON file for each tuned GPU."""
 
 Settings = dict[str, int]
-"""Block sizes and the other compile-time values of one launch, `num_warps` and `num_stages`."""
+"""Block sizes and other compile-time values of one launch, `num_warps` and `num_stages`."""
 
 
 def config_path(gpu_name: str) -> Path:
-    """Where the tuned settings of the GPU called `gpu_name` lie."""
+    """Path of the tuned settings of the GPU named `gpu_name`."""
     return CONFIG_FOLDER / f"{re.sub(r'[^A-Za-z0-9]+', '-', gpu_name).strip('-')}.json"
 
 
@@ -33,7 +33,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def _tuned(device: torch.device, part: str, warn: bool) -> dict[str, Any]:
-    """A part of what tuning found for a device; empty where nothing was, or with another Triton."""
+    """A part of the tuning results for a device; empty if there are none, or with another Triton."""
     if device.type != "cuda":
         return {}
     path = config_path(torch.cuda.get_device_name(device))
@@ -54,17 +54,17 @@ def _tuned(device: torch.device, part: str, warn: bool) -> dict[str, Any]:
 
 @cache
 def tuned_settings(device: torch.device) -> dict[str, Settings]:
-    """Tuned settings of a device, `KERNEL/SIZE/DTYPE` to settings; empty where none were measured.
+    """Tuned settings of a device, from `KERNEL/SIZE/DTYPE` to settings; empty if none were measured.
 
-    The dictionary is the live one: `esm-packed tune` puts the settings it tries into it.
+    The dictionary is the live one: `esm-packed tune` inserts the settings that it tries.
     """
     return _tuned(device, "settings", warn=True)
 
 
 @cache
 def tuned_attention(device: torch.device) -> dict[str, list[str]]:
-    """Attention backends of a device, the fastest first, by `attention_key`; empty where none were timed."""
-    measured = _tuned(device, "attention", warn=False)  # `tuned_settings` warns of the same file
+    """Attention backends of a device, fastest first, by `attention_key`; empty if none were timed."""
+    measured = _tuned(device, "attention", warn=False)  # `tuned_settings` warns about the same file
     return {key: list(entry["order"]) for key, entry in measured.items()}
 
 
@@ -78,8 +78,8 @@ def settings_key(kernel: str, size: int, dtype: torch.dtype) -> str:
 
     Args:
         kernel: name of the launcher.
-        size: hidden_size, or head_dim where the kernel works on heads.
-        dtype: of the operands.
+        size: hidden_size, or head_dim if the kernel works on heads.
+        dtype: dtype of the operands.
     """
     return f"{kernel}/{size}/{dtype_name(dtype)}"
 
@@ -88,19 +88,19 @@ def launch_settings(kernel: str, size: int, tensor: torch.Tensor, heuristic: Set
     """The tuned settings for `tensor`'s device and dtype, or `heuristic`; see `settings_key`."""
     tuned = tuned_settings(tensor.device).get(settings_key(kernel, size, tensor.dtype), {})
     tuned = {name: value for name, value in tuned.items() if name in heuristic or name == "num_stages"}
-    # Triton announces that from 3.10 on fused multiply-adds are off unless asked for.
+    # Triton announces that fused multiply-adds will be off by default from 3.10 on.
     return {"enable_fp_fusion": True, **heuristic, **tuned}
 
 
 def grid(names: str, rows: Iterable[Sequence[int]], **more: Sequence[int]) -> list[Settings]:
-    """Candidates for tuning: every row, its values called `names`, with every choice from `more`."""
+    """Candidates for tuning: every row, its values named by `names`, with every choice from `more`."""
     keys = [*names.split(), *more]
     choices = list(itertools.product(*more.values()))
     return [dict(zip(keys, (*row, *choice), strict=True)) for row in rows for choice in choices]
 
 
 def tiles(*axes: Sequence[int], least: int, most: int, width: int = 1) -> list[tuple[int, ...]]:
-    """Tiles, number of warps last, of items `width` wide that give a thread `least` to `most` elements."""
+    """Tiles of items `width` wide with `least` to `most` elements per thread; number of warps last."""
     return [
         tile
         for tile in itertools.product(*axes)
@@ -110,7 +110,7 @@ def tiles(*axes: Sequence[int], least: int, most: int, width: int = 1) -> list[t
 
 @cache
 def num_multiprocessors(device: torch.device) -> int:
-    """Multiprocessors of a GPU; 1 elsewhere, where programs run one after another."""
+    """Number of multiprocessors of a GPU; 1 elsewhere, where programs run one after another."""
     if device.type != "cuda":
         return 1
     return torch.cuda.get_device_properties(device).multi_processor_count
@@ -126,10 +126,10 @@ def capability(device: torch.device) -> int:
 
 
 def check_contiguous(**tensors: torch.Tensor | None) -> None:
-    """See that the kernels' address arithmetic holds; a tensor that is not there passes.
+    """Check that tensors are contiguous, as the kernels' address arithmetic assumes; None passes.
 
     Raises:
-        ValueError: names the argument that has gaps between its elements.
+        ValueError: a tensor has gaps between its elements; the message names the argument.
     """
     for name, tensor in tensors.items():
         if tensor is not None and not tensor.is_contiguous():

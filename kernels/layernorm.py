@@ -1,4 +1,4 @@
-"""LayerNorm, alone or after an addition to the residual stream, one pass over memory."""
+"""LayerNorm, alone or after an addition to the residual stream, in one pass over memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from esm_packed.kernels.launch import (
 @triton.jit(do_not_specialize=["total_tokens"])
 def _layer_norm_kernel(
     input_ptr,  # (total_tokens, HIDDEN_SIZE)
-    residual_ptr,  # (total_tokens, HIDDEN_SIZE), gets the sum; or None: there is nothing to add to
+    residual_ptr,  # (total_tokens, HIDDEN_SIZE), gets the sum; None if there is no residual stream
     weight_ptr,  # (HIDDEN_SIZE,)
     bias_ptr,
     out_ptr,  # (total_tokens, HIDDEN_SIZE)
@@ -61,7 +61,7 @@ def add_layer_norm_(
 ) -> torch.Tensor:
     """See `reference.add_layer_norm_`; all tensors contiguous, else ValueError.
 
-    The sum is normalised before it is rounded to the dtype of `residual`.
+    The sum is normalized before it is rounded to the dtype of `residual`.
     """
     return _launch("add_layer_norm_", delta, residual, weight, bias, eps)
 
@@ -99,7 +99,7 @@ def _launch(
 
 
 def _heuristic(hidden_size: int) -> Settings:
-    # About 16 elements a thread: two 128-bit loads of FP16. Short rows share a program, and its weights.
+    # About 16 elements per thread: two 128-bit loads of FP16. Short rows share a program and its weights.
     block = next_power_of_2(hidden_size)
     rows = max(1, 2048 // block)
     return {"BLOCK_T": rows, "num_warps": min(16, max(4, rows * block // 512))}

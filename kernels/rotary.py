@@ -27,7 +27,7 @@ def _rotary_qk_kernel(
     stride_token,
     total_tokens,
     num_sequences,
-    NUM_HEADS: tl.constexpr,  # queries and keys together, which are adjacent in memory
+    NUM_HEADS: tl.constexpr,  # queries and keys together, as they are adjacent in memory
     HEAD_DIM: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -73,7 +73,7 @@ def rotary_qk_(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, position
 def rotary_qk_packed_(
     qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, cu_seqlens: torch.Tensor
 ) -> None:
-    """See `reference.rotary_qk_packed_`: as `rotary_qk_`, but each program finds its tokens' positions."""
+    """See `reference.rotary_qk_packed_`. Like `rotary_qk_`, but each program finds its tokens' positions."""
     _launch(qkv, cos, sin, None, cu_seqlens)
 
 
@@ -117,7 +117,7 @@ def _launch(
 
 
 def _heuristic(head_dim: int) -> Settings:
-    # 8 elements a thread
+    # 8 elements per thread
     return {"BLOCK_T": 4, "BLOCK_H": max(1, 256 // next_power_of_2(head_dim // 2)), "num_warps": 4}
 
 

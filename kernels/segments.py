@@ -10,12 +10,12 @@ import triton.language as tl
 def segment_bounds(cu_seqlens_ptr, num_sequences, tokens, BLOCK_S: tl.constexpr):
     """First token of each token's sequence, and the first token after it.
 
-    All of `cu_seqlens` is compared at once: unlike a binary search's, its loads do not wait for each other.
+    All of `cu_seqlens` is compared: unlike in a binary search, the loads do not depend on each other.
 
     Args:
         cu_seqlens_ptr: (num_sequences + 1,) int32.
         tokens: (BLOCK_T,) int32, indices into the packed tokens.
-        BLOCK_S: boundaries looked at in one step.
+        BLOCK_S: boundaries compared in one step.
 
     Returns:
         Two (BLOCK_T,) int32; for tokens beyond the last sequence the second is 2**31 - 1.

@@ -1,8 +1,8 @@
-"""Times of GPU work.
+"""Timing of GPU work.
 
 A timed round on a GPU is the replay of a CUDA graph between two events. The graph launches over several sets
-of buffers in turn, together larger than three times the L2 cache; a replay in front of the first event keeps
-the GPU busy while the host queues the rest. On a CPU a round is a call.
+of buffers in turn, together larger than three times the L2 cache; a replay before the first event keeps the
+GPU busy while the host queues the rest. On a CPU a round is a call.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import torch
 
 L2_MULTIPLE = 3
 ROUND_SECONDS = 1.5e-3
-"""A round repeats launches for about this long, so that its start and end hardly count."""
+"""A round repeats launches for about this long, so that its start and end are negligible."""
 
 MAX_LAUNCHES = 100
 
 
 def num_buffers(bytes_each: int, device: torch.device) -> int:
-    """Sets of buffers of `bytes_each` that make three L2 caches, as far as half of the free memory allows."""
+    """Sets of buffers of `bytes_each` that fill three L2 caches, limited to half of the free memory."""
     if device.type != "cuda":
         return 1
     torch.cuda.empty_cache()
@@ -33,12 +33,12 @@ def num_buffers(bytes_each: int, device: torch.device) -> int:
 
 
 def timed(function: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call."""
+    """Seconds that one call takes."""
     if device.type != "cuda":
         before = time.perf_counter()
         function()
         return time.perf_counter() - before
-    event: Any = torch.cuda.Event  # torch declares no types for it
+    event: Any = torch.cuda.Event  # not typed in torch
     start, end = event(enable_timing=True), event(enable_timing=True)
     start.record()
     function()
@@ -48,21 +48,21 @@ def timed(function: Callable[[], object], device: torch.device) -> float:
 
 
 def time_call(function: Callable[[], object], device: torch.device, rounds: int) -> list[float]:
-    """Seconds of `function`, called once for warming up and then `rounds` times."""
+    """Seconds of `function`, called once to warm up and then `rounds` times."""
     function()
     return [timed(function, device) for _ in range(rounds)]
 
 
 class Rounds:
-    """Rounds of calls that take turns over the buffers.
+    """Rounds of calls that rotate through the buffers.
 
     Args:
-        calls: one for each set of buffers. What they return lives until their next turn, so that results
+        calls: one for each set of buffers. Their results are kept until their next turn, so that results
             rotate with the arguments.
         device: where they compute.
-        graph: whether they can be captured; what waits for the device cannot.
-        reset: puts the arguments back as they were; runs outside the timing.
-        pool: memory that graphs share whose results nobody reads (`torch.cuda.graph_pool_handle`).
+        graph: whether they can be captured; functions that synchronize cannot.
+        reset: restores the arguments; runs outside the timing.
+        pool: memory shared by graphs whose results are not read (`torch.cuda.graph_pool_handle`).
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class Rounds:
     def _capture(self, pool: Any) -> torch.cuda.CUDAGraph:
         stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # cuBLAS makes its workspace for this stream outside the graph
+        with torch.cuda.stream(stream):  # cuBLAS creates its workspace for this stream outside the graph
             self._launch()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
@@ -113,7 +113,7 @@ class Rounds:
             torch.cuda.synchronize()
 
     def run(self) -> None:
-        """One timed round; its seconds per launch are added to `seconds`."""
+        """Run one timed round; append its seconds per launch to `seconds`."""
         launch = self._launch
         if self._graph is not None:
             launch = self._graph.replay

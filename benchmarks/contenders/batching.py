@@ -1,4 +1,4 @@
-"""Layouts as the package has them, and padded batches in the order of the input, which nobody should form."""
+"""The layouts of the package, and padded batches in input order, which nobody should use."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from esm_packed.packing import PackedBatch
 
 
 def plan_unsorted(lengths: npt.ArrayLike, token_budget: int) -> list[npt.NDArray[np.int64]]:
-    """Padded batches in the order of the input, each as large as the budget allows."""
+    """Padded batches in input order, each as large as the budget allows."""
     tokens = np.asarray(lengths).tolist()
     batches, start, longest = [], 0, 0
     for index, length in enumerate(tokens):
@@ -34,7 +34,7 @@ LAYOUTS = OWN_LAYOUTS | {
 
 
 def computed_lengths(batch: PackedBatch, layout: str) -> npt.NDArray[np.int64]:
-    """Tokens of every piece that attention computes: a padded batch has rows of one length."""
+    """Tokens of every sequence that attention computes; rows of a padded batch all have one length."""
     if layout.startswith("padded"):
         return np.full(batch.num_sequences, batch.max_seqlen)
     return batch.cu_seqlens.diff().cpu().numpy().astype(np.int64)

@@ -1,4 +1,4 @@
-"""Forward passes that are compared: loaded, held against FP64, verified, and only then timed."""
+"""Forward passes to compare: loaded, checked against FP64, verified, and only then timed."""
 
 from __future__ import annotations
 
@@ -44,22 +44,22 @@ from esm_packed.numerics import PRECISIONS
 from esm_packed.packing import SPECIAL_TOKENS, default_token_budget, pack
 
 RIVALS_TOKEN_BUDGETS = (1024, 4096, 16_384) if not ON_GPU else (default_token_budget(DEVICE),)
-"""Padded tokens in a batch that a rival is tried with, for it to be timed at its best."""
+"""Padded tokens per batch that a rival is tried with, so that it is timed at its best."""
 
 NUM_WARMING = 8
-"""Shortest proteins that a provider computes before its token budgets are compared."""
+"""Number of the shortest proteins that a provider computes before its token budgets are compared."""
 
 NUM_CHECKED = 5
-"""Proteins from the shortest to the longest that are held against FP64, beside the first and the last."""
+"""Proteins from shortest to longest that are checked against FP64, besides the first and the last."""
 
 MAX_RELATIVE_ERRORS = {"fp32": 1e-5, "tf32": 5e-3, "fp16": 5e-3, "bf16": 3e-2}
-"""Of this package's mean embeddings."""
+"""For this package's mean embeddings."""
 
 RIVALS_MAX_RELATIVE_ERRORS = {"fp32": 1e-4, "fp16": 0.2, "bf16": 0.2}
-"""Half types as rivals use them have errors of their own, which are recorded; more is another model."""
+"""Rivals have their own errors in half precision, which are recorded; larger ones mean another model."""
 
 MIN_FREE_MEMORY = 0.35
-"""Share of the GPU's memory below which what earlier variants hold is given up."""
+"""Share of the GPU's memory that must be free; otherwise earlier variants are released."""
 
 _ATTENTION_KERNELS = {
     "triton": "packed_attention",
@@ -68,11 +68,11 @@ _ATTENTION_KERNELS = {
     "flash3": "flash",
     "flash4": "flash",
 }
-"""What the GPU kernels of a backend have in their names."""
+"""Part of the names of a backend's GPU kernels."""
 
 
 class OtherModelError(Exception):
-    """A rival computes something else than the checkpoint's model."""
+    """A rival computes a different model from the checkpoint's."""
 
 
 @dataclass(frozen=True)
@@ -81,12 +81,12 @@ class Entry:
 
     Args:
         provider: `esm_packed`, a rival, or a floor.
-        model: as `ESM2.from_pretrained` takes it.
+        model: a model, as for `ESM2.from_pretrained`.
         workload: one of `WORKLOADS`.
-        total_tokens: of all proteins, BOS and EOS included.
+        total_tokens: tokens of all proteins, BOS and EOS included.
         dtype: precision mode.
-        layout: one of `batching.LAYOUTS`; None where it is not known.
-        token_budget: tokens computed together, padding included; None where the provider chooses.
+        layout: one of `batching.LAYOUTS`; None if unknown.
+        token_budget: tokens computed together, padding included; None if the provider chooses.
     """
 
     provider: str
@@ -100,10 +100,10 @@ class Entry:
 
 @dataclass
 class Ready:
-    """A variant that has been checked, and what was learned of it.
+    """A checked variant and its measurements.
 
-    `errors` are the worst relative L2 and maximum absolute errors of mean embeddings, and further ones;
-    `seconds_by_token_budget` those of one pass with each token budget that was tried.
+    `errors` are the worst relative L2 and maximum absolute errors of mean embeddings, and others;
+    `seconds_by_token_budget` the seconds of one pass with each token budget that was tried.
     """
 
     entry: Entry
@@ -116,7 +116,7 @@ class Ready:
     seconds_by_token_budget: dict[int | None, float] | None = None
 
     def run(self) -> None:
-        """One pass over all proteins; returns when the device is done."""
+        """Run one pass over all proteins; return when the device is done."""
         self.provider.run()
         synchronize()
 
@@ -153,26 +153,26 @@ class Ready:
 
 @dataclass(frozen=True)
 class Truth:
-    """What our FP64 path computes for the proteins that are checked."""
+    """Results of our FP64 path for the checked proteins."""
 
     embeddings: torch.Tensor
     logits: list[torch.Tensor]
 
 
 def checked_indices(sequences: Sequence[str]) -> list[int]:
-    """The first and the last protein, and a few from the shortest to the longest."""
+    """Indices of the first and the last protein, and of a few from the shortest to the longest."""
     by_length = np.argsort([len(sequence) for sequence in sequences], kind="stable")
     picked = np.linspace(0, len(sequences) - 1, min(NUM_CHECKED, len(sequences))).astype(int)
     return list(dict.fromkeys([0, len(sequences) - 1, *by_length[picked].tolist()]))
 
 
 def nonfinite_indices(computed: Sequence[torch.Tensor] | torch.Tensor) -> list[int]:
-    """Proteins with NaN or Inf in what was computed for them."""
+    """Indices of proteins with NaN or Inf in their results."""
     return [index for index, values in enumerate(computed) if not values.isfinite().all()]
 
 
 def weight_bytes(checkpoint: Checkpoint, dtype: str) -> int:
-    """What the weights take in a precision mode."""
+    """Bytes of the weights in a precision mode."""
     numbers = sum(math.prod(shape) for shape in tensor_shapes(checkpoint.config).values())
     return PRECISIONS[dtype].dtype.itemsize * numbers
 
@@ -186,7 +186,7 @@ def free_gpu_memory() -> float:
 
 
 def compute_truth(checkpoint: Checkpoint, sequences: Sequence[str], rounded_frequencies: bool) -> Truth:
-    """Means and logits in FP64, protein by protein; on the CPU if the GPU has no room for the model."""
+    """Means and logits in FP64, one protein at a time; on the CPU if the model does not fit on the GPU."""
     precision = PRECISIONS["fp64"]
     device = torch.device("cpu") if weight_bytes(checkpoint, "fp64") > free_gpu_memory() else DEVICE
     backend = select_backend("auto", device, precision, checkpoint.config.head_dim)
@@ -209,13 +209,13 @@ def compute_truth(checkpoint: Checkpoint, sequences: Sequence[str], rounded_freq
 
 
 def _in_memory(name: str) -> Checkpoint:
-    """A checkpoint whose tensors are made once: the random ones of a large model take long."""
+    """A checkpoint whose tensors are created once, as those of a large random model take long."""
     checkpoint = load_checkpoint(name)
     return replace(checkpoint, tensors=dict(checkpoint.tensors))
 
 
 class Contest:
-    """Variants that stay ready from block to block.
+    """Variants that stay loaded from block to block.
 
     Args:
         esm_cpp_python: interpreter of an environment with esm-cpp, or None.
@@ -232,17 +232,17 @@ class Contest:
         self._checkpoint = lru_cache(maxsize=1)(_in_memory)
 
     def ready(self, entry: Entry, token_budgets: Sequence[int] = ()) -> Ready:
-        """Load, run once, hold against FP64 and verify, once for all blocks.
+        """Load, run once, check against FP64 and verify, once for all blocks.
 
         Args:
             entry: the variant.
-            token_budgets: with more than one the variant takes the one with which a pass is fastest here, and
-                its entry says which; else it keeps the entry's.
+            token_budgets: if there are several, the variant takes the one with the fastest pass here and
+                records it in its entry; otherwise it keeps the entry's.
 
         Raises:
-            ImportError: the provider's package is missing or does not fit the others.
-            OtherModelError: a rival computes something else.
-            AssertionError: this package is wrong, or another attention backend ran than is named.
+            ImportError: the provider's package is missing or incompatible with the others.
+            OtherModelError: a rival computes a different model.
+            AssertionError: this package is wrong, or another attention backend ran than the named one.
         """
         if entry in self._refused:
             raise self._refused[entry]
@@ -256,7 +256,7 @@ class Contest:
         return self._ready[entry]
 
     def model(self, name: str, dtype: str) -> ESM2:
-        """This package's model with the attention that is chosen here for its precision."""
+        """This package's model with the attention backend chosen here for its precision."""
         if (name, dtype) not in self._models:
             checkpoint = self._checkpoint(name)
             backend = select_backend("auto", DEVICE, PRECISIONS[dtype], checkpoint.config.head_dim)
@@ -264,10 +264,10 @@ class Contest:
         return self._models[name, dtype]
 
     def check_memory(self, ready: Ready) -> None:
-        """See that FP16 takes no more memory than FP32 did for the same batches.
+        """Check that FP16 uses no more memory than FP32 did for the same batches.
 
         Raises:
-            AssertionError: it takes more.
+            AssertionError: it uses more.
         """
         if ready.peak_memory_bytes is None:
             return
@@ -301,14 +301,14 @@ class Contest:
             self._checkpoint(entry.model).config,
             sequences,
             trials[fastest][1],
-            # what a replay uses was allocated when it was recorded
+            # a replay uses memory that was allocated during capture
             None if is_floor or is_replayed else peak_memory(provider.run, provider.weight_bytes),
             None if activities is None else sum(not name.startswith("Mem") for name in activities),
             {budget: seconds for budget, (seconds, _) in trials.items()} if len(trials) > 1 else None,
         )
 
     def _load(self, entry: Entry) -> Any:
-        """A `Provider`; of a floor only what prepares and runs it."""
+        """A `Provider`; for a floor only its `prepare` and `run`."""
         name, dtype = entry.provider, entry.dtype
         budget = entry.token_budget or 0
         if name.startswith("esm_packed_transformers"):
@@ -344,10 +344,10 @@ class Contest:
         return rivals[name]()
 
     def _errors(self, entry: Entry, provider: Provider, sequences: Sequence[str]) -> dict[str, float | None]:
-        """How far what `run` just computed is from FP64, for a few proteins; all must be finite.
+        """Errors of what `run` just computed relative to FP64, for a few proteins; all must be finite.
 
-        A provider that takes other rotary frequencies than the checkpoint's is held against FP64 with those;
-        how far it thereby is from the checkpoint's own embeddings is recorded beside.
+        A provider whose rotary frequencies differ from the checkpoint's is compared with FP64 using its own;
+        its resulting distance from the checkpoint's embeddings is recorded as well.
         """
         is_own = entry.provider.startswith("esm_packed")
         refusal = AssertionError if is_own else OtherModelError
@@ -398,13 +398,13 @@ class Contest:
 
 
 def warm_up(provider: Provider, sequences: Sequence[str]) -> None:
-    """Run the shortest proteins, so that no token budget pays for what only a first call does."""
+    """Run the shortest proteins, so that no token budget is charged for first-call costs."""
     provider.prepare(sorted(sequences, key=len)[:NUM_WARMING])
     provider.run()
 
 
 def run_verified(provider: Provider, sequences: Sequence[str]) -> float:
-    """Seconds of one pass over all proteins, which must go through the attention backend that is named."""
+    """Seconds of one pass over all proteins, which must use the named attention backend."""
     provider.prepare(sequences)
     synchronize()
     start = time.perf_counter()
@@ -416,9 +416,9 @@ def run_verified(provider: Provider, sequences: Sequence[str]) -> float:
 
 @contextmanager
 def expect_backend(provider: Provider) -> Iterator[None]:
-    """See that the model's attention backend is called in every layer of every batch within the block.
+    """Check that the model's attention backend is called in every layer of every batch within the block.
 
-    A CUDA graph calls nothing when it is replayed; `check_activities` sees what it computes.
+    A CUDA graph calls nothing when it is replayed; `check_activities` checks what it computes.
 
     Raises:
         AssertionError: at the end, if something else computed attention.
@@ -438,10 +438,10 @@ def expect_backend(provider: Provider) -> Iterator[None]:
 
 
 def check_activities(provider: EsmPacked, activities: Sequence[str]) -> None:
-    """See in what the GPU did that it was the backend's kernels, and no copy from or to the host.
+    """Check in the GPU's activities that the backend's kernels ran, and no copies from or to the host.
 
     Raises:
-        AssertionError: it was not.
+        AssertionError: the check failed.
     """
     copies = [name for name in activities if "Memcpy HtoD" in name or "Memcpy DtoH" in name]
     assert not copies, f"the timed pass copies: {copies[:3]}"
@@ -455,7 +455,7 @@ def check_activities(provider: EsmPacked, activities: Sequence[str]) -> None:
 def worst_relative_error(
     computed: Sequence[torch.Tensor] | torch.Tensor, truth: Sequence[torch.Tensor] | torch.Tensor
 ) -> float:
-    """Largest relative L2 error of a protein, formed in FP64; NaN if one is NaN."""
+    """Largest relative L2 error of a protein, computed in FP64; NaN if one is NaN."""
     errors = [
         (c.double() - t.double()).norm() / t.double().norm() for c, t in zip(computed, truth, strict=True)
     ]

@@ -1,4 +1,4 @@
-"""esm-cpp as a provider: a worker process with an interpreter of its own, alive from block to block."""
+"""esm-cpp as a provider: a worker process with its own interpreter, kept alive from block to block."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ WORKER = Path(__file__).with_name("esm_cpp_worker.py")
 
 
 class EsmCpp:
-    """esm-cpp's `forward_scheduled`: packed, all sequences in one call, logits in place of means.
+    """esm-cpp's `forward_scheduled`: packed, all sequences in one call, logits instead of means.
 
-    It offers no pooled or hidden states from this call. `embeddings`, for the check, are means of its
-    `forward_with_hidden_states`, sequence by sequence; `logits` are those of the timed call. It ignores the
+    This call returns no pooled or hidden states. `embeddings`, for the check, are means of its
+    `forward_with_hidden_states`, one sequence at a time; `logits` are those of the timed call. It ignores the
     rotary frequencies of the checkpoint and computes unrounded ones.
     """
 
@@ -70,7 +70,7 @@ class EsmCpp:
         return self._arrays()
 
     def close(self) -> None:
-        """End the worker."""
+        """Stop the worker."""
         assert self._worker.stdin is not None
         self._worker.stdin.close()
         self._worker.wait(timeout=60)

@@ -1,7 +1,7 @@
-"""Runs esm-cpp in an environment of its own (it needs numpy < 2) and answers requests on standard input.
+"""Runs esm-cpp in its own environment (it needs numpy < 2) and answers requests on standard input.
 
-A request is one line of JSON, and so is its answer; arrays travel in .npz files whose path the request names.
-Knows neither torch nor this package. `esm_cpp_client.py` is the other end.
+A request is one line of JSON, and so is its answer; arrays are passed in .npz files named in the request.
+Imports neither torch nor this package. `esm_cpp_client.py` is the other end.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def mean_embedding(model: Any, token_ids: np.ndarray) -> np.ndarray:
 
 
 def main() -> None:
-    # Whatever the library prints must not mix with the answers.
+    # Output of the library must not mix with the answers.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     model: Any = esm_cpp.Model.load_from_safetensors(sys.argv[1])

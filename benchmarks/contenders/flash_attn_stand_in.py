@@ -1,7 +1,7 @@
-"""A module named `flash_attn` for packages that import it, where the real one is missing.
+"""A module named `flash_attn` for packages that import it, if the real one is missing.
 
 It computes with the best attention backend of `esm_packed.attention`: on a GPU PyTorch's `varlen_attn`, which
-is FlashAttention 2 as well.
+is also FlashAttention 2.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def flash_attn_varlen_func(
     softmax_scale: float | None = None,
     causal: bool = False,
 ) -> torch.Tensor:
-    """As flash-attn's function of this name, for self-attention without dropout and causal mask."""
+    """Like flash-attn's function of this name, for self-attention without dropout or causal mask."""
     assert cu_seqlens_q is cu_seqlens_k
     assert dropout_p == 0.0
     assert not causal
@@ -54,17 +54,17 @@ def flash_attn_importable() -> Iterator[str]:
     """Let `import flash_attn` succeed within the block.
 
     Yields:
-        What computes: `flash_attn`, or `flash_attn stand-in`.
+        What is used: `flash_attn`, or `flash_attn stand-in`.
     """
     if importlib.util.find_spec("flash_attn") is not None:
         yield "flash_attn"
         return
     module, padding = ModuleType("flash_attn"), ModuleType("flash_attn.bert_padding")
-    module.__spec__ = ModuleSpec("flash_attn", None)  # packages ask whether it is there
+    module.__spec__ = ModuleSpec("flash_attn", None)  # packages check whether it exists
     module.flash_attn_varlen_func = flash_attn_varlen_func  # type: ignore[attr-defined]
     padding.pad_input = padding.unpad_input = _padding_is_not_served  # type: ignore[attr-defined]
     sys.modules |= {"flash_attn": module, "flash_attn.bert_padding": padding}
     try:
         yield "flash_attn stand-in"
-    finally:  # other packages look for flash_attn, too
+    finally:  # other packages also look for flash_attn
         del sys.modules["flash_attn"], sys.modules["flash_attn.bert_padding"]

@@ -1,4 +1,4 @@
-"""Masked marginals of a protein by this package and by others: checked against FP64, and only then timed."""
+"""Masked marginals of a protein by this package and others: checked against FP64, and only then timed."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ from esm_packed.scoring import answer_together, plan_queries
 from esm_packed.transformers import esm_config
 
 MAX_ERRORS = {"fp32": 1e-4, "tf32": 0.1, "fp16": 0.1, "bf16": 1.0}
-"""In log-probability; more is another model, or another residue."""
+"""Largest difference in log-probability; more means another model, or another residue."""
 
 NUM_CHECKED = 5
 
 
 @cache
 def protein(num_residues: int) -> str:
-    """A made-up protein of residues as frequent as in UniRef50."""
+    """A random protein with the residue frequencies of UniRef50."""
     return "".join(proteins("uniref", 2 * num_residues + 1024))[:num_residues]
 
 
 class PackedMarginals:
-    """This package: copies packed together, of which the masked rows alone are computed to the end.
+    """This package: copies packed together, with logits computed only for the masked rows.
 
-    With `every_row` the logits of all tokens are computed, of which those rows are taken.
+    With `every_row` the logits of all tokens are computed, and those rows are selected.
     """
 
     def __init__(self, model: ESM2, token_budget: int, *, every_row: bool) -> None:
@@ -74,11 +74,11 @@ class PackedMarginals:
 
 
 class MarginalsInBatches:
-    """Copies of a protein in batches of `copies`, without padding, as they are of one length.
+    """Copies of a protein in batches of `copies`; they have equal lengths and need no padding.
 
     Args:
         loaded: a rival's model and how it computes.
-        copies: in a batch.
+        copies: number of copies in a batch.
     """
 
     def __init__(self, loaded: FairEsm | Transformers, copies: int) -> None:
@@ -88,7 +88,7 @@ class MarginalsInBatches:
     def prepare(self, sequence: str) -> None:
         length = len(sequence)
         masked = token_ids_with_ends(sequence).repeat(length, 1)
-        masked[torch.arange(length), torch.arange(length) + 1] = MASK_ID  # behind BOS
+        masked[torch.arange(length), torch.arange(length) + 1] = MASK_ID  # after BOS
         starts = range(0, length, self._copies)
         self.tokens = [masked[start : start + self._copies].to(DEVICE) for start in starts]
         self.places = [
@@ -124,10 +124,10 @@ class Marginals:
 
     Args:
         provider: `esm_packed`, `esm_packed_every_row`, `fair_esm` or `transformers`.
-        model: as `ESM2.from_pretrained` takes it.
+        model: a model, as for `ESM2.from_pretrained`.
         dtype: precision mode.
-        num_residues: of the protein.
-        copies: that are computed together.
+        num_residues: length of the protein.
+        copies: number of copies computed together.
     """
 
     provider: str
@@ -151,11 +151,11 @@ class MarginalsContest:
         self.max_errors: dict[Marginals, float] = {}
 
     def ready(self, variant: Marginals) -> Any:
-        """Load, run once and hold against FP64.
+        """Load, run once and check against FP64.
 
         Raises:
             ImportError: the provider's package is missing.
-            OtherModelError: a rival computes something else.
+            OtherModelError: a rival computes a different model.
             AssertionError: this package is wrong.
         """
         if variant not in self._ready:
@@ -174,7 +174,7 @@ class MarginalsContest:
         return self._ready[variant]
 
     def config(self, model: str) -> ESM2Config:
-        """Shape of a model that has been loaded."""
+        """Shape of a loaded model."""
         return self._contest.model(model, "fp64").config
 
     def _load(self, variant: Marginals) -> Any:

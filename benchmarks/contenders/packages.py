@@ -1,7 +1,8 @@
-"""esm-packed and its rivals, each loaded with the same weights and fed the way its users feed it.
+"""esm-packed and its rivals, each loaded with the same weights and used the way its users do.
 
-`prepare` makes the batches on the device, `run` computes (only this is timed), `embeddings` and `logits` give
-what the last `run` computed, in the order of the sequences. A rival's packages are imported when it is made.
+`prepare` creates the batches on the device, `run` computes (only this is timed), `embeddings` and `logits`
+return the results of the last `run` in the order of the sequences. A rival's packages are imported when it is
+created.
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ class Provider(Protocol):
     """One contender of the benchmark.
 
     `backend` says how it computes, `token_budget` how many tokens, padding included, `prepare` puts into a
-    batch, `padded_tokens` how many tokens `run` computes, padding included;
-    `rounded_frequencies` whether its rotary frequencies are the checkpoint's, which are rounded to FP16;
-    `weight_bytes` what its parameters and buffers take.
+    batch, `padded_tokens` how many tokens `run` computes, padding included; `rounded_frequencies` says
+    whether its rotary frequencies are the checkpoint's, which are rounded to FP16; `weight_bytes` is the size
+    of its parameters and buffers.
     """
 
     backend: str
@@ -56,7 +57,7 @@ class Provider(Protocol):
 
 
 class _Batched:
-    """Rows of embeddings that `run` collects batch by batch, put back into the order of the sequences."""
+    """Rows of embeddings that `run` collects per batch, restored to the order of the sequences."""
 
     token_budget: int
     rounded_frequencies = True
@@ -70,7 +71,7 @@ class _Batched:
 
     def embeddings(self) -> torch.Tensor:
         rows = torch.cat(self.rows)
-        ordered = torch.full_like(rows, torch.nan)  # what no batch computes must not pass for an embedding
+        ordered = torch.full_like(rows, torch.nan)  # rows no batch computes must not look like embeddings
         ordered[torch.tensor([index for members in self.members for index in members])] = rows
         return ordered.cpu()
 
@@ -81,7 +82,7 @@ class _Batched:
 def lay_out(
     sequences: Sequence[str], token_budget: int, layout: str = "packed"
 ) -> list[tuple[list[int], PackedBatch]]:
-    """For each pack the indices of its sequences, and the batch on the device."""
+    """For each pack, the indices of its sequences and the batch on the device."""
     token_ids = [encode(sequence) for sequence in sequences]
     way = LAYOUTS[layout]
     plan = way.plan([len(ids) + SPECIAL_TOKENS for ids in token_ids], token_budget)
@@ -94,7 +95,7 @@ def lay_out(
 class EsmPacked(_Batched):
     """This package: batches of `token_budget` tokens in one of `batching.LAYOUTS`, mean of the last layer.
 
-    With `graphs` forward passes are replayed as CUDA graphs, which needs the layout `fixed`.
+    With `graphs` forward passes are replayed as CUDA graphs, which requires the layout `fixed`.
     """
 
     def __init__(
@@ -122,9 +123,9 @@ class EsmPacked(_Batched):
 
 
 class FairEsm(_Batched):
-    """fair-esm 2.0.0 with batches as its script esm-extract forms them.
+    """fair-esm 2.0.0 with batches formed as in its script esm-extract.
 
-    Its forward pass always computes logits, too. In FP16 it is `model.half()`, which also forms the rotary
+    Its forward pass always computes logits as well. FP16 means `model.half()`, which also computes the rotary
     angles in FP16.
     """
 
@@ -164,7 +165,7 @@ class Transformers(_Batched):
     """transformers' EsmModel with SDPA on padded batches of `layout`, means over residues."""
 
     prefix = "esm."
-    """Of the hub's names of tensors, which the model's own names are without."""
+    """Prefix of tensor names on the hub, which the model's own names lack."""
 
     def __init__(
         self,
@@ -176,7 +177,7 @@ class Transformers(_Batched):
         compiled: bool = False,
     ) -> None:
         checkpoint = load_checkpoint(model_name)
-        with torch.device(DEVICE):  # values that are replaced at once are made fastest there
+        with torch.device(DEVICE):  # the fastest place to create values that are replaced immediately
             model = self._make(checkpoint.config)
         tensors = {
             name.removeprefix(self.prefix): tensor for name, tensor in hub_tensors(checkpoint.tensors).items()
@@ -184,11 +185,11 @@ class Transformers(_Batched):
         frequencies = checkpoint.tensors["layers.0.self_attn.rot_emb.inv_freq"]
         wanted = model.state_dict()
         tensors |= {name: frequencies for name in wanted if name.endswith("inv_freq")}
-        # Not strict: versions differ in buffers, and what is computed is held against FP64 in any case.
+        # Not strict: versions differ in buffers, and the results are checked against FP64 anyway.
         model.load_state_dict({name: tensors[name] for name in wanted if name in tensors}, strict=False)
         model = model.to(DEVICE, PRECISIONS[dtype].dtype).eval()
         for name, buffer in model.named_buffers():
-            if name.endswith("inv_freq"):  # `from_pretrained` leaves it in FP32, too
+            if name.endswith("inv_freq"):  # `from_pretrained` also leaves it in FP32
                 buffer.data = frequencies.to(DEVICE, torch.float32)
         super().__init__(model)
         self._forward: Callable[..., Any] = torch.compile(model, dynamic=True) if compiled else model
@@ -238,7 +239,7 @@ class PackedTransformers(Transformers):
 
 
 class Faesm(Transformers):
-    """faesm's FAEsmModel: transformers' model with FlashAttention, or with SDPA where that is missing."""
+    """faesm's FAEsmModel: transformers' model with FlashAttention, or with SDPA if that is missing."""
 
     def __init__(self, model_name: str, dtype: str, token_budget: int) -> None:
         super().__init__(model_name, dtype, token_budget)
@@ -246,7 +247,7 @@ class Faesm(Transformers):
 
     def _make(self, config: ESM2Config) -> Any:
         faesm = importlib.import_module("faesm.esm")
-        hub = esm_config(config, attn_implementation="eager")  # it replaces attention itself
+        hub = esm_config(config, attn_implementation="eager")  # it replaces the attention itself
         hub.use_fa = faesm.flash_attn_installed and DEVICE.type == "cuda"
         return faesm.FAEsmModel(hub, add_pooling_layer=False)
 
@@ -255,8 +256,8 @@ class EsmEfficient(_Batched):
     """esm-efficient's ESM2 on packed tokens, means over residues.
 
     It has no token dropout and computes its own rotary frequencies: its embedding is scaled by 0.88 and its
-    frequencies are set to the checkpoint's, so that it computes the same model. Where flash-attn is missing,
-    a stand-in over PyTorch's packed attention serves it.
+    frequencies are set to the checkpoint's, so that it computes the same model. If flash-attn is missing, it
+    uses a stand-in based on PyTorch's packed attention.
     """
 
     def __init__(self, model_name: str, dtype: str, token_budget: int) -> None:
@@ -351,7 +352,7 @@ _HUB_NAMES = {
 
 
 def hub_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A checkpoint's tensors under the names they have on the Hugging Face hub."""
+    """A checkpoint's tensors under their names on the Hugging Face hub."""
     renamed = {}
     for name, tensor in tensors.items():
         for pattern, replacement in _HUB_NAMES.items():

@@ -1,6 +1,6 @@
 """transformers' EsmModel in inference runtimes for CPUs: OpenVINO and ONNX Runtime.
 
-The model is converted once, before anything is timed, with dynamic shapes; it gets the batches of
+The model is converted once, before anything is timed, with dynamic shapes; it receives the batches of
 `Transformers` with their attention masks.
 """
 
@@ -19,7 +19,7 @@ _INPUTS = ("input_ids", "attention_mask")
 
 
 class _LastHiddenState(torch.nn.Module):
-    """The only output that means are made of."""
+    """Returns only the output that means are computed from."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()
@@ -31,12 +31,12 @@ class _LastHiddenState(torch.nn.Module):
 
 
 def _example() -> dict[str, torch.Tensor]:
-    """Proteins of two lengths, so that the mask is part of what is traced."""
+    """Proteins of two lengths, so that the mask is traced as well."""
     return dict(zip(_INPUTS, padded_inputs(["MKTAYIAKQR", "MKT"]), strict=True))
 
 
 class OpenVino(Transformers):
-    """OpenVINO on the CPU: one stream, for latency, in FP32 or BF16 as asked."""
+    """OpenVINO on the CPU: one stream, for latency, in FP32 or BF16."""
 
     def __init__(self, model_name: str, dtype: str, token_budget: int) -> None:
         openvino = importlib.import_module("openvino")
@@ -70,11 +70,11 @@ class OpenVino(Transformers):
 
 
 class OnnxRuntime(Transformers):
-    """ONNX Runtime on the CPU in FP32: exported by torch, optimised as the runtime does by default."""
+    """ONNX Runtime on the CPU in FP32: exported by torch, with the runtime's default optimizations."""
 
     def __init__(self, model_name: str, token_budget: int) -> None:
         onnxruntime = importlib.import_module("onnxruntime")
-        importlib.import_module("onnxscript")  # what torch exports with
+        importlib.import_module("onnxscript")  # required by torch's exporter
         super().__init__(model_name, "fp32", token_budget)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
