@@ -16,27 +16,69 @@ from esm_packed.kernels.dispatch import uses_triton
 
 _HAS_ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
 
-_MKL_MIN_ADDENDS = 641
-"""For FP32 sums as long as this MKL is as fast on Intel, and nearer to FP64, as it adds partial sums."""
+_MAX_ADDENDS = 640
+"""Of the longest FP32 sums that oneDNN adds in one chain; longer ones end further from FP64 than MKL's."""
+
+_PART_ADDENDS = 384
+"""Addends of the parts in which longer sums are formed where MKL is slow."""
+
+_MIN_ROWS_IN_PARTS = 64
+"""With fewer rows, copying the weight into parts costs more than oneDNN saves."""
 
 _PACKING_ROWS = 1024
 """Rows that oneDNN is told to expect; any number is served."""
 
 
 @cache
-def _is_intel() -> bool:
+def _mkl_is_fast() -> bool:
+    """Whether the processor is Intel's: on AMD processors MKL runs at half the speed of oneDNN."""
     try:
         return "GenuineIntel" in Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
     except OSError:
         return False
 
 
-def _onednn_serves(weight: torch.Tensor) -> bool:
-    # F.linear sends FP32 to MKL, which on AMD processors runs at half the speed of oneDNN. The choice depends
-    # on the kind of processor alone, so that the same command gives the same bits.
-    if weight.device.type != "cpu" or not _HAS_ONEDNN or weight.dtype == torch.float64:
+# What computes depends on the kind of processor and on shapes alone: the same command gives the same bits.
+
+
+def _is_packed(weight: torch.Tensor) -> bool:
+    if weight.device.type != "cpu" or not _HAS_ONEDNN or uses_triton(weight):
         return False
-    return weight.dtype != torch.float32 or weight.shape[1] < _MKL_MIN_ADDENDS or not _is_intel()
+    return weight.dtype in (torch.float16, torch.bfloat16) or (
+        weight.dtype == torch.float32 and weight.shape[1] <= _MAX_ADDENDS
+    )
+
+
+def _is_in_parts(hidden_states: torch.Tensor) -> bool:
+    return (
+        hidden_states.device.type == "cpu"
+        and hidden_states.dtype == torch.float32
+        and hidden_states.shape[1] > _MAX_ADDENDS
+        and len(hidden_states) >= _MIN_ROWS_IN_PARTS
+        and _HAS_ONEDNN
+        and not torch.compiler.is_compiling()  # it cannot be traced, and Inductor calls oneDNN itself
+        and not _mkl_is_fast()
+    )
+
+
+def _linear(hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    total: torch.Tensor
+    multiply = torch.ops.mkldnn._linear_pointwise
+    if weight.is_mkldnn:
+        total = multiply(hidden_states, weight, bias, "none", [], "")
+        return total
+    if not _is_in_parts(hidden_states):
+        return F.linear(hidden_states, weight, bias)
+    num_parts = -(-weight.shape[1] // _PART_ADDENDS)
+    # oneDNN takes strided operands, but falls back to its slowest code for them
+    (states, columns), *others = (
+        (states.contiguous(), columns.contiguous())
+        for states, columns in zip(hidden_states.chunk(num_parts, 1), weight.chunk(num_parts, 1), strict=True)
+    )
+    total = multiply(states, columns, bias, "none", [], "")
+    for states, columns in others:
+        total = multiply.binary(states, total, columns, None, "add")
+    return total
 
 
 def pack_weight(weight: torch.Tensor) -> torch.Tensor:
@@ -48,7 +90,7 @@ def pack_weight(weight: torch.Tensor) -> torch.Tensor:
     Returns:
         The packed weight, of the same shape, dtype and device, or `weight`; `to_dense()` undoes it.
     """
-    if weight.is_mkldnn or uses_triton(weight) or not _onednn_serves(weight):
+    if weight.is_mkldnn or not _is_packed(weight):
         return weight
     packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _PACKING_ROWS)
     return packed
@@ -65,12 +107,7 @@ def linear(hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
     Returns:
         (total_tokens, out_features).
     """
-    if weight.is_mkldnn:
-        product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
-            hidden_states, weight, bias, "none", [], ""
-        )
-        return product
-    return F.linear(hidden_states, weight, bias)
+    return _linear(hidden_states, weight, bias)
 
 
 def linear_gelu(hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -83,4 +120,4 @@ def linear_gelu(hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.T
             hidden_states, weight, bias, "gelu", [], "none"
         )
         return product
-    return F.gelu(F.linear(hidden_states, weight, bias))
+    return F.gelu(_linear(hidden_states, weight, bias))
