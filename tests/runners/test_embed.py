@@ -566,7 +566,8 @@ def test_real_proteins_fill_the_packs(tmp_path, monkeypatch, without_computing):
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
 @pytest.mark.parametrize(
     "numbers, more_mib",
-    [((50_000, 250_000), 24), pytest.param((100_000, 600_000), 32, marks=pytest.mark.slow)],  # 12 s
+    # 16 MiB more on an idle machine, 36 once on a busy one
+    [((50_000, 250_000), 44), pytest.param((100_000, 600_000), 32, marks=pytest.mark.slow)],  # 12 s
 )
 def test_memory_does_not_grow_with_the_input(tmp_path, numbers, more_mib):
     command = [sys.executable, peak_memory.__file__, str(tmp_path), *map(str, numbers)]
