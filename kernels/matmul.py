@@ -61,26 +61,6 @@ def _is_in_parts(hidden_states: torch.Tensor) -> bool:
     )
 
 
-def _linear(hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    total: torch.Tensor
-    multiply = torch.ops.mkldnn._linear_pointwise
-    if weight.is_mkldnn:
-        total = multiply(hidden_states, weight, bias, "none", [], "")
-        return total
-    if not _is_in_parts(hidden_states):
-        return F.linear(hidden_states, weight, bias)
-    num_parts = -(-weight.shape[1] // _PART_ADDENDS)
-    # oneDNN takes strided operands, but falls back to its slowest code for them
-    (states, columns), *others = (
-        (states.contiguous(), columns.contiguous())
-        for states, columns in zip(hidden_states.chunk(num_parts, 1), weight.chunk(num_parts, 1), strict=True)
-    )
-    total = multiply(states, columns, bias, "none", [], "")
-    for states, columns in others:
-        total = multiply.binary(states, total, columns, None, "add")
-    return total
-
-
 def pack_weight(weight: torch.Tensor) -> torch.Tensor:
     """`weight` as `linear` and `linear_gelu` multiply fastest with it: packed, or as it is.
 
@@ -107,7 +87,23 @@ def linear(hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
     Returns:
         (total_tokens, out_features).
     """
-    return _linear(hidden_states, weight, bias)
+    total: torch.Tensor
+    multiply = torch.ops.mkldnn._linear_pointwise
+    if weight.is_mkldnn:
+        total = multiply(hidden_states, weight, bias, "none", [], "")
+        return total
+    if not _is_in_parts(hidden_states):
+        return F.linear(hidden_states, weight, bias)
+    num_parts = -(-weight.shape[1] // _PART_ADDENDS)
+    # oneDNN takes strided operands, but falls back to its slowest code for them
+    (states, columns), *others = (
+        (states.contiguous(), columns.contiguous())
+        for states, columns in zip(hidden_states.chunk(num_parts, 1), weight.chunk(num_parts, 1), strict=True)
+    )
+    total = multiply(states, columns, bias, "none", [], "")
+    for states, columns in others:
+        total = multiply.binary(states, total, columns, None, "add")
+    return total
 
 
 def linear_gelu(hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -120,4 +116,4 @@ def linear_gelu(hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.T
             hidden_states, weight, bias, "gelu", [], "none"
         )
         return product
-    return F.gelu(_linear(hidden_states, weight, bias))
+    return F.gelu(linear(hidden_states, weight, bias))
