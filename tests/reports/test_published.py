@@ -34,3 +34,13 @@ def test_readme_quotes_the_published_ratios() -> None:
     for times in (*quoted, totals["packed over padded, FP32"]):
         assert times is not None
         assert times_text(times) in text
+
+
+@pytest.mark.parametrize("size", ["8M", "150M"])
+def test_readme_quotes_the_published_ratios_to_openvino(size: str) -> None:
+    text = " ".join((ROOT / "README.md").read_text().split())
+    published = results.read_results(PUBLISHED / "cpu-intel-xeon-2-cores" / f"peers-{size}.json")
+    fp32 = {m.info["provider"]: m for m in published.suite("peers") if m.info["dtype"] == "fp32"}
+    times = results.ratio(fp32["openvino"], fp32["esm_packed"])
+    assert times is not None
+    assert times_text(times) in text
