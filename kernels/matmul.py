@@ -6,13 +6,11 @@ call. A packed weight is a tensor like any other, in torch's opaque layout for o
 
 from __future__ import annotations
 
-from functools import cache
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 
 from esm_packed.kernels.dispatch import uses_triton
+from esm_packed.kernels.processor import is_intel
 
 _HAS_ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
 
@@ -29,13 +27,9 @@ _PACKING_ROWS = 1024
 """Rows that oneDNN is told to expect; any number is served."""
 
 
-@cache
 def _mkl_is_fast() -> bool:
-    """Whether the processor is Intel's: on AMD processors MKL runs at half the speed of oneDNN."""
-    try:
-        return "GenuineIntel" in Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
-    except OSError:
-        return False
+    """On AMD processors MKL runs at half the speed of oneDNN."""
+    return is_intel()
 
 
 # What computes depends on the kind of processor and on shapes alone: the same command gives the same bits.
@@ -59,6 +53,26 @@ def _is_in_parts(hidden_states: torch.Tensor) -> bool:
         and not torch.compiler.is_compiling()  # it cannot be traced, and Inductor calls oneDNN itself
         and not _mkl_is_fast()
     )
+
+
+def describe(device: torch.device, dtype: torch.dtype) -> str:
+    """Which library multiplies matrices, and in which way, for the output file to record.
+
+    Args:
+        device: where the weights are.
+        dtype: of the weights.
+
+    Returns:
+        Such as `oneDNN, MKL from 641 addends on`.
+    """
+    if device.type != "cpu":
+        return "cuBLAS"
+    if not _HAS_ONEDNN or dtype == torch.float64:
+        return "torch"
+    if dtype != torch.float32:
+        return "oneDNN"
+    longer = "MKL" if _mkl_is_fast() else f"in parts of {_PART_ADDENDS}"
+    return f"oneDNN, {longer} from {_MAX_ADDENDS + 1} addends on"
 
 
 def pack_weight(weight: torch.Tensor) -> torch.Tensor:

@@ -30,6 +30,7 @@ from esm_packed.runners.input.index import STDIN, FastaIndex, reopen_index
 from esm_packed.runners.output.blocks import DamagedShardError
 from esm_packed.runners.output.reuse import EarlierOutput
 from esm_packed.runners.planning import (
+    bf16_hint,
     existing_plan,
     is_continued,
     new_plan,
@@ -278,6 +279,8 @@ class _Session:
                 f"continuing: {len(shards) - len(left):,} of {len(shards):,} shards are finished"
             )
         if left:
+            if hint := bf16_hint(run.plan.identity["dtype"], self.device, self.checkpoint.config):
+                self.console.note(hint)
             self._compute(left)
 
     def _compute(self, shards: Sequence[int]) -> None:

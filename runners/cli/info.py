@@ -170,7 +170,7 @@ def _describe_output(path: Path, as_json: bool) -> list[str]:
             "command": shown["command"],
             "inputs": ", ".join(reader.plan["input_names"]),
             "model": f"{shown['model_name']} in {shown['dtype']} (sha256 {shown['model_sha256'][:16]})",
-            "device": f"{shown['device']}, attention {shown['attention_backend']}",
+            "device": f"{shown['device']}, attention {shown['attention_backend']}, matmul {shown['matmul']}",
             "disabled": shown["disabled"],
             "sequences": f"{reader.num_sequences:,} ({counted(residues, 'residue')})",
             "kinds": ", ".join(reader.kinds),

@@ -17,6 +17,7 @@ import torch
 from esm_packed.attention import select_backend
 from esm_packed.checkpoints import Checkpoint
 from esm_packed.errors import UsageError
+from esm_packed.kernels import matmul
 from esm_packed.layouts import LAYOUTS
 from esm_packed.model import ESM2, load_in_fp32
 from esm_packed.numerics import is_out_of_memory
@@ -100,6 +101,7 @@ class Worker:
         return {
             "device": device_name(self.model.device),
             "attention_backend": LAYOUTS[self.request.layout].prepare(self.model).attention_backend,
+            "matmul": matmul.describe(self.model.device, self.model.precision_mode.dtype),
             "versions": json.dumps(versions),
             "disabled": ", ".join(disabled),
         }

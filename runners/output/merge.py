@@ -304,7 +304,7 @@ def _attributes(plan: Plan, made_by: Sequence[Mapping[str, str]]) -> dict[str, A
     packing = {"algorithm": LAYOUTS[identity["layout"]].algorithm, "token_budget": plan.token_budget}
     made = {
         name: "; ".join(sorted({str(each[name]) for each in made_by}))
-        for name in ("device", "attention_backend", "versions", "disabled")
+        for name in ("device", "attention_backend", "matmul", "versions", "disabled")
     }
     return {
         "kinds": list(identity["kinds"]),

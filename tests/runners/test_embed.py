@@ -15,6 +15,7 @@ from nursery import names_in
 
 from esm_packed.alphabet import encode
 from esm_packed.errors import UsageError
+from esm_packed.kernels import matmul
 from esm_packed.model import ESM2
 from esm_packed.outputs import mean_of
 from esm_packed.packing import pack
@@ -237,6 +238,7 @@ def test_attributes_state_what_ran(fasta, model, without_computing):
     assert attributes["model_sha256"] == model.model_sha256
     assert attributes["dtype"] == "fp32"
     assert attributes["attention_backend"] == model.attention_backend
+    assert attributes["matmul"] == matmul.describe(model.device, model.dtype)
     assert json.loads(attributes["packing"])["token_budget"] == 128
     assert json.loads(attributes["versions"])["torch"] == torch.__version__
     assert attributes["plan_hash"] == plan_hash(reader.plan["identity"])

@@ -21,6 +21,7 @@ from esm_packed.model import ESM2
 from esm_packed.numerics import PRECISIONS
 from esm_packed.outputs import mean_of
 from esm_packed.packing import SPECIAL_TOKENS, pack, plan_packs
+from esm_packed.runners import planning
 from esm_packed.runners.state import cut
 from esm_packed.runners.state.cut import (
     MAX_SHARD_RECORDS,
@@ -357,3 +358,36 @@ def test_a_failed_write_keeps_the_plan_that_was_there(
         Plan(IDENTITY, (), (0, 1)).write(path, path.parent)
     assert Plan.read(path) == written
     assert json.loads(path.read_text())["starts"] == [0, 10, 20, 25]
+
+
+def test_hint_of_bf16_quotes_the_published_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "bf16_instructions", lambda: "amx_bf16")
+    hint = planning.bf16_hint("fp32", torch.device("cpu"), ESM2_MODELS["esm2_t30_150M_UR50D"])
+    assert hint is not None and "amx_bf16" in hint
+    path = Path(__file__).parents[2] / "reports" / "published" / "cpu-intel-xeon-2-cores" / "peers-150M.json"
+    measured: dict[str, dict[int, tuple[float, float]]] = {"fp32": {}, "bf16": {}}
+    for each in json.loads(path.read_text())["benchmarks"]:
+        figures = each["extra_info"]
+        if figures["provider"] == "esm_packed":
+            values = each["stats"]["median"], figures["relative_error"]
+            measured[figures["dtype"]][figures["block"]] = values
+    fp32, bf16 = measured.values()
+    speedup = np.median([fp32[block][0] / seconds for block, (seconds, _) in bf16.items()])
+    assert f"({speedup:.1f} times with" in hint
+    assert f"errors of about {max(error for _, error in bf16.values()):.0e}".replace("e-0", "e-") in hint
+
+
+@pytest.mark.parametrize(
+    "dtype, device, model, instructions",
+    [
+        ("bf16", "cpu", "esm2_t30_150M_UR50D", "amx_bf16"),
+        ("fp32", "cuda", "esm2_t30_150M_UR50D", "amx_bf16"),
+        ("fp32", "cpu", "esm2_t12_35M_UR50D", "amx_bf16"),
+        ("fp32", "cpu", "esm2_t30_150M_UR50D", None),
+    ],
+)
+def test_other_runs_get_no_hint_of_bf16(
+    dtype: str, device: str, model: str, instructions: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning, "bf16_instructions", lambda: instructions)
+    assert planning.bf16_hint(dtype, torch.device(device), ESM2_MODELS[model]) is None
