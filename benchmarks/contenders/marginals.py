@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from contenders.contest import Contest, OtherModelError
+from contenders.checked import CheckedContest, protein
 from contenders.packages import FairEsm, Transformers, token_ids_with_ends
-from measuring import DEVICE, synchronize
-from workloads import proteins
+from measuring import DEVICE
 
 from esm_packed.alphabet import AMINO_ACID_IDS, MASK_ID, encode
 from esm_packed.config import ESM2Config
@@ -24,16 +21,7 @@ from esm_packed.readout import log_probabilities_of
 from esm_packed.scoring import answer_together, plan_queries
 from esm_packed.transformers import esm_config
 
-MAX_ERRORS = {"fp32": 1e-4, "tf32": 0.1, "fp16": 0.1, "bf16": 1.0}
-"""Largest difference in log-probability; more means another model, or another residue."""
-
 NUM_CHECKED = 5
-
-
-@cache
-def protein(num_residues: int) -> str:
-    """A random protein with the residue frequencies of UniRef50."""
-    return "".join(proteins("uniref", 2 * num_residues + 1024))[:num_residues]
 
 
 class PackedMarginals:
@@ -137,45 +125,11 @@ class Marginals:
     copies: int
 
 
-class MarginalsContest:
-    """Variants, each loaded and checked once.
+class MarginalsContest(CheckedContest):
+    """Masked marginals of several sites."""
 
-    Args:
-        contest: holds this package's models.
-    """
-
-    def __init__(self, contest: Contest) -> None:
-        self._contest = contest
-        self._ready: dict[Marginals, Any] = {}
-        self._truths: dict[tuple[str, int], torch.Tensor] = {}
-        self.max_errors: dict[Marginals, float] = {}
-
-    def ready(self, variant: Marginals) -> Any:
-        """Load, run once and check against FP64.
-
-        Raises:
-            ImportError: the provider's package is missing.
-            OtherModelError: a rival computes a different model.
-            AssertionError: this package is wrong.
-        """
-        if variant not in self._ready:
-            provider = self._load(variant)
-            provider.prepare(protein(variant.num_residues))
-            provider.run()
-            synchronize()
-            actual = provider.log_probabilities().double().cpu()
-            sites = list(self._checked(variant))
-            error = float((actual[sites] - self._truth(variant, sites)).abs().max())
-            if not (error <= MAX_ERRORS[variant.dtype] and actual.isfinite().all()):
-                is_own = variant.provider.startswith("esm_packed")
-                refusal = AssertionError if is_own else OtherModelError
-                raise refusal(f"log-probabilities to FP64 are off by {error:.1e}")
-            self._ready[variant], self.max_errors[variant] = provider, error
-        return self._ready[variant]
-
-    def config(self, model: str) -> ESM2Config:
-        """Shape of a loaded model."""
-        return self._contest.model(model, "fp64").config
+    quantity = "log-probabilities"
+    limits: ClassVar[dict[str, float]] = {"fp32": 1e-4, "tf32": 0.1, "fp16": 0.1, "bf16": 1.0}
 
     def _load(self, variant: Marginals) -> Any:
         if variant.provider.startswith("esm_packed"):
@@ -185,18 +139,21 @@ class MarginalsContest:
         rival = {"fair_esm": FairEsm, "transformers": MaskedLM}[variant.provider]
         return MarginalsInBatches(rival(variant.model, variant.dtype, token_budget=0), variant.copies)
 
-    def _checked(self, variant: Marginals) -> Iterator[int]:
-        last = variant.num_residues - 1
-        yield from dict.fromkeys(last * step // (NUM_CHECKED - 1) for step in range(NUM_CHECKED))
+    def _result(self, contender: Any, variant: Marginals) -> torch.Tensor:
+        rows: torch.Tensor = contender.log_probabilities()
+        assert rows.isfinite().all()
+        return rows[self._sites(variant)]
 
-    def _truth(self, variant: Marginals, sites: Sequence[int]) -> torch.Tensor:
-        key = variant.model, variant.num_residues
-        if key not in self._truths:
-            model = self._contest.model(variant.model, "fp64")
-            token_ids = encode(protein(variant.num_residues))
-            rows = [
-                torch.from_numpy(answer_together(model, [(token_ids, query)])[0])
-                for query in plan_queries(len(token_ids), sites)
-            ]
-            self._truths[key] = torch.cat(rows)
-        return self._truths[key]
+    def _truth(self, variant: Marginals) -> torch.Tensor:
+        model = self._contest.model(variant.model, "fp64")
+        token_ids = encode(protein(variant.num_residues))
+        rows = [
+            torch.from_numpy(answer_together(model, [(token_ids, query)])[0])
+            for query in plan_queries(len(token_ids), self._sites(variant))
+        ]
+        return torch.cat(rows)
+
+    @staticmethod
+    def _sites(variant: Marginals) -> list[int]:
+        last = variant.num_residues - 1
+        return list(dict.fromkeys(last * step // (NUM_CHECKED - 1) for step in range(NUM_CHECKED)))

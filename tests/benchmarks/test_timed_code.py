@@ -169,6 +169,26 @@ def test_masked_marginals_of_another_residue_are_not_timed(
         marginals.ready(module.Marginals("fair_esm", "demo", "fp32", 7, 2))
 
 
+@pytest.mark.parametrize("provider", ["esm_packed", "fair_esm"])
+def test_contacts_are_timed_without_preparation(provider: str, strict: StrictBenchmark) -> None:
+    contest = importlib.import_module("contenders.contacts").ContactsContest(new_contest())
+    bench = importlib.import_module("bench_contacts")
+    bench.test_contacts(0, 30, "demo", "fp32", provider, contest, strict)
+    assert strict.calls == 1
+    assert strict.extra_info["max_error"] < 1e-5
+
+
+def test_contacts_of_another_protein_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, errors = (importlib.import_module(f"contenders.{name}") for name in ("contacts", "contest"))
+    prepare = module.FairEsmContacts.prepare
+    monkeypatch.setattr(
+        module.FairEsmContacts, "prepare", lambda self, sequence: prepare(self, sequence[::-1])
+    )
+    contest = module.ContactsContest(new_contest())
+    with pytest.raises(errors.OtherModelError, match="contacts to FP64 are off by"):
+        contest.ready(module.ContactMap("fair_esm", "demo", "fp32", 30))
+
+
 def test_attention_is_timed_without_preparation(options: Any, strict: StrictBenchmark) -> None:
     contests = importlib.import_module("kernel_contests")
     importlib.import_module("bench_attention").test_attention(
