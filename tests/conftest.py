@@ -3,33 +3,45 @@ from __future__ import annotations
 import importlib.util
 import os
 import signal
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
-from hypothesis import settings
+
+if TYPE_CHECKING:
+    import torch
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-
-# Triton reads this when a kernel is decorated, so it is set before any kernel is imported.
-if HAS_TRITON and not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
-    import interpreter_bf16
-
-    interpreter_bf16.install()
-
-# More examples: HYPOTHESIS_PROFILE=thorough. No deadline: the machine may be busy.
-settings.register_profile("quick", max_examples=25, deadline=None)
-settings.register_profile("thorough", max_examples=300, deadline=None)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
-
-# Tests compute small tensors, often on a busy machine, where two threads mostly wait for each other.
-torch.set_num_threads(1)
 
 # A shell starts background jobs with Ctrl-C ignored, and every process started from here would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Test processes take a file at a time. They end together when the files that take longest come first.
 LONGEST = ("test_ray.py", "test_compile.py", "test_kill.py", "test_triton_kernels.py", "test_tune.py")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Set up what tests compute with, but not in the process that only hands them out: this takes seconds."""
+    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
+        return
+    import torch
+    from hypothesis import settings
+
+    # Triton reads this when a kernel is decorated, so it is set before any kernel is imported.
+    if HAS_TRITON and not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"
+        import interpreter_bf16
+        import interpreter_memory
+
+        interpreter_bf16.install()
+        interpreter_memory.install()
+
+    # More examples: HYPOTHESIS_PROFILE=thorough. No deadline: the machine may be busy.
+    settings.register_profile("quick", max_examples=25, deadline=None)
+    settings.register_profile("thorough", max_examples=300, deadline=None)
+    settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
+
+    # Tests compute small tensors, often on a busy machine, where two threads mostly wait for each other.
+    torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -39,6 +51,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture
 def triton_device(monkeypatch: pytest.MonkeyPatch) -> torch.device:
     """A device whose operations run as Triton kernels: a GPU, else the CPU through Triton's interpreter."""
+    import torch
+
     if not HAS_TRITON:
         pytest.skip("Triton is not installed")
     if torch.cuda.is_available():
@@ -50,6 +64,8 @@ def triton_device(monkeypatch: pytest.MonkeyPatch) -> torch.device:
 @pytest.fixture
 def cuda_device() -> torch.device:
     """The first GPU, for tests marked `gpu`."""
+    import torch
+
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     return torch.device("cuda", 0)

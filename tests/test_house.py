@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from programs import run_python
 
 ROOT = Path(__file__).parents[1]
 FLOORS = ["kernels", "esm_packed", "reports", "runners", "benchmarks"]
@@ -81,7 +82,7 @@ def test_kernels_import_alone() -> None:
         "import sys, esm_packed.kernels\n"
         "print(*(name for name in sys.modules if name.startswith('esm_packed.') and 'kernels' not in name))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/")
+    done = run_python(code)
     assert done.stdout.split() == ["esm_packed.version"]
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from programs import run_python
 
 from esm_packed import ESM2
 from esm_packed import contacts as contacts_module
@@ -163,14 +162,8 @@ def test_what_has_no_map_is_refused(case: Case) -> None:
 
 def test_no_map_is_held() -> None:
     """8M, 1,500 residues: beyond an embedding's activations one matrix and tiles; all maps are 1,080 MB."""
-    peak = {}
-    for call in ("embed", "contacts"):
-        done = subprocess.run(
-            [sys.executable, str(PEAK_MEMORY), "random:esm2_t6_8M_UR50D", call, "1500"],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        peak[call] = int(done.stdout.split()[0])
-    assert peak["contacts"] <= 2.5 * 4 * 1500**2 + peak["embed"]
-    assert peak["contacts"] <= 60_000_000
+    done = run_python(PEAK_MEMORY, "random:esm2_t6_8M_UR50D", "1500", "contacts", "embed")
+    assert done.returncode == 0, done.stderr
+    contacts, embed = map(int, done.stdout.split())
+    assert contacts <= 2.5 * 4 * 1500**2 + embed
+    assert contacts <= 60_000_000

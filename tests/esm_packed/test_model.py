@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import subprocess
 import sys
 from contextlib import ExitStack
 from dataclasses import replace
@@ -16,6 +15,7 @@ import pytest
 import torch
 from loading_memory import measured
 from models import model_of
+from programs import run_python
 
 import esm_packed
 from esm_packed import ESM2
@@ -388,8 +388,8 @@ import esm_packed
 esm_packed.ESM2.from_pretrained("demo", device="cpu").embed(["MKTAYIAKQR"])
 print(*{"torch._dynamo", "sympy"} & sys.modules.keys())
 """
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert run.stdout == "\n"
+    run = run_python(program)
+    assert run.stdout == "\n", run.stderr
 
 
 def test_rotary_tables_grow_and_outlive_what_was_captured_with_them() -> None:

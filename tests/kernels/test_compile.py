@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +10,7 @@ import pytest
 
 pytest.importorskip("triton")
 
+from programs import run_python
 from stub_driver import SHARED_MEMORY, instructions
 
 from esm_packed.kernels import gemm
@@ -30,13 +28,8 @@ PARTS = ("in all", "before its inner loop", "in its inner loop")
 
 def without_interpreter(cache: Path, script: Path, *arguments: str) -> dict[str, Any]:
     """What `script` prints, in a process of its own: this one may interpret its kernels."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, str(script), *arguments],
-        capture_output=True,
-        text=True,
-        env=environment | {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": str(SUPPORT)},
-    )
+    environment = {"TRITON_CACHE_DIR": str(cache), "TRITON_INTERPRET": "0"}
+    done = run_python(script, *arguments, environment=environment)
     assert done.returncode == 0, done.stderr[-4000:]
     result: dict[str, Any] = json.loads(done.stdout)
     return result

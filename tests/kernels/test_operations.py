@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -14,6 +12,7 @@ import pytest
 import torch
 import torch._dynamo
 import torch.nn.functional as F
+from programs import run_python
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -187,24 +186,34 @@ class Dispatched(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+OF_REGISTRATION = (
+    "test_schema",
+    "test_autograd_registration",
+    "test_faketensor",
+    "test_aot_dispatch_dynamic",
+)
+OF_RESULTS = ("test_schema", "test_faketensor")
+"""An operation is registered once: what it computes with is of no matter to the other two."""
+
+
 @all_operations
 @pytest.mark.parametrize(
-    "device, dtype",
+    "device, dtype, checks",
     [
-        ("pytorch", torch.float64),
-        ("triton", torch.float16),
-        pytest.param("pytorch", torch.float16, marks=pytest.mark.slow),  # 3 s, and 7 s in the interpreter
-        pytest.param("triton", torch.float32, marks=pytest.mark.slow),
+        ("pytorch", torch.float64, OF_REGISTRATION),
+        ("triton", torch.float16, OF_RESULTS),
+        pytest.param("pytorch", torch.float16, OF_REGISTRATION, marks=pytest.mark.slow),  # 3 s
+        pytest.param("triton", torch.float32, OF_REGISTRATION, marks=pytest.mark.slow),  # 7 s
     ],
     indirect=["device"],
     ids=str,
 )
-def test_opcheck(name: str, dtype: torch.dtype, device: torch.device) -> None:
+def test_opcheck(name: str, dtype: torch.dtype, device: torch.device, checks: tuple[str, ...]) -> None:
     """What an operation modifies, returns and promises to the compiler agrees with what it does."""
     calls = calls_of(name, device, dtype)
     assert calls
     for arguments in calls:
-        torch.library.opcheck(registered(name), (), arguments)
+        torch.library.opcheck(registered(name), (), arguments, test_utils=checks)
 
 
 @all_operations
@@ -300,7 +309,7 @@ def test_a_second_import_leaves_the_operations_as_they_are() -> None:
         "assert other is not kernels\n"
         "print(*(name for name in kernels.__all__ if getattr(other, name) is not getattr(kernels, name)))\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    done = run_python(code, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == []
 
@@ -322,6 +331,6 @@ def test_kernels_serve_a_machine_without_triton() -> None:
         "kernels.bias_gelu_(x, zero)\n"
         "print(*(name for name in sys.modules if name.startswith('triton.')))\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")
+    done = run_python(code)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == []

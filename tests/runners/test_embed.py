@@ -2,7 +2,6 @@ import gzip
 import io
 import json
 import shutil
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,7 @@ import peak_memory
 import pytest
 import torch
 from nursery import names_in
+from programs import run_python
 
 from esm_packed.alphabet import encode
 from esm_packed.errors import UsageError
@@ -572,8 +572,7 @@ def test_real_proteins_fill_the_packs(tmp_path, monkeypatch, without_computing):
     [((50_000, 250_000), 44), pytest.param((100_000, 600_000), 32, marks=pytest.mark.slow)],  # 12 s
 )
 def test_memory_does_not_grow_with_the_input(tmp_path, numbers, more_mib):
-    command = [sys.executable, peak_memory.__file__, str(tmp_path), *map(str, numbers)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = run_python(Path(peak_memory.__file__), tmp_path, *map(str, numbers))
     assert done.returncode == 0, done.stderr
     few, many = map(int, done.stdout.split())
     assert many - few < more_mib * 1024, f"kB for so many records: {few} for {numbers[0]}, {many}"

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from programs import run_python
 
 import esm_packed
 from esm_packed.errors import UserError
@@ -112,6 +111,6 @@ import esm_packed
 with esm_packed.embed_file({str(fasta)!r}, {str(tmp_path / "out.h5")!r}, model="demo", device="cpu") as found:
     print(len(found))
 """
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert run.stdout == "3\n"
+    run = run_python(program)
+    assert run.stdout == "3\n", run.stderr
     assert "embedding:" in run.stderr and "res" in run.stderr

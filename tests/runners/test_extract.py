@@ -382,7 +382,7 @@ def start(nursery: Nursery, fasta: Path, folder: Path, number: int, *options: st
         "patch": patch,
         "changes": {},
     }
-    return Child(nursery, nursery.ask(job), log)
+    return Child(nursery, nursery.server.start(job), log)
 
 
 def contents_of(folder: Path) -> dict[str, bytes]:

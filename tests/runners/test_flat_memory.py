@@ -12,6 +12,7 @@ import h5py
 import numpy as np
 import peak_memory
 import pytest
+from programs import run_python
 from proteins import random_proteins, write_fasta
 
 MIB = 2**20
@@ -80,8 +81,8 @@ def test_memory_does_not_grow_with_the_size_of_a_shard(
     tmp_path: Path, numbers: tuple[int, int], options: tuple[str, ...]
 ) -> None:
     """Nor with the number of proteins; while rows are computed and written, and while they are merged."""
-    command = [sys.executable, peak_memory.__file__, str(tmp_path), *map(str, numbers), "--one-shard"]
-    done = subprocess.run([*command, *options], capture_output=True, text=True)
+    program = Path(peak_memory.__file__)
+    done = run_python(program, tmp_path, *map(str, numbers), "--one-shard", *options)
     assert done.returncode == 0, done.stderr
     small, large = (1024 * int(line) for line in done.stdout.split())
     assert len(list((tmp_path / f"{numbers[1]}.h5.run" / "shards").iterdir())) == 1

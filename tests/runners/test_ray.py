@@ -23,7 +23,7 @@ from proteins import proteins_with_copies, write_fasta
 
 from esm_packed.errors import EngineError, UsageError
 from esm_packed.runners.cli import main as cli
-from esm_packed.runners.compute import ray_cluster, ray_schedule
+from esm_packed.runners.compute import ray_cluster, ray_engine, ray_schedule
 from esm_packed.runners.compute.ray_engine import RayEngine
 from esm_packed.runners.compute.ray_worker import RayWorker
 from esm_packed.runners.output.reader import EmbeddingReader
@@ -36,6 +36,7 @@ from esm_packed.runners.watch.console import Console
 os.environ.setdefault("RAY_AUTH_TOKEN", "of these tests")  # or Ray leaves one in the home folder
 os.environ["ESM_PACKED_TESTS"] = str(os.getpid())  # by which workers are known
 ray = pytest.importorskip("ray", reason="Ray is not installed")
+from local_ray import LocalCluster  # noqa: E402
 from ray.cluster_utils import Cluster  # noqa: E402
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -80,6 +81,17 @@ def on_ray() -> Iterator[dict[str, Any]]:
     )
     yield {"engine": "ray", "ray_address": cluster.address}
     cluster.shutdown()
+
+
+@pytest.fixture(params=["in this process", pytest.param("on Ray", marks=pytest.mark.slow)])
+def workers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Changes of a request; each worker that ends is replaced, and on Ray imports torch anew: 5 s."""
+    if request.param == "on Ray":
+        on_ray: dict[str, Any] = request.getfixturevalue("on_ray")
+        return on_ray
+    monkeypatch.setattr(ray_engine, "RayCluster", LocalCluster)
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    return {"engine": "ray"}
 
 
 class SlowWorker(RayWorker):
@@ -254,18 +266,13 @@ class RaisingWorker(PoisonedWorker):
 
 @pytest.mark.parametrize(
     "worker_class, attempts",
-    [
-        (PoisonedWorker, 1),
-        # each attempt starts a worker anew, which imports torch: 20 s
-        pytest.param(PoisonedWorker, 3, marks=pytest.mark.slow),
-        pytest.param(RaisingWorker, 3, marks=pytest.mark.slow),
-    ],
+    [(PoisonedWorker, 1), (PoisonedWorker, 3), (RaisingWorker, 3)],
 )
 def test_a_sequence_that_ends_its_worker_is_found_and_left_out(
     fasta: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    on_ray: dict[str, Any],
+    workers: dict[str, Any],
     worker_class: type[RayWorker],
     attempts: int,
 ) -> None:
@@ -280,7 +287,7 @@ def test_a_sequence_that_ends_its_worker_is_found_and_left_out(
     monkeypatch.setattr(RayEngine, "worker_class", worker_class)
     output = tmp_path / "out.h5"
     monkeypatch.setitem(FLOPS_PER_SHARD, "cpu", 2.5e8)  # the poison has company in its shard
-    summary = run(poisoned, output, workers=1, **on_ray)
+    summary = run(poisoned, output, workers=1, **workers)
     assert summary.num_failed == 1
     with EmbeddingReader(output) as reader, EmbeddingReader(truth) as whole:
         assert reader.sequence_ids() == whole.sequence_ids()
@@ -309,14 +316,14 @@ def test_when_all_fails_the_run_ends_and_keeps_what_is_finished(
     tmp_path: Path,
     expected: Result,
     monkeypatch: pytest.MonkeyPatch,
-    on_ray: dict[str, Any],
+    workers: dict[str, Any],
 ) -> None:
     monkeypatch.setattr(ray_schedule, "MAX_FAILURES_IN_A_ROW", 1)
     output = tmp_path / "out.h5"
     with monkeypatch.context() as deadly:
         deadly.setattr(RayEngine, "worker_class", DeadlyWorker)
         with pytest.raises(EngineError, match="workers fail on every shard, last with: the process"):
-            run(fasta, output, workers=1, **on_ray)
+            run(fasta, output, workers=1, **workers)
     assert sorted(shards_of(output)) == ["00000.shard", "00001.shard"]
     assert not output.exists()
     run(fasta, output)

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
 import pytest
 import torch
+from programs import run_python
 
 from esm_packed.config import ESM2Config
 from esm_packed.numerics import PRECISIONS
@@ -28,13 +26,8 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 
 @pytest.mark.slow  # 8 s: five kernels are really compiled
 def test_what_is_compiled_ahead_is_what_the_search_launches(tmp_path: Path) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, str(SUPPORT / "compile_ahead.py")],
-        capture_output=True,
-        text=True,
-        env=environment | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(SUPPORT)},
-    )
+    environment = {"TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
+    done = run_python(SUPPORT / "compile_ahead.py", environment=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(done.stdout) == {
         "could": [True] * 5,

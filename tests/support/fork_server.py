@@ -1,53 +1,69 @@
-"""Imports everything once and forks processes that run the command line; `nursery` talks to it.
+"""Imports what takes long once, and forks processes, each of which has a life and a death of its own.
 
-A job is a line of JSON on standard input, its answer a line of JSON on standard output. Patches of the
-tests are executed in this module, so all that they change is imported here.
+`python fork_server.py MODULE` serves `ForkServer`: a job is a line of JSON on standard input, its answer a
+line of JSON on standard output. `live` of the module is the life of a process that a job starts.
 """
 
 from __future__ import annotations
 
-import faulthandler
+import gc
 import json
 import os
-import signal
+import subprocess
 import sys
 import time
 import traceback
-from dataclasses import replace
+from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
-import torch
-
-from esm_packed.model import ESM2
-from esm_packed.runners import session
-from esm_packed.runners.cli import main as cli
-from esm_packed.runners.compute import pipeline, worker  # noqa: F401
-from esm_packed.runners.output import merge as merging  # noqa: F401
-from esm_packed.runners.output import writer  # noqa: F401
-from esm_packed.runners.state import cut, shard  # noqa: F401
-from esm_packed.runners.state import directory as rundir  # noqa: F401
-from esm_packed.runners.state import run as shards  # noqa: F401
+Job = dict[str, Any]
 
 
-def live(job: dict[str, Any]) -> int:
-    """The life of a forked process; its exit code."""
-    log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    for source, stream in ((nothing, 0), (log, 1), (log, 2)):
-        os.dup2(source, stream)
-    faulthandler.register(signal.SIGUSR1, all_threads=True)
-    cut.FLOPS_PER_SHARD["cpu"] = job["flops_per_shard"]
-    original = session.embed_files
-    changes: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in job["changes"].items()
-    }
-    session.embed_files = lambda request, *rest: original(replace(request, **changes), *rest)
-    exec(job["patch"], globals())
-    return cli.main(job["arguments"])
+class ForkServer:
+    """The server as a process of its own.
+
+    Args:
+        module: of `tests/support`, with a function `live` that takes a job and returns an exit code.
+    """
+
+    def __init__(self, module: str) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, module], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self._ask({"wait": 0, "seconds": 0})  # answers when everything is imported
+
+    def start(self, job: Job) -> int:
+        """Start a process; its pid."""
+        pid: int = self._ask(job)
+        return pid
+
+    def wait(self, pid: int, seconds: float) -> int | None:
+        """Exit code of a process, negative for a signal; None if it has not ended in time."""
+        code: int | None = self._ask({"wait": pid, "seconds": seconds})
+        return code
+
+    def close(self) -> None:
+        self._process.kill()  # an orderly end of torch takes seconds
+        self._process.wait()
+
+    def _ask(self, job: Job) -> Any:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(job) + "\n")
+        self._process.stdin.flush()
+        return json.loads(self._process.stdout.readline())
 
 
-def fork(job: dict[str, Any]) -> int:
-    """Start a process; its pid."""
+def redirect(*paths: str) -> None:
+    """Have files as standard input, output and error; two may be the same."""
+    for number, path in enumerate(paths):
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+        os.dup2(descriptor, number)
+        os.close(descriptor)
+
+
+def _fork(live: Callable[[Job], int], job: Job) -> int:
     pid = os.fork()
     if pid == 0:
         code = 99
@@ -62,8 +78,7 @@ def fork(job: dict[str, Any]) -> int:
     return pid
 
 
-def wait(pid: int, seconds: float) -> int | None:
-    """Exit code of a process, negative for a signal; None if it has not ended in time."""
+def _wait(pid: int, seconds: float) -> int | None:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         ended, status = os.waitpid(pid, os.WNOHANG)
@@ -73,14 +88,14 @@ def wait(pid: int, seconds: float) -> int | None:
     return None
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    ESM2.from_pretrained("demo", device="cpu")
+def _serve(live: Callable[[Job], int]) -> None:
+    gc.collect()
+    gc.freeze()  # or the first collection of every process copies all that is shared
     for line in sys.stdin:
         job = json.loads(line)
-        answer = wait(job["wait"], job["seconds"]) if "wait" in job else fork(job)
+        answer = _wait(job["wait"], job["seconds"]) if "wait" in job else _fork(live, job)
         print(json.dumps(answer), flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    _serve(import_module(sys.argv[1]).live)

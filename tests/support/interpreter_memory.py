@@ -34,6 +34,23 @@ def _are_elements(offsets: Any, tensor: torch.Tensor) -> Any:
     return (rest == 0) & (tensor.numel() > 0)
 
 
+def _within_one_argument(used: Any, itemsize: int) -> bool:
+    """Whether `used` are elements of one contiguous argument; False where that takes a closer look."""
+    lowest, highest = int(used.min()), int(used.max())
+    tag = lowest >> int(_TAG_SHIFT)
+    if tag != highest >> int(_TAG_SHIFT) or not 1 <= tag <= len(_arguments):
+        return False
+    tensor = _arguments[tag - 1]
+    first = tensor.data_ptr() + (tag << int(_TAG_SHIFT))
+    bits = int(np.bitwise_or.reduce(used, axis=None)) | first
+    return (
+        tensor.is_contiguous()
+        and first <= lowest
+        and highest <= first + (tensor.numel() - 1) * itemsize
+        and bits % itemsize == 0
+    )
+
+
 def _checked(pointers: Any, mask: Any, verb: str) -> Any:
     """The plain addresses of `pointers`.
 
@@ -42,6 +59,9 @@ def _checked(pointers: Any, mask: Any, verb: str) -> Any:
     """
     used = pointers.data[np.broadcast_to(mask.data, pointers.data.shape)]
     itemsize = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
+    plain = _Handle(pointers.data & _ADDRESS, pointers.dtype)
+    if not used.size or _within_one_argument(used, itemsize):  # what is allowed is seen at once
+        return plain
     for tag in np.unique(used >> _TAG_SHIFT):
         if not 1 <= tag <= len(_arguments):
             raise IndexError(f"the kernel {verb} an address that is in none of its arguments")
@@ -54,7 +74,7 @@ def _checked(pointers: Any, mask: Any, verb: str) -> Any:
                 f"the kernel {verb} element {offsets[outside][0]} of an argument that has no such element: "
                 f"{tensor.dtype} of shape {tuple(tensor.shape)} with strides {tensor.stride()}"
             )
-    return _Handle(pointers.data & _ADDRESS, pointers.dtype)
+    return plain
 
 
 def _undefined(shape: tuple[int, ...], dtype: Any) -> Any:

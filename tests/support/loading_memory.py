@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 import resource
-import subprocess
 import sys
 import threading
 from pathlib import Path
 
 import torch
+from programs import run_python
 
 from esm_packed import ESM2
 from esm_packed.checkpoints import CheckpointError, load_checkpoint
@@ -17,9 +17,8 @@ from esm_packed.checkpoints import CheckpointError, load_checkpoint
 
 def measured(command: str, *arguments: str | Path) -> list[str]:
     """The lines that a command of this file prints."""
-    done = subprocess.run(
-        [sys.executable, __file__, command, *arguments], capture_output=True, text=True, check=True
-    )
+    done = run_python(Path(__file__), command, *arguments)
+    assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fork_server import ForkServer
 from proteins import proteins_with_copies, write_fasta
 
 from esm_packed.runners.output.reader import EmbeddingReader
@@ -72,14 +70,13 @@ class Child:
 
     def wait(self, seconds: float = WAIT_SECONDS) -> int:
         """Its exit code, negative for the signal that killed it."""
-        code = self.nursery.ask({"wait": self.pid, "seconds": seconds})
+        code = self.nursery.server.wait(self.pid, seconds)
         if code is None:
             os.kill(self.pid, signal.SIGUSR1)  # says where all its threads are
             time.sleep(0.5)
             os.kill(self.pid, signal.SIGKILL)
-            self.nursery.ask({"wait": self.pid, "seconds": 10})
+            self.nursery.server.wait(self.pid, 10)
             pytest.fail(f"still running after {seconds} s:\n{self.output()}")
-        assert isinstance(code, int)
         return code
 
     def output(self) -> str:
@@ -92,25 +89,11 @@ class Child:
 
 
 class Nursery:
-    """Starts processes that have everything imported already: that takes longer than the runs here.
-
-    One process imports and forks the others. Each is a real process with a life and a death of its own.
-    """
+    """Starts processes that have everything imported already: that takes longer than the runs here."""
 
     def __init__(self) -> None:
-        server = Path(__file__).with_name("fork_server.py")
-        self._process = subprocess.Popen(
-            [sys.executable, str(server)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+        self.server = ForkServer("forked_command")
         self._number = 0
-        self.ask({"wait": 0, "seconds": 0})  # answers when everything is imported
-
-    def ask(self, job: dict[str, Any]) -> Any:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(job) + "\n")
-        self._process.stdin.flush()
-        return json.loads(self._process.stdout.readline())
 
     def start(
         self,
@@ -144,11 +127,10 @@ class Nursery:
             "patch": patch,
             "changes": changes,
         }
-        return Child(self, self.ask(job), log)
+        return Child(self, self.server.start(job), log)
 
     def close(self) -> None:
-        self._process.kill()  # an orderly end of torch takes seconds
-        self._process.wait()
+        self.server.close()
 
 
 @dataclass(frozen=True)

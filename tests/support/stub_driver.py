@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import subprocess
 import tempfile
@@ -12,7 +14,7 @@ from typing import Any
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.runtime.cache import get_cache_manager
+from triton.runtime.cache import CacheManager, get_cache_manager
 from ttir import int32_products
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -79,6 +81,16 @@ def resources(cubin: bytes) -> dict[str, Any]:
     }
 
 
+def cached_resources(cubin: bytes, cache: CacheManager) -> dict[str, Any]:
+    """`resources`, kept beside the kernel: to disassemble it takes half a second."""
+    name = f"resources-{hashlib.sha256(cubin + Path(__file__).read_bytes()).hexdigest()[:16]}.json"
+    path = cache.get_file(name)
+    if path is None:
+        path = cache.put(json.dumps(resources(cubin)), name, binary=False)
+    found: dict[str, Any] = json.loads(Path(path).read_text())
+    return found
+
+
 class _Utils:
     def __init__(self, driver: StubDriver) -> None:
         self.driver = driver
@@ -93,7 +105,8 @@ class _Utils:
 
     def load_binary(self, name: str, kernel: bytes, shared: int, device: int) -> tuple[Any, ...]:
         products = int32_products(self.driver.ttir)
-        found = {"kernel": name, "shared": shared, "int32_products": products, **resources(kernel)}
+        needs = cached_resources(kernel, self.driver.cache)
+        found = {"kernel": name, "shared": shared, "int32_products": products, **needs}
         self.driver.compiled.append(found)
         return object(), 0, found["registers"], found["stack"] // 4, 1024
 
@@ -109,10 +122,12 @@ class StubDriver:
         self.compiled: list[dict[str, Any]] = []
         self.launches: list[str] = []
         self.ttir = ""  # of the kernel that is being loaded
+        self.cache: CacheManager  # and where Triton keeps what it is compiled to
         self.utils = _Utils(self)
 
     def launcher_cls(self, source: Any, metadata: Any) -> Any:
-        path = get_cache_manager(metadata.hash).get_file(f"{metadata.name}.ttir")
+        self.cache = get_cache_manager(metadata.hash)
+        path = self.cache.get_file(f"{metadata.name}.ttir")
         assert path is not None
         self.ttir = Path(path).read_text()
         return lambda *arguments: self.launches.append(source.name)
