@@ -19,6 +19,10 @@ _LETTERS = bytes(ord(token) if len(token) == 1 else ord("?") for token in TOKENS
 _IDS = {letter: TOKENS.index(letter) for letter in AMINO_ACIDS}
 
 
+class NumberingError(ValueError):
+    """The protein has no residue of that number, or another one there."""
+
+
 class Substitution(NamedTuple):
     """One residue in place of another.
 
@@ -54,8 +58,9 @@ class WildType:
         """The mutant that `text` describes; mutations are separated by `:`, letters may be lower case.
 
         Raises:
-            ValueError: it is not written as `A24G:K30R`, a residue is none of the 20 amino acids, the protein
-                has no such residue or another one there, or a site appears twice.
+            NumberingError: the protein has no such residue, or another one there.
+            ValueError: it is not written as `A24G:K30R`, a residue is none of the 20 amino acids, or a site
+                appears twice.
         """
         known = self._known
         found = [known.get(part) or self._substitution(part.strip()) for part in text.split(":")]
@@ -110,12 +115,12 @@ class WildType:
                 raise ValueError(f"{text}: {_no_amino_acid(letter)}")
         site, last = int(number) - self._offset, len(self._token_ids) - 1
         if not 0 <= site <= last:
-            raise ValueError(
+            raise NumberingError(
                 f"{text}: there is no residue {number}; the protein has residues {self._offset} to "
                 f"{last + self._offset}"
             )
         if (there := int(self._token_ids[site])) != _IDS[wild_type]:
-            raise ValueError(f"{_shorten(text)}: residue {number} is {TOKENS[there]}, not {wild_type}")
+            raise NumberingError(f"{_shorten(text)}: residue {number} is {TOKENS[there]}, not {wild_type}")
         self._known[text] = substitution = Substitution(site, _IDS[wild_type], _IDS[mutant])
         return substitution
 

@@ -393,7 +393,8 @@ def pseudo_likelihood(log_probabilities: LogProbabilities, residues: TokenIds) -
     own = log_probabilities[np.arange(len(columns)), columns]
     total = float(own.sum(dtype=np.float64))
     mean = total / len(own) if len(own) else math.nan
-    return PseudoLikelihood(total, mean, math.exp(-mean), len(own))
+    with np.errstate(over="ignore"):  # infinite below -709
+        return PseudoLikelihood(total, mean, float(np.exp(-mean)), len(own))
 
 
 def _parse(name: str, token_ids: TokenIds, texts: Sequence[Any], offset: int) -> list[Mutant]:

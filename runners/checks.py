@@ -136,8 +136,8 @@ def check_paths(request: EmbedRequest, read: Iterable[str | Path]) -> None:
     check_apart(written, [*tables, *read])
 
 
-def _check_suffix(output: Path) -> None:
-    """Check that the output does not have the suffix of another format."""
+def check_suffix(output: Path) -> None:
+    """Check that an HDF5 output does not have the suffix of another format."""
     name = output
     while name.suffix.lower() in OTHER_SUFFIXES.split():
         name = name.with_suffix("")
@@ -185,8 +185,6 @@ def check_request(request: EmbedRequest) -> None:
         check_threads(request.threads)
     reused = [] if request.reuse is None else [request.reuse]
     check_paths(request, [*reused, *(path for path in request.inputs if path != STDIN)])
-    if request.scoring is None:
-        _check_suffix(request.output)
     if request.log_json is not None:
         if request.log_json.is_fifo():  # opening one blocks until it has a reader
             raise UsageError(f"--log-json {request.log_json}: is a pipe; name a file")

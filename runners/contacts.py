@@ -24,6 +24,7 @@ from esm_packed.runners.input.index import STDIN
 from esm_packed.runners.input.records import read_fasta
 from esm_packed.runners.output.ids import accession_of
 from esm_packed.runners.system.paths import check_apart, check_free, files_of
+from esm_packed.runners.system.terminal import counted
 from esm_packed.runners.watch.console import Console
 
 SUFFIXES = (*PICTURES, ".csv", ".npy")
@@ -85,7 +86,7 @@ def contacts_file(request: ContactsRequest, console: Console) -> list[str]:
         ) from error
     if np.isnan(probabilities).any():
         raise UserError(f"{shorten(sequence_id)}: its contacts are not finite in fp32; check the model")
-    drawn = ContactMap(probabilities, f"{shorten(sequence_id)[1:-1]}, {len(sequence):,} residues")
+    drawn = ContactMap(probabilities, f"{shorten(sequence_id)[1:-1]}, {counted(len(sequence), 'residue')}")
     with whole_or_nothing(request.output, overwrite=request.overwrite) as unfinished:
         if suffix in PICTURES:
             write_contact_map(drawn, unfinished, suffix)

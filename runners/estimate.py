@@ -57,8 +57,8 @@ def estimate(request: EmbedRequest, console: Console, product: Product | None = 
         UsageError, InputError, CheckpointError, BackendError: as for `session.embed_files`.
     """
     product = product or EmbeddingOutput(request)
-    product.existing(resolved(request.output), overwrite=True)
     check_request(request)
+    product.existing(resolved(request.output), overwrite=True)
     device = first_device(request)
     check_device(request, device)
     with tempfile.TemporaryDirectory(prefix="esm-packed-") as folder:

@@ -11,6 +11,7 @@ from esm_packed.runners.holding import claimed, undisturbed
 from esm_packed.runners.output.blocks import DamagedShardError
 from esm_packed.runners.output.joining import wants_parts
 from esm_packed.runners.output.merge import MergeOptions, merge_run
+from esm_packed.runners.output.scores import SUFFIXES as TABLE_SUFFIXES
 from esm_packed.runners.state.directory import RunDirectory
 from esm_packed.runners.state.run import Run
 from esm_packed.runners.system.paths import resolved
@@ -66,6 +67,8 @@ def merge_files(
     if parts and partial:
         raise UsageError("--parts with --partial: a partial output is one file; use only one of them")
     output = resolved(output)
+    if output.suffix.lower() in TABLE_SUFFIXES:
+        raise UsageError(f"{output}: a table of esm-packed score; rerun the score command to complete it")
     existing = check_output(output, overwrite)
     directory = RunDirectory(output)
     has_run = directory.exists() and directory.plan_path.exists()
@@ -75,10 +78,6 @@ def merge_files(
         raise UsageError(f"{directory.path}: no run to merge; start one with esm-packed embed")
     with undisturbed(directory), claimed(directory, "merging", console):
         run = Run.open(directory)
-        if run.plan.is_scoring:
-            raise UsageError(
-                f"{directory.path}: a run of esm-packed score; rerun the score command to merge it"
-            )
         existing = check_output(output, overwrite)
         if existing is not None:
             if existing.plan_hash != run.plan.hash:

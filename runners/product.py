@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from esm_packed.errors import UsageError
-from esm_packed.runners.checks import ExistingOutput, check_output, space_of
+from esm_packed.runners.checks import ExistingOutput, check_output, check_suffix, space_of
 from esm_packed.runners.input.index import FastaIndex
 from esm_packed.runners.output.changes import log_changes
 from esm_packed.runners.output.joining import wants_parts
@@ -66,6 +66,7 @@ class EmbeddingOutput:
 
     def existing(self, output: Path, overwrite: bool) -> ExistingOutput | None:
         """See `Product`."""
+        check_suffix(self._request.output)
         return check_output(output, overwrite)
 
     def identity(self, index: FastaIndex) -> Mapping[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +43,24 @@ def existing_table(output: Path, overwrite: bool) -> ExistingOutput | None:
             raise UsageError(f"{description}: already exists and is not ours; use --overwrite to replace it")
         return None
     found = read_description(output)
-    if found is None or found["sha256"] != sha256_of(output):
+    if found is None or found["sha256"] != _sha256_of(output, *_state_of(output)):
         raise UsageError(
             f"{output}: already exists and is not the table that {description.name} describes; use "
             "--overwrite to replace it"
         )
     return ExistingOutput(output, found["plan_hash"], found["identity"], is_complete=True)
+
+
+def _state_of(path: Path) -> tuple[int, int, int]:
+    """What changes when a file is written to or replaced."""
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+@lru_cache(maxsize=1)
+def _sha256_of(path: Path, *state: int) -> str:
+    """SHA-256 (hex) of a file in this state: a run looks for its table twice, which may be large."""
+    return sha256_of(path)
 
 
 def read_description(output: Path) -> dict[str, Any] | None:

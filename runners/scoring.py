@@ -12,7 +12,7 @@ import numpy as np
 
 from esm_packed.alphabet import AMINO_ACIDS
 from esm_packed.errors import UsageError
-from esm_packed.files import sha256_of, whole_or_nothing
+from esm_packed.files import whole_or_nothing
 from esm_packed.reports.page import PICTURES, check_matplotlib
 from esm_packed.reports.scan import Scan, write_scan_figure
 from esm_packed.runners.answers import Answer, answers, queries_of, scores_of
@@ -43,6 +43,8 @@ from esm_packed.scoring import pseudo_likelihood, scored_sites
 _RECORDS_AT_ONCE = 1 << 12
 _NO_ROWS: Rows = np.empty((0, SCORED.columns), SCORED.dtype)
 
+_NAME_WIDTH = 11
+
 _ROW_BYTES = {"scan": 64, "mutants": 16, "proteins": 80}
 """Approximate bytes per row of each table; rows of mutants also have the columns of the user's table."""
 
@@ -64,29 +66,43 @@ class Scored:
         """Copies of proteins without a score."""
         return len(self.description.get("failed", ()))
 
-    def lines(self) -> list[str]:
-        """Lines to print at the end."""
-        summary, found = self.summary, self.description
+    def lines(self, verbose: bool = False) -> list[str]:
+        """Lines to print at the end; with `verbose` also times, packs and stages."""
+        summary = self.summary
+        if summary.already_complete:
+            return [f"already complete: {self._output()}"]
         if summary.missing_shards:
             missing = counted(summary.missing_shards, "shard")
-            return [f"slice      {summary.part} is done; {missing} of other slices left"]
-        size = byte_size(summary.output.stat().st_size)
-        output = f"{summary.output} ({counted(found['num_rows'], 'row')}, {size})"
-        if summary.already_complete:
-            return [f"already complete: {output}"]
+            values = {"slice": f"{summary.part} is done; {missing} of other slices left"}
+        else:
+            values = self._values()
+        if verbose:
+            backends = {str(each["attention_backend"]) for each in self.description.get("made_by", ())}
+            values |= summary.detail_lines(", ".join(sorted(backends)))
+        width = max(map(len, values)) + 1
+        return [f"{name:<{max(width, _NAME_WIDTH)}}{value}" for name, value in values.items()]
+
+    def _output(self) -> str:
+        output, num_rows = self.summary.output, counted(self.description["num_rows"], "row")
+        return f"{output} ({num_rows}, {byte_size(output.stat().st_size)})"
+
+    def _values(self) -> dict[str, str]:
+        """What was made, from what and how long it took."""
+        summary, found = self.summary, self.description
         exceptions = {
             "left out by --skip-bad": len(found["left_out"]),
             "recomputed in fp32": found["num_recomputed"],
             "failed": self.num_failed,
         }
-        return [
-            f"output     {output}",
-            f"scores     {found['scores']}",
-            f"computed   {counted(found['num_queries'], 'copy', 'copies')} of proteins"
+        return {
+            "output": self._output(),
+            "scores": found["scores"],
+            "computed": f"{counted(found['num_queries'], 'copy', 'copies')} of proteins"
             + "".join(f", {count:,} {what}" for what, count in exceptions.items() if count),
-            f"model      {summary.model_name} in {summary.dtype} on {summary.device}",
-            f"time       {duration(summary.seconds)}",
-        ]
+            **summary.input_lines(f"{summary.output.name}.json"),
+            "model": f"{summary.model_name} in {summary.dtype} on {summary.device}",
+            "time": duration(summary.seconds),
+        }
 
 
 def score_file(request: EmbedRequest, console: Console) -> Scored:
@@ -169,7 +185,7 @@ class ScoreTable:
                 skip_bad=self._scoring.skip_bad,
                 max_span=self._scoring.window if self._scoring.joint else None,
             )
-            scoring["mutations_sha256"] = sha256_of(path.resolve())
+            scoring["mutations_sha256"] = self._mutants.sha256
         return {"scoring": scoring, "kinds": [], "layers": [], "windows": [], "max_length": 0}
 
     def queries(self, index: FastaIndex) -> Queries:
@@ -209,6 +225,7 @@ class ScoreTable:
             "num_recomputed": notes.num_recomputed,
             "failed": notes.failed,
             "left_out": [str(problem) for problem in self._mutants.problems] if self._mutants else [],
+            "records_left_out": [str(problem) for problem in run.index.problems],
             "model_name": run.plan.model_name,
             "made_by": notes.made_by,
             "command": run.plan.command,
@@ -230,9 +247,6 @@ class ScoreTable:
         found = answers(run, advance, notes.add)
         provenance = {"scores": _described(self._scoring), "plan": run.plan.identity}
         if self._mutants is not None:
-            path = self._mutants.path  # whose rows are read a second time
-            if sha256_of(path.resolve()) != run.plan.scoring["mutations_sha256"]:
-                raise UsageError(f"{path}: was changed while its mutants were scored; rerun the same command")
             write_mutants(table, self._mutants, scores_of(self._mutants, run, found), provenance)
             return len(self._mutants)
         proteins = _proteins(run, found)
@@ -316,4 +330,5 @@ def _described(scoring: Scoring) -> str:
             "masked": "all sites of a mutant masked together" if scoring.joint else "each site masked alone",
         }[scoring.method]
         what = f"log p(mutant) - log p(wild type), summed over the sites, {read}"
-    return f"{what}; in nats; longer proteins in windows of {scoring.window:,} residues around the site"
+    where = " around the site" if scoring.method == "masked" else ""
+    return f"{what}; in nats; longer proteins in windows of {scoring.window:,} residues{where}"

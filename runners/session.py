@@ -100,8 +100,8 @@ def carry_out(
     output = resolved(request.output)
     if request.reuse is not None:  # workers may have another working directory
         request = replace(request, reuse=resolved(request.reuse))
-    product.existing(output, request.overwrite)
     check_request(request)
+    product.existing(output, request.overwrite)
     device = first_device(request)
     check_device(request, device)
     directory = RunDirectory(output)
@@ -312,10 +312,10 @@ class _Session:
         run = self.run
         saved = run.finished(range(run.plan.num_shards))
         lost = max(0, done - sum(run.residues(shard) for shard in set(saved) & set(shards)))
-        share = lost / max(1, run.index.total_residues)
+        total = sum(run.residues(shard) for shard in range(run.plan.num_shards))
         self.console.note(
             f"{len(saved):,} of {run.plan.num_shards:,} shards are saved in {self.directory.path}; about "
-            f"{lost:,} residues ({share:.1%} of the input) will be recomputed"
+            f"{lost:,} residues ({lost / max(1, total):.1%} of the run) will be recomputed"
         )
 
     def finish(self) -> None:

@@ -37,6 +37,11 @@ def parts_line(reader: EmbeddingReader) -> str:
     return f"{counted(len(reader.parts), 'file')} in {reader.attributes['parts']} ({size})"
 
 
+def _counted(counts: Mapping[str, tuple[int, str, str]]) -> dict[str, str]:
+    """Lines for the counts that are not zero, each a number, a noun and what follows it."""
+    return {name: counted(count, noun) + what for name, (count, noun, what) in counts.items() if count}
+
+
 class Changed(NamedTuple):
     """Sequences changed in one way from the input: how many, and the first IDs."""
 
@@ -157,7 +162,7 @@ class Summary:
         """
         values = {**self._result_lines(), **self._exception_lines(), **self._comparison_lines()}
         if verbose:
-            values |= self._detail_lines()
+            values |= self.detail_lines(self.attention)
         return [
             f"{name if number == 0 else '':<{_NAME_WIDTH}}{line}"
             for name, value in values.items()
@@ -183,15 +188,23 @@ class Summary:
             output += f",\nwith {self.parts}"
         return {"output": output} | lines
 
-    def _exception_lines(self) -> dict[str, str]:
-        """Counts of unusual events, if any."""
+    def input_lines(self, listed_in: str) -> dict[str, str]:
+        """Counts of what reading changed or left out, if any.
+
+        Args:
+            listed_in: where the records that were left out are listed.
+        """
         counts = {
             "replaced": (self.num_replaced, "residue", " outside the alphabet, now X"),
             "duplicates": (self.num_duplicates, "record", " with the ID of an earlier one"),
-            "left out": (self.num_left_out, "record", ", listed in `problems`"),
-            "reused": (self.stages.reused, "sequence", ", whose rows are those of --reuse"),
+            "left out": (self.num_left_out, "record", f", listed in {listed_in}"),
             "identical": (self.num_identical, "sequence", " copied from an equal one"),
         }
+        return _counted(counts)
+
+    def _exception_lines(self) -> dict[str, str]:
+        """Counts of unusual events, if any."""
+        counts = {"reused": (self.stages.reused, "sequence", ", whose rows are those of --reuse")}
         ids = {"replaced": Modified.RESIDUES_REPLACED.label, "duplicates": Modified.RENAMED.label}
         if not self.missing_shards:  # the output has them
             for name, flag, what in (
@@ -207,13 +220,14 @@ class Summary:
                 "failed": (self.num_failed, "sequence", ", whose rows are NaN, listed in `problems`"),
             }
         counts["split"] = (self.stages.num_halved, "pack", ", after running out of memory")
-        lines = {name: counted(count, noun) + what for name, (count, noun, what) in counts.items() if count}
+        lines = self.input_lines("`problems`") | _counted(counts)
         for name, change in ids.items():
             if name in lines and (changed := self.changed.get(change)) and changed.number:
                 lines[name] = changed.after(lines[name])
         return lines
 
-    def _detail_lines(self) -> dict[str, str]:
+    def detail_lines(self, attention: str) -> dict[str, str]:
+        """Times, packs and stages of the run; `attention` names the backends of the output."""
         stages = self.stages
         lines = {
             "model sha256": self.model_sha256,
@@ -221,7 +235,7 @@ class Summary:
             "merging": duration(self.merging_seconds),
         }
         if not self.missing_shards:
-            lines["attention"] = self.attention
+            lines["attention"] = attention
         if stages.packs:
             overlong = f", {stages.overlong_packs:,} of them one longer sequence" * bool(
                 stages.overlong_packs

@@ -90,7 +90,7 @@ def score(options: argparse.Namespace) -> int:
         return EXIT_COMPLETE
     scored = score_file(request, Console(options.quiet))
     if not options.quiet:
-        say(scored.lines())
+        say(scored.lines(options.verbose))
     if scored.num_failed:
         complain(
             f"{counted(scored.num_failed, 'copy', 'copies')} of proteins not finite; their scores are empty, "

@@ -18,9 +18,11 @@ import numpy as np
 import numpy.typing as npt
 
 from esm_packed.errors import UsageError
-from esm_packed.mutations import Mutant, WildType
+from esm_packed.files import sha256_of
+from esm_packed.mutations import Mutant, NumberingError, WildType
 from esm_packed.runners.input.fasta import shorten
 from esm_packed.runners.input.index import FastaIndex
+from esm_packed.runners.system.paths import resolved
 from esm_packed.runners.system.terminal import counted
 
 ID_COLUMNS = ("sequence_id", "id", "protein")
@@ -51,6 +53,7 @@ class Mutants:
 
     Args:
         path: the table.
+        sha256: its checksum, formed before its rows were read.
         columns: its header.
         rows: (n,) int64 line of each mutant in the table, ascending.
         records: (n,) int64 FASTA record of each mutant.
@@ -61,6 +64,7 @@ class Mutants:
     """
 
     path: Path
+    sha256: str
     columns: tuple[str, ...]
     rows: npt.NDArray[np.int64]
     records: npt.NDArray[np.int64]
@@ -89,14 +93,17 @@ class Mutants:
             UsageError: the table has changed.
         """
         place = 0
-        for row, cells in _rows(self.path):
+        rows = _rows(self.path) if _checksum(self.path) == self.sha256 else ()
+        for row, cells in rows:
             if place < len(self) and row == self.rows[place]:
                 if len(cells) != len(self.columns):
                     break
                 place += 1
                 yield cells
         if place < len(self):
-            raise UsageError(f"{self.path}: was changed while it was in use")
+            raise UsageError(
+                f"{self.path}: was changed while its mutants were scored; rerun the same command"
+            )
 
 
 def read_mutants(
@@ -135,14 +142,16 @@ def read_mutants(
     keep[list(repeated)] = False
     num_problems = reader.num_problems + len(repeated)
     if num_problems and (not skip_bad or not keep.any()):
-        raise _error(path, num_problems, problems[:_MOST_LISTED], skip_bad=skip_bad)
+        hint = "no row is left" if skip_bad else "--skip-bad leaves such rows out and lists them"
+        if reader.has_other_numbers:
+            hint = f"--offset is the number of the first residue; {hint}"
+        raise _error(path, num_problems, problems[:_MOST_LISTED], hint)
     if not keep.any():
         raise UsageError(f"{path}: the table is empty: there is no row below the header")
     return _chosen(mutants, keep, problems)
 
 
-def _error(path: Path, count: int, listed: Sequence[TableProblem], *, skip_bad: bool) -> UsageError:
-    hint = "no row is left" if skip_bad else "--skip-bad leaves such rows out and lists them"
+def _error(path: Path, count: int, listed: Sequence[TableProblem], hint: str) -> UsageError:
     if count == 1:
         return UsageError(f"{path}, {listed[0]} ({hint})")
     more = [f"and {count - len(listed):,} more"] if count > len(listed) else []
@@ -200,22 +209,28 @@ def _difference(sequence: str, expected: str, mutant: str) -> str:
 
 
 class _Reader:
-    """Reads a table; `problems` holds the first of the `num_problems` unusable rows."""
+    """Reads a table; `problems` holds the first of the `num_problems` unusable rows.
+
+    `has_other_numbers` says whether a residue was not the one that its number says.
+    """
 
     def __init__(self, path: Path, index: FastaIndex, offset: int, max_span: int | None) -> None:
         self._path, self._max_span = path, max_span
+        self.sha256 = _checksum(path)  # first: a change from here on will show
         self.columns = tuple(next(_rows(path), (0, list[str]()))[1])
         self._check_columns()
         self._mutant, self._sequence = self._place(MUTANT), self._place(SEQUENCE)
         places = [place for name in ID_COLUMNS if (place := self._place(name)) is not None]
         self._id = places[0] if places else None
         self.mutant_column = SEQUENCE if self._mutant is None else MUTANT
+        self._first_id = shorten(index.sequence_ids(0, 1)[0])
         self._proteins = {
             name: (record, WildType(index.token_ids(record, record + 1)[0], offset))
             for name, record in self._records(index).items()
         }
         self.problems: list[TableProblem] = []
         self.num_problems = 0
+        self.has_other_numbers = False
 
     def read(self, most_listed: int | None) -> Mutants:
         """Read all usable rows, without checking for repeated mutants."""
@@ -237,6 +252,7 @@ class _Reader:
         sites, wild_types, mutants = np.array(substitutions, np.int32).reshape(-1, 3).T
         return Mutants(
             self._path,
+            self.sha256,
             self.columns,
             np.array(rows, np.int64),
             np.array(records, np.int64),
@@ -262,7 +278,8 @@ class _Reader:
         name = "" if self._id is None else cells[self._id].strip()
         if name not in self._proteins:
             assert self._id is not None
-            raise _Fault(self.columns[self._id], f"{shorten(name)} is not a record of the FASTA file")
+            reason = f"{shorten(name)} is not a record of the FASTA file, whose first is {self._first_id}"
+            raise _Fault(self.columns[self._id], reason)
         record, wild_type = self._proteins[name]
         try:
             if self._mutant is not None:
@@ -271,6 +288,7 @@ class _Reader:
                 assert self._sequence is not None
                 mutant = wild_type.difference(cells[self._sequence].strip())
         except ValueError as error:
+            self.has_other_numbers |= isinstance(error, NumberingError)
             raise _Fault(self.mutant_column, str(error)) from None
         span = mutant[-1].site - mutant[0].site + 1 if mutant else 0
         if self._max_span is not None and span > self._max_span:
@@ -293,7 +311,7 @@ class _Reader:
             )
         for column in self.columns:
             if self.columns.count(column) > 1:
-                raise UsageError(f"{self._path}: the column {shorten(column)} appears twice")
+                raise UsageError(f"{self._path}: the column {shorten(column)} appears twice; rename one")
         if SCORE in self.columns:
             raise UsageError(f"{self._path}: rename the column {SCORE}, which the output adds")
 
@@ -324,6 +342,14 @@ class _Reader:
         }
 
 
+def _checksum(path: Path) -> str:
+    """SHA-256 (hex) of a table; empty if it cannot be read."""
+    try:
+        return sha256_of(resolved(path))
+    except OSError:
+        return ""
+
+
 def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
     """Yield the non-blank rows of a table, header first, with the lines on which they end.
 
@@ -346,4 +372,4 @@ def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
     except FileNotFoundError as error:
         raise UsageError(f"{path}: no such file") from error
     except UnicodeDecodeError as error:
-        raise UsageError(f"{path}: not UTF-8 text; a table of mutants is CSV or TSV") from error
+        raise UsageError(f"{path}: not UTF-8 text; a table of mutants is CSV or TSV in UTF-8") from error

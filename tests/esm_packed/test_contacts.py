@@ -19,7 +19,7 @@ from esm_packed.alphabet import encode
 from esm_packed.packing import pack
 
 NUM_LAYERS = 3
-DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16}
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PEAK_MEMORY = Path(__file__).parents[1] / "support" / "contacts_memory.py"
 
 Contacts = list[npt.NDArray[np.floating[Any]]]
@@ -74,7 +74,7 @@ def test_fp64_is_fair_esm(case: Case, token_budget: int) -> None:
     contacts = case.model("fp64").contacts(proteins(), token_budget=token_budget)
     for actual, expected in zip(contacts, case.truth, strict=True):
         assert actual.dtype == np.float64
-        np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-8)
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-10)
     assert np.concatenate([expected.ravel() for expected in case.truth]).std() > 1e-2
 
 
@@ -84,12 +84,14 @@ def test_fp32_is_as_close_to_the_truth_as_fair_esm(case: Case) -> None:
     assert case.error(contacts) <= 1.5 * case.error(case.fair("fp32"))
 
 
-def test_fp16_is_within_twice_the_error_of_fair_esm(case: Case) -> None:
-    contacts = case.model("fp16").contacts(proteins())
+@pytest.mark.parametrize(("dtype", "largest"), [("fp16", 4e-3), ("bf16", 4e-2)])
+def test_half_types_are_within_twice_the_error_of_fair_esm(case: Case, dtype: str, largest: float) -> None:
+    contacts = case.model(dtype).contacts(proteins())
     assert all(actual.dtype == np.float32 for actual in contacts)
-    assert case.error(contacts) <= 2 * case.error(case.fair("fp16"))
+    rounding = torch.finfo(DTYPES[dtype]).eps / 2
+    assert case.error(contacts) <= 2 * case.error(case.fair(dtype)) + rounding
     for actual, expected in zip(contacts, case.truth, strict=True):
-        np.testing.assert_allclose(actual, expected, rtol=0, atol=4e-3)
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=largest)
 
 
 @a_head_dim

@@ -20,7 +20,7 @@ from esm_packed.alphabet import AMINO_ACIDS, encode
 from esm_packed.checkpoints import load_checkpoint, save_fair_esm
 from esm_packed.outputs import LOG_PROBABILITIES
 from esm_packed.packing import PackedBatch, pack
-from esm_packed.scoring import Query, optimal_window, plan_queries
+from esm_packed.scoring import Query, optimal_window, plan_queries, pseudo_likelihood
 
 Rows = npt.NDArray[np.floating[Any]]
 
@@ -39,17 +39,17 @@ class Fair:
     def model(self, dtype: str = "") -> ESM2:
         return _load(self.checkpoint, dtype or self.dtype)
 
-    def rows(self, sequence: str, masked: Iterable[int] = ()) -> Rows:
+    def rows(self, sequence: str, masked: Iterable[int] = (), dtype: torch.dtype = torch.float64) -> Rows:
         """(num_residues, 20) log-probabilities; residue i of the protein is token i + 1, behind BOS."""
         tokens = [fair_esm_reference.ALPHABET.cls_idx]
         tokens += fair_esm_reference.ALPHABET.encode(sequence)
         tokens += [fair_esm_reference.ALPHABET.eos_idx]
         for site in masked:
             tokens[1 + site] = MASK
-        fair = _load_fair(self.checkpoint)
-        with fair_esm_reference.faithful(torch.float64):
+        fair = _load_fair(self.checkpoint, dtype)
+        with fair_esm_reference.faithful(dtype):
             logits = fair(torch.tensor([tokens]))["logits"][0]
-        return logits.log_softmax(-1)[1:-1, COLUMNS].numpy()
+        return logits.double().log_softmax(-1)[1:-1, COLUMNS].numpy()
 
     def masked(self, sequence: str) -> Rows:
         """(num_residues, 20), each residue masked in turn."""
@@ -68,8 +68,8 @@ def _masked(fair: Fair, sequence: str) -> Rows:
 
 
 @cache
-def _load_fair(checkpoint: Path) -> Any:
-    return fair_esm_reference.load(checkpoint, torch.float64)
+def _load_fair(checkpoint: Path, dtype: torch.dtype) -> Any:
+    return fair_esm_reference.load(checkpoint, dtype)
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +107,20 @@ def test_log_probabilities_are_those_of_fair_esm(each: Fair, token_budget: int) 
         for rows, sequence in zip(actual, proteins(), strict=True):
             assert rows.dtype == (np.float64 if each.dtype == "fp64" else np.float32)
             np.testing.assert_allclose(rows, truth(sequence), rtol=0, atol=each.tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+def test_half_types_are_within_twice_the_error_of_fair_esm(demo: Fair, dtype: torch.dtype) -> None:
+    model = demo.model({torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype])
+    sequences = proteins()
+    (masked,) = model.log_probabilities(sequences[:1])
+    actual = [masked, *model.log_probabilities(sequences, method="wild-type")]
+    truth = [demo.masked(sequences[0]), *map(demo.rows, sequences)]
+    alone = [demo.rows(sequences[0], [site], dtype)[site] for site in range(len(masked))]
+    same_dtype = [np.stack(alone), *(demo.rows(sequence, dtype=dtype) for sequence in sequences)]
+    for ours, theirs, expected in zip(actual, same_dtype, truth, strict=True):
+        rounding = torch.finfo(dtype).eps / 2 * np.abs(expected).max()
+        assert np.abs(ours - expected).max() <= 2 * np.abs(theirs - expected).max() + rounding
 
 
 def sum_of(mutant: str, rows: Rows) -> float:
@@ -162,6 +176,11 @@ def test_pseudo_likelihood_is_the_sum_over_the_twenty(fair: Fair) -> None:
         assert likelihood.num_scored == len(terms)
     assert [likelihood.num_scored for likelihood in actual] == [13, 1, 16, 21, 0]
     assert math.isnan(actual[4].mean) and math.isnan(actual[4].perplexity) and actual[4].sum == 0
+
+
+def test_a_perplexity_that_is_no_number_is_infinite() -> None:
+    likelihood = pseudo_likelihood(np.full((2, 20), -800.0), encode("MK"))
+    assert likelihood == (-1600, -800, math.inf, 2)
 
 
 @pytest.mark.parametrize("size", [8, 9])

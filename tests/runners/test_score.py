@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from proteins import random_proteins, write_fasta
 
 from esm_packed import ESM2
 from esm_packed.alphabet import AMINO_ACIDS, encode
+from esm_packed.files import sha256_of
 from esm_packed.packing import PackedBatch
+from esm_packed.runners import score_output
 from esm_packed.runners.cli import main as cli
 from esm_packed.runners.output.scores import read_scan
 from esm_packed.runners.state import cut
@@ -257,6 +260,40 @@ def test_a_table_that_comes_to_exist_meanwhile_keeps_its_description(
     assert {path: path.read_text() for path in theirs} == theirs
 
 
+def test_an_existing_table_is_hashed_once(
+    fasta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, hashed = tmp_path / "out.csv", list[Path]()
+    assert score(fasta, output, "--method", "wild-type") == 0
+
+    def counted(path: Path) -> str:
+        hashed.append(path)
+        return sha256_of(path)
+
+    monkeypatch.setattr(score_output, "sha256_of", counted)
+    assert score(fasta, output, "--method", "wild-type") == 0
+    assert hashed == [output]
+
+
+def test_what_reading_changed_is_said_and_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fasta, output = tmp_path / "in.fasta", tmp_path / "out.csv"
+    fasta.write_text(">a\nMKT\n>b\nMJK\n>a\nMKW\n>copy\nMKT\n")
+    arguments = ["score", str(fasta), "-o", str(output), "--model", "demo", "--device", "cpu"]
+    assert cli.main([*arguments, "--invalid", "skip", "--duplicates", "rename", "--verbose"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert "left out           1 record, listed in out.csv.json" in said
+    assert "duplicates         1 record with the ID of an earlier one" in said
+    assert "identical          1 sequence copied from an equal one" in said
+    for name in ("output", "scores", "attention", "packs", "packing efficiency", "stages"):
+        assert any(line.startswith(f"{name:<19}") for line in said)
+    described = json.loads((tmp_path / "out.csv.json").read_text())
+    assert described["records_left_out"] == [f"{fasta}, line 4, record 'b': 'J' is not in ESM-2's alphabet"]
+    assert cli.main([*arguments, "--invalid", "x", "--duplicates", "first", "--overwrite"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert "replaced   1 residue outside the alphabet, now X" in said
+    assert not any(line.startswith("packs") for line in said)
+
+
 def test_copies_without_a_number_are_named(
     fasta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -401,3 +438,34 @@ def test_the_cost_is_said_first(fasta: Path, tmp_path: Path, capsys: pytest.Capt
     residues = 19 * 19 + 4 * 5 + 5 * 5
     assert f"computed            28 copies ({residues} residues)" in said
     assert names_in(tmp_path) == ["in.fasta"]
+
+
+def test_what_an_interruption_costs_is_a_share_of_the_copies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fasta = write_fasta(tmp_path / "in.fasta", random_proteins([40]))
+    original, packs = ESM2.embed_packed, list[int]()
+
+    def interrupted(self: ESM2, batch: PackedBatch, *call: Any) -> dict[str, torch.Tensor]:
+        packs.append(batch.num_sequences)
+        if len(packs) == 6:
+            raise KeyboardInterrupt
+        return original(self, batch, *call)
+
+    monkeypatch.setattr(ESM2, "embed_packed", interrupted)
+    options = ("score", str(fasta), "-o", str(tmp_path / "out.csv"), "--model", "demo", "--device", "cpu")
+    assert cli.main([*options, "--token-budget", "84"]) == 4
+    said = re.search(r"about (\d+) residues \((.+%) of the run\) will be recomputed", capsys.readouterr().err)
+    assert said is not None and int(said[1]) > 0  # packs are counted when their results are read
+    assert said[2] == f"{int(said[1]) / 1600:.1%}"
+
+
+def test_merge_names_the_command_that_completes_a_table(
+    fasta: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out.csv"
+    for options in (["--slice", "0/2"], []):
+        assert score(fasta, output, "--method", "wild-type", *options) == 0
+        capsys.readouterr()
+        assert cli.main(["merge", str(output)]) == 2
+        assert "out.csv: a table of esm-packed score; rerun the score command" in capsys.readouterr().err

@@ -90,6 +90,8 @@ def test_mutated_sequence_is_checked_and_can_stand_alone(table: Path, one: Fasta
     ("lines", "message"),
     [
         (["mutant", "K2A", "K3A"], "row 3, column mutant: K3A: residue 3 is T, not K"),
+        (["mutant", "K26A"], r"\(--offset is the number of the first residue; --skip-bad leaves such rows"),
+        (["mutant", "K2X"], r"WY \(--skip-bad leaves such rows out and lists them\)"),
         (["x,mutant", "1,K2A", "2,K11A"], "row 3, column mutant: K11A: there is no residue 11; the protein "),
         (
             ["mutant", "M0A"],
@@ -114,7 +116,10 @@ def test_mutated_sequence_is_checked_and_can_stand_alone(table: Path, one: Fasta
         (["mutated_sequence", "MBTAYIAKQR"], "column mutated_sequence: residue 2: B is none of the 20"),
         (["mutated_sequence", "M?TAYIAKQR"], r"column mutated_sequence: '\?' at position 2 is not in"),
         (["mutated_sequence", "AKTAYIAKQR", "AKTAYIAKQR"], "row 3, column mutated_sequence: row 2 is the sa"),
-        (["id,mutant", "P9,K2A"], "row 2, column id: 'P9' is not a record of the FASTA file"),
+        (
+            ["id,mutant", "P9,K2A"],
+            "row 2, column id: 'P9' is not a record of .* file, whose first is 'P1'",
+        ),
         (["mutant"], "the table is empty: there is no row below the header"),
         (["variant,score", "K2A,1"], r"no column mutant \(such as A24G .* the header has 'variant', 'score'"),
         ([""], "no column mutant .* the header has nothing"),
@@ -139,7 +144,7 @@ def test_other_faults_of_a_table(table: Path, one: FastaIndex, two: FastaIndex) 
     with pytest.raises(UsageError, match="no such file"):
         read_mutants(table.with_name("absent.csv"), one)
     table.write_bytes(b"\xff\xfe\x00mutant")
-    with pytest.raises(UsageError, match="not UTF-8 text; a table of mutants is CSV or TSV"):
+    with pytest.raises(UsageError, match="not UTF-8 text; a table of mutants is CSV or TSV in UTF-8"):
         read_mutants(table, one)
 
 
@@ -161,7 +166,8 @@ def test_all_faults_are_counted_and_ten_listed(table: Path, one: FastaIndex) -> 
     assert caught.value.message == f"{table}: 12 rows cannot be used:"
     assert caught.value.details[0] == "row 2, column mutant: W1A: residue 1 is M, not W"
     assert caught.value.details[9] == "row 12, column mutant: row 11 is the same mutant"
-    assert caught.value.details[10:] == ("and 2 more", "--skip-bad leaves such rows out and lists them")
+    hint = "--offset is the number of the first residue; --skip-bad leaves such rows out and lists them"
+    assert caught.value.details[10:] == ("and 2 more", hint)
 
 
 def test_bad_rows_are_left_out_and_listed(table: Path, one: FastaIndex) -> None:
@@ -175,17 +181,20 @@ def test_bad_rows_are_left_out_and_listed(table: Path, one: FastaIndex) -> None:
     )
     assert list(mutants.table_rows()) == [["K2A:M1C", "b"], ["T3G", "d"]]
     with pytest.raises(
-        UsageError, match=r"row 2, column mutant: W1A: residue 1 is M, not W \(no row is left\)"
+        UsageError, match=r"row 2, .* W1A: residue 1 is M, not W \(--offset is .*; no row is left\)"
     ):
         read(table, one, "mutant", "W1A", skip_bad=True)
 
 
 def test_a_table_that_changed_is_noticed(table: Path, one: FastaIndex) -> None:
     mutants = read(table, one, "mutant", "K2A", "T3A")
-    for changed in ("mutant\nK2A\n", "mutant\nK2A\nT3A,1\n"):
+    for changed in ("mutant\nK2A\n", "mutant\nK2A\nT3A,1\n", "mutant\nK2A\nT3C\n"):
         table.write_text(changed)
-        with pytest.raises(UsageError, match="was changed while it was in use"):
+        with pytest.raises(UsageError, match="was changed while its mutants were scored; rerun"):
             list(mutants.table_rows())
+    table.unlink()
+    with pytest.raises(UsageError, match="was changed while its mutants were scored; rerun"):
+        list(mutants.table_rows())
 
 
 def test_byte_order_mark_and_carriage_returns(table: Path, one: FastaIndex) -> None:

@@ -15,6 +15,7 @@ import pytest
 
 from esm_packed.alphabet import AMINO_ACIDS, encode
 from esm_packed.errors import UsageError, UserError
+from esm_packed.files import sha256_of
 from esm_packed.runners.input.mutations import Mutants
 from esm_packed.runners.output import scores as scores_module
 from esm_packed.runners.output.scores import (
@@ -67,7 +68,7 @@ def table_of(path: Path) -> Mutants:
     path.write_text('mutant,note\nK2A,"a, b"\nT3G:M1L,\nW9W,bad\nA4A,ü\n', encoding="utf-8")
     ids = encode("KMTA"), encode("ALGA")
     arrays = np.array([2, 3, 5]), np.zeros(3, np.int64), np.array([0, 1, 3, 4]), np.array([1, 0, 2, 3])
-    return Mutants(path, ("mutant", "note"), *arrays, *ids)
+    return Mutants(path, sha256_of(path), ("mutant", "note"), *arrays, *ids)
 
 
 @pytest.mark.parametrize("rows_at_once", [1, 2, 100])
