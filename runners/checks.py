@@ -23,7 +23,7 @@ from esm_packed.runners.input.index import STDIN
 from esm_packed.runners.output.layout import output_bytes
 from esm_packed.runners.output.parts import PartError
 from esm_packed.runners.output.reader import EmbeddingReader
-from esm_packed.runners.output.scores import described_at
+from esm_packed.runners.output.score_description import described_at
 from esm_packed.runners.state.directory import RunDirectory
 from esm_packed.runners.state.plan import differences, plan_hash
 from esm_packed.runners.state.request import EmbedRequest

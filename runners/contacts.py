@@ -23,7 +23,7 @@ from esm_packed.runners.input.fasta import ReadOptions, shorten
 from esm_packed.runners.input.index import STDIN
 from esm_packed.runners.input.records import read_fasta
 from esm_packed.runners.output.ids import accession_of
-from esm_packed.runners.system.paths import check_apart, check_free, files_of
+from esm_packed.runners.system.paths import check_apart, check_free
 from esm_packed.runners.system.terminal import counted
 from esm_packed.runners.watch.console import Console
 
@@ -142,7 +142,7 @@ def _load(request: ContactsRequest, console: Console) -> ESM2:
         raise UsageError(str(error)) from error
     with console.byte_steps() as report:
         checkpoint = load_checkpoint(request.model, progress=report)
-    check_apart({"--output": request.output}, files_of(checkpoint))
+    check_apart({"--output": request.output}, checkpoint.files())
     backend = select_backend("auto", device, precision, checkpoint.config.head_dim)
     model = ESM2.from_checkpoint(checkpoint, device, precision, backend)
     check_contact_head(model)

@@ -27,7 +27,7 @@ from esm_packed.runners.state.directory import RunDirectory
 from esm_packed.runners.state.plan import differences, plan_hash
 from esm_packed.runners.state.request import EmbedRequest
 from esm_packed.runners.summary import Summary
-from esm_packed.runners.system.paths import check_apart, files_of, resolved
+from esm_packed.runners.system.paths import check_apart, resolved
 from esm_packed.runners.system.terminal import counted
 from esm_packed.runners.watch.console import Console, byte_size, duration
 
@@ -192,7 +192,7 @@ class _Files:
             OSError: ENOSPC, if they would not fit.
         """
         self._identity = identity
-        self._read = [name for name in (self._request.fasta,) if name != STDIN] + files_of(checkpoint)
+        self._read = [name for name in (self._request.fasta,) if name != STDIN] + checkpoint.files()
         self._names = pt_files.FileNames(
             _batches(index.sequence_ids, index.num_records), folds_case=pt_files.folds_case(self._scratch)
         )

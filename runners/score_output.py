@@ -1,22 +1,16 @@
-"""The output of a scoring run: a table, and a file that describes its origin."""
+"""Checks of the output of a scoring run: a table, and the file that describes it."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 from esm_packed.errors import UsageError
-from esm_packed.files import read_regular, sha256_of, whole_or_nothing
+from esm_packed.files import sha256_of
 from esm_packed.runners.checks import ExistingOutput
-from esm_packed.runners.output.scores import check_table, described_at
+from esm_packed.runners.output.score_description import described_at, read_description
+from esm_packed.runners.output.scores import check_table
 from esm_packed.runners.state.directory import RunDirectory
-from esm_packed.runners.state.plan import plan_hash
-
-FORMAT = "esm-packed scores 1"
 
 
 def existing_table(output: Path, overwrite: bool) -> ExistingOutput | None:
@@ -61,34 +55,3 @@ def _state_of(path: Path) -> tuple[int, int, int]:
 def _sha256_of(path: Path, *state: int) -> str:
     """SHA-256 (hex) of a file in this state: a run looks for its table twice, which may be large."""
     return sha256_of(path)
-
-
-def read_description(output: Path) -> dict[str, Any] | None:
-    """The description of a table; None if it does not exist or is not ours."""
-    try:
-        found: dict[str, Any] = json.loads(read_regular(described_at(output)))
-        is_ours = (
-            found["format"] == FORMAT
-            and found["plan_hash"] == plan_hash(found["identity"])
-            and isinstance(found["sha256"], str)
-            and all(isinstance(found[name], int) for name in ("num_rows", "num_queries", "num_recomputed"))
-            and all(isinstance(found[name], list) for name in ("failed", "left_out"))
-        )
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None
-    return found if is_ours else None
-
-
-def describe(output: Path, table: Path, scratch: Path, content: Mapping[str, Any]) -> None:
-    """Write the description of a table, before the table gets its final name.
-
-    Args:
-        output: the final path of the table.
-        table: its current path.
-        scratch: a folder for the unfinished file.
-        content: the description.
-    """
-    date = datetime.now(UTC).isoformat(timespec="seconds")
-    found = {"format": FORMAT, "sha256": sha256_of(table), "date": date, **content}
-    with whole_or_nothing(described_at(output), scratch) as temporary:
-        temporary.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

@@ -20,6 +20,7 @@ from esm_packed.runners.checks import ExistingOutput, left_bytes
 from esm_packed.runners.input.index import FastaIndex
 from esm_packed.runners.input.mutations import Mutants, read_mutants
 from esm_packed.runners.output.blocks import ShardNotes
+from esm_packed.runners.output.score_description import describe, read_description
 from esm_packed.runners.output.scores import (
     ProteinLikelihood,
     ProteinScan,
@@ -28,7 +29,7 @@ from esm_packed.runners.output.scores import (
     write_mutants,
     write_scan,
 )
-from esm_packed.runners.score_output import describe, existing_table, read_description
+from esm_packed.runners.score_output import existing_table
 from esm_packed.runners.session import carry_out
 from esm_packed.runners.state.queries import Queries
 from esm_packed.runners.state.request import EmbedRequest, Scoring

@@ -47,7 +47,7 @@ from esm_packed.runners.state.request import EmbedRequest
 from esm_packed.runners.state.run import Run
 from esm_packed.runners.state.slices import Slice
 from esm_packed.runners.summary import Summary
-from esm_packed.runners.system.paths import files_of, resolved
+from esm_packed.runners.system.paths import resolved
 from esm_packed.runners.watch.console import Console
 from esm_packed.runners.watch.watch import watching
 
@@ -206,7 +206,7 @@ class _Session:
         with self.console.byte_steps() as report:
             self.checkpoint = load_checkpoint(request.model, progress=report)
         check_heads(request, self.checkpoint)
-        check_paths(request, files_of(self.checkpoint))
+        check_paths(request, self.checkpoint.files())
         plan = existing_plan(directory, request.overwrite)
         token_budget = self._token_budget(plan, existing)
         identity = {

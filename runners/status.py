@@ -11,8 +11,7 @@ import numpy as np
 from esm_packed.runners.input.fasta import DamagedIndexError
 from esm_packed.runners.input.index import reopen_index
 from esm_packed.runners.output.reader import EmbeddingReader
-from esm_packed.runners.output.scores import SUFFIXES, described_at
-from esm_packed.runners.score_output import read_description
+from esm_packed.runners.output.score_description import SUFFIXES, described_at, read_description
 from esm_packed.runners.state.claims import describe_holder, holder_of, is_live
 from esm_packed.runners.state.directory import RunDirectory
 from esm_packed.runners.state.plan import Plan, PlanError

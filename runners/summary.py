@@ -5,19 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from esm_packed.checkpoints import Checkpoint
 from esm_packed.runners.input.fasta import Modified, shorten
 from esm_packed.runners.input.index import FastaIndex
 from esm_packed.runners.output.reader import EmbeddingReader
-from esm_packed.runners.state.request import EmbedRequest
 from esm_packed.runners.state.shard import STATUS_FAILED, STATUS_RECOMPUTED, Comparison
 from esm_packed.runners.system.terminal import counted
 from esm_packed.runners.watch.console import byte_size, duration
 from esm_packed.runners.watch.metrics import STAGES, StageTimes
+
+if TYPE_CHECKING:
+    from esm_packed.checkpoints import Checkpoint
+    from esm_packed.runners.state.request import EmbedRequest
 
 JUDGED_PACKS = 20
 """With fewer packs, the last ones, which are not full, dominate the efficiency."""

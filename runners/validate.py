@@ -30,7 +30,7 @@ from esm_packed.runners.compute.worker import set_threads
 from esm_packed.runners.input.build import build_index
 from esm_packed.runners.input.fasta import ReadOptions
 from esm_packed.runners.input.index import STDIN, FastaIndex
-from esm_packed.runners.system.paths import check_apart, files_of
+from esm_packed.runners.system.paths import check_apart
 from esm_packed.runners.system.terminal import counted
 from esm_packed.runners.watch.console import Console, duration
 
@@ -96,7 +96,7 @@ def validate_file(request: ValidateRequest, console: Console) -> tuple[list[str]
     with console.byte_steps() as report:
         checkpoint = load_checkpoint(request.model, progress=report)
     replaced = {f"--output: {path.name}": path for path in report_files(request.output)}
-    check_apart(replaced, [*([request.fasta] if request.fasta != STDIN else []), *files_of(checkpoint)])
+    check_apart(replaced, [*([request.fasta] if request.fasta != STDIN else []), *checkpoint.files()])
     sample = _read_sample(request, console)
     passes = num_passes(checkpoint.config, settings)
     _make_folder(request.output)

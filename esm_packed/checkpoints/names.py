@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from esm_packed.alphabet import VOCAB_SIZE
+from esm_packed.checkpoints.download import contact_regression_path
 from esm_packed.config import ESM2_MODELS, ESM2Config
 from esm_packed.errors import CheckpointError
 
@@ -42,6 +43,18 @@ class Checkpoint:
     sha256: str
     source: str
     unused: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    def files(self) -> list[Path]:
+        """The files that the checkpoint was read from; none for a generated one."""
+        source = Path(self.source)
+        try:
+            if source.is_dir():
+                return [path for path in source.iterdir() if path.is_file()]
+            if source.suffix == ".json":  # an index file, with its parts next to it
+                return [path for path in source.parent.iterdir() if path.is_file()]
+            return [path for path in (source, contact_regression_path(source)) if path.is_file()]
+        except OSError:
+            return []
 
 
 def tensor_shapes(config: ESM2Config) -> dict[str, tuple[int, ...]]:

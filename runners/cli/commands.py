@@ -287,7 +287,7 @@ def check(options: argparse.Namespace) -> int:
 def checkpoint(options: argparse.Namespace) -> int:
     from esm_packed.checkpoints import load_checkpoint, save_fair_esm
     from esm_packed.checkpoints.download import contact_regression_path
-    from esm_packed.runners.system.paths import check_apart, files_of
+    from esm_packed.runners.system.paths import check_apart
     from esm_packed.runners.watch.console import Console
 
     if options.output.suffix != ".pt" or not options.output.name.startswith("esm2"):
@@ -302,7 +302,7 @@ def checkpoint(options: argparse.Namespace) -> int:
             raise UsageError(f"{path}: already exists; use --overwrite to replace it")
     with Console().byte_steps() as report:
         checkpoint = load_checkpoint(options.model, progress=report)
-    check_apart({"--output": files[0], "the regression file": files[1]}, files_of(checkpoint))
+    check_apart({"--output": files[0], "the regression file": files[1]}, checkpoint.files())
     save_fair_esm(checkpoint, options.output)
     say([f"{checkpoint.model_name} written to {path}" for path in files if path.exists()])
     return EXIT_COMPLETE

@@ -15,8 +15,6 @@ from typing import Any
 import h5py
 import numpy as np
 
-from esm_packed.checkpoints import load_checkpoint, tensor_shapes
-from esm_packed.checkpoints.download import OFFICIAL_FILES, checkpoint_directory, hugging_face_snapshot
 from esm_packed.config import DEFAULT_MAX_LENGTH, ESM2_MODELS, ESM2Config
 from esm_packed.errors import UsageError
 from esm_packed.outputs import KINDS
@@ -251,6 +249,10 @@ def _describe_fasta(path: str, most_listed: int | None) -> list[str]:
 
 
 def _describe_model(name: str) -> list[str]:
+    # only models need torch
+    from esm_packed.checkpoints import load_checkpoint, tensor_shapes
+    from esm_packed.checkpoints.download import OFFICIAL_FILES, checkpoint_directory, hugging_face_snapshot
+
     official = name.removeprefix("facebook/")
     if official in ESM2_MODELS:
         file = checkpoint_directory() / f"{official}.pt"
@@ -260,7 +262,7 @@ def _describe_model(name: str) -> list[str]:
             config = ESM2_MODELS[official]
             return _table(
                 {"model": official}
-                | _config_values(config, set(tensor_shapes(config)))
+                | _config_values(config, tensor_shapes(config))
                 | {"sha256": sha256, "source": f"not on this machine; first use downloads {shown} to {file}"}
             )
     with Console().byte_steps() as report:
@@ -268,20 +270,23 @@ def _describe_model(name: str) -> list[str]:
     dtype = str(checkpoint.tensors["embed_tokens.weight"].dtype).removeprefix("torch.")
     return _table(
         {"model": checkpoint.model_name}
-        | _config_values(checkpoint.config, set(checkpoint.tensors))
+        | _config_values(
+            checkpoint.config,
+            {
+                name: shape
+                for name, shape in tensor_shapes(checkpoint.config).items()
+                if name in checkpoint.tensors
+            },
+        )
         | {"dtype": dtype, "sha256": checkpoint.sha256, "source": checkpoint.source}
     )
 
 
-def _config_values(config: ESM2Config, tensor_names: set[str]) -> dict[str, str]:
-    parameters = sum(
-        math.prod(shape)
-        for name, shape in tensor_shapes(config).items()
-        if name in tensor_names and not name.endswith("inv_freq")
-    )
+def _config_values(config: ESM2Config, shapes: dict[str, tuple[int, ...]]) -> dict[str, str]:
+    parameters = sum(math.prod(shape) for name, shape in shapes.items() if not name.endswith("inv_freq"))
     heads = {
-        "language-model head": "lm_head.bias" in tensor_names,
-        "contact head": "contact_head.regression.weight" in tensor_names,
+        "language-model head": "lm_head.bias" in shapes,
+        "contact head": "contact_head.regression.weight" in shapes,
     }
     return {
         "layers": f"{config.num_layers}",

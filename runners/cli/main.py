@@ -6,6 +6,7 @@ Imports are kept few: until `main` handles signals, Ctrl-C ends in a traceback.
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import shlex
 import signal
@@ -49,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
+    owns_process = arguments is None
     arguments = sys.argv[1:] if arguments is None else arguments
     can_continue = list(arguments[:1]) in (["embed"], ["extract"], ["merge"], ["score"])
     remedy = "; rerun the same command to continue" if can_continue else ""
@@ -62,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         show_traceback = False
         try:
             show_traceback = is_on("ESM_PACKED_DEBUG")
-            return _run(arguments, has_started)
+            return _run(arguments, has_started, owns_process)
         except SystemExit as error:
             return error.code if isinstance(error.code, int) else EXIT_USAGE
         except KeyboardInterrupt as error:
@@ -75,8 +77,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _report(error, remedy, show_traceback)
 
 
-def _run(arguments: Sequence[str], has_started: Callable[[], None]) -> int:
-    """Run the command given by `arguments`; `has_started` is called after all imports."""
+def _run(arguments: Sequence[str], has_started: Callable[[], None], owns_process: bool) -> int:
+    """Run a command.
+
+    Args:
+        arguments: its name and options.
+        has_started: called after all imports.
+        owns_process: whether nothing else runs in this process.
+    """
     from importlib import import_module
 
     from esm_packed.runners.cli.options import build_parser
@@ -93,7 +101,13 @@ def _run(arguments: Sequence[str], has_started: Callable[[], None]) -> int:
     except FileNotFoundError:
         complain("the working directory no longer exists; change to another one")
         return EXIT_USAGE
+    if owns_process:
+        # Collections would go through all objects of torch several times, and once more at exit.
+        gc.disable()
     import_module(options.module)
+    if owns_process:
+        gc.freeze()
+        gc.enable()
     has_started()
     command: Callable[[argparse.Namespace], int] = options.run
     return command(options)

@@ -22,10 +22,9 @@ from esm_packed.alphabet import AMINO_ACID_IDS, AMINO_ACIDS, encode
 from esm_packed.errors import UsageError
 from esm_packed.files import whole_or_nothing
 from esm_packed.runners.input.mutations import SCORE, Mutants
+from esm_packed.runners.output.score_description import SUFFIXES
 from esm_packed.runners.system.packages import optional_package
 from esm_packed.scoring import LogProbabilities, PseudoLikelihood, TokenIds, scored_sites
-
-SUFFIXES = (".csv", ".parquet")
 
 _ROWS_AT_ONCE = 1 << 16
 _PROTEINS_AT_ONCE = 1 << 12
@@ -56,11 +55,6 @@ class ProteinLikelihood(NamedTuple):
     sequence_id: str
     length: int
     likelihood: PseudoLikelihood
-
-
-def described_at(table: Path) -> Path:
-    """Return the path of the file next to a table that says what it was made from."""
-    return table.with_name(f"{table.name}.json")
 
 
 def check_table(path: Path) -> None:

@@ -6,8 +6,6 @@ import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from esm_packed.checkpoints import Checkpoint
-from esm_packed.checkpoints.download import contact_regression_path
 from esm_packed.errors import UsageError
 
 
@@ -56,19 +54,6 @@ def check_apart(written: Mapping[str, Path], read: Iterable[str | Path]) -> None
             if _is_same(path, other) or _is_in(path, other):
                 raise UsageError(f"{option} {path}: clashes with {other_option} {other}; choose another name")
         seen[option] = path
-
-
-def files_of(checkpoint: Checkpoint) -> list[Path]:
-    """The files that a checkpoint was read from; none for a generated one."""
-    source = Path(checkpoint.source)
-    try:
-        if source.is_dir():
-            return [path for path in source.iterdir() if path.is_file()]
-        if source.suffix == ".json":  # an index file, with its parts next to it
-            return [path for path in source.parent.iterdir() if path.is_file()]
-        return [path for path in (source, contact_regression_path(source)) if path.is_file()]
-    except OSError:
-        return []
 
 
 def _is_same(one: Path, other: Path) -> bool:

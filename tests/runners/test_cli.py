@@ -66,31 +66,6 @@ def test_choices_are_those_of_the_modules_that_need_torch():
     assert ("auto", *BACKENDS) == config.ATTENTIONS
 
 
-@pytest.mark.parametrize(
-    ("arguments", "code", "stdout"),
-    [
-        (["--version"], 0, __version__),
-        (["--help"], 0, "exit codes"),
-        (["embed", "--help"], 0, "examples"),
-        (["extract", "--help"], 0, "esm-extract"),
-        (["checkpoint", "--help"], 0, "fair-esm"),
-        (["merge", "--help"], 0, "OUT.h5.run"),
-        (["report", "speedup", "--help"], 0, "OLDER.json"),
-        (["validate", "--help"], 0, "examples"),
-        ([], 2, ""),
-        (["embed", "x.fasta", "-o", "y.h5", "--layers", "last"], 2, ""),
-    ],
-)
-def test_help_and_wrong_options_answer_without_importing_torch(arguments, code, stdout):
-    script = (
-        "import sys; from esm_packed.runners.cli.main import main; code = main(); "
-        "assert not {'torch', 'h5py', 'numpy'} & set(sys.modules); sys.exit(code)"
-    )
-    run = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True)
-    assert run.returncode == code, run.stderr
-    assert stdout in run.stdout
-
-
 def test_python_m_runs_the_same_command(tmp_path):
     run = subprocess.run(
         [sys.executable, "-m", "esm_packed", "--version"], capture_output=True, text=True, cwd=tmp_path
