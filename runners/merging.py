@@ -11,7 +11,7 @@ from esm_packed.runners.holding import claimed, undisturbed
 from esm_packed.runners.output.blocks import DamagedShardError
 from esm_packed.runners.output.joining import wants_parts
 from esm_packed.runners.output.merge import MergeOptions, merge_run
-from esm_packed.runners.output.scores import SUFFIXES as TABLE_SUFFIXES
+from esm_packed.runners.output.score_description import SUFFIXES as TABLE_SUFFIXES
 from esm_packed.runners.state.directory import RunDirectory
 from esm_packed.runners.state.run import Run
 from esm_packed.runners.system.paths import resolved
