@@ -11,6 +11,7 @@ from dataclasses import replace
 from itertools import accumulate, cycle
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -524,6 +525,19 @@ def test_thresholds_are_derived_from_the_published_errors() -> None:
     assert min(ERRORS_OF_MISTAKES.values()) > THRESHOLDS["fp32"].relative_l2
 
 
+@pytest.fixture
+def drawn_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are drawn once and not saved, which takes longer; for tests that are not about the files."""
+
+    def draw(figure: Any, directory: Path, name: str) -> str:
+        figure.set_dpi(20)
+        figure.canvas.draw()
+        return ""
+
+    monkeypatch.setattr("esm_packed.reports.page._save_figure", draw)
+
+
+@pytest.mark.usefixtures("drawn_only")
 def test_what_is_not_finite_is_null_and_shown(tmp_path: Path) -> None:
     checkpoint = stress_checkpoint(ESM2Config(2, 96, 4), peak=2e5)
     validation = validate(lambda: checkpoint, IDS[1:5], PROTEINS[1:5], replace(SETTINGS, modes=("fp16",)))
@@ -535,6 +549,7 @@ def test_what_is_not_finite_is_null_and_shown(tmp_path: Path) -> None:
     assert "overflows" in page.read_text() and "recomputes them in FP32" in page.read_text()
 
 
+@pytest.mark.usefixtures("drawn_only")
 def test_a_single_protein_has_no_ranks(tmp_path: Path, stress: Checkpoint) -> None:
     validation = validate(lambda: stress, IDS[:1], PROTEINS[:1], replace(SETTINGS, modes=("fp32",)))
     assert validation.paths[0].top1 is None

@@ -34,7 +34,8 @@ from esm_packed.runners.watch.console import Console
 CONFIG = ESM2Config(num_layers=1, hidden_size=64, num_heads=2)
 GPU = "NVIDIA H200 (test)"
 TRITON = importlib.metadata.version("triton") if importlib.util.find_spec("triton") else "none"
-FACTS = {"gpu": GPU, "tokens": 40, "triton": TRITON}
+TOKENS = 12
+FACTS = {"gpu": GPU, "tokens": TOKENS, "triton": TRITON}
 QUIET = Console(quiet=True)
 
 
@@ -74,7 +75,7 @@ def configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def problem_of(kernel: str, device: torch.device, precision: str = "fp16") -> TuningProblem:
-    found = problems([CONFIG], [PRECISIONS[precision]], 40, device)
+    found = problems([CONFIG], [PRECISIONS[precision]], TOKENS, device)
     return next(problem for problem in found if problem.key.startswith(f"{kernel}/"))
 
 
@@ -84,7 +85,7 @@ def search(problem: TuningProblem, tuned: dict[str, Settings], timer: Timer) -> 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "fp32", "tf32"])
 def test_every_kernel_of_a_precision_is_searched(precision: str, triton_device: torch.device) -> None:
-    keys = [problem.key for problem in problems([CONFIG], [PRECISIONS[precision]], 40, triton_device)]
+    keys = [problem.key for problem in problems([CONFIG], [PRECISIONS[precision]], TOKENS, triton_device)]
     half = precision in ("fp16", "bf16")
     expected = {
         "embed_tokens", "layer_norm", "add_layer_norm_", "rotary_qk_", "bias_gelu_",
@@ -116,7 +117,7 @@ def test_inputs_suit_their_kernel(
 ) -> None:
     work = [
         replace(problem, candidates=problem.candidates[:1])
-        for problem in problems([CONFIG], [PRECISIONS[precision]], 40, triton_device)
+        for problem in problems([CONFIG], [PRECISIONS[precision]], TOKENS, triton_device)
     ]
     timer = FakeTimer(lambda settings: 1.0 if settings in [p.candidates[-1] for p in work] else 2.0)
     waited: list[int] = []
@@ -135,7 +136,7 @@ def test_inputs_suit_their_kernel(
 def test_models_and_modes_that_share_a_kernel_tune_it_once(triton_device: torch.device) -> None:
     wide = ESM2Config(num_layers=1, hidden_size=128, num_heads=4)
     modes = [PRECISIONS[name] for name in ("fp16", "fp32", "tf32")]
-    keys = [problem.key for problem in problems([CONFIG, wide], modes, 40, triton_device)]
+    keys = [problem.key for problem in problems([CONFIG, wide], modes, TOKENS, triton_device)]
     assert len(keys) == len(set(keys))
     assert [key for key in keys if key.startswith("packed_attention/")] == [
         "packed_attention/32/float16",
@@ -153,7 +154,9 @@ def test_gpus_before_sm_80_tune_what_they_run(
 ) -> None:
     """There attention is SDPA's, and fc1 is never fused."""
     monkeypatch.setattr(launch, "capability", lambda device: 75)
-    names = {problem.case.name for problem in problems([CONFIG], [PRECISIONS[precision]], 40, triton_device)}
+    names = {
+        problem.case.name for problem in problems([CONFIG], [PRECISIONS[precision]], TOKENS, triton_device)
+    }
     assert names == {
         "embed_tokens", "layer_norm", "add_layer_norm_", "rotary_qk_", "bias_gelu_",
         "segment_mean", "segment_max"
@@ -238,7 +241,7 @@ def test_in_place_kernels_begin_every_timing_with_fresh_buffers(
     sizes = []
     tune.search(problem, tuned, timer, lambda num_bytes: sizes.append(num_bytes) or 3)  # type: ignore[func-returns-value]
     # FP16 delta, weight, bias and result, FP32 residual.
-    assert sizes == [40 * 64 * (2 + 4 + 2) + 2 * 64 * 2]
+    assert sizes == [TOKENS * 64 * (2 + 4 + 2) + 2 * 64 * 2]
     assert len({buffer["residual"].data_ptr() for buffer in made}) == 4
 
 
@@ -349,7 +352,7 @@ def test_a_failed_write_leaves_the_old_file(configs: Path, monkeypatch: pytest.M
 def test_the_time_limit_ends_the_search_between_kernels(
     triton_device: torch.device, tuned: dict[str, Settings], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    work = problems([CONFIG], [PRECISIONS["fp16"]], 40, triton_device)
+    work = problems([CONFIG], [PRECISIONS["fp16"]], TOKENS, triton_device)
     work = [replace(problem, candidates=[]) for problem in work]
     timer, saved = FakeTimer(lambda settings: 1.0), list[Outcome]()
     outcomes = tune.search_all(work, tuned, timer, lambda _: 1, saved.append, Console(), time_limit=0)
@@ -365,7 +368,7 @@ def test_a_kernel_too_large_for_the_memory_is_left_out(
     def exhausted() -> Arguments:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    first, second = problems([CONFIG], [PRECISIONS["fp16"]], 40, triton_device)[:2]
+    first, second = problems([CONFIG], [PRECISIONS["fp16"]], TOKENS, triton_device)[:2]
     work = [replace(first, arguments=exhausted), replace(second, candidates=[])]
     timer = FakeTimer(lambda settings: 1.0)
     outcomes = tune.search_all(work, tuned, timer, lambda _: 1, lambda outcome: None, Console())
