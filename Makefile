@@ -27,7 +27,7 @@ embed: $(VENV)/embed.stamp
 	@echo "A real model:        make embed FASTA=your.fasta MODEL=esm2_t33_650M_UR50D OUT=your.h5"
 	@echo "All options:         $(BIN)/esm-packed embed --help"
 
-# What mypy and the documentation read: the folders as they are imported.
+# What mypy and the documentation read: the directories as they are imported.
 tree:
 	rm -rf build/tree
 	mkdir -p build/tree/esm_packed

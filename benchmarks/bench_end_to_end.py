@@ -77,7 +77,7 @@ def checked_output(output: Path, model: Path, sequences: Sequence[str], dtype: s
     bad = nonfinite_indices(rows)
     assert not bad, f"{len(bad)} rows are not finite, such as {bad[:3]}"
     relative_error, allowed = worst_relative_error(rows[indices], truth), MAX_RELATIVE_ERRORS[dtype]
-    assert relative_error <= allowed, f"relative_error to FP64 is {relative_error:.1e}, allowed are {allowed}"
+    assert relative_error <= allowed, f"relative_error to FP64 is {relative_error:.1e}, above {allowed}"
     return {
         "relative_error": relative_error,
         "max_error": float((rows[indices] - truth).abs().max()),

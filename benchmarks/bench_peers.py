@@ -55,7 +55,7 @@ def parameters(config: pytest.Config) -> dict[str, list[Any]]:
     known = PROVIDERS if ON_GPU else PROVIDERS + ON_CPU_ONLY
     if unknown := sorted(set(names or ()) - {name for name, _ in known}):
         choices = ", ".join(dict.fromkeys(name for name, _ in known))
-        raise pytest.UsageError(f"--provider: {unknown[0]!r} is none of {choices}")
+        raise pytest.UsageError(f"--provider: {unknown[0]!r} is not one of {choices}")
     return {
         "model": config.getoption("--model"),
         "workload": config.getoption("--workload") or list(WORKLOADS),

@@ -163,7 +163,7 @@ def check_rows(rows: npt.NDArray[np.float32], model: ESM2, sequences: Sequence[s
     """
     alone = np.array([model.embed([sequence])[0] for sequence in sequences])
     error = worst_relative_error(torch.from_numpy(rows), torch.from_numpy(alone))
-    assert error <= MAX_RELATIVE_ERROR, f"relative error is {error:.1e}, allowed are {MAX_RELATIVE_ERROR}"
+    assert error <= MAX_RELATIVE_ERROR, f"relative error is {error:.1e}, above {MAX_RELATIVE_ERROR}"
     return error
 
 
@@ -264,10 +264,10 @@ def merged_rows(run: Run, shard: int) -> npt.NDArray[np.float32]:
 @pytest.fixture(scope="module")
 def finished(full: bool, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run with all shards finished, of random embeddings; its merged output has been checked."""
-    folder = tmp_path_factory.mktemp("merge")
-    fasta = folder / "proteins.fasta"
+    directory = tmp_path_factory.mktemp("merge")
+    fasta = directory / "proteins.fasta"
     write_fasta(fasta, short_proteins(MERGED_ROWS[full], SHORT_RESIDUES))
-    request = request_for(fasta, folder / "out.h5", "demo")
+    request = request_for(fasta, directory / "out.h5", "demo")
     run = index_and_plan(request, load_checkpoint("demo"), MERGED_CONFIG, "cuda", {})
     made_by = dict.fromkeys(("device", "attention_backend", "versions", "disabled"), "")
     for number in range(run.plan.num_shards):

@@ -40,7 +40,7 @@ def parameters(config: pytest.Config) -> dict[str, list[Any]]:
 
 
 class Folder:
-    """A folder in which every command can run."""
+    """A directory in which every command can run."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

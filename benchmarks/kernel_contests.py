@@ -108,7 +108,7 @@ class Buffers:
         errors = relative_errors(self.case.results(function, self.case.copied(self.arguments[0])), self.truth)
         worst = max(errors.values())
         allowed = self.case.max_error or MAX_RELATIVE_ERRORS[self.dtype]
-        assert worst <= allowed, f"relative errors {errors}, allowed are {allowed}"
+        assert worst <= allowed, f"relative errors {errors}, above {allowed}"
         return worst
 
 
@@ -126,15 +126,15 @@ _FC1: dict[str, Callable[..., Any]] = {
 def _liger_layer_norm(
     module: Any, hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
 ) -> torch.Tensor:
-    normalised: torch.Tensor = module.layer_norm_forward(hidden_states, weight, bias, eps)[0]
-    return normalised
+    normalized: torch.Tensor = module.layer_norm_forward(hidden_states, weight, bias, eps)[0]
+    return normalized
 
 
 def _flash_attn_layer_norm(
     module: Any, hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
 ) -> torch.Tensor:
-    normalised: torch.Tensor = module.layer_norm_fn(hidden_states, weight, bias, eps=eps)
-    return normalised
+    normalized: torch.Tensor = module.layer_norm_fn(hidden_states, weight, bias, eps=eps)
+    return normalized
 
 
 _RIVALS: dict[tuple[str, str], tuple[str, Callable[..., torch.Tensor]]] = {

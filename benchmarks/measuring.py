@@ -110,7 +110,7 @@ def forward_floor(
 
     All floating-point operations on useful tokens at the measured rate of matrix multiplications, and then
     the bytes that no fusion into these saves at the measured rate of copies: twice in each layer the residual
-    stream and what is added to it are read, their sum is kept, and handed on normalised, all in the dtype of
+    stream and what is added to it are read, their sum is kept, and handed on normalized, all in the dtype of
     the mode; and each pack reads the weights.
 
     Args:

@@ -51,7 +51,7 @@ HALF_TYPES = (torch.float16, torch.bfloat16)
 
 _HOW_TO_INSTALL = {
     "flash_attn": "pip install --no-build-isolation flash-attn",
-    "flash_attn_interface": "build it in the folder hopper of github.com/Dao-AILab/flash-attention",
+    "flash_attn_interface": "build it from the directory hopper of github.com/Dao-AILab/flash-attention",
     "fa3_fwd_interface": "pip install fa3-fwd",
     "flash_attn.cute": "pip install flash-attn-4",
     "triton": "pip install triton (on Linux)",
@@ -60,7 +60,7 @@ _HOW_TO_INSTALL = {
 
 
 class BackendError(UserError, ValueError):
-    """The attention backend asked for cannot serve this device, dtype or head_dim, or is not installed."""
+    """The attention backend is not installed, or does not support this device, dtype or head_dim."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Backend:
 
     Args:
         name: what `--attention` calls it.
-        obstacle: says why it cannot serve (device, dtype, head_dim), or None when it can.
+        obstacle: returns why it does not support (device, dtype, head_dim), or None if it does.
         load: imports what it needs and returns the function for a precision mode.
     """
 
@@ -89,7 +89,7 @@ def sdpa_attention(
     """`scaled_dot_product_attention` on views of the packed tensors, a run of equal lengths in one call.
 
     On a CPU this is faster than padding, a block-diagonal mask, nested tensors and FlexAttention. It reads
-    `cu_seqlens` back from the device, which on a GPU costs one synchronisation per layer.
+    `cu_seqlens` back from the device, which on a GPU costs one synchronization per layer.
     """
     lengths = cu_seqlens.diff().tolist()
     num_heads, head_dim = query.shape[1:]
@@ -181,7 +181,7 @@ def _flash_obstacle(
             return f"head_dim {head_dim} is not a multiple of 8 up to 256"
         major = torch.cuda.get_device_capability(device)[0]
         if major < 8 or (capabilities is not None and major not in capabilities):
-            return f"{torch.cuda.get_device_name(device)} (sm_{major}x) is not served"
+            return f"{torch.cuda.get_device_name(device)} (sm_{major}x) is not supported"
         if module is not None and not _installed(module):
             return f"the module {module} is not installed: {_HOW_TO_INSTALL[module]}"
         return None
@@ -258,7 +258,7 @@ def select_backend(
         The name of the backend chosen, and its function.
 
     Raises:
-        BackendError: `name` is unknown or cannot serve; the message says why and what would.
+        BackendError: `name` is unknown or unavailable; the message gives the reason and the alternatives.
     """
     dtype = precision.dtype
     if name == "auto":
@@ -271,5 +271,5 @@ def select_backend(
     obstacle = BACKENDS[name].obstacle(device, dtype, head_dim)
     if obstacle is not None:
         serving = [other for other in BACKENDS if BACKENDS[other].obstacle(device, dtype, head_dim) is None]
-        raise BackendError(f"attention {name!r} cannot be used: {obstacle}; these can: {', '.join(serving)}")
+        raise BackendError(f"attention {name!r} is unavailable: {obstacle}; choose from {', '.join(serving)}")
     return name, BACKENDS[name].load(precision)

@@ -15,7 +15,7 @@ DEFAULT_MAX_LENGTH = 1022
 """Residues kept of a protein: what ESM-2 was trained with, as in esm-extract."""
 
 DEFAULT_OVERLAP = 256
-"""Residues that neighbouring windows of a long protein share."""
+"""Residues that neighboring windows of a long protein share."""
 
 SCORING_METHODS = ("masked", "wild-type")
 """How mutants are scored: each site masked in a copy of its own, or all read from one of the wild type."""

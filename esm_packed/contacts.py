@@ -1,7 +1,7 @@
 """Contact prediction from attention maps (Rao et al. 2021, "Transformer protein language models are
 unsupervised structure learners"), of which none is held.
 
-Contacts are a logistic regression on the maps P of all heads h of all layers, each symmetrised, S = P + P^T,
+Contacts are a logistic regression on the maps P of all heads h of all layers, each symmetrized, S = P + P^T,
 and corrected by the average product of its row sums a (Dunn et al. 2008):
 sigmoid(sum_h w_h (S_h - a_h a_h^T / sum(a_h)) + b). So one matrix, sum_h w_h P_h, and the row sums suffice.
 """
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 MOST_PAIRS = 1 << 24
 """Of the tokens of a pack and those of its longest protein, where it has several: 64 MiB of sums in FP32."""
 TILE = 512
-"""Side of the squares in which the matrix is symmetrised in place."""
+"""Side of the squares in which the matrix is symmetrized in place."""
 
 
 def forward(
@@ -73,7 +73,7 @@ def no_contact_head(model_name: str) -> str:
     """Message: why a model has no contacts, and what to do."""
     return (
         f"{model_name} was loaded without contact-regression weights: put the file "
-        "NAME-contact-regression.pt beside NAME.pt"
+        "NAME-contact-regression.pt next to NAME.pt"
     )
 
 

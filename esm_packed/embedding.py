@@ -1,4 +1,4 @@
-"""Proteins in, arrays out: `ESM2.embed`, `contacts`, `attention_maps`, and how they check their arguments."""
+"""`ESM2.embed`, `contacts` and `attention_maps`: from protein sequences to arrays."""
 
 from __future__ import annotations
 
@@ -58,19 +58,19 @@ def embed(
 ) -> list[Embeddings] | dict[int, list[Embeddings]]:
     """Embed proteins.
 
-    What is not finite is computed again in FP32, and is NaN if it is not finite there either.
+    Embeddings that are not finite are recomputed in FP32, and set to NaN if FP32 fails too.
 
     Args:
         sequences: one-letter residues; `<mask>` stands for a masked one. Nothing is truncated, and `-`
-            and `.` are computed as the gap tokens they are in ESM-2's alphabet.
-        layer: 0 to num_layers; negative counts from the last, which is -1. Of a list of layers each is
-            returned, from one pass.
-        per_residue: one row for each residue in place of their mean.
+            and `.` are the gap tokens of ESM-2's alphabet.
+        layer: 0 to num_layers; negative numbers count from the end. A list returns several layers from
+            one pass.
+        per_residue: return one row per residue instead of their mean.
         token_budget: tokens computed together; None for the default of the device.
 
     Returns:
         In the order of `sequences`, (hidden_size,) or (num_residues, hidden_size) FP32 arrays (FP64 in
-        the FP64 mode). Of a list of layers a dict of these, with the numbers in `layer` as its keys.
+        the FP64 mode). For a list of layers, a dict from each number in `layer` to such a list.
 
     Raises:
         ValueError: a sequence is empty or has a character outside the alphabet (the message names it), or
@@ -79,7 +79,7 @@ def embed(
             number or a list of numbers.
 
     Warns:
-        UserWarning: embeddings were not finite; says how many, whose, and what became of them.
+        UserWarning: embeddings were not finite; the message names the sequences and the outcome.
     """
     numbers, is_list = _layer_numbers(layer)
     asked = {number: model.config.resolve_layer(number) for number in numbers}
@@ -111,9 +111,10 @@ def embed(
 
 
 def contacts(model: ESM2, sequences: Sequence[str], *, token_budget: int | None = None) -> list[Embeddings]:
-    """Probability that two residues touch, from the attention maps of all layers (Rao et al. 2021).
+    """Probability that two residues are in contact, from the attention maps of all layers (Rao et al. 2021).
 
-    No map is held. What is not finite is computed again in FP32, and is NaN if it is not finite there either.
+    No attention map is stored. Contacts that are not finite are recomputed in FP32, and set to NaN if FP32
+    fails too.
 
     Args:
         sequences: as for `embed`.
@@ -125,11 +126,11 @@ def contacts(model: ESM2, sequences: Sequence[str], *, token_budget: int | None 
         symmetric.
 
     Raises:
-        CheckpointError: the checkpoint came without its contact-regression file.
+        CheckpointError: the checkpoint has no contact-regression weights.
         ValueError, TypeError: as for `embed`.
 
     Warns:
-        UserWarning: contacts were not finite; says how many, whose, and what became of them.
+        UserWarning: contacts were not finite; the message names the sequences and the outcome.
     """
     check_contact_head(model)
     token_ids = encode_proteins(sequences)
@@ -145,7 +146,7 @@ def contacts(model: ESM2, sequences: Sequence[str], *, token_budget: int | None 
 
 
 def predict_contacts(model: ESM2, sequence: str) -> Embeddings:
-    """As `contacts`, of one protein.
+    """As `contacts`, for one protein.
 
     Args:
         sequence: one-letter residues of one protein.
@@ -154,7 +155,7 @@ def predict_contacts(model: ESM2, sequence: str) -> Embeddings:
         (num_residues, num_residues) FP32 (FP64 in the FP64 mode), symmetric.
 
     Raises:
-        CheckpointError: the checkpoint came without its contact-regression file.
+        CheckpointError: the checkpoint has no contact-regression weights.
         ValueError: the sequence is empty or has a character outside the alphabet.
 
     Warns:
@@ -175,12 +176,12 @@ def attention_maps(
 
     Args:
         sequence: one-letter residues of one protein.
-        layers: 1 to num_layers; negative counts from the last, which is -1. None for all.
-        heads: 0 to num_heads - 1; negative counts from the last. None for all.
+        layers: 1 to num_layers; negative numbers count from the end. None for all.
+        heads: 0 to num_heads - 1; negative numbers count from the end. None for all.
 
     Returns:
-        (layers, heads, num_residues + 2, num_residues + 2) FP32 (FP64 in the FP64 mode), in the order asked
-        for. BOS and EOS are the first and the last row and column, and rows sum to one.
+        (layers, heads, num_residues + 2, num_residues + 2) FP32 (FP64 in the FP64 mode), in the requested
+        order. BOS and EOS are the first and the last row and column, and rows sum to one.
 
     Raises:
         ValueError: there is no such layer or head, the sequence is empty, or it has a character outside the
@@ -329,7 +330,7 @@ def encode_proteins(sequences: Sequence[str]) -> list[npt.NDArray[np.uint8]]:
     """Token ids of the argument `sequences` of a method.
 
     Raises:
-        TypeError: it is no list of strings.
+        TypeError: it is not a list of strings.
         ValueError: one is empty, or has a character outside the alphabet.
     """
     if isinstance(sequences, (str, bytes)):

@@ -53,12 +53,12 @@ def whole_or_nothing(path: Path, scratch: Path | None = None, *, overwrite: bool
 
     Args:
         path: the file to make.
-        scratch: a folder on the same file system for the unfinished file; None for that of `path`.
+        scratch: a directory on the same file system for the unfinished file; None for that of `path`.
         overwrite: replace a file that is there by then; without it another run's output is never lost.
 
     Raises:
         FileExistsError: `path` has come to exist meanwhile and may not be replaced.
-        OSError: a folder cannot be written to, or the file system fails while data are flushed.
+        OSError: a directory cannot be written to, or the file system fails while data are flushed.
     """
     unfinished = f"{path.name}.{secrets.token_hex(4)}"
     temporary = scratch / unfinished if scratch is not None else path.with_name(f".{unfinished}")
@@ -69,7 +69,7 @@ def whole_or_nothing(path: Path, scratch: Path | None = None, *, overwrite: bool
             temporary.replace(path)
         else:
             _move_to_new(temporary, path)
-        with suppress(OSError):  # the file itself is safe, and not every file system can flush a folder
+        with suppress(OSError):  # the file itself is safe, and not every file system can flush a directory
             sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
@@ -87,7 +87,7 @@ def _move_to_new(source: Path, target: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file or folder is on disk."""
+    """Wait until a file or directory is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

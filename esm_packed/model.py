@@ -48,7 +48,7 @@ class PackedOutput:
     """Output of `ESM2.forward_packed`.
 
     Args:
-        representations: layer to (total_tokens, hidden_size); 0 is the embedding, the last is normalised.
+        representations: layer to (total_tokens, hidden_size); 0 is the embedding, the last is normalized.
         logits: (total_tokens, vocab_size), or None when not asked for.
 
     Of a batch with `rows`, logits and the last layer are of these tokens alone.
@@ -78,7 +78,7 @@ class Layer(nn.Module):
 
 
 class ESM2(nn.Module):
-    """ESM-2, computing in one precision on one device. Made by `ESM2.from_pretrained`.
+    """ESM-2, computing in one precision on one device. Created by `ESM2.from_pretrained`.
 
     Args:
         config: shape of the model.
@@ -136,10 +136,10 @@ class ESM2(nn.Module):
             attention: attention backend, one of `attention.BACKENDS`, or `auto`.
 
         Raises:
-            CheckpointError: the checkpoint is missing, damaged or no ESM-2.
-            BackendError: the attention backend cannot serve this device, dtype and head_dim.
+            CheckpointError: the checkpoint is missing, damaged or not an ESM-2.
+            BackendError: the attention backend does not support this device, dtype and head_dim.
             TypeError: `device` is neither a name nor a `torch.device`.
-            ValueError: the device or the precision mode is unknown or not to be had here.
+            ValueError: the device or the precision mode is unknown or unavailable.
         """
         device = resolve_device(device)
         precision = resolve_precision(dtype, device)
@@ -235,7 +235,7 @@ class ESM2(nn.Module):
 
         Raises:
             ValueError: a tensor has the wrong shape, dtype or device, a layer does not exist, or logits are
-                asked of a checkpoint without a language-model head.
+                requested from a checkpoint without a language-model head.
         """
         batch = PackedBatch(input_ids, cu_seqlens, max_seqlen)
         output: PackedOutput = self(batch, repr_layers, return_logits)
@@ -250,7 +250,7 @@ class ESM2(nn.Module):
         """As `forward_packed`, for a batch in one piece; forward hooks see it.
 
         Raises:
-            TypeError: `batch` is none.
+            TypeError: `batch` is not a `PackedBatch`.
             ValueError: as `forward_packed`; or the batch has rows of another shape, dtype or device.
         """
         if not isinstance(batch, PackedBatch):
@@ -313,7 +313,7 @@ class ESM2(nn.Module):
     ) -> dict[str, torch.Tensor]:
         """Outputs of each sequence, such as the mean embedding of the last layer of 33, `mean/33`.
 
-        What overflows is returned as it is: looking for it would wait for the device, and `embed` does that.
+        Unlike `embed`, which waits for the device, this does not check for values that overflow.
 
         Args:
             batch: the sequences, on the model's device.
@@ -324,7 +324,7 @@ class ESM2(nn.Module):
             See `readout.kept_outputs`; on the model's device.
 
         Raises:
-            CheckpointError: contacts are asked of a checkpoint without its contact-regression file.
+            CheckpointError: contacts are requested, but the checkpoint has no contact-regression weights.
         """
         layers = sorted({layer for name in names if (layer := layer_of(name)) is not None})
         contacts: list[torch.Tensor] = []
@@ -349,13 +349,13 @@ class ESM2(nn.Module):
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call,no-any-return]
 
     def train(self, mode: bool = True) -> ESM2:
-        """Refused: the kernels record no gradients."""
+        """Not supported: the kernels record no gradients."""
         if mode:
             _refuse_training()
         return super().train(mode)
 
     def requires_grad_(self, requires_grad: bool = True) -> ESM2:
-        """Refused: the kernels record no gradients."""
+        """Not supported: the kernels record no gradients."""
         if requires_grad:
             _refuse_training()
         return super().requires_grad_(requires_grad)

@@ -67,11 +67,11 @@ class LayerNorm(nn.LayerNorm):
         super().__init__(hidden_size, LAYER_NORM_EPS, dtype=dtype)
 
     def forward(self, hidden_states: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """Normalise (total_tokens, hidden_size) rows.
+        """Normalize (total_tokens, hidden_size) rows.
 
         Args:
             hidden_states: the rows, or what is added to `residual`.
-            residual: the residual stream, modified: `hidden_states` is added, and the sum is normalised.
+            residual: the residual stream, modified: `hidden_states` is added, and the sum is normalized.
 
         Returns:
             (total_tokens, hidden_size) in the dtype of the weights.

@@ -59,8 +59,8 @@ class WildType:
 
         Raises:
             NumberingError: the protein has no such residue, or another one there.
-            ValueError: it is not written as `A24G:K30R`, a residue is none of the 20 amino acids, or a site
-                appears twice.
+            ValueError: it is not written as `A24G:K30R`, a residue is not one of the 20 amino acids, or
+                a site appears twice.
         """
         known = self._known
         found = [known.get(part) or self._substitution(part.strip()) for part in text.split(":")]
@@ -75,13 +75,13 @@ class WildType:
         """The mutant whose residues are `sequence`.
 
         Raises:
-            ValueError: it is not as long as the protein, or has a residue in place of another of which one is
-                none of the 20 amino acids.
+            ValueError: it is not as long as the protein, or one of the residues that differ is not one of the
+                20 amino acids.
         """
         token_ids = encode(sequence)
         if len(token_ids) != len(self._token_ids):
             raise ValueError(
-                f"{len(token_ids)} residues, where the protein has {len(self._token_ids)}: "
+                f"{len(token_ids)} residues, but the protein has {len(self._token_ids)}: "
                 "only substitutions are scored"
             )
         sites = np.flatnonzero(token_ids != self._token_ids)
@@ -130,4 +130,4 @@ def _shorten(text: str) -> str:
 
 
 def _no_amino_acid(letter: str) -> str:
-    return f"{letter} is none of the 20 amino acids {''.join(sorted(AMINO_ACIDS))}"
+    return f"{letter} is not one of the 20 amino acids {''.join(sorted(AMINO_ACIDS))}"

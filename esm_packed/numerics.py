@@ -79,7 +79,7 @@ def resolve_device(name: str | torch.device) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"device {str(name)!r} is none of auto, cpu, cuda, cuda:INDEX") from None
+        raise ValueError(f"device {str(name)!r} is not one of auto, cpu, cuda, cuda:INDEX") from None
     if device.type == "cpu":
         return torch.device("cpu")
     if device.type != "cuda":
@@ -103,7 +103,7 @@ def resolve_precision(name: DType | None, device: torch.device) -> Precision:
         device: what it is to run on.
 
     Raises:
-        ValueError: unknown mode, or TF32 asked of a device without it.
+        ValueError: unknown mode, or TF32 on a device without it.
     """
     if name is None:
         name = "fp16" if device.type == "cuda" else "fp32"

@@ -183,7 +183,7 @@ def check_packed(batch: PackedBatch, device: torch.device) -> None:
         lengths = cu_seqlens.diff()
         if cu_seqlens[0] != 0 or cu_seqlens[-1] != input_ids.numel() or lengths.min() < 0:
             raise ValueError(
-                f"cu_seqlens must rise from 0 to {input_ids.numel()} tokens, got {cu_seqlens.tolist()}"
+                f"cu_seqlens must increase from 0 to {input_ids.numel()} tokens, got {cu_seqlens.tolist()}"
             )
         if lengths.max() > max_seqlen:
             raise ValueError(f"max_seqlen = {max_seqlen}, but a sequence has {int(lengths.max())} tokens")
@@ -226,7 +226,7 @@ def plan_packs(lengths: npt.ArrayLike, token_budget: int) -> list[npt.NDArray[np
     """Distribute sequences over packs by first-fit decreasing.
 
     Sequences are taken longest first (ties in input order); each goes into the first pack it fits into.
-    Equal lengths are placed together: one vectorised pass over the open packs for each distinct length gives
+    Equal lengths are placed together: one vectorized pass over the open packs for each distinct length gives
     exactly what placing them one by one would (Johnson 1973, "Near-optimal bin packing algorithms").
 
     Args:

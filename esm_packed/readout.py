@@ -42,7 +42,7 @@ def kept_outputs(
         By name: (num_sequences, columns) FP32 (FP64 for FP64), (total_tokens, columns) rows of all tokens,
         BOS, EOS and padding included, or (total_pairs, 1) of the sequences one after the other, each as
         `upper_triangle` gives it. Log-probabilities are (num_rows, 20) FP32 (FP64 for FP64) of `batch.rows`,
-        in nats, normalised over all 33 tokens. With ragged ones also `FINITE`, (num_sequences,) bool.
+        in nats, normalized over all 33 tokens. With ragged ones also `FINITE`, (num_sequences,) bool.
     """
     kept, finite = {}, []
     for name in names:

@@ -58,11 +58,11 @@ class Rescue:
                         rows[name][...] = in_fp32
                 if is_finite(rows):
                     return True, f"{reason}; recomputed in fp32"
-                reason += ", nor is that in fp32"
+                reason += ", nor in fp32"
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            reason += ", and there is too little memory to compute it in fp32"
+            reason += ", and there is not enough memory to compute it in fp32"
         for row in rows.values():
             row[...] = math.nan
         return False, reason

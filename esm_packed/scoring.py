@@ -2,11 +2,11 @@
 
 The score of a substitution is log p(mutant) - log p(wild type) at its site, in nats, and that of a mutant is
 the sum over its sites (Meier et al. 2021, "Language models enable zero-shot prediction of the effects of
-mutations on protein function"). By the method `masked` a site is replaced by `<mask>` in a copy of the
-protein of its own; by `wild-type` all sites are read from one copy without masks. Probabilities are those of
-the softmax over all 33 tokens; a site whose residue is none of the 20 amino acids has no score.
+mutations on protein function"). With the method `masked` each site is masked in a separate copy of the
+protein; with `wild-type` all sites are read from one copy without masks. Probabilities are those of
+the softmax over all 33 tokens; a site whose residue is not one of the 20 amino acids has no score.
 
-A protein longer than a window is not computed whole. A masked site is computed in the window centred on it,
+A protein longer than a window is not computed whole. A masked site is computed in the window centered on it,
 as far as the ends of the protein allow: ProteinGym's `optimal` window, but that cuts tokens, and here each
 window has BOS and EOS. For `wild-type` windows begin every half window, and each site is read from the one in
 which it is most central.
@@ -92,7 +92,7 @@ class PseudoLikelihood(NamedTuple):
 
 
 def optimal_window(length: int, site: int, size: int) -> tuple[int, int]:
-    """First residue of the window centred on `site`, within a protein of `length`, and the one behind it."""
+    """First residue of the window centered on `site`, within a protein of `length`, and the one behind it."""
     start = max(0, min(site - size // 2, length - size))
     return start, min(start + size, length)
 
@@ -144,8 +144,8 @@ def plan_queries(
 def _windows_of_sites(length: int, sites: npt.NDArray[np.int64], window: int) -> list[Query]:
     starts = np.array(Windows(window, window // 2).starts(length))
     size = min(window, length)
-    off_centre = np.abs(2 * (sites[:, None] - starts) - (size - 1))
-    nearest = starts[off_centre.argmin(1)]
+    off_center = np.abs(2 * (sites[:, None] - starts) - (size - 1))
+    nearest = starts[off_center.argmin(1)]
     return [
         Query(start, start + size, tuple(sites[nearest == start].tolist()), False)
         for start in np.unique(nearest).tolist()
@@ -159,7 +159,7 @@ def check_method(method: str, *, joint: bool) -> None:
         ValueError: there is no such method, or it cannot be joint.
     """
     if method not in SCORING_METHODS:
-        raise ValueError(f"method {method!r} is none of {', '.join(SCORING_METHODS)}")
+        raise ValueError(f"method {method!r} is not one of {', '.join(SCORING_METHODS)}")
     if joint and method != "masked":
         raise ValueError(f"joint masks the sites of a mutant together; the method {method} masks none")
 
@@ -239,29 +239,29 @@ def score(
 ) -> LogProbabilities | list[LogProbabilities]:
     """Score mutants: log p(mutant) - log p(wild type), summed over their sites, in nats.
 
-    What is not finite is computed again in FP32, and is NaN if it is not finite there either.
+    Scores that are not finite are recomputed in FP32, and set to NaN if FP32 fails too.
 
     Args:
         sequences: a protein, or a list of them.
-        mutations: mutants of the protein, such as `["A24G", "A24G:K30R"]`; of a list of proteins a list for
-            each.
+        mutations: mutants of the protein, such as `["A24G", "A24G:K30R"]`; for a list of proteins, one such
+            list for each.
         method: `masked` or `wild-type`.
-        joint: mask all sites of a mutant together, in place of one at a time.
+        joint: mask all sites of a mutant together instead of one at a time.
         offset: number of the first residue of each protein.
-        window: longer proteins are computed in windows of so many residues.
+        window: longer proteins are computed in windows of this many residues.
         token_budget: tokens computed together; None for the default of the device.
 
     Returns:
-        (num_mutants,) FP32 (FP64 in the FP64 mode); of a list of proteins a list of these.
+        (num_mutants,) FP32 (FP64 in the FP64 mode); for a list of proteins, a list of these.
 
     Raises:
-        ValueError: a mutant does not fit its protein (the message says which and why), a sequence is empty
-            or has a character outside the alphabet, an argument has none of its values, or the checkpoint has
-            no language-model head.
+        ValueError: a mutant does not match its protein (the message says which and why), a sequence is
+            empty or has a character outside the alphabet, an argument has an invalid value, or the checkpoint
+            has no language-model head.
         TypeError: a sequence or a mutant is not a string, or there is no list of mutants for each protein.
 
     Warns:
-        UserWarning: scores were not finite; says whose, and what became of them.
+        UserWarning: scores were not finite; the message names the sequences and the outcome.
     """
     check_method(method, joint=joint)
     if isinstance(sequences, str):
@@ -335,7 +335,7 @@ def log_probabilities(
 
     Returns:
         In the order of `sequences`, (num_residues, 20) FP32 (FP64 in the FP64 mode) in nats, in the order of
-        `alphabet.AMINO_ACIDS`; normalised over all 33 tokens, so that a row sums to nearly one.
+        `alphabet.AMINO_ACIDS`; normalized over all 33 tokens, so that a row sums to nearly one.
 
     Raises, warns: as `score`.
     """
@@ -356,10 +356,10 @@ def pseudo_log_likelihood(
     window: int = DEFAULT_WINDOW,
     token_budget: int | None = None,
 ) -> list[PseudoLikelihood]:
-    """How probable the model finds each protein: log p(residue), each masked in turn, summed up.
+    """Pseudo-log-likelihood of each protein: the sum of log p(residue), each residue masked in turn.
 
     Args:
-        sequences: as for `embed`; residues that are none of the 20 amino acids are not scored.
+        sequences: as for `embed`; residues other than the 20 amino acids are not scored.
         window, token_budget: as for `score`.
 
     Raises, warns: as `score`.

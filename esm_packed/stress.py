@@ -74,7 +74,7 @@ class StressTensors(RandomTensors):
 def seeded_kind(checkpoint: Checkpoint) -> str | None:
     """`random` or `stress` for untrained weights, also when they come from a file; else None.
 
-    Seeds 0 to 99 are recognised by a tensor that both recipes share.
+    Seeds 0 to 99 are recognized by a tensor that both recipes share.
     """
     tensors, config = checkpoint.tensors, checkpoint.config
     for seed in range(_SEEDS_RECOGNISED):

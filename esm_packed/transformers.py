@@ -37,7 +37,7 @@ _INSTEAD = {
     "labels": "the model is for inference only and computes no loss; train with transformers, whose "
     "checkpoints it reads",
     "inputs_embeds": "only tokens are embedded; pass input_ids",
-    "position_ids": "positions count from the first token of each row; leave them out",
+    "position_ids": "positions count from the first token of each row; omit them",
     "encoder_hidden_states": "there is no cross-attention; leave them out",
     "encoder_attention_mask": "there is no cross-attention; leave it out",
     "device_map": "pass device, such as 'auto' or 'cuda:0'",
@@ -61,7 +61,7 @@ class _Padded(NamedTuple):
 
 
 class _PackedModel(nn.Module):
-    """`esm2` behind the interface of transformers' models. Made by `from_pretrained`.
+    """`esm2` behind the interface of transformers' models. Created by `from_pretrained`.
 
     Args:
         esm2: computes.
@@ -95,19 +95,19 @@ class _PackedModel(nn.Module):
             device: `cpu`, `cuda`, `cuda:INDEX`, or `auto` for the first GPU, else the CPU. None is the CPU,
                 as in transformers; `.to` moves the model from there.
             dtype: a dtype such as `torch.float16`, or a mode of `numerics.PRECISIONS`. None and `auto` take
-                that of the folder's `config.json`, else FP32.
+                that of the directory's `config.json`, else FP32.
             torch_dtype: older name of `dtype`.
             add_pooling_layer: of `EsmModel`: whether to load the pooler.
             attention: attention backend, one of `attention.BACKENDS`, or `auto`.
-            unsupported: arguments of transformers, refused with what to do instead.
+            unsupported: arguments of transformers, rejected with an error that names the alternative.
 
         Raises:
             ImportError: transformers is not installed.
-            CheckpointError: the checkpoint is missing, damaged or no ESM-2, or `EsmForMaskedLM` finds no
+            CheckpointError: the checkpoint is missing, damaged or not an ESM-2, or `EsmForMaskedLM` finds no
                 language-model head in it.
-            BackendError: the attention backend cannot serve this device, dtype and head_dim.
+            BackendError: the attention backend does not support this device, dtype and head_dim.
             TypeError: `device` is neither a name nor a `torch.device`, or an argument is unknown.
-            ValueError: the device or the dtype is unknown or not to be had here, or an argument is refused.
+            ValueError: the device or the dtype is unknown or unavailable, or an argument is not supported.
 
         Warns:
             UserWarning: the checkpoint has no pooler, or no rotary frequencies.
@@ -137,12 +137,12 @@ class _PackedModel(nn.Module):
         return self.esm2.device
 
     def train(self, mode: bool = True) -> Self:
-        """Refused: the kernels record no gradients."""
+        """Not supported: the kernels record no gradients."""
         self.esm2.train(mode)
         return super().train(mode)
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
-        """Refused: the kernels record no gradients."""
+        """Not supported: the kernels record no gradients."""
         self.esm2.requires_grad_(requires_grad)
         return self
 
@@ -230,22 +230,22 @@ class EsmModel(_PackedModel):
 
         Args:
             input_ids: (batch, length) integers, on any device.
-            attention_mask: (batch, length), 1 or True for the tokens of each row, which lie side by side,
-                and 0 for the padding before and behind them; None if all are tokens.
+            attention_mask: (batch, length), 1 or True for the tokens of each row, which must be contiguous,
+                and 0 for the padding before and after them; None if all are tokens.
             output_hidden_states: whether to keep every layer; None takes `config.output_hidden_states`.
             return_dict: False for a plain tuple; None takes `config.return_dict`.
-            unsupported: further arguments of transformers, refused with what to do instead.
+            unsupported: further arguments of transformers, rejected with an error that names the alternative.
 
         Returns:
             transformers' BaseModelOutputWithPoolingAndCrossAttentions, in `dtype` on `device`:
             `last_hidden_state` (batch, length, hidden_size); `hidden_states`, num_layers + 1 of these, the
             first being the embedding, the last `last_hidden_state`; `pooler_output` (batch, hidden_size), of
             the first token of each row, None without a pooler. Rows of padding are zero, where transformers
-            has values without meaning. What overflows in a half type is returned as it is.
+            has meaningless values. Values that overflow in a half type are returned unchanged.
 
         Raises:
             ValueError: a tensor has the wrong shape or values, a row has no token or padding between its
-                tokens, or an argument is refused.
+                tokens, or an argument is not supported.
             TypeError: an argument is unknown.
         """
         _refuse(unsupported)
@@ -383,7 +383,7 @@ def unpad(
             raise ValueError("attention_mask must hold 1 for tokens and 0 for padding, and nothing else")
     lengths = is_token.sum(1)
     if not lengths.all():
-        raise ValueError(f"attention_mask: row {lengths.argmin()} has no token; leave the row out")
+        raise ValueError(f"attention_mask: row {lengths.argmin()} has no token; remove the row")
     first = is_token.argmax(1)
     last = token_ids.shape[1] - is_token[:, ::-1].argmax(1)
     if (holes := last - first != lengths).any():
@@ -404,7 +404,7 @@ def _refuse(arguments: Mapping[str, Any]) -> None:
 
 
 def _config_of(checkpoint: Checkpoint) -> Any:
-    """EsmConfig of a checkpoint's folder, or one built from its shape if it is not a folder."""
+    """EsmConfig of a checkpoint's directory, or one built from its shape if it is not a directory."""
     if Path(checkpoint.source).is_dir():
         return _transformers().EsmConfig.from_pretrained(checkpoint.source)
     return esm_config(checkpoint.config)

@@ -18,7 +18,7 @@ class Windows(NamedTuple):
 
     Windows begin every `size - overlap` residues, and the last one ends with the protein, so that all are of
     one size. A residue in several windows is their weighted mean: the weight of a window is 1 and falls
-    linearly, over `overlap` residues, towards an end that is not the protein's.
+    linearly, over `overlap` residues, toward an end that is not the protein's.
 
     Args:
         size: residues in a window.

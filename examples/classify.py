@@ -4,7 +4,7 @@
 
 Every protein is predicted by a logistic regression that was fitted to all others (leave-one-out). Two
 baselines show what the score is worth: residue frequencies in place of embeddings, and always the most
-frequent class. With your own proteins hold out whole families together, or homologues give the answer
+frequent class. With your own proteins hold out whole families together, or homologs give the answer
 away: the bundled ones include two chains of hemoglobin and myoglobin. Needs scikit-learn.
 """
 

@@ -20,32 +20,32 @@ import esm_packed
 
 def principal_components(rows: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """(n, 2) coordinates of (n, hidden_size) rows."""
-    centred = rows - rows.mean(0)
-    _, _, directions = np.linalg.svd(centred, full_matrices=False)
-    return centred @ directions[:2].T
+    centered = rows - rows.mean(0)
+    _, _, directions = np.linalg.svd(centered, full_matrices=False)
+    return centered @ directions[:2].T
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Embed proteins and draw them.")
     parser.add_argument("fasta", type=Path)
     parser.add_argument("--model", default="demo")
-    parser.add_argument("--table", type=Path, help="tab-separated: ID, and what to colour by")
+    parser.add_argument("--table", type=Path, help="tab-separated: ID, and what to color by")
     parser.add_argument("-o", "--output", type=Path, default=Path("map.png"))
     options = parser.parse_args()
 
     # The output stays; a second run of this script opens it again.
     with esm_packed.embed_file(options.fasta, options.output.with_suffix(".h5"), model=options.model) as file:
         ids, rows = list(file.ids), file[:]
-    colours = dict.fromkeys(ids, "protein")
+    colors = dict.fromkeys(ids, "protein")
     if options.table:
         with options.table.open() as table:
-            colours |= {name: value for name, value in csv.reader(table, delimiter="\t") if name in colours}
+            colors |= {name: value for name, value in csv.reader(table, delimiter="\t") if name in colors}
 
     points = principal_components(rows)
     figure = Figure(figsize=(6, 5), layout="constrained")
     axes = figure.subplots()
-    for value in sorted(set(colours.values())):
-        chosen = np.array([colours[name] == value for name in ids])
+    for value in sorted(set(colors.values())):
+        chosen = np.array([colors[name] == value for name in ids])
         axes.scatter(*points[chosen].T, s=18, label=value)
     for name, point in zip(ids, points, strict=True):
         axes.annotate(name, point, fontsize=5, xytext=(3, 3), textcoords="offset points")

@@ -2,7 +2,7 @@
 
     python examples/train_demo.py FASTA [FASTA ...] --held-out HELD_OUT.fasta -o esm_packed/demo --minutes 36
 
-Masked-language modelling as in ESM-2: 15% of the residues are chosen, of which 80% become `<mask>`, 10% a
+Masked-language modeling as in ESM-2: 15% of the residues are chosen, of which 80% become `<mask>`, 10% a
 random residue and 10% stay. The exponential moving average of the weights, rounded to FP16, is what is
 evaluated and stored, in the layout of fair-esm's checkpoints. Needs `pip install fair-esm==2.0.0`.
 """

@@ -159,7 +159,7 @@ def packed_attention(
     if not softmax_scale > 0:
         raise ValueError(f"softmax_scale must be above 0, got {softmax_scale}")
     if input_precision not in ("ieee", "tf32", "tf32x3"):
-        raise ValueError(f"input_precision {input_precision!r} is none of 'ieee', 'tf32', 'tf32x3'")
+        raise ValueError(f"input_precision {input_precision!r} is not one of 'ieee', 'tf32', 'tf32x3'")
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     kernel = "packed_attention"
     if query.dtype == torch.float32 and input_precision != "ieee":

@@ -50,7 +50,7 @@ def operation(
     """
     name = eager.__name__
     if name in _operations:
-        # transformers imports this folder a second time, as `kernels`, where the repository is on sys.path.
+        # transformers imports this directory again, as `kernels`, if the repository is on sys.path.
         # Registering an operation again would remove the one in use.
         existing: Callable[P, R] = _operations[name]
         return existing

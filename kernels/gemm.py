@@ -62,7 +62,7 @@ def _gemm_bias_gelu_kernel(
     num_column_tiles: tl.constexpr = (OUT_FEATURES + BLOCK_N - 1) // BLOCK_N
     tiles_per_group: tl.constexpr = GROUP_M * num_column_tiles
     for tile in tl.range(tl.program_id(0), num_row_tiles * num_column_tiles, NUM_PROGRAMS, flatten=FLATTEN):
-        # Neighbouring programs take GROUP_M row tiles of one column tile, so that weights are read from L2.
+        # Neighboring programs take GROUP_M row tiles of one column tile, so that weights are read from L2.
         group = tile // tiles_per_group
         rows_in_group = tl.minimum(num_row_tiles - group * GROUP_M, GROUP_M)
         row = (group * GROUP_M + (tile % tiles_per_group) % rows_in_group) * BLOCK_M

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-CONFIG_FOLDER = Path(__file__).parent / "configs"
-"""Folder with a JSON file for each tuned GPU."""
+CONFIG_DIRECTORY = Path(__file__).parent / "configs"
+"""Directory with a JSON file for each tuned GPU."""
 
 Settings = dict[str, int]
 """Block sizes and other compile-time values of one launch, `num_warps` and `num_stages`."""
@@ -24,7 +24,7 @@ Settings = dict[str, int]
 
 def config_path(gpu_name: str) -> Path:
     """Path of the tuned settings of the GPU named `gpu_name`."""
-    return CONFIG_FOLDER / f"{re.sub(r'[^A-Za-z0-9]+', '-', gpu_name).strip('-')}.json"
+    return CONFIG_DIRECTORY / f"{re.sub(r'[^A-Za-z0-9]+', '-', gpu_name).strip('-')}.json"
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -41,12 +41,12 @@ def _layer_norm_kernel(
         tl.store(residual_ptr + offset, value.to(residual_ptr.dtype.element_ty), mask=mask)
 
     mean = tl.sum(value, axis=1) / HIDDEN_SIZE
-    centred = tl.where(in_row, value - mean[:, None], 0.0)
-    variance = tl.sum(centred * centred, axis=1) / HIDDEN_SIZE
+    centered = tl.where(in_row, value - mean[:, None], 0.0)
+    variance = tl.sum(centered * centered, axis=1) / HIDDEN_SIZE
     weight = tl.load(weight_ptr + dim, mask=in_row, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + dim, mask=in_row, other=0.0).to(tl.float32)
-    normalised = centred * tl.rsqrt(variance + eps)[:, None] * weight + bias
-    tl.store(out_ptr + offset, normalised.to(out_ptr.dtype.element_ty), mask=mask)
+    normalized = centered * tl.rsqrt(variance + eps)[:, None] * weight + bias
+    tl.store(out_ptr + offset, normalized.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def layer_norm(

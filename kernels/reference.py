@@ -115,8 +115,8 @@ def layer_norm(
     if hidden_states.dtype == weight.dtype:
         return F.layer_norm(hidden_states, weight.shape, weight, bias, eps)
     dtype = statistics_dtype(hidden_states.dtype)
-    normalised = F.layer_norm(hidden_states.to(dtype), weight.shape, weight.to(dtype), bias.to(dtype), eps)
-    return normalised.to(weight.dtype)
+    normalized = F.layer_norm(hidden_states.to(dtype), weight.shape, weight.to(dtype), bias.to(dtype), eps)
+    return normalized.to(weight.dtype)
 
 
 def add_layer_norm_(

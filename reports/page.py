@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 OKABE_ITO = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#000000")
-"""Colours that colour-blind readers can tell apart (Okabe and Ito 2008, "Color Universal Design")."""
+"""Colors that color-blind readers can tell apart (Okabe and Ito 2008, "Color Universal Design")."""
 
 PICTURES = (".png", ".svg", ".pdf")
 """File name extensions of pictures."""
@@ -61,9 +61,9 @@ _SHORT_CHARACTERS = 14
 """Text up to this length stays on one line, longer text has room for several words."""
 
 
-def figure_files(folder: Path) -> list[Path]:
-    """Figures in `folder`, which a report written there may replace."""
-    return sorted(path for path in folder.glob("*") if path.suffix in (".png", ".svg"))
+def figure_files(directory: Path) -> list[Path]:
+    """Figures in `directory`, which a report written there may replace."""
+    return sorted(path for path in directory.glob("*") if path.suffix in (".png", ".svg"))
 
 
 class ReportError(UserError, ValueError):
@@ -74,7 +74,7 @@ class Badge(str):
     """A table cell shown as a badge: `passed`, `FAILED` or `not run`."""
 
     def html(self) -> str:
-        """As an HTML element, coloured where it is a verdict."""
+        """As an HTML element, colored where it is a verdict."""
         return f'<span class="badge badge-{self.replace(" ", "-")}">{html.escape(self)}</span>'
 
 
@@ -197,13 +197,13 @@ class Section:
     parts: Sequence[Part]
 
 
-def write_page(title: str, sections: Iterable[Section], folder: Path, name: str) -> Path:
-    """Write a page as a self-contained `name.html`, and as `name.md` with its figures in the same folder.
+def write_page(title: str, sections: Iterable[Section], directory: Path, name: str) -> Path:
+    """Write a page as a self-contained `name.html`, and as `name.md` with its figures in the same directory.
 
     Args:
         title: plain text.
         sections: from top to bottom.
-        folder: an existing folder; files of these names in it are replaced.
+        directory: an existing directory; files of these names in it are replaced.
         name: of the files.
 
     Returns:
@@ -218,16 +218,16 @@ def write_page(title: str, sections: Iterable[Section], folder: Path, name: str)
             if section.title:
                 body.append(f"<h2>{html.escape(section.title)}</h2>")
                 markdown.append(f"## {section.title}")
-            for as_html, as_markdown in _rendered(section.parts, folder):
+            for as_html, as_markdown in _rendered(section.parts, directory):
                 body.append(as_html)
                 markdown.append(as_markdown)
-    page = folder / f"{name}.html"
+    page = directory / f"{name}.html"
     page.write_text(page_html(title, "\n".join(body)), encoding="utf-8")
-    (folder / f"{name}.md").write_text("\n\n".join(markdown) + "\n", encoding="utf-8")
+    (directory / f"{name}.md").write_text("\n\n".join(markdown) + "\n", encoding="utf-8")
     return page
 
 
-def _rendered(parts: Sequence[Part], folder: Path) -> Iterator[tuple[str, str]]:
+def _rendered(parts: Sequence[Part], directory: Path) -> Iterator[tuple[str, str]]:
     """Each part that is not empty, as HTML and as Markdown."""
     for part in parts:
         if isinstance(part, Table):
@@ -235,9 +235,9 @@ def _rendered(parts: Sequence[Part], folder: Path) -> Iterator[tuple[str, str]]:
         elif isinstance(part, Notice):
             yield f'<p class="{part.kind}">{html.escape(part.text)}</p>', f"**{part.text}**"
         elif isinstance(part, Drawing):
-            yield _rendered_drawing(part, folder)
+            yield _rendered_drawing(part, directory)
         elif isinstance(part, Folded):
-            inside = list(_rendered(part.parts, folder))
+            inside = list(_rendered(part.parts, directory))
             summary = f"<summary>{html.escape(part.summary)}</summary>"
             body = "\n".join(as_html for as_html, _ in inside)
             # Markdown is read within the element if a blank line follows, or `markdown` asks for it.
@@ -250,12 +250,12 @@ def _rendered(parts: Sequence[Part], folder: Path) -> Iterator[tuple[str, str]]:
             yield f"<p>{html.escape(part)}</p>", part
 
 
-def _rendered_drawing(drawing: Drawing, folder: Path) -> tuple[str, str]:
+def _rendered_drawing(drawing: Drawing, directory: Path) -> tuple[str, str]:
     images, links = [], []
     caption = html.escape(drawing.caption)
     for number, figure in enumerate(drawing.draw(), 1):
         name = drawing.name if number == 1 else f"{drawing.name}-{number}"
-        images.append(f'<img alt="{caption}" src="{_save_figure(figure, folder, name)}">')
+        images.append(f'<img alt="{caption}" src="{_save_figure(figure, directory, name)}">')
         links.append(f"![{drawing.caption}]({name}.png)")
     return f'<div class="panels">{"".join(images)}</div>', "\n\n".join(links)
 
@@ -284,7 +284,7 @@ def check_matplotlib() -> None:
 
 @contextmanager
 def figure_style() -> Iterator[None]:
-    """Context in which figures are drawn, with the colours and sizes that they share."""
+    """Context in which figures are drawn, with the colors and sizes that they share."""
     import matplotlib as mpl
     from cycler import cycler
 

@@ -34,7 +34,7 @@ _FEWEST_COLUMNS = 40
 """Columns of the smallest figure, with room for the title."""
 _TICK_EVERY = 10
 _LIMIT_QUANTILE = 0.99
-"""Quantile of score magnitudes at which the colours saturate, so that outliers do not make the rest pale."""
+"""Quantile of score magnitudes at which the colors saturate, so that outliers do not make the rest pale."""
 _MOST_LETTERED = 2000
 """Residues up to which letters are shown above the cells, and cells are vectors in an SVG or PDF."""
 _DPI, _MOST_PIXELS = 300, 5e7
@@ -98,7 +98,7 @@ def draw(scan: Scan) -> Figure:
     finite = np.abs(scores[np.isfinite(scores)])
     limit = float(np.quantile(finite, _LIMIT_QUANTILE)) if finite.size else 0.0
     scale = Normalize(-limit or -1.0, limit or 1.0)
-    colours = colormaps["RdBu"].with_extremes(bad=_NOT_SCORED)
+    colors = colormaps["RdBu"].with_extremes(bad=_NOT_SCORED)
 
     columns = min(_POSITIONS_IN_A_ROW, max(length, _FEWEST_COLUMNS))
     starts = range(0, length, _POSITIONS_IN_A_ROW)
@@ -117,11 +117,11 @@ def draw(scan: Scan) -> Figure:
         panel = slice(start, min(start + _POSITIONS_IN_A_ROW, length))
         wide = (panel.stop - start) * _CELL_WIDTH
         axes = axes_at(_LEFT, top, wide, panel_height)
-        _draw_panel(axes, scan, panel, scores[:, panel], colours, scale)
+        _draw_panel(axes, scan, panel, scores[:, panel], colors, scale)
     axes.set_xlabel("position", fontsize=9)
     right = _LEFT + min(columns, length) * _CELL_WIDTH
     bar_axes = axes_at(right + _BAR_GAP, _TOP, _BAR_WIDTH, panel_height)
-    bar = figure.colorbar(ScalarMappable(scale, colours), cax=bar_axes, extend="both")
+    bar = figure.colorbar(ScalarMappable(scale, colors), cax=bar_axes, extend="both")
     bar.set_label("log p(mutant) − log p(wild type)", fontsize=8)
     bar.ax.tick_params(labelsize=8)
     figure.text(_LEFT / width, 1 - 0.18 / height, scan.title.replace("$", r"\$"), fontsize=10, va="center")
@@ -141,7 +141,7 @@ def draw(scan: Scan) -> Figure:
 
 
 def _draw_panel(
-    axes: Axes, scan: Scan, panel: slice, scores: npt.NDArray[np.float64], colours: Colormap, scale: Any
+    axes: Axes, scan: Scan, panel: slice, scores: npt.NDArray[np.float64], colors: Colormap, scale: Any
 ) -> None:
     """One row of positions."""
     residues = [TOKENS[token_id] for token_id in scan.token_ids[panel].tolist()]
@@ -149,10 +149,10 @@ def _draw_panel(
     is_lettered = scan.token_ids.size <= _MOST_LETTERED
     if is_lettered:
         edges = (np.arange(size + 1) - 0.5 for size in (count, rows))
-        axes.pcolormesh(*edges, np.ma.masked_invalid(scores), cmap=colours, norm=scale)
+        axes.pcolormesh(*edges, np.ma.masked_invalid(scores), cmap=colors, norm=scale)
         axes.invert_yaxis()
     else:
-        axes.imshow(scores, cmap=colours, norm=scale, aspect="auto", interpolation="none")
+        axes.imshow(scores, cmap=colors, norm=scale, aspect="auto", interpolation="none")
     axes.grid(visible=False)
     axes.spines[:].set_visible(False)
     own = {place: _ORDER.index(letter) for place, letter in enumerate(residues) if letter in _ORDER}

@@ -175,7 +175,7 @@ def _find_golden(known: Mapping[str, Golden], model: str, checkpoint: Checkpoint
 
 
 def _no_values(model: str, known: Mapping[str, Golden]) -> UsageError:
-    return UsageError(f"no golden values for this model: {model}; there are some for {', '.join(known)}")
+    return UsageError(f"no golden values for this model: {model}; available for {', '.join(known)}")
 
 
 def _errors(

@@ -97,7 +97,7 @@ def _check_output(output: Path, overwrite: bool) -> ExistingOutput | None:
         raise UsageError(f"{output.parent}: no such directory to write {output.name} to")
     RunDirectory(output).check_name()
     if RunDirectory.holds(output):
-        raise UsageError(f"{output.parent}: is a run directory, and removed with all that is in it")
+        raise UsageError(f"{output.parent}: is a run directory, which the run removes; choose another")
     if not output.exists():
         return None
     if not output.is_file():
@@ -114,11 +114,11 @@ def _check_output(output: Path, overwrite: bool) -> ExistingOutput | None:
                 attributes.get("complete") == 1,
                 attributes.get("parts"),
             )
-    except PartError:  # names it, and says that it can be put back
+    except PartError:  # names it, and says that it can be restored
         raise
     except (StoreError, OSError):
         raise UsageError(
-            f"{output}: already exists and is not a whole esm-packed output; use --overwrite to replace it"
+            f"{output}: already exists and is not a complete esm-packed output; use --overwrite to replace it"
         ) from None
 
 
@@ -143,7 +143,7 @@ def check_suffix(output: Path) -> None:
         name = name.with_suffix("")
     if name != output:
         raise UsageError(
-            f"{output}: the output is HDF5, and this would be the name of a {output.suffix} file; use "
+            f"{output}: the output is HDF5, but its name is that of a {output.suffix} file; use "
             f"-o {name.with_suffix('.h5')}"
         )
 
@@ -156,10 +156,10 @@ def _check_outputs(request: EmbedRequest) -> None:
     refused = [kind for kind in request.kinds if kind not in KINDS_IN_WINDOWS]
     if request.windows is not None and refused:
         possible = " and ".join(KINDS_IN_WINDOWS)
-        raise UsageError(f"--windows with --include {refused[0]}: a protein in windows has only {possible}")
+        raise UsageError(f"--windows with --include {refused[0]}: windows support only {possible}")
     if request.parts and not ragged:
         raise UsageError(
-            "--parts: only kinds with a row for each residue, such as per_residue, or each pair have parts"
+            "--parts: needs a kind with rows per residue or pair, such as --include per_residue or contacts"
         )
 
 
@@ -167,7 +167,7 @@ def check_request(request: EmbedRequest) -> None:
     """Check that the options are compatible."""
     _check_outputs(request)
     if request.part is not None and STDIN in request.inputs:
-        raise UsageError("--slice: standard input cannot be read by every process; name files")
+        raise UsageError("--slice: not every process can read standard input; give file names")
     if request.part is not None and request.overwrite:
         raise UsageError(
             "--slice with --overwrite: the processes would replace each other's work; delete "
@@ -179,7 +179,7 @@ def check_request(request: EmbedRequest) -> None:
         raise UsageError("--ray-address needs --engine ray")
     if request.ray_address is not None and request.device == "auto":
         raise UsageError(
-            "--ray-address: say --device cuda or --device cpu; this machine may differ from the others"
+            "--ray-address needs --device cuda or --device cpu, as this machine may differ from the others"
         )
     if request.ray_address is None:
         check_threads(request.threads)
@@ -205,11 +205,13 @@ def check_device(request: EmbedRequest, device: torch.device) -> None:
         missing = "a GPU" if request.layout == "fixed" else "--reproducible, which makes packs of one size"
         raise UsageError(f"--cuda-graphs needs {missing}")
     if request.cuda_graphs and needs_contacts(request.kinds):
-        raise UsageError("--cuda-graphs with --include contacts: contacts cannot be recorded; leave it out")
+        raise UsageError("--cuda-graphs cannot be combined with --include contacts; remove one of them")
     if request.ray_address is None:
         backend, _ = select_backend(request.attention, device, request.precision(device), head_dim=64)
         if request.cuda_graphs and backend in WAITING_BACKENDS:
-            raise UsageError(f"--cuda-graphs: attention {backend!r} waits for the device; choose another one")
+            raise UsageError(
+                f"--cuda-graphs: attention {backend!r} synchronizes with the device; choose another one"
+            )
 
 
 def check_heads(request: EmbedRequest, checkpoint: Checkpoint) -> None:
@@ -244,7 +246,7 @@ def gpu_numbers(request: EmbedRequest) -> tuple[int, ...]:
     count = torch.cuda.device_count()
     if not count:
         raise UsageError(
-            "--devices: torch finds no CUDA device here; --device cpu --workers N uses CPU cores"
+            "--devices: torch finds no CUDA device here; use --device cpu --workers N for CPU cores"
         )
     if missing := [number for number in request.devices if number >= count]:
         raise UsageError(f"--devices: there is no GPU {missing[0]}, only 0 to {count - 1}")
@@ -263,12 +265,11 @@ def check_space(run: Run, needs: tuple[int, int], console: Console) -> None:
         OSError: ENOSPC, if there is not enough free space.
     """
     output, needed = needs
-    folder = run.directory.output.parent
-    free = shutil.disk_usage(folder).free
+    directory = run.directory.output.parent
+    free = shutil.disk_usage(directory).free
     sizes = (
         f"the output takes about {byte_size(output)}, the run up to {byte_size(needed)} until it is merged "
-        f"(besides {byte_size(run.index.num_bytes)} of its index, which is there); {byte_size(free)} are "
-        f"free in {folder}"
+        f"(in addition to its index, {byte_size(run.index.num_bytes)}); {byte_size(free)} free in {directory}"
     )
     if needed > free:
         raise OSError(errno.ENOSPC, sizes)

@@ -102,7 +102,7 @@ def _checked_suffix(request: ContactsRequest) -> str:
     """The suffix of the output, checked to be one that can be written."""
     output, suffix = request.output, request.output.suffix.lower()
     if suffix not in SUFFIXES:
-        raise UsageError(f"{output}: contacts are written to {', '.join(f'OUT{each}' for each in SUFFIXES)}")
+        raise UsageError(f"{output}: unknown file type; use {', '.join(f'OUT{each}' for each in SUFFIXES)}")
     if suffix in PICTURES:
         check_matplotlib()
     check_free(output, overwrite=request.overwrite)

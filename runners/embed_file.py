@@ -40,7 +40,7 @@ def embed_file(
     Args:
         fasta: a FASTA file, plain or gzip, or several.
         output: the HDF5 file to create.
-        model: a name, a checkpoint file or a folder.
+        model: a name, a checkpoint file or a directory.
         include: kinds of output: mean, max, bos, per_residue, logits, logits_all, unmasked_nll and contacts.
         layers: layers to keep; negative ones count from the last.
         windows: size and overlap, in residues, of the windows in which longer proteins are computed.
@@ -61,7 +61,7 @@ def embed_file(
     """
     if unknown := options.keys() - _OPTIONS - _READ_OPTIONS:
         possible = ", ".join(sorted(_OPTIONS | _READ_OPTIONS))
-        raise TypeError(f"embed_file has no option {min(unknown)!r}; there are {possible}")
+        raise TypeError(f"embed_file has no option {min(unknown)!r}; choose from {possible}")
     files = [fasta] if isinstance(fasta, (str, os.PathLike)) else list(fasta)
     for name in ("log_json", "reuse"):
         if options.get(name) is not None:
@@ -85,4 +85,4 @@ def _windows(pair: tuple[int, int]) -> Windows:
     try:
         return Windows(*map(operator.index, pair))
     except TypeError:
-        raise TypeError(f"windows is a pair, size and overlap, not {pair!r}") from None
+        raise TypeError(f"windows must be a pair, size and overlap, not {pair!r}") from None

@@ -61,8 +61,8 @@ def estimate(request: EmbedRequest, console: Console, product: Product | None = 
     product.existing(resolved(request.output), overwrite=True)
     device = first_device(request)
     check_device(request, device)
-    with tempfile.TemporaryDirectory(prefix="esm-packed-") as folder:
-        directory = RunDirectory(Path(folder) / request.output.name)
+    with tempfile.TemporaryDirectory(prefix="esm-packed-") as scratch:
+        directory = RunDirectory(Path(scratch) / request.output.name)
         directory.make()
         with console.progress("reading", "B", input_bytes(request.inputs)) as advance:
             index = build_index(request.inputs, directory.index_path, request.read, progress=advance)
@@ -108,16 +108,16 @@ def _lines(
         num_workers = max(1, request.workers or len(gpu_numbers(request)))
         total = float(sequence_flops(lengths, checkpoint.config).sum()) / rate / num_workers
         workers = f" with {num_workers} workers, each as fast as this one" * (num_workers > 1)
-        packs = f"measured on {counted(num_packs, 'pack')} of such lengths"
+        packs = f"measured on {counted(num_packs, 'pack')} of these lengths"
         lines["time"] = f"about {duration(total)}{workers}, {lengths.sum() / total:,.0f} residues/s; {packs}"
     in_parts = not plan.is_scoring and wants_parts(run, request.parts)
     output, needed = product.space(run)
-    folder = resolved(request.output).parent
-    free = shutil.disk_usage(folder).free
+    directory = resolved(request.output).parent
+    free = shutil.disk_usage(directory).free
     lines["output"] = f"about {byte_size(output)}" + ", in parts" * in_parts
     lines["disk"] = (
-        f"up to {byte_size(needed + index.num_bytes)} until merged; {byte_size(free)} are free in {folder}"
-        + ": too little" * (needed + index.num_bytes > free)
+        f"up to {byte_size(needed + index.num_bytes)} until merged; {byte_size(free)} free in {directory}"
+        + ": not enough" * (needed + index.num_bytes > free)
     )
     lines["shards"] = f"{plan.num_shards:,}"
     return lines

@@ -59,8 +59,8 @@ def export_file(request: ExportRequest, console: Console) -> list[str]:
         selection = Selection(reader, request.kind, request.layer, keep_missing=request.keep_missing)
         if selection.is_ragged and request.format in TABLES:
             raise UsageError(
-                f"--kind {selection.kind}: {request.format} has one row for each sequence, of "
-                f"{', '.join(POOLED)}; uniprot and pt take matrices"
+                f"--kind {selection.kind}: {request.format} stores one vector per sequence; choose from "
+                f"{', '.join(POOLED)}, or use --to uniprot or --to pt"
             )
         if not len(selection):
             raise UsageError(
@@ -78,8 +78,9 @@ def export_file(request: ExportRequest, console: Console) -> list[str]:
             f"{request.output}: {counted(len(selection), 'sequence')}, {selection.kind}{layer}, {size}",
         ]
         if selection.num_missing:
-            verb = "are NaN" if request.keep_missing else "are left out (--keep-missing writes them as NaN)"
-            lines.append(f"{selection.num_missing:,} that failed or were not computed {verb}")
+            missing = f"{counted(selection.num_missing, 'sequence')} failed or not computed"
+            verb = "written as NaN" if request.keep_missing else "skipped (--keep-missing writes them as NaN)"
+            lines.append(f"{missing}: {verb}")
         if not reader.attributes.get("complete", True):
             lines.append(f"{request.source} is partial; rerun the same embed command to continue")
         return lines
@@ -89,7 +90,7 @@ def check_new(output: Path, source: Path, reader: EmbeddingReader, *, overwrite:
     """Check that a file `output` can be created from the output `source`, which `reader` reads.
 
     Raises:
-        UsageError: it exists and may not be replaced, its folder does not exist, or it is part of `source`.
+        UsageError: it exists and may not be replaced, its directory is missing, or it is part of `source`.
     """
     parts = [source.parent / reader.attributes["parts"] / part.file for part in reader.parts]
     check_apart({"--output": output}, [source, *parts])

@@ -32,7 +32,7 @@ from esm_packed.runners.system.terminal import counted
 from esm_packed.runners.watch.console import Console, byte_size, duration
 
 _OUTPUT_NAME = ".esm-packed.h5"
-"""Name of the hidden output, in the folder of the files created from it."""
+"""Name of the hidden output, in the directory of the files created from it."""
 _RECORDS_AT_ONCE = 1 << 12
 
 
@@ -43,7 +43,7 @@ class ExtractRequest:
     Args:
         model: a model, as for `ESM2.from_pretrained`.
         fasta: FASTA file, `-` for standard input.
-        output_dir: folder for the files, created if needed.
+        output_dir: directory for the files, created if needed.
         include: kinds of output, from `pt_files.KINDS`.
         repr_layers: layers; negative ones count from the last.
         toks_per_batch: tokens computed together, BOS and EOS included.
@@ -52,7 +52,7 @@ class ExtractRequest:
         dtype: precision mode.
         threads: CPU threads; None for torch's default.
         read: rules for reading the input; labels are whole header lines.
-        overwrite: replace existing files in the folder, or an unfinished run with other options.
+        overwrite: replace existing files in the directory, or an unfinished run with other options.
         command: the command line; empty for none.
     """
 
@@ -95,13 +95,13 @@ class Extracted:
     """The result of extracting.
 
     Args:
-        folder: where the files are.
+        directory: where the files are.
         summary: summary of the run.
         already_complete: all files already existed.
         num_failed: sequences whose values are NaN.
     """
 
-    folder: Path
+    directory: Path
     summary: Summary
     already_complete: bool
     num_failed: int
@@ -109,12 +109,12 @@ class Extracted:
     @property
     def index_path(self) -> Path:
         """The list of the files."""
-        return self.folder / INDEX_NAME
+        return self.directory / INDEX_NAME
 
     def lines(self) -> list[str]:
         """Lines to print at the end."""
         summary = self.summary
-        files = f"{self.folder} ({counted(summary.num_sequences, '.pt file')}, listed in {INDEX_NAME})"
+        files = f"{self.directory} ({counted(summary.num_sequences, '.pt file')}, listed in {INDEX_NAME})"
         if self.already_complete:
             return [f"already complete: {files}"]
         counts = {
@@ -136,27 +136,27 @@ class Extracted:
 def extract_file(request: ExtractRequest, console: Console) -> Extracted:
     """Write a `.pt` file for each sequence of `request.fasta`, and `index.tsv`, which lists them.
 
-    A run embeds them into a hidden output in the folder; the files are created from it, and it is removed.
+    A run embeds them into a hidden output in the directory; the files are created from it, and it is removed.
     Repeating a request continues it if it was interrupted.
 
     Raises:
-        UsageError: as for `embed_files`; or the folder holds files that do not belong to this request.
+        UsageError: as for `embed_files`; or the directory holds files that do not belong to this request.
         InputError, CheckpointError, OSError: as for `embed_files`.
     """
-    folder = resolved(request.output_dir)
-    is_new = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    files = _Files(request, folder, console)
+    directory = resolved(request.output_dir)
+    is_new = not directory.exists()
+    directory.mkdir(parents=True, exist_ok=True)
+    files = _Files(request, directory, console)
     try:
         summary = embed_files(request.run(files.output), console, files)
     except BaseException as error:
         if is_new:
             with suppress(OSError):  # it holds a run that can be continued
-                folder.rmdir()
+                directory.rmdir()
         if isinstance(error, UsageError) and error.message.startswith("--layers"):
             raise UsageError(error.message.replace("--layers", "--repr_layers", 1)) from error
         raise
-    return Extracted(request.output_dir, summary, files.were_complete, num_failed(folder))
+    return Extracted(request.output_dir, summary, files.were_complete, num_failed(directory))
 
 
 class _Files:
@@ -167,7 +167,7 @@ class _Files:
 
     Args:
         request: the request.
-        folder: where the files go.
+        directory: where the files go.
         console: shows the progress.
 
     Attributes:
@@ -175,11 +175,11 @@ class _Files:
         were_complete: all files already existed.
     """
 
-    def __init__(self, request: ExtractRequest, folder: Path, console: Console) -> None:
-        self.output = folder / _OUTPUT_NAME
+    def __init__(self, request: ExtractRequest, directory: Path, console: Console) -> None:
+        self.output = directory / _OUTPUT_NAME
         self.were_complete = False
         self._request = request
-        self._folder = folder
+        self._directory = directory
         self._console = console
         self._scratch = RunDirectory(self.output).scratch_path
         self._identity: Mapping[str, Any] = {}
@@ -200,12 +200,12 @@ class _Files:
             paths = self._paths(index.sequence_ids, index.num_records)
             self.were_complete = not self.output.exists() and all(map(pt_files.is_whole, paths))
             return self.were_complete
-        listed = listed_identity(self._folder)
+        listed = listed_identity(self._directory)
         if listed is not None and not self._request.overwrite:
             raise UsageError(
-                f"{self._folder}: holds files made from other input or options "
-                f"({differences(listed, identity)}); --overwrite replaces {INDEX_NAME} and files of the same "
-                "names"
+                f"{self._directory}: contains files made from other input or options "
+                f"({differences(listed, identity)}); use --overwrite to replace {INDEX_NAME} and files of "
+                "the same names"
             )
         for _ in self._others(index.sequence_ids, index.num_records):
             pass
@@ -213,12 +213,12 @@ class _Files:
         return False
 
     def _is_listed(self) -> bool:
-        listed = listed_identity(self._folder)
+        listed = listed_identity(self._directory)
         return listed is not None and plan_hash(listed) == plan_hash(self._identity)
 
     def _paths(self, labels: Callable[[int, int], list[str]], number: int) -> Iterator[Path]:
         for batch in _batches(labels, number):
-            yield from (self._folder / self._names.of(label) for label in batch)
+            yield from (self._directory / self._names.of(label) for label in batch)
 
     def _others(self, labels: Callable[[int, int], list[str]], number: int) -> Iterator[Path]:
         """Existing files in the place of ours that may be replaced.
@@ -226,13 +226,13 @@ class _Files:
         Raises:
             UsageError: one of them may not be replaced.
         """
-        for path in (self._folder / INDEX_NAME, *self._paths(labels, number)):
+        for path in (self._directory / INDEX_NAME, *self._paths(labels, number)):
             if os.path.lexists(path):
                 check_apart({"the file": path}, self._read)
                 if not self._request.overwrite:
                     raise UsageError(
-                        f"{path}: already exists, and was not made from this input with these options; move "
-                        "it away, or use --overwrite to replace it"
+                        f"{path}: already exists, not made from this input with these options; move it, or "
+                        "use --overwrite to replace it"
                     )
                 yield path
 
@@ -249,10 +249,10 @@ class _Files:
         needed = pt_files.FILE_OVERHEAD_BYTES * index.num_records
         for kind in map(KINDS.__getitem__, set(run.kinds)):
             needed += 4 * rows[kind.per] * (width if kind.has_layers else kind.columns)
-        free = shutil.disk_usage(self._folder).free
-        sizes = f"the .pt files take about {byte_size(needed)}, besides the output they are made of"
+        free = shutil.disk_usage(self._directory).free
+        sizes = f"the .pt files take about {byte_size(needed)}, in addition to the output they are made from"
         if needed > free:
-            raise OSError(errno.ENOSPC, f"{sizes}; {byte_size(free)} are free in {self._folder}")
+            raise OSError(errno.ENOSPC, f"{sizes}; {byte_size(free)} free in {self._directory}")
         self._console.note(sizes)
 
     def make(self) -> None:
@@ -267,19 +267,19 @@ class _Files:
             if not self._is_listed():
                 for path in self._others(reader.sequence_ids, number):
                     path.unlink()
-                write_index(self._folder, self._scratch, self._identity, reader, self._names)
+                write_index(self._directory, self._scratch, self._identity, reader, self._names)
             with self._console.progress("writing", "file", number) as advance:
                 labels = (label for batch in _batches(reader.sequence_ids, number) for label in batch)
                 for row, label in enumerate(labels):
-                    path = self._folder / self._names.of(label)
+                    path = self._directory / self._names.of(label)
                     if not pt_files.is_whole(path):
                         content = pt_files.content_of(reader, row, label, self._request.include)
                         pt_files.write_pt(path, content, self._scratch)
                     advance(1)
             for path in self._paths(reader.sequence_ids, number):
                 sync(path)
-        with suppress(OSError):  # not every file system can flush a folder
-            sync(self._folder)
+        with suppress(OSError):  # not every file system can flush a directory
+            sync(self._directory)
         self.output.unlink()
 
 

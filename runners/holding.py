@@ -91,8 +91,8 @@ def _take(claim: Claim, directory: RunDirectory, console: Console) -> None:
         except ClaimedError as holder:
             if WHOLE_RUN in (claim.purpose, holder.purpose) or not holder.purpose:
                 raise UsageError(
-                    f"{directory.path} is being worked on by {holder}; wait for it, or delete "
-                    f"{claim.path} if that process is gone"
+                    f"{directory.path} is in use by {holder}; wait for it, or delete {claim.path} if that "
+                    "process no longer exists"
                 ) from holder
             if not is_waiting:
                 console.note(f"waiting for {holder}, which is {holder.purpose}")
@@ -110,12 +110,12 @@ def check_others(directory: RunDirectory, part: Slice | None) -> None:
         who = describe_holder(holder_of(path))
         if part == other:
             raise UsageError(
-                f"slice {part} of {directory.path} is being worked on by {who}; wait for it, or delete "
-                f"{path} if that process is gone"
+                f"slice {part} of {directory.path} is being computed by {who}; wait for it, or delete {path} "
+                "if that process no longer exists"
             )
         if part is None or part.count != other.count:
             wanted = "the whole run" if part is None else f"slice {part}"
             raise UsageError(
-                f"{directory.path} is being worked on in {other.count} slices, {other} by {who}; {wanted} "
+                f"{directory.path} is being computed in {other.count} slices, {other} by {who}; {wanted} "
                 "overlaps with them"
             )

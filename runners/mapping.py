@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from esm_packed.errors import UsageError
 from esm_packed.files import whole_or_nothing
-from esm_packed.reports.map.colouring import Categories, Numbers, colouring
+from esm_packed.reports.map.coloring import Categories, Numbers, coloring
 from esm_packed.reports.map.figure import Map
 from esm_packed.reports.map.page import SUFFIXES, write_map
 from esm_packed.reports.map.pca import MOST_FITTED, Components, fit
@@ -38,7 +38,7 @@ class MapRequest:
         source: the output with the embeddings.
         output: the file to create, with one of the `SUFFIXES`.
         kind, layer: as for `Selection`.
-        color: a table and its column, as for `read_column`; None for a single colour.
+        color: a table and its column, as for `read_column`; None for a single color.
         overwrite: replace `output` if it exists.
     """
 
@@ -65,19 +65,23 @@ def map_file(request: MapRequest, console: Console) -> list[str]:
     """
     suffix = request.output.suffix.lower()
     if suffix not in SUFFIXES:
-        raise UsageError(f"{request.output}: a map is {', '.join(f'OUT{each}' for each in SUFFIXES)}")
+        raise UsageError(
+            f"{request.output}: unknown file type; use {', '.join(f'OUT{each}' for each in SUFFIXES)}"
+        )
     check_matplotlib()
     with EmbeddingReader(request.source) as reader:
         check_new(request.output, request.source, reader, overwrite=request.overwrite)
         selection = Selection(reader, request.kind, request.layer, keep_missing=False)
         if selection.is_ragged:
-            raise UsageError(f"--kind {selection.kind}: a map is made of {', '.join(POOLED)}")
+            raise UsageError(
+                f"--kind {selection.kind}: has no vector per sequence; choose from {', '.join(POOLED)}"
+            )
         ids = list(selection.ids())
-        colours: Categories | Numbers | None = None
+        colors: Categories | Numbers | None = None
         notes, told = [""] * len(ids), list[str]()
         if request.color is not None:
             check_apart({"--output": request.output}, [request.color[0]])
-            colours, notes, told = _colours(*request.color, ids, reader, request.source)
+            colors, notes, told = _colors(*request.color, ids, reader, request.source)
         with console.progress("mapping", "sequence", 2 * len(ids)) as advance:
             components = fit(_sample(selection, advance))
             blocks = []
@@ -85,12 +89,12 @@ def map_file(request: MapRequest, console: Console) -> list[str]:
                 blocks.append(components.project(block.values))
                 advance(len(block.ids))
     title = _title(selection, components)
-    drawn = Map(np.concatenate(blocks), components.explained, title, ids, colours)
+    drawn = Map(np.concatenate(blocks), components.explained, title, ids, colors)
     with whole_or_nothing(request.output, overwrite=request.overwrite) as unfinished:
         write_map(drawn, unfinished, suffix, notes)
     told.insert(0, f"{request.output}: {drawn.title}")
     if selection.num_missing:
-        told.append(f"{selection.num_missing:,} that failed or were not computed are left out")
+        told.append(f"{counted(selection.num_missing, 'sequence')} failed or not computed: skipped")
     return told
 
 
@@ -116,10 +120,10 @@ def _title(selection: Selection, components: Components) -> str:
     return title
 
 
-def _colours(
+def _colors(
     table: Path, column: str, ids: list[str], reader: EmbeddingReader, source: Path
 ) -> tuple[Categories | Numbers, list[str], list[str]]:
-    """Colours of the sequences `ids`, their labels on a page, and notes about the table.
+    """Colors of the sequences `ids`, their labels on a page, and notes about the table.
 
     Raises:
         UsageError: none of its IDs is in the file.
@@ -133,11 +137,11 @@ def _colours(
     told = []
     if unknown:
         told.append(
-            f"{len(unknown):,} of {len(texts):,} IDs of {table} are not in {source}, the first "
+            f"{len(unknown):,} of {len(texts):,} IDs in {table} are not in {source}, such as "
             f"{shorten(next(iter(unknown)))}"
         )
     if len(unknown) == len(texts):
-        raise UsageError(told[0] if told else f"{table}: no line below the header")
+        raise UsageError(told[0] if told else f"{table}: no rows below the header")
     found = [texts.get(each, texts.get(accession_of(each), "")) for each in ids]
     notes = [f"{column}: {text}" if text else "" for text in found]
-    return colouring(column, found), notes, told
+    return coloring(column, found), notes, told

@@ -46,8 +46,8 @@ def open_or_build_index(
             return index
     if directory.live_slices():
         raise UsageError(
-            f"{directory.path}: others are at work on this run, and {', '.join(request.inputs)} is "
-            "not what they read: name the same files in the same way, with the same input rules"
+            f"{directory.path}: in use by other processes, whose input differs from "
+            f"{', '.join(request.inputs)}; give the same paths in the same order, with the same input rules"
         )
     if directory.plan_path.exists():  # keep its index until this input is known to be the same
         path = directory.new_index_path

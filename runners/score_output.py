@@ -27,14 +27,16 @@ def existing_table(output: Path, overwrite: bool) -> ExistingOutput | None:
         raise UsageError(f"{output.parent}: no such directory to write {output.name} to")
     RunDirectory(described_at(output)).check_name()
     if RunDirectory.holds(output):
-        raise UsageError(f"{output.parent}: is a run directory, and removed with all that is in it")
+        raise UsageError(f"{output.parent}: is a run directory, which the run removes; choose another")
     description = described_at(output)
     for path in (output, description):
         if path.exists() and not path.is_file():
             raise UsageError(f"{path}: exists and is not a regular file")
     if overwrite or not output.exists():
         if description.exists() and not overwrite and read_description(output) is None:
-            raise UsageError(f"{description}: already exists and is not ours; use --overwrite to replace it")
+            raise UsageError(
+                f"{description}: already exists, not written by esm-packed; use --overwrite to replace it"
+            )
         return None
     found = read_description(output)
     if found is None or found["sha256"] != _sha256_of(output, *_state_of(output)):

@@ -74,7 +74,7 @@ class Scored:
             return [f"already complete: {self._output()}"]
         if summary.missing_shards:
             missing = counted(summary.missing_shards, "shard")
-            values = {"slice": f"{summary.part} is done; {missing} of other slices left"}
+            values = {"slice": f"{summary.part} is done; {missing} of other slices unfinished"}
         else:
             values = self._values()
         if verbose:
@@ -165,9 +165,9 @@ class ScoreTable:
         existing, picture = existing_table(output, overwrite), self.heat_map
         if picture is not None:
             if picture.suffix.lower() not in PICTURES:
-                raise UsageError(f"--heat-map {picture}: a picture is {', '.join(PICTURES)}")
+                raise UsageError(f"--heat-map {picture}: unknown file type; use {', '.join(PICTURES)}")
             if not os.access(picture.parent, os.W_OK):
-                raise UsageError(f"--heat-map {picture}: no such directory, or it cannot be written to")
+                raise UsageError(f"--heat-map {picture}: its directory does not exist or is not writable")
             check_matplotlib()
             if existing is None:
                 check_free(picture, overwrite=overwrite)
@@ -176,7 +176,7 @@ class ScoreTable:
     def identity(self, index: FastaIndex) -> Mapping[str, Any]:
         """The scoring options, and the checksum of the table of mutations."""
         if self.heat_map is not None and index.num_records != 1:
-            raise UsageError(f"--heat-map draws one protein, and the input has {index.num_records:,}")
+            raise UsageError(f"--heat-map draws one protein, but the input has {index.num_records:,}")
         scoring, path = self._scoring.identity, self._scoring.mutations
         if path is not None:
             self._mutants = read_mutants(
@@ -195,7 +195,7 @@ class ScoreTable:
         if not len(queries) and self._mutants is not None:
             raise UsageError(f"{self._mutants.path}: each mutant is the wild type; there is nothing to score")
         if not len(queries):
-            raise UsageError(f"no protein has a residue that is one of {''.join(AMINO_ACIDS)}")
+            raise UsageError(f"no protein has any of the 20 amino acids {''.join(AMINO_ACIDS)}")
         return queries
 
     def space(self, run: Run) -> tuple[int, int]:

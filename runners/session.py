@@ -48,6 +48,7 @@ from esm_packed.runners.state.run import Run
 from esm_packed.runners.state.slices import Slice
 from esm_packed.runners.summary import Summary
 from esm_packed.runners.system.paths import resolved
+from esm_packed.runners.system.terminal import counted
 from esm_packed.runners.watch.console import Console
 from esm_packed.runners.watch.watch import watching
 
@@ -238,7 +239,8 @@ class _Session:
             )
             check_held(self.claim)
             if dropped := directory.forget_shards():
-                self.console.note(f"{directory.path}: {dropped:,} shards of the abandoned run are removed")
+                removed = counted(dropped, "shard")
+                self.console.note(f"{directory.path}: removed {removed} of the abandoned run")
             plan.write(directory.plan_path, directory.scratch_path)
         self.run = run_of(directory, plan, index, queries)
         return True
@@ -331,10 +333,10 @@ class _Session:
                 self._product.make(self.run, self.console)
                 break
             except DamagedShardError as damaged:
-                self.console.note(f"{damaged}; it is recomputed")
+                self.console.note(f"{damaged}; recomputing it")
                 self._compute([damaged.shard])
         self.summary.merging_seconds = time.monotonic() - begin
-        self.summary.device = self.summary.device or "none, all was computed before"
+        self.summary.device = self.summary.device or "none (all shards were already computed)"
         self._product.read(self.summary)
         if self._derived is not None:
             self._derived.make()
@@ -357,9 +359,7 @@ class _Session:
         if not self.directory.plan_path.exists():
             self._remove_directory()  # taking the claim has recreated it
         if existing is None or not is_there or existing.plan_hash != self.run.plan.hash:
-            raise UsageError(
-                f"{self.directory.path}: removed, or replaced by another run, while this one computed"
-            )
+            raise UsageError(f"{self.directory.path}: removed, or replaced by another run, during this run")
         self._is_complete(existing)
         return True
 
@@ -381,7 +381,7 @@ class _Session:
         self.summary.already_complete = True
         with suppress(OSError, PlanError):
             if Plan.read(self.directory.plan_path).hash != complete_hash:
-                self.console.note(f"{self.directory.path}: holds another, unfinished run; it is kept")
+                self.console.note(f"{self.directory.path}: kept, because it contains another, unfinished run")
                 return
         if not self.request.keep_run:
             remove_unused_parts(self.directory.output, parts)  # in case a killed process did not

@@ -76,7 +76,7 @@ class RunState:
         if self.index_fault:
             lines.append(self.index_fault)
         if self.num_shards_finished == self.num_shards and not self.is_scoring:
-            lines.append(f"all shards are finished; esm-packed merge {self.output} merges them")
+            lines.append(f"all shards are finished; merge them with esm-packed merge {self.output}")
         if self.shards_per_minute is not None:
             lines.insert(
                 0,

@@ -148,7 +148,7 @@ class Summary:
             level = "critical" if self.stages.busy < 0.5 else "mild"
             found.append(
                 f"device idle ({level}): it computed only {self.stages.busy:.0%} of the time; "
-                f"{self._slowest_other()} took the longest besides"
+                f"of the other stages, {self._slowest_other()} took the longest"
             )
         return found
 
@@ -183,8 +183,7 @@ class Summary:
         }
         if self.missing_shards:
             shards = counted(self.missing_shards, "shard")
-            are = "is" if self.missing_shards == 1 else "are"
-            return lines | {"slice": f"{self.part} is done; {shards} of other slices {are} missing"}
+            return lines | {"slice": f"{self.part} is done; {shards} of other slices unfinished"}
         output = f"{self.output} ({byte_size(self.output.stat().st_size)})"
         if self.parts:
             output += f",\nwith {self.parts}"
@@ -197,10 +196,10 @@ class Summary:
             listed_in: where the records that were left out are listed.
         """
         counts = {
-            "replaced": (self.num_replaced, "residue", " outside the alphabet, now X"),
-            "duplicates": (self.num_duplicates, "record", " with the ID of an earlier one"),
+            "replaced": (self.num_replaced, "residue", " outside the alphabet, by X"),
+            "duplicates": (self.num_duplicates, "record", " with the ID of an earlier record"),
             "left out": (self.num_left_out, "record", f", listed in {listed_in}"),
-            "identical": (self.num_identical, "sequence", " copied from an equal one"),
+            "identical": (self.num_identical, "sequence", " with the rows of an equal one"),
         }
         return _counted(counts)
 
@@ -239,7 +238,7 @@ class Summary:
         if not self.missing_shards:
             lines["attention"] = attention
         if stages.packs:
-            overlong = f", {stages.overlong_packs:,} of them one longer sequence" * bool(
+            overlong = f", {stages.overlong_packs:,} of them a single longer sequence" * bool(
                 stages.overlong_packs
             )
             wall = max(stages.wall, 1e-9)

@@ -108,7 +108,7 @@ def search(
 
     Args:
         problem: the kernel.
-        tuned: the live settings; afterwards they hold the choice, or are unchanged if anything is raised.
+        tuned: the live settings; afterward they hold the choice, or are unchanged if anything is raised.
         timer: times the candidates that compute correct results.
         num_buffers: number of buffers of a given size in bytes to rotate through.
         advance: called after each candidate is checked.
@@ -224,7 +224,7 @@ def search_all(
                 outcome = search(problem, tuned, timer, num_buffers, bar.update)
                 save(outcome)
             except torch.OutOfMemoryError:
-                note(f"{problem.key}: left as it was, there is too little memory; lower --tokens")
+                note(f"{problem.key}: unchanged, not enough memory; use a smaller --tokens")
                 continue
             except KeyboardInterrupt:
                 note(f"{len(outcomes)} of {len(work)} kernels were measured and their settings written")
@@ -252,11 +252,11 @@ def read_settings(path: Path, gpu: str) -> dict[str, Any]:
         return {}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UsageError(
-            f"{path}: not a file of tuned settings; choose another with -o, or remove it"
+            f"{path}: not a file of tuned settings; choose another file with -o, or remove it"
         ) from error
     if content.get("gpu") != gpu:
         raise UsageError(
-            f"{path}: has the settings of {content.get('gpu')}, not of {gpu}; name another with -o"
+            f"{path}: has the settings of {content.get('gpu')}, not of {gpu}; choose another file with -o"
         )
     return dict(content)
 
@@ -314,13 +314,13 @@ def check_output(path: Path, gpu: str) -> None:
         UsageError: it cannot.
     """
     try:
-        if path.parent == launch.CONFIG_FOLDER:
+        if path.parent == launch.CONFIG_DIRECTORY:
             path.parent.mkdir(exist_ok=True)  # it does not exist in an installation without tuned settings
         with tempfile.TemporaryFile(dir=path.parent):
             pass
     except OSError as error:
         raise UsageError(
-            f"{path.parent}: cannot be written to ({error.strerror}); name a file elsewhere with -o"
+            f"{path.parent}: cannot be written to ({error.strerror}); choose a file elsewhere with -o"
         ) from error
     read_settings(path, gpu)
 
@@ -347,15 +347,15 @@ def tune(request: TuneRequest, console: Console) -> list[str]:
 
 def _gpu(request: TuneRequest) -> torch.device:
     if importlib.util.find_spec("triton") is None:
-        raise UsageError("tune measures Triton kernels, and Triton is not installed")
+        raise UsageError("tune needs Triton, which is not installed")
     if not torch.cuda.is_available():
-        raise UsageError(f"tune measures a GPU, and torch {torch.__version__} finds no CUDA device")
+        raise UsageError(f"tune needs a GPU, but torch {torch.__version__} finds no CUDA device")
     try:
         device = resolve_device(request.device)
     except ValueError as error:
         raise UsageError(str(error)) from error
     if device.type != "cuda":
-        raise UsageError(f"tune measures a GPU, which {request.device} is not; choose cuda or cuda:INDEX")
+        raise UsageError(f"tune needs a GPU, not {request.device}; choose cuda or cuda:INDEX")
     return device
 
 
@@ -387,7 +387,7 @@ def _measure(
             try:
                 order = order_backends(config, precision, request.tokens, device, timer, buffers)
             except torch.OutOfMemoryError:
-                console.note(f"{outcome.key}: backends not timed, there is too little memory; lower --tokens")
+                console.note(f"{outcome.key}: backends not timed, not enough memory; use a smaller --tokens")
                 return
             if order is not None:
                 save_order(path, facts, order)
@@ -420,8 +420,8 @@ def summary(outcomes: Sequence[Outcome], orders: Sequence[BackendOrder] = ()) ->
     candidates = sum(outcome.candidates for outcome in outcomes)
     dropped = sum(outcome.dropped for outcome in outcomes)
     lines.append(
-        f"{faster} of {len(outcomes)} kernels with settings of their own; of {candidates} candidates "
-        f"{dropped} failed and were dropped"
+        f"{faster} of {len(outcomes)} kernels have tuned settings; {dropped} of {candidates} candidates "
+        "failed and were rejected"
     )
     for order in orders:
         times = "; ".join(

@@ -1,4 +1,4 @@
-"""The precision-validation report: from a model and a FASTA file to a folder with a page and its numbers."""
+"""The precision-validation report: from a model and a FASTA file to a page and its numbers."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class ValidateRequest:
     Args:
         model: a model, as for `weights.load_checkpoint`.
         fasta: FASTA file, `-` for standard input.
-        output: folder for the report; created if missing.
+        output: directory for the report; created if missing.
         device: auto, cpu, cuda or cuda:INDEX.
         dtypes: precision modes.
         thresholds: by mode, replacing the report's defaults.
@@ -92,14 +92,14 @@ def validate_file(request: ValidateRequest, console: Console) -> tuple[list[str]
     begin = time.monotonic()
     check_matplotlib()
     settings = _settings(request)
-    _check_folder(request)
+    _check_directory(request)
     with console.byte_steps() as report:
         checkpoint = load_checkpoint(request.model, progress=report)
     replaced = {f"--output: {path.name}": path for path in report_files(request.output)}
     check_apart(replaced, [*([request.fasta] if request.fasta != STDIN else []), *checkpoint.files()])
     sample = _read_sample(request, console)
     passes = num_passes(checkpoint.config, settings)
-    _make_folder(request.output)
+    _make_directory(request.output)
     try:
         seconds = estimate_seconds(checkpoint.config, sample.token_ids, settings)
         console.note(
@@ -120,7 +120,7 @@ def validate_file(request: ValidateRequest, console: Console) -> tuple[list[str]
         raise UsageError(
             f"{request.model} does not fit into the memory of {settings.device} with "
             f"{settings.token_budget:,} tokens and proteins of {max(map(len, sample.token_ids)):,} residues; "
-            "--token-budget and --max-length take less"
+            "use a smaller --token-budget or --max-length"
         ) from error
     took = f"{duration(time.monotonic() - begin)} (estimated {duration(seconds)})"
     conditions = _conditions(request, sample, took)
@@ -186,7 +186,7 @@ def choose(index: FastaIndex, limit: int) -> tuple[list[int], str]:
 
     If there are more than `limit` (0: no limit), they are evenly spaced by length, from the shortest to the
     longest; a single one has the median length. Equal sequences are left out, as they would be each other's
-    nearest neighbours in an arbitrary order.
+    nearest neighbors in an arbitrary order.
     """
     distinct = np.flatnonzero(index.first_same[:] == np.arange(index.num_records))
     if not limit or len(distinct) <= limit:
@@ -215,24 +215,24 @@ def _settings(request: ValidateRequest) -> ValidationSettings:
                 raise UsageError(f"{name} {value!r} is not one of {', '.join(allowed)}")
     for dtype in request.thresholds:
         if dtype not in request.dtypes:
-            raise UsageError(f"--threshold {dtype}: that precision is not computed; --dtype lists them")
+            raise UsageError(f"--threshold {dtype}: this precision is not computed; add it to --dtype")
     budget = request.token_budget or min(default_token_budget(device), MOST_TOKENS)
     return ValidationSettings(device, budget, request.dtypes, request.thresholds, request.reference)
 
 
-def _check_folder(request: ValidateRequest) -> None:
-    folder = request.output
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"{folder}: not a directory; name a directory for the report")
-    if (folder / "validation.json").exists() and not request.overwrite:
-        raise UsageError(f"{folder}: holds a report already; use --overwrite to replace it")
+def _check_directory(request: ValidateRequest) -> None:
+    directory = request.output
+    if directory.exists() and not directory.is_dir():
+        raise UsageError(f"{directory}: not a directory; choose a directory for the report")
+    if (directory / "validation.json").exists() and not request.overwrite:
+        raise UsageError(f"{directory}: already contains a report; use --overwrite to replace it")
 
 
-def _make_folder(folder: Path) -> None:
-    """Create the folder before the work, which may take long and would otherwise be lost."""
+def _make_directory(directory: Path) -> None:
+    """Create the directory before the work, which may take long and would otherwise be lost."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
             pass
     except OSError as error:
-        raise UsageError(f"{folder}: the report cannot be written there: {error.strerror}") from error
+        raise UsageError(f"{directory}: the report cannot be written there: {error.strerror}") from error

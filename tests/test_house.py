@@ -1,4 +1,4 @@
-"""The layout of the repository: imports point downwards, and the kernels need nothing else of ours."""
+"""The layout of the repository: imports point downward, and the kernels need nothing else of ours."""
 
 from __future__ import annotations
 

@@ -371,7 +371,7 @@ class Contest:
             compared["relative_error_logits"] = errors["relative_error_logits"]
         for name, error in compared.items():
             if not error <= allowed:  # type: ignore[operator]
-                raise refusal(f"{name} to FP64 is {error:.1e}, allowed are {allowed}")
+                raise refusal(f"{name} to FP64 is {error:.1e}, above {allowed}")
         if not provider.rounded_frequencies:
             checkpoints_own = self._truth(entry, sequences, rounded_frequencies=True)
             errors["relative_error_to_checkpoint"] = worst_relative_error(

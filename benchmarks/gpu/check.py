@@ -5,7 +5,7 @@ asked for by name, and run one command after the other: `--phases speed`, `--pha
 `--phases rivals evidence`. Whatever happens to a command of `commands.STEPS` is recorded in
 DIR/gpu_check.json, and the rest goes on.
 These files need the standard library alone: the package is installed from the working tree into a temporary
-folder.
+directory.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def fit_reservations(steps: Sequence[Step], seconds: float) -> list[Step]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
+    parser.add_argument("--out", type=Path, required=True, help="directory for the results")
     parser.add_argument(
         "--time-limit", type=float, default=CALL_SECONDS, help="seconds (default: %(default)s)"
     )

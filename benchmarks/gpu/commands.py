@@ -91,17 +91,17 @@ def _output(command: list[str]) -> str | None:
 
 
 def install(check: Check, step: Step, done: Done) -> Result:
-    """The package from the working tree: with pip, and where that fails by copying its folders."""
+    """The package from the working tree: with pip, and where that fails by copying its directories."""
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    folders: dict[str, str] = settings["package-dir"]
+    directories: dict[str, str] = settings["package-dir"]
     result: Result = {}
     source = check.work / "source"
     source.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE", "NOTICE"):
         if (ROOT / name).exists():
             shutil.copy(ROOT / name, source)
-    for folder in folders.values():
-        _copy_package(ROOT / folder, source / folder)
+    for directory in directories.values():
+        _copy_package(ROOT / directory, source / directory)
     for method in ("pip", "copy"):
         shutil.rmtree(check.site, ignore_errors=True)
         if method == "pip":
@@ -110,8 +110,8 @@ def install(check: Check, step: Step, done: Done) -> Result:
             done = check.run("install", [*pip, "--target", str(check.site), str(source)], 60)
             result["pip_code"] = done.code
         else:
-            for package, folder in folders.items():
-                _copy_package(source / folder, check.site.joinpath(*package.split(".")))
+            for package, directory in directories.items():
+                _copy_package(source / directory, check.site.joinpath(*package.split(".")))
         paths = [check.site, ROOT / "benchmarks", ROOT / "tests" / "support", CARRIED]
         check.environment["PYTHONPATH"] = os.pathsep.join(map(str, paths))
         code = "import esm_packed.kernels, esm_packed.model as model; print(model.__file__)"
@@ -216,8 +216,8 @@ def counters_of(text: str) -> list[dict[str, Any]]:
 
 def validation(check: Check, step: Step, done: Done) -> Result:
     """The page holds the figures."""
-    folder = check.out / "validation"
-    for figure in (*folder.glob("*.png"), *folder.glob("*.svg")):
+    directory = check.out / "validation"
+    for figure in (*directory.glob("*.png"), *directory.glob("*.svg")):
         figure.unlink()
     return verdict(check, step, done)
 

@@ -26,7 +26,7 @@ LOG_CHARACTERS = 300_000
 """Kept of the output of one step."""
 
 _CUDA_TOOLS = ["/usr/local/cuda/bin", *map(str, sorted(Path("/opt/nvidia/nsight-compute").glob("*")))]
-"""Folders of compute-sanitizer and ncu."""
+"""Directories of compute-sanitizer and ncu."""
 
 Result = dict[str, Any]
 
@@ -42,7 +42,7 @@ class Done:
 
 @dataclass
 class Check:
-    """One run: its folders, remaining time and results so far."""
+    """One run: its directories, remaining time and results so far."""
 
     out: Path
     work: Path
@@ -67,7 +67,7 @@ class Check:
         }
         self.environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {
             "PATH": os.pathsep.join([os.environ.get("PATH", ""), *_CUDA_TOOLS]),
-            "PYTHONSAFEPATH": "1",  # the working tree's folders must not stand in for the installed package
+            "PYTHONSAFEPATH": "1",  # the working tree must not stand in for the installed package
             "PYTHONUNBUFFERED": "1",
             "PYTHONDONTWRITEBYTECODE": "1",
             "TRITON_CACHE_DIR": str(CACHE / "triton"),

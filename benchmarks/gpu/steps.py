@@ -1,6 +1,6 @@
 """Steps that `check.py` runs as separate processes: `python steps.py NAME --device D --out FILE`.
 
-The JSON file is written anew after every step, so that a step that hangs does not take the others with it.
+The JSON file is rewritten after every step, so that a step that hangs does not take the others with it.
 """
 
 from __future__ import annotations

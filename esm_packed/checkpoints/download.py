@@ -90,7 +90,7 @@ def find_or_download(name: str, progress: Progress | None = None, *, base_url: s
         if digest != expected:
             raise CheckpointError(
                 f"{path} is not the official {name}: its sha256 is {digest}, fair-esm's file has {expected}. "
-                "It is damaged or another model: remove it to download it again, or move it and load "
+                "It is damaged or a different model: remove it to download it again, or move it and load "
                 "it by its path."
             )
         return path
@@ -107,9 +107,9 @@ def find_or_download(name: str, progress: Progress | None = None, *, base_url: s
         size = f" ({OFFICIAL_FILES[name][1]:,} bytes)" if name in OFFICIAL_FILES else ""
         raise CheckpointError(
             f"{name} is not on this machine and could not be downloaded ({error}). "
-            f"Get {model_url}{size} elsewhere and put it at {path}; for contact prediction also put "
-            f"{regression_url} at {regression_path}. TORCH_HOME names another cache, "
-            f"{MODEL_URL_VARIABLE} another server; a file elsewhere can be loaded by its path."
+            f"Download {model_url}{size} elsewhere and put it at {path}; for contact prediction also put "
+            f"{regression_url} at {regression_path}. Set TORCH_HOME for another cache directory or "
+            f"{MODEL_URL_VARIABLE} for another server, or load a file elsewhere by its path."
         ) from error
     digest = file_sha256(path, progress, remember=True)
     if name not in OFFICIAL_FILES:
@@ -120,7 +120,7 @@ def find_or_download(name: str, progress: Progress | None = None, *, base_url: s
             _download(regression_url, regression_path, progress)
         except (_NotDownloaded, CheckpointError) as error:
             logger.warning(
-                "no contact-regression weights (%s): embeddings need none; for contacts put %s at %s",
+                "no contact-regression weights (%s): only contacts need them; put %s at %s",
                 error,
                 regression_url,
                 regression_path,
@@ -136,8 +136,8 @@ def weight_files(directory: Path) -> tuple[Path, ...]:
     """
     if (directory / "adapter_config.json").is_file():
         raise CheckpointError(
-            f"{directory} holds an adapter of peft, such as LoRA: load it with peft, save the model with "
-            "model.merge_and_unload().save_pretrained(FOLDER), and load FOLDER"
+            f"{directory} contains a PEFT adapter, such as LoRA: load it with peft, save the merged model "
+            "with model.merge_and_unload().save_pretrained(DIR), and load DIR"
         )
     for single in ("model.safetensors", "pytorch_model.bin"):
         if (directory / single).is_file():
@@ -145,8 +145,8 @@ def weight_files(directory: Path) -> tuple[Path, ...]:
         if (index := directory / f"{single}.index.json").is_file():
             return shards(index)
     raise CheckpointError(
-        f"{directory} holds no weights: expected model.safetensors or pytorch_model.bin, or one of them in "
-        "shards with its .index.json"
+        f"{directory} contains no weights: expected model.safetensors or pytorch_model.bin, or one of them "
+        "in shards with its .index.json"
     )
 
 
@@ -163,7 +163,7 @@ def shards(index: Path) -> tuple[Path, ...]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index} is not an index of weight files: {error!r}") from error
     if missing or not paths or len(paths) < len(names):
-        raise CheckpointError(f"{index} names files that are not beside it: {', '.join(missing) or names}")
+        raise CheckpointError(f"{index} lists files that are not next to it: {', '.join(missing) or names}")
     return paths
 
 
@@ -279,8 +279,8 @@ def _download(url: str, path: Path, progress: Progress | None, sha256: str | Non
                 if sha256 is not None and (digest := file_sha256(part, progress)) != sha256:
                     _remove(part)
                     raise CheckpointError(
-                        f"what {url} sent is not the official file: sha256 {digest}, expected {sha256}. "
-                        f"It was thrown away; try again, or get the file elsewhere and put it at {path}."
+                        f"{url} is not the official file: sha256 {digest}, expected {sha256}. The download "
+                        f"was discarded; try again, or download the file elsewhere and put it at {path}."
                     )
                 part.replace(path)
                 _validator_path(part).unlink(missing_ok=True)
@@ -322,7 +322,7 @@ def _fetch_with_retries(url: str, part: Path, path: Path, progress: Progress | N
             return _fetch(url, part, path, progress)
         except _TransferCut as cut:
             if wait is None:
-                raise _NotDownloaded(f"{url}: {cut}; what arrived is kept, try again to resume") from cut
+                raise _NotDownloaded(f"{url}: {cut}; try again to resume the download") from cut
             logger.warning("%s: %s; resuming", url, cut)
             time.sleep(wait)
     raise AssertionError("unreachable")
@@ -353,14 +353,15 @@ def _fetch(url: str, part: Path, path: Path, progress: Progress | None) -> None:
         total = start + int(length) if length else None
         if start and not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
             _remove(part)
-            raise _TransferCut("the server sent another range than asked for")
+            raise _TransferCut("the server sent a range other than the requested one")
         # At warning level, because Python shows that without any logging having been set up.
         size = f"{total:,} bytes" if total is not None else "unknown size"
-        logger.warning("downloading %s (%s%s) to %s", url, size, f", {start:,} there" if start else "", path)
+        held_text = f", {start:,} already there" if start else ""
+        logger.warning("downloading %s (%s%s) to %s", url, size, held_text, path)
         free = shutil.disk_usage(part.parent).free
         if total is not None and free < total - start:
             raise CheckpointError(
-                f"no room for {path}: {total - start:,} bytes needed, {free:,} free. "
+                f"not enough disk space for {path}: {total - start:,} bytes needed, {free:,} free. "
                 "TORCH_HOME can name another directory for checkpoints."
             )
         if start == 0:
@@ -399,7 +400,7 @@ def _refuse_web_page(url: str, part: Path) -> None:
     with part.open("rb") as file:
         if file.read(1) == b"<":
             _remove(part)
-            raise _NotDownloaded(f"{url}: a web page came instead (this network's log-in page?)")
+            raise _NotDownloaded(f"{url}: received a web page (the network's login page?)")
 
 
 def _validator_path(part: Path) -> Path:

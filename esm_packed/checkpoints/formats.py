@@ -118,8 +118,8 @@ def _read_checkpoint(path: Path, model_name: str, progress: Progress | None) -> 
 def _not_found(path: Path) -> CheckpointError:
     candidates = [*ESM2_MODELS, "demo"]
     if path.parent.is_dir():
-        neighbours = [str(path.parent / file.name) for file in path.parent.iterdir()]
-        candidates += [file for file in neighbours if file.endswith((".pt", ".bin", ".safetensors"))]
+        neighbors = [str(path.parent / file.name) for file in path.parent.iterdir()]
+        candidates += [file for file in neighbors if file.endswith((".pt", ".bin", ".safetensors"))]
     near = difflib.get_close_matches(str(path).removeprefix("facebook/"), candidates, n=3, cutoff=0.5)
     hint = (
         f"did you mean {' or '.join(near)}?" if near else f"the models are {', '.join(ESM2_MODELS)} and demo"
@@ -143,7 +143,7 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
         if is_out_of_memory(error):
             raise _too_large(path) from error
         raise CheckpointError(
-            f"{path} cannot be read, it is damaged, cut short or no safetensors file ({error}): get it again"
+            f"{path} cannot be read: damaged, truncated or not a safetensors file ({error}); get it again"
         ) from error
 
 
@@ -158,7 +158,7 @@ def _read_torch(path: Path) -> tuple[dict[str, torch.Tensor], Stated | None]:
             stated = _read_fair_cfg(data["cfg"], path)
         data = data["model"]
     if not isinstance(data, dict) or not data:
-        raise CheckpointError(f"{path} holds {type(data).__name__}, not a checkpoint's named tensors")
+        raise CheckpointError(f"{path} contains {type(data).__name__}, not a checkpoint's named tensors")
     for name, value in data.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
             raise CheckpointError(
@@ -187,18 +187,19 @@ def _torch_load(path: Path) -> Any:
     except pickle.UnpicklingError as error:
         if named := re.search(r"GLOBAL (\S+)", str(error)):
             raise CheckpointError(
-                f"{path} holds Python objects besides tensors ({named[1]}), and loading never runs code from "
-                "a pickle: save the model's state_dict() instead, or use safetensors"
+                f"{path} contains Python objects other than tensors ({named[1]}), but loading never runs "
+                "code from a pickle: save the model's state_dict() instead, or use safetensors"
             ) from error
         raise CheckpointError(
-            f"{path} is damaged, or holds Python objects besides tensors: get it again, or use safetensors"
+            f"{path} is damaged, or contains Python objects other than tensors: get it again, or use "
+            "safetensors"
         ) from error
     except Exception as error:  # torch raises half a dozen types for damaged files
         if is_out_of_memory(error):
             raise _too_large(path) from error
         first_line = str(error).split("\n")[0]
         raise CheckpointError(
-            f"{path} cannot be read, it is damaged or cut short ({first_line}): get it again"
+            f"{path} cannot be read: damaged or truncated ({first_line}); get it again"
         ) from error
 
 
@@ -219,7 +220,7 @@ def _read_fair_cfg(cfg: Any, path: Path) -> Stated:
     model = cfg.get("model") if isinstance(cfg, dict) else None
     values = vars(model) if isinstance(model, Namespace) else model
     if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: cfg['model'] should be a Namespace, it is {type(model).__name__}")
+        raise CheckpointError(f"{path}: cfg['model'] must be a Namespace, got {type(model).__name__}")
     return Stated(
         num_layers=_size(values, "encoder_layers", path),
         hidden_size=_size(values, "encoder_embed_dim", path),
@@ -253,11 +254,11 @@ def _read_config_json(path: Path) -> Stated:
         ("vocab_size", None, (VOCAB_SIZE,), "another alphabet"),
         ("layer_norm_eps", 1e-12, (LAYER_NORM_EPS,), "ESM-2's LayerNorm has 1e-5"),
         ("is_decoder", False, (False, None), "a causal decoder"),
-        ("quantization_config", None, (None,), "quantised weights are not supported: use the original"),
+        ("quantization_config", None, (None,), "quantized weights are not supported: use the original"),
     )
     for key, default, accepted, reason in required:
         if (value := config.get(key, default)) not in accepted:
-            raise CheckpointError(f"{path}: {key} is {value!r}, not ESM-2 as this package runs it ({reason})")
+            raise CheckpointError(f"{path}: {key} is {value!r}, not a supported ESM-2 ({reason})")
     return Stated(
         num_layers=_size(config, "num_hidden_layers", path),
         hidden_size=_size(config, "hidden_size", path),
@@ -271,14 +272,14 @@ def _read_config_json(path: Path) -> Stated:
 def _size(values: Mapping[str, Any], key: str, path: Path) -> int:
     value = values.get(key)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise CheckpointError(f"{path}: {key} should be a positive number, it is {value!r}")
+        raise CheckpointError(f"{path}: {key} must be a positive integer, got {value!r}")
     return value
 
 
 def _flag(values: Mapping[str, Any], key: str, default: bool, path: Path) -> bool:
     value = values.get(key, default)
     if value is not None and not isinstance(value, bool):
-        raise CheckpointError(f"{path}: {key} should be true or false, it is {value!r}")
+        raise CheckpointError(f"{path}: {key} must be true or false, got {value!r}")
     return bool(value)
 
 
@@ -291,7 +292,7 @@ def save_fair_esm(
 
     Args:
         model: a checkpoint, or a shape and tensors named as in `tensor_shapes`.
-        path: `.../esm2*.pt`: fair-esm recognises ESM-2 by the file's name.
+        path: `.../esm2*.pt`: fair-esm recognizes ESM-2 by the file's name.
         dtype: convert the weights; None keeps them as they are. Rotary frequencies are never made BF16.
 
     Raises:
@@ -301,7 +302,7 @@ def save_fair_esm(
     config, tensors = (model.config, model.tensors) if isinstance(model, Checkpoint) else model
     path = Path(path)
     if path.suffix != ".pt" or not path.name.startswith("esm2"):
-        raise CheckpointError(f"{path}: fair-esm loads an ESM-2 only from a file named esm2....pt")
+        raise CheckpointError(f"{path}: fair-esm loads ESM-2 only from files named esm2*.pt")
     if "lm_head.bias" not in tensors:
         raise CheckpointError("fair-esm's format has a language-model head, which this checkpoint lacks")
 

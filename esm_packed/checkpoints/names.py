@@ -208,7 +208,7 @@ def canonical(
         tensor, shown = named[name], stored_as.get(name, name)
         if tensor.dtype not in _DTYPES:
             raise CheckpointError(
-                f"{path}: {shown} is stored as {tensor.dtype}: quantised weights are not supported, use the "
+                f"{path}: {shown} is stored as {tensor.dtype}: quantized weights are not supported, use the "
                 "original checkpoint"
             )
         if tuple(tensor.shape) != shapes[name]:
@@ -276,7 +276,7 @@ def _infer_config(named: Mapping[str, torch.Tensor], stated: Stated, path: Path)
             num_heads = known[0]
         else:
             raise CheckpointError(
-                f"{path} does not say how many attention heads it has: put its config.json beside it, or "
+                f"{path} does not say how many attention heads it has: put its config.json next to it, or "
                 "save it with its inv_freq buffers"
             )
     try:

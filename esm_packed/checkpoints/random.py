@@ -37,7 +37,7 @@ class RandomTensors(Mapping[str, torch.Tensor]):
 
     They make activations like a trained model's (measured on the real 650M): a residual stream that grows to
     an rms near 15, with one channel near -340 in every token and two more that reach into the hundreds;
-    attention far from uniform; a last layer with rms near 0.3. A freshly initialised model has none of this
+    attention far from uniform; a last layer with rms near 0.3. A freshly initialized model has none of this
     and makes half precision look better than it is.
 
     Args:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from esm_packed.reports.map.colouring import NO_VALUE, Categories, Numbers
+from esm_packed.reports.map.coloring import NO_VALUE, Categories, Numbers
 from esm_packed.reports.page import OKABE_ITO
 
 if TYPE_CHECKING:
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _BLUE, _ORANGE, _GREEN, _VERMILION, _PINK, _SKY, _, _BLACK = OKABE_ITO
-_CATEGORY_COLOURS = (_BLUE, _ORANGE, _GREEN, _VERMILION, _PINK, _SKY, "#882255", "#999933", _BLACK)
-_OTHERS_COLOUR, _NO_VALUE_COLOUR = "#8c8c8c", "#d0d0d0"
+_CATEGORY_COLORS = (_BLUE, _ORANGE, _GREEN, _VERMILION, _PINK, _SKY, "#882255", "#999933", _BLACK)
+_OTHERS_COLOR, _NO_VALUE_COLOR = "#8c8c8c", "#d0d0d0"
 _WIDTH, _HEIGHT = 6.4, 5.6
 """Inches, without a legend; narrow enough for a phone."""
 _LEGEND_LINE = 0.23
@@ -44,26 +44,26 @@ class Map:
         explained: (2,) share of the variance along each axis.
         title: plain text.
         ids: (n,) IDs of the points.
-        colours: colours of the points, or None for a single colour.
+        colors: colors of the points, or None for a single color.
     """
 
     points: npt.NDArray[np.float64]
     explained: npt.NDArray[np.float64]
     title: str
     ids: Sequence[str]
-    colours: Categories | Numbers | None = None
+    colors: Categories | Numbers | None = None
 
 
 def draw(drawn: Map) -> Figure:
-    """The points, with a legend below or a colour bar beside them; call it within `page.figure_style`."""
+    """The points, with a legend below or a color bar beside them; call it within `page.figure_style`."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(_WIDTH, _HEIGHT), layout="constrained")
     axes: Axes = figure.subplots()
-    if isinstance(drawn.colours, Categories):
-        _draw_categories(figure, axes, drawn, drawn.colours)
-    elif isinstance(drawn.colours, Numbers):
-        _draw_numbers(figure, axes, drawn, drawn.colours)
+    if isinstance(drawn.colors, Categories):
+        _draw_categories(figure, axes, drawn, drawn.colors)
+    elif isinstance(drawn.colors, Numbers):
+        _draw_numbers(figure, axes, drawn, drawn.colors)
     else:
         _scatter(axes, drawn, slice(None), c=_BLUE)
     first, second = (
@@ -115,32 +115,32 @@ def _scatter(axes: Axes, drawn: Map, rows: Any, **style: Any) -> Any:
     return points
 
 
-def _draw_categories(figure: Figure, axes: Axes, drawn: Map, colours: Categories) -> None:
+def _draw_categories(figure: Figure, axes: Axes, drawn: Map, colors: Categories) -> None:
     from matplotlib.lines import Line2D
 
-    palette = np.array([*_CATEGORY_COLOURS[: len(colours.labels)], _NO_VALUE_COLOUR])
-    if colours.has_others:
-        palette = np.array([*_CATEGORY_COLOURS, _OTHERS_COLOUR, _NO_VALUE_COLOUR])
-    # grey points first, the others in random order, so that no category covers another
+    palette = np.array([*_CATEGORY_COLORS[: len(colors.labels)], _NO_VALUE_COLOR])
+    if colors.has_others:
+        palette = np.array([*_CATEGORY_COLORS, _OTHERS_COLOR, _NO_VALUE_COLOR])
+    # gray points first, the others in random order, so that no category covers another
     order = np.random.default_rng(0).permutation(len(drawn.points))
-    is_grey = (colours.codes == NO_VALUE) | (colours.has_others & (colours.codes == len(palette) - 2))
-    order = order[np.argsort(~is_grey[order], kind="stable")]
-    _scatter(axes, drawn, order, c=palette[colours.codes[order]])
-    counts = np.bincount(colours.codes + 1, minlength=len(palette))
-    entries = [*zip(colours.labels, counts[1:].tolist(), palette, strict=False)]
+    is_gray = (colors.codes == NO_VALUE) | (colors.has_others & (colors.codes == len(palette) - 2))
+    order = order[np.argsort(~is_gray[order], kind="stable")]
+    _scatter(axes, drawn, order, c=palette[colors.codes[order]])
+    counts = np.bincount(colors.codes + 1, minlength=len(palette))
+    entries = [*zip(colors.labels, counts[1:].tolist(), palette, strict=False)]
     if counts[0]:
-        entries.append(("no value", int(counts[0]), _NO_VALUE_COLOUR))
+        entries.append(("no value", int(counts[0]), _NO_VALUE_COLOR))
     handles = [
         Line2D(
-            [], [], marker="o", linestyle="", color=colour, markersize=8, label=f"{_cut(label)} ({count:,})"
+            [], [], marker="o", linestyle="", color=color, markersize=8, label=f"{_cut(label)} ({count:,})"
         )
-        for label, count, colour in entries
+        for label, count, color in entries
     ]
     columns = 2 if max(len(str(handle.get_label())) for handle in handles) <= _TWO_COLUMNS else 1
     figure.set_figheight(_HEIGHT + _LEGEND_LINE * (1 + math.ceil(len(handles) / columns)))
     figure.legend(
         handles=handles,
-        title=_cut(colours.name),
+        title=_cut(colors.name),
         loc="outside lower center",
         ncols=columns,
         fontsize=11,
@@ -150,22 +150,22 @@ def _draw_categories(figure: Figure, axes: Axes, drawn: Map, colours: Categories
     )
 
 
-def _draw_numbers(figure: Figure, axes: Axes, drawn: Map, colours: Numbers) -> None:
+def _draw_numbers(figure: Figure, axes: Axes, drawn: Map, colors: Numbers) -> None:
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 
-    is_blank = np.isnan(colours.values)
+    is_blank = np.isnan(colors.values)
     if is_blank.any():
-        blank = _scatter(axes, drawn, is_blank, c=_NO_VALUE_COLOUR)
+        blank = _scatter(axes, drawn, is_blank, c=_NO_VALUE_COLOR)
         blank.set_label(f"no value ({is_blank.sum():,})")
         axes.legend(loc="upper left", bbox_to_anchor=(0, -0.12), fontsize=11, markerscale=1.5)
     rows = np.random.default_rng(0).permutation(np.flatnonzero(~is_blank))
-    scale = Normalize(*np.quantile(colours.values[rows], (0, 1)))
-    _scatter(axes, drawn, rows, c=colours.values[rows], cmap="viridis", norm=scale)
+    scale = Normalize(*np.quantile(colors.values[rows], (0, 1)))
+    _scatter(axes, drawn, rows, c=colors.values[rows], cmap="viridis", norm=scale)
     bar = figure.colorbar(
         ScalarMappable(scale, "viridis"), ax=axes, aspect=30
-    )  # not of the points, whose colours are paler
-    bar.set_label(_cut(colours.name), fontsize=12)
+    )  # not of the points, whose colors are paler
+    bar.set_label(_cut(colors.name), fontsize=12)
     bar.ax.tick_params(labelsize=11)
 
 

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     Style = dict[str, Any]
 
 _BLUE, _ORANGE, _GREEN, _VERMILION, *_ = OKABE_ITO
-GREY = "#999999"
-DTYPE_COLOURS = dict(zip(DTYPES, (_BLUE, _GREEN, _ORANGE, _VERMILION), strict=True))
+GRAY = "#999999"
+DTYPE_COLORS = dict(zip(DTYPES, (_BLUE, _GREEN, _ORANGE, _VERMILION), strict=True))
 
 
 def panel(height: float) -> tuple[Figure, Axes]:
@@ -36,12 +36,12 @@ def error_bars(values: Sequence[tuple[float, float, float]]) -> list[list[float]
 
 
 def style_of(dtype: str, layout: str, *, is_larger: bool = False, is_combined: bool = False) -> Style:
-    """A colour per precision; hollow: padded; square: in input order; diamond: larger budget; star: packed
+    """A color per precision; hollow: padded; square: in input order; diamond: larger budget; star: packed
     and in another precision."""
-    colour = DTYPE_COLOURS.get(dtype, GREY)
-    face = "white" if layout.startswith("padded") else colour
+    color = DTYPE_COLORS.get(dtype, GRAY)
+    face = "white" if layout.startswith("padded") else color
     marker = "*" if is_combined else "D" if is_larger else "s" if layout.endswith("unsorted") else "o"
-    return {"marker": marker, "color": colour, "markerfacecolor": face, "markersize": 7 if is_combined else 5}
+    return {"marker": marker, "color": color, "markerfacecolor": face, "markersize": 7 if is_combined else 5}
 
 
 def lanes_height(num_lanes: int, num_series: int) -> float:

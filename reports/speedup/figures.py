@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from esm_packed.reports.page import OKABE_ITO
 from esm_packed.reports.speedup.drawing import (
-    DTYPE_COLOURS,
-    GREY,
+    DTYPE_COLORS,
+    GRAY,
     amount_text,
     dots,
     error_bars,
@@ -55,13 +55,13 @@ _BLUE, _ORANGE, _GREEN, _VERMILION, _PINK, _SKY, _YELLOW, _BLACK = OKABE_ITO
 _SERIES = (_BLUE, _ORANGE, _GREEN, _VERMILION, _PINK, _SKY, _BLACK)
 """Without yellow, which is hard to see on white."""
 
-_STAGE_COLOURS = dict(zip((*STAGES, "other"), (_SKY, _ORANGE, _BLUE, _GREEN, GREY), strict=True))
+_STAGE_COLORS = dict(zip((*STAGES, "other"), (_SKY, _ORANGE, _BLUE, _GREEN, GRAY), strict=True))
 _MARKERS = "osD^vP*X"
 _HATCH = "////"
 
 
 def forward_times(results: Results) -> list[Figure]:
-    """Time of a forward pass by lengths, a panel per model: a colour per precision, hollow where padded."""
+    """Time of a forward pass by lengths, a panel per model: a color per precision, hollow where padded."""
     forward = in_order(results.suite("model"))
     variants = list(dict.fromkeys(_variant(m) for m in forward))
     workloads = list(dict.fromkeys(m.info["workload"] for m in forward))
@@ -174,7 +174,7 @@ def _draw_rivals(axes: Axes, contenders: Sequence[Measurement]) -> None:
         [middle for middle, _, _ in spreads],
         0.44,
         xerr=error_bars(spreads),
-        color=[DTYPE_COLOURS.get(m.info["dtype"], GREY) for m in contenders],
+        color=[DTYPE_COLORS.get(m.info["dtype"], GRAY) for m in contenders],
         hatch=[None if m.info["provider"] == "esm_packed" else _HATCH for m in contenders],
         edgecolor="white",
         linewidth=0.5,
@@ -219,8 +219,8 @@ def _compute_bound(kernels: Sequence[Measurement]) -> Figure:
             info["flops"] / info["bytes"],
             achieved(m) / 1e12,
             _MARKERS[names.index(operation) % len(_MARKERS)],
-            color=DTYPE_COLOURS.get(info["dtype"], GREY),
-            markerfacecolor=DTYPE_COLOURS.get(info["dtype"], GREY) if is_ours else "white",
+            color=DTYPE_COLORS.get(info["dtype"], GRAY),
+            markerfacecolor=DTYPE_COLORS.get(info["dtype"], GRAY) if is_ours else "white",
             markersize=6,
             label=None if label in seen else label,
         )
@@ -276,7 +276,7 @@ def _roofs(axes: Axes, kernels: Sequence[Measurement]) -> None:
         axes.plot(
             xs,
             [min(peak, bandwidth * x) / 1e12 for x in xs],
-            color=DTYPE_COLOURS[dtype],
+            color=DTYPE_COLORS[dtype],
             linewidth=1.2,
             label=f"roof, {dtype.upper()}",
         )
@@ -341,13 +341,13 @@ def padding(results: Results) -> list[Figure]:
 
 
 def _draw_padding(axes: Axes, measurements: Sequence[Measurement], workloads: Sequence[str]) -> None:
-    for index, (provider, (label, colour, field)) in enumerate(_PADDING_STYLES.items()):
+    for index, (provider, (label, color, field)) in enumerate(_PADDING_STYLES.items()):
         own = [m for m in measurements if m.info["provider"] == provider]
         bars = axes.barh(
             [workloads.index(m.info["workload"]) + (index - 1) * 0.29 for m in own],
             [100 * (m.info[field] if field else 1 - m.info["efficiency"]) for m in own],
             0.27,
-            color=colour,
+            color=color,
             label=label,
         )
         axes.bar_label(
@@ -370,12 +370,12 @@ def stages(results: Results) -> list[Figure]:
         for stage, value in seconds.items():
             share = 100 * value / total
             axes.barh(
-                row, share, 0.66, left=start, color=_STAGE_COLOURS[stage], label=stage if row == 0 else None
+                row, share, 0.66, left=start, color=_STAGE_COLORS[stage], label=stage if row == 0 else None
             )
             if share >= 5:
-                colour = "white" if stage == "computing" else "black"
+                color = "white" if stage == "computing" else "black"
                 place = start + share / 2
-                axes.text(place, row, f"{share:.0f}%", color=colour, ha="center", va="center", fontsize=9)
+                axes.text(place, row, f"{share:.0f}%", color=color, ha="center", va="center", fontsize=9)
             start += share
         labels.append(f"{short_model(m.info['model'])} {m.info['workload']} {m.info['dtype'].upper()}")
     axes.set_yticks(range(len(labels)), labels)
@@ -414,13 +414,13 @@ def change(found: Sequence[Change]) -> list[Figure]:
     shown = sorted(found, key=lambda c: (c.mark == "", -abs(c.times.middle - 1)))[:MAX_CHANGES_SHOWN]
     shown.sort(key=lambda c: -c.times.middle)
     figure, axes = panel(0.24 * len(shown) + 1.8)
-    colours = {"slower": _VERMILION, "faster": _GREEN, "": GREY}
+    colors = {"slower": _VERMILION, "faster": _GREEN, "": GRAY}
     names = {
         "slower": "slower, outside the spread",
         "faster": "faster, outside the spread",
         "": "within the spread",
     }
-    for index, (mark, colour) in enumerate(colours.items()):
+    for index, (mark, color) in enumerate(colors.items()):
         rows = [row for row, c in enumerate(shown) if c.mark == mark]
         if not rows:
             continue
@@ -428,7 +428,7 @@ def change(found: Sequence[Change]) -> list[Figure]:
             axes,
             [shown[row].times for row in rows],
             rows,
-            {"marker": "^vo"[index], "color": colour},
+            {"marker": "^vo"[index], "color": color},
             names[mark],
         )
     axes.axvline(1, color=_BLACK, linewidth=1)

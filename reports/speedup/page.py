@@ -69,36 +69,36 @@ SUITES_SHOWN = (
 )
 
 
-def report_files(folder: Path) -> list[Path]:
-    """Files that `write_report` may replace in `folder`."""
-    pages = [folder / name for name in ("speedup.html", "speedup.md", "measurements.csv")]
-    return [*pages, *figure_files(folder)]
+def report_files(directory: Path) -> list[Path]:
+    """Files that `write_report` may replace in `directory`."""
+    pages = [directory / name for name in ("speedup.html", "speedup.md", "measurements.csv")]
+    return [*pages, *figure_files(directory)]
 
 
-def write_report(path: Path, older: Sequence[Path], folder: Path) -> list[str]:
-    """Write `speedup.html`, `speedup.md`, `measurements.csv` and the figures into `folder`.
+def write_report(path: Path, older: Sequence[Path], directory: Path) -> list[str]:
+    """Write `speedup.html`, `speedup.md`, `measurements.csv` and the figures into `directory`.
 
     Args:
         path: result file of `pytest benchmarks --benchmark-json`.
         older: result files to compare it with.
-        folder: made if missing; files of these names in it are replaced.
+        directory: made if missing; files of these names in it are replaced.
 
     Returns:
         Lines for the terminal.
 
     Raises:
-        ReportError: a file is not a result file, the folder cannot be written, or matplotlib is missing.
+        ReportError: a file is not a result file, the directory cannot be written, or matplotlib is missing.
     """
     check_matplotlib()
     results = read_results(path)
     before = [read_results(other) for other in older]
     try:
         sections = list(_sections(results, before))
-        folder.mkdir(parents=True, exist_ok=True)
-        page = write_page(TITLE, sections, folder, "speedup")
-        (folder / "measurements.csv").write_text(measurements_table(results).csv(), encoding="utf-8")
+        directory.mkdir(parents=True, exist_ok=True)
+        page = write_page(TITLE, sections, directory, "speedup")
+        (directory / "measurements.csv").write_text(measurements_table(results).csv(), encoding="utf-8")
     except OSError as error:
-        raise ReportError(f"{error.filename or folder}: {error.strerror}") from error
+        raise ReportError(f"{error.filename or directory}: {error.strerror}") from error
     except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
         raise ReportError(
             f"{path}: a record lacks what the report needs ({type(error).__name__}: {error}); rerun the "
@@ -189,13 +189,13 @@ def _rivals_section(results: Results) -> Iterator[Section]:
         few = min(m.info["sequences"] for m in peers)
         small = (
             f" This is a small trial of {few} proteins: sorted batches of so few hold more padding than "
-            "those of a real file, which favours packing."
+            "those of a real file, which favors packing."
         )
         yield Section(
             "Compared with other packages",
             [
                 "All contenders use the same weights and proteins, and each was compared with FP64 before it "
-                "was timed. In the figure colours are precisions, and bars of other packages are hatched. "
+                "was timed. In the figure colors are precisions, and bars of other packages are hatched. "
                 "Floors are the parts of the work that no implementation avoids."
                 + (small if few < MIN_PROTEINS else ""),
                 rivals_table(results),

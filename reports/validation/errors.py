@@ -48,9 +48,9 @@ class PathResult:
         mean_by_layer: (num_layers + 1, num_proteins) relative L2 of the mean embedding.
         residues_by_layer: (num_layers + 1, num_proteins) relative L2 over the residues sampled for layers.
         nonfinite: (num_layers + 1, num_proteins) bool, NaN or Inf in any token's hidden state.
-        top1: share of proteins whose nearest neighbour is the reference's; None with fewer than 3 proteins.
-        top10: mean share of the `neighbours` nearest that are the reference's.
-        neighbours: 10, or one less than there are proteins.
+        top1: share of proteins whose nearest neighbor is the reference's; None with fewer than 3 proteins.
+        top10: mean share of the `neighbors` nearest that are the reference's.
+        neighbors: 10, or one less than there are proteins.
     """
 
     mode: str
@@ -63,7 +63,7 @@ class PathResult:
     nonfinite: torch.Tensor
     top1: float | None
     top10: float | None
-    neighbours: int
+    neighbors: int
 
     @property
     def path(self) -> str:
@@ -113,7 +113,7 @@ def measure(
         advance(sum(len(token_ids[member]) for member in members))
 
     expected = reference.means[last]
-    top1, top10, neighbours = rank_agreement(means[last], expected)
+    top1, top10, neighbors = rank_agreement(means[last], expected)
     return PathResult(
         mode=model.precision,
         layout=layout.name,
@@ -129,7 +129,7 @@ def measure(
         nonfinite=nonfinite,
         top1=top1,
         top10=top10,
-        neighbours=neighbours,
+        neighbors=neighbors,
     )
 
 
@@ -178,7 +178,7 @@ def rank_agreement(actual: torch.Tensor, expected: torch.Tensor) -> tuple[float 
             nothing.
 
     Returns:
-        Share of proteins with the same nearest neighbour, mean share of the k nearest in common, and
+        Share of proteins with the same nearest neighbor, mean share of the k nearest in common, and
         k = min(10, num_proteins - 1). The first is None with fewer than 3 proteins, the second where the k
         nearest are all there are.
     """

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _BLUE, _ORANGE, _GREEN, _VERMILION, _PINK, _SKY, _, _BLACK = OKABE_ITO
-# Markers and dashes repeat what the colours say.
-_MODE_COLOURS = {"fp64": _PINK, "fp32": _BLUE, "tf32": _GREEN, "fp16": _ORANGE, "bf16": _VERMILION}
+# Markers and dashes repeat what the colors say.
+_MODE_COLORS = {"fp64": _PINK, "fp32": _BLUE, "tf32": _GREEN, "fp16": _ORANGE, "bf16": _VERMILION}
 _MODE_MARKERS = {"fp64": "D", "fp32": "o", "tf32": "^", "fp16": "s", "bf16": "v"}
 _OPERATION_STYLES = {
     RESIDUAL: (_BLACK, "--"),
@@ -70,14 +70,14 @@ def _errors(validation: Validation) -> list[Figure]:
     axes.grid(axis="y", visible=False)
     spread = np.random.default_rng(0).uniform(-0.28, 0.28, len(validation.lengths))
     for place, path in enumerate(paths):
-        colour = _MODE_COLOURS[path.mode]
+        color = _MODE_COLORS[path.mode]
         errors = _positive(path.means.relative_l2)
         marker = _MODE_MARKERS[path.mode]
-        axes.plot(errors, place + spread, marker, color=colour, markersize=3.5, alpha=0.45, markeredgewidth=0)
+        axes.plot(errors, place + spread, marker, color=color, markersize=3.5, alpha=0.45, markeredgewidth=0)
         if (median := finite_median(path.means.relative_l2)) is not None and median > 0:
             axes.plot([median, median], [place - 0.33, place + 0.33], color="#000000", linewidth=1.4)
         limit = validation.settings.threshold(path.mode).relative_l2
-        axes.plot([limit, limit], [place - 0.45, place + 0.45], color=colour, linewidth=1.8, linestyle="--")
+        axes.plot([limit, limit], [place - 0.45, place + 0.45], color=color, linewidth=1.8, linestyle="--")
         if failed := int((~path.means.relative_l2.isfinite()).sum()):
             axes.annotate(
                 f"NaN or Inf: {failed:,}",
@@ -113,9 +113,9 @@ def _layers_panel(validation: Validation, name: str, title: str) -> tuple[Figure
         rows: torch.Tensor = getattr(path, name)
         median = np.array([finite_median(row) or math.nan for row in rows])
         most = np.array([finite_max(row) or math.nan for row in rows])
-        colour, marker = _MODE_COLOURS[path.mode], _MODE_MARKERS[path.mode]
-        axes.fill_between(range(len(rows)), median, most, color=colour, alpha=0.22, linewidth=0)
-        axes.plot(median, color=colour, marker=marker, markersize=4, label=f"{path.mode} ({path.path})")
+        color, marker = _MODE_COLORS[path.mode], _MODE_MARKERS[path.mode]
+        axes.fill_between(range(len(rows)), median, most, color=color, alpha=0.22, linewidth=0)
+        axes.plot(median, color=color, marker=marker, markersize=4, label=f"{path.mode} ({path.path})")
     _logarithmic(axes)
     _finish_layers(figure, axes, title)
     axes.set_ylabel("relative L2 error (log)")
@@ -141,7 +141,7 @@ def _lengths(validation: Validation) -> list[Figure]:
             validation.lengths,
             _positive(path.means.relative_l2),
             _MODE_MARKERS[path.mode],
-            color=_MODE_COLOURS[path.mode],
+            color=_MODE_COLORS[path.mode],
             markersize=4,
             alpha=0.6,
             markeredgewidth=0,
@@ -161,11 +161,11 @@ def _lengths(validation: Validation) -> list[Figure]:
 def _activations(validation: Validation) -> list[Figure]:
     activations = validation.activations
     (first, largest), (second, small) = _panel(4.6), _panel(4.6)
-    for operation, (colour, dashes) in _OPERATION_STYLES.items():
+    for operation, (color, dashes) in _OPERATION_STYLES.items():
         layers = list(activations.layers_of(operation))
         heights = [activations.max_abs(operation, layer) or math.nan for layer in layers]
         shares = [100 * (activations.subnormal_share(operation, layer) or math.nan) for layer in layers]
-        style: dict[str, Any] = {"color": colour, "linestyle": dashes, "marker": "o", "markersize": 3}
+        style: dict[str, Any] = {"color": color, "linestyle": dashes, "marker": "o", "markersize": 3}
         largest.plot(layers, heights, label=operation, **style)
         small.plot(layers, shares, label=operation, **style)
     for axes in (largest, small):

@@ -77,7 +77,7 @@ def _path_as_json(path: PathResult) -> dict[str, Any]:
         ],
         "top1": path.top1,
         "top10": path.top10,
-        "neighbours": path.neighbours,
+        "neighbors": path.neighbors,
     }
 
 

@@ -32,13 +32,13 @@ _NONFINITE_NOTE = (
 )
 
 
-def write_report(validation: Validation, conditions: Mapping[str, str], folder: Path) -> list[Path]:
+def write_report(validation: Validation, conditions: Mapping[str, str], directory: Path) -> list[Path]:
     """Write the page as HTML and Markdown, the numbers as JSON and CSV, the figures as PNG and SVG.
 
     Args:
         validation: results.
         conditions: input and command, name to value.
-        folder: an existing folder; the files of `report_files` in it are replaced.
+        directory: an existing directory; the files of `report_files` in it are replaced.
 
     Returns:
         Paths of the HTML, Markdown, JSON and CSV files.
@@ -46,21 +46,21 @@ def write_report(validation: Validation, conditions: Mapping[str, str], folder: 
     Raises:
         ImportError: matplotlib is not installed (`page.check_matplotlib` gives a clear message).
     """
-    numbers = folder / "validation.json"
+    numbers = directory / "validation.json"
     numbers.write_text(json.dumps(as_json(validation, conditions), allow_nan=False), encoding="ascii")
-    (folder / "validation.csv").write_text(proteins_table(validation).csv(), encoding="utf-8")
+    (directory / "validation.csv").write_text(proteins_table(validation).csv(), encoding="utf-8")
     title = f"Precision validation of {validation.checkpoint.model_name}"
-    write_page(title, sections(validation, conditions), folder, "validation")
-    return _pages(folder)
+    write_page(title, sections(validation, conditions), directory, "validation")
+    return _pages(directory)
 
 
-def report_files(folder: Path) -> list[Path]:
-    """Files that `write_report` may replace in `folder`, the page first."""
-    return [*_pages(folder), *figure_files(folder)]
+def report_files(directory: Path) -> list[Path]:
+    """Files that `write_report` may replace in `directory`, the page first."""
+    return [*_pages(directory), *figure_files(directory)]
 
 
-def _pages(folder: Path) -> list[Path]:
-    return [folder / f"validation.{suffix}" for suffix in ("html", "md", "json", "csv")]
+def _pages(directory: Path) -> list[Path]:
+    return [directory / f"validation.{suffix}" for suffix in ("html", "md", "json", "csv")]
 
 
 def summary_lines(validation: Validation) -> list[str]:
@@ -182,8 +182,8 @@ def _error_sections(validation: Validation) -> Iterator[Section]:
             _paths_table(validation),
             "Relative L2 error and cosine of a protein's mean embedding, largest absolute error of a "
             f"component, and the same over its residues ({compared} residues compared); proteins with NaN or "
-            "Inf in any layer; share of proteins whose nearest neighbour by cosine among these proteins is "
-            f"that of the reference, and share of the {validation.paths[0].neighbours} nearest in common.",
+            "Inf in any layer; share of proteins whose nearest neighbor by cosine among these proteins is "
+            f"that of the reference, and share of the {validation.paths[0].neighbors} nearest in common.",
             Table(("path", "", "reason"), _grouped(paths_not_run)) if paths_not_run else "",
         ],
     )
@@ -277,7 +277,7 @@ def _paths_table(validation: Validation) -> Table:
         "max error",
         "NaN or Inf",
         "nearest",
-        f"{validation.paths[0].neighbours} nearest",
+        f"{validation.paths[0].neighbors} nearest",
     ]
     return Table(header, [*map(row, validation.paths)])
 

@@ -28,8 +28,8 @@ files:
   csv            i, j, residue_i, residue_j, probability of each pair i < j, counted from 1
   npy            (L, L) float32, for numpy.load
 
-The protein is computed whole. Besides the activations this takes 4 L^2 bytes of memory: attention maps are
-not stored. For many proteins use embed --include contacts.
+The protein is computed whole. This takes 4 L^2 bytes of memory in addition to the activations: attention maps
+are not stored. For many proteins use embed --include contacts.
 Figures need matplotlib: pip install 'matplotlib>=3.8'"""
 
 

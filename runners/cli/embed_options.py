@@ -96,7 +96,7 @@ def _add_embed_model(model: argparse._ArgumentGroup) -> None:
         "--overlap",
         type=values.whole_number(0),
         metavar="N",
-        help="residues shared by neighbouring windows, whose values are blended with linear weights "
+        help="residues shared by neighboring windows, whose values are blended with linear weights "
         f"(default: {DEFAULT_OVERLAP}, at most half of --windows)",
     )
 
@@ -109,41 +109,40 @@ def _add_embed_stored(stored: argparse._ArgumentGroup) -> None:
         "--compression",
         choices=("none", "gzip"),
         default="none",
-        help="gzip saves little, and makes merging and reading many times slower (default: none)",
+        help="gzip saves little space, and makes merging and reading slower (default: none)",
     )
     add_parts(stored)
     stored.add_argument(
         "--reuse",
         type=values.path,
         metavar="OLD.h5",
-        help="take the rows of sequences that an earlier output of this model, precision and options has, "
-        "and compute the rest",
+        help="copy the rows of sequences that an earlier output with the same model, precision and options "
+        "has, and compute the rest",
     )
 
 
 def _add_embed_computing(compute: argparse._ArgumentGroup) -> None:
-    add_computing(compute, "which --reproducible always takes")
+    add_computing(compute, "which --reproducible always uses")
     compute.add_argument(
         "--fp32-compare",
         type=values.whole_number(0),
         default=0,
         metavar="N",
-        help="compute N sampled sequences in FP32, too, and report how far off the others are",
+        help="also compute N sampled sequences in FP32 and report the differences",
     )
     compute.add_argument(
         "--reproducible",
         action="store_true",
-        help="packs of one size, filled up: an embedding has the same bits whatever it is computed with "
+        help="fill packs to one size, so that an embedding has the same bits regardless of batch contents "
         "(same kind of device, threads, versions, precision and --token-budget)",
     )
     compute.add_argument(
         "--cuda-graphs",
         action="store_true",
-        help="with --reproducible, on a GPU: launch each forward pass as one graph, which pays off for small "
-        "models",
+        help="with --reproducible, on a GPU: launch each forward pass as one CUDA graph",
     )
     compute.add_argument(
         "--disable-packing",
         action="store_true",
-        help="padded batches in place of packs, to compare with (also ESM_PACKED_DISABLE_PACKING=1)",
+        help="use padded batches instead of packs, for comparison (also ESM_PACKED_DISABLE_PACKING=1)",
     )

@@ -16,9 +16,9 @@ examples:
   esm-packed export proteins.h5 --to h5ad -o proteins.h5ad --kind max --layer 20 --keep-missing
 
 formats:
-  uniprot  HDF5 in the layout of UniProt and protspace: one data set per protein, (D,) or (L, columns), named
+  uniprot  HDF5 in the layout of UniProt and protspace: one dataset per protein, (D,) or (L, columns), named
            by its accession (P12345 of sp|P12345|X_HUMAN) or its ID, with / as %2F; if the name differs from
-           the ID, the attribute original_id of the data set holds the ID
+           the ID, the attribute original_id of the dataset holds the ID
   pt       a dict of tensors by ID, for torch.load; they share one storage: clone() a tensor to save it alone
   npz      ids (n,) and embeddings (n, D), for numpy.load
   parquet  sequence_id, lengths, embedded_lengths, truncated, status and embedding, a list of D float32;
@@ -35,7 +35,7 @@ examples:
   esm-packed map proteins.h5 -o map.svg --color proteins.tsv:length --kind max --layer 20
 
 The table has a header line, and IDs or accessions (P12345 of sp|P12345|X_HUMAN) in its first column. More
-than nine different numbers get a colour bar; otherwise the nine most frequent values get a colour each.
+than nine different numbers get a color bar; otherwise the nine most frequent values get a color each.
 Principal components are fitted to at most 10,000 proteins. An .html page is self-contained.
 
 Needs matplotlib: pip install 'matplotlib>=3.8'"""
@@ -86,7 +86,7 @@ def add_map(commands: argparse._SubParsersAction[Parser]) -> None:
         "--color",
         type=values.table_column,
         metavar="TABLE.tsv:COLUMN",
-        help="colour the points by a column of a tab-separated table",
+        help="color the points by a column of a tab-separated table",
     )
 
 

@@ -48,7 +48,7 @@ def add_extract(commands: argparse._SubParsersAction[Parser]) -> None:
     add_fasta(parser)
     parser.add_argument(
         "output_dir",
-        type=values.output_folder,
+        type=values.output_directory,
         metavar="OUTPUT_DIR",
         help="output directory, created if needed",
     )

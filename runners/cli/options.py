@@ -269,7 +269,7 @@ def _add_validate(commands: argparse._SubParsersAction[Parser]) -> None:
         "-o",
         "--output",
         required=True,
-        type=values.output_folder,
+        type=values.output_directory,
         metavar="DIR",
         help="directory of the report",
     )
@@ -343,5 +343,5 @@ def _add_report(commands: argparse._SubParsersAction[Parser]) -> None:
         "older", type=values.path, nargs="*", metavar="OLDER.json", help="results to compare with"
     )
     speedup.add_argument(
-        "-o", "--output", type=values.output_folder, required=True, metavar="DIR", help="output directory"
+        "-o", "--output", type=values.output_directory, required=True, metavar="DIR", help="output directory"
     )

@@ -89,7 +89,7 @@ def add_parts(parser: argparse._ActionsContainer) -> None:
         action="store_true",
         default=None,
         help="leave per-residue rows and contacts in separate files in OUT.h5.parts, without copying them "
-        "(default: from 50 GB on)",
+        "(default: if they take 50 GB or more)",
     )
     place.add_argument(
         "--merge", dest="parts", action="store_false", help="write one file, regardless of size"

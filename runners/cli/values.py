@@ -40,11 +40,11 @@ def output_file(text: str) -> Path:
     return file
 
 
-def output_folder(text: str) -> Path:
-    folder = path(text)
-    if folder.exists() and not folder.is_dir():
+def output_directory(text: str) -> Path:
+    directory = path(text)
+    if directory.exists() and not directory.is_dir():
         raise argparse.ArgumentTypeError(f"{text}: not a directory; name a directory for the output")
-    return folder
+    return directory
 
 
 def model(text: str) -> str:

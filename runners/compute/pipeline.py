@@ -293,9 +293,7 @@ class Pipeline:
         self.times.num_halved += 1
         if len(pack.items) == 1:
             residues = batch.max_seqlen - SPECIAL_TOKENS
-            remedy = (
-                "--max-length cuts such sequences" if pack.starts is None else "--windows takes smaller ones"
-            )
+            remedy = "use --max-length to truncate it" if pack.starts is None else "use smaller --windows"
             failure = f"{residues:,} residues do not fit into the memory of {self._device_name}; {remedy}"
             yield _InFlight(pack, failure=failure)
             return

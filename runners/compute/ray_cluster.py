@@ -131,15 +131,15 @@ class RayCluster:
                 self.ray.init(**options)
             except Exception as error:
                 raise UsageError(
-                    f"Ray cannot be reached or started: {error} (a cluster with token authentication wants "
-                    "the same RAY_AUTH_MODE and token here)"
+                    f"Ray cannot be reached or started: {error} (with token authentication, RAY_AUTH_MODE "
+                    "and the token must be those of the cluster)"
                 ) from error
 
     def _count_workers(self) -> int:
         if self._device.type == "cuda":
             available = sum(self.capacities("GPU"))
             if not available:
-                raise UsageError("--engine ray: Ray finds no GPU; --device cpu computes on CPU cores")
+                raise UsageError("--engine ray: Ray finds no GPU; use --device cpu for CPU cores")
             kind = "a GPU"
         else:
             threads = self._request.threads or 1
@@ -147,7 +147,7 @@ class RayCluster:
             kind = counted(threads, "CPU core")
         wanted = self._request.workers or (available if self._device.type == "cuda" else 1)
         if wanted > available:
-            raise UsageError(f"--workers {wanted}: Ray has room for {available}, with {kind} each")
+            raise UsageError(f"--workers {wanted}: Ray has resources for {available}, with {kind} each")
         return wanted
 
     def _count_threads(self) -> int:
@@ -195,13 +195,13 @@ def _import_ray(request: EmbedRequest) -> Any:
         import ray
     except ModuleNotFoundError as error:
         raise UsageError(
-            "several workers need Ray: pip install 'ray>=2.59', or start a process for each device "
-            "with --slice INDEX/COUNT"
+            "several workers need Ray: pip install 'ray>=2.59', or start one process per device with "
+            "--slice INDEX/COUNT"
         ) from error
     if request.ray_address is None and _release(ray.__version__) < AUTHENTICATED_RELEASE:
         raise UsageError(
-            f"Ray {ray.__version__} lets everyone on this machine into the cluster that it starts; "
-            "pip install 'ray>=2.59' brings one that does not"
+            f"Ray {ray.__version__} starts clusters without authentication, open to every user of this "
+            "machine; upgrade it: pip install 'ray>=2.59'"
         )
     return ray
 
@@ -218,7 +218,7 @@ def _threads_each(cores: Sequence[int], num_workers: int) -> int:
 def _want_authentication() -> None:
     """Make the cluster that Ray will start here refuse everyone without its token.
 
-    Ray does so by default, but with a token in the home folder, which others may be able to read.
+    Ray does so by default, but with a token in the home directory, which others may be able to read.
     """
     os.environ.pop("RAY_AUTH_MODE", None)  # "disabled" may be right for another cluster
     if "ray" not in sys.modules and "RAY_AUTH_TOKEN_PATH" not in os.environ:  # later Ray keeps its token

@@ -157,10 +157,10 @@ class Schedule:
         attempts = self._attempts[task]
         self._console.note(f"worker {slot.rank}: {task} failed: {cause}")
         if self._failures_in_a_row > MAX_FAILURES_IN_A_ROW:
-            raise EngineError(f"workers fail on every shard, last with: {cause}")
+            raise EngineError(f"workers fail on every shard, most recently with: {cause}")
         num_sequences = self._sequences(task)
         if not num_sequences:
-            raise EngineError(f"{task} fails, though it has nothing to compute: {cause}")
+            raise EngineError(f"{task} fails although it has nothing to compute: {cause}")
         # a piece is known to fail: only a single sequence is retried
         if attempts < MAX_ATTEMPTS and (task.last is None or num_sequences == 1):
             self._delayed.append((time.monotonic() + BACK_OFF_SECONDS * 2 ** (attempts - 1), task))
@@ -211,7 +211,7 @@ class Schedule:
         if not all(slot.is_starting for slot in self._cluster.slots) or self._cluster.has_room():
             self._last_room = now
         elif now - self._last_room >= NO_ROOM_SECONDS:
-            raise EngineError("no node of the cluster has room for a worker")
+            raise EngineError("no node of the cluster has the resources for a worker")
 
     def _ask(self) -> None:
         """Ask workers for their progress without waiting for their answers."""

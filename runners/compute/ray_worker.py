@@ -45,7 +45,8 @@ class RayWorker:
         checkpoint = load_checkpoint(self._request.model)
         if checkpoint.sha256 != self._model_sha256:
             raise UsageError(
-                f"{self._request.model} is another model on {os.uname().nodename}: {checkpoint.sha256}"
+                f"{self._request.model} is a different model on {os.uname().nodename} (sha256 "
+                f"{checkpoint.sha256})"
             )
         return Worker(self._request, checkpoint, resolve_device(self._device), self._rank)
 
@@ -60,12 +61,12 @@ class RayWorker:
         directory = RunDirectory(Path(output))
         if not directory.plan_path.exists():
             raise UsageError(
-                f"{directory.path} is not on {os.uname().nodename}; all workers must share the folder "
-                "of the output"
+                f"{directory.path} does not exist on {os.uname().nodename}; all workers must share the "
+                "output's directory"
             )
         run = Run.open(directory)
         if run.plan.hash != plan_hash:
-            raise UsageError(f"{directory.path} holds another run on {os.uname().nodename}")
+            raise UsageError(f"{directory.path} contains another run on {os.uname().nodename}")
         self._opened = self._worker.open(run)
         return f"{device_name(self._worker.model.device)} on {os.uname().nodename}, process {os.getpid()}"
 

@@ -132,14 +132,14 @@ class RunWorker:
             layout=LAYOUTS[request.layout],
             cuda_graphs=request.cuda_graphs,
         )
-        self._log.info("works on %s: %s", run.directory.path, json.dumps(worker.made_by))
+        self._log.info("computing %s: %s", run.directory.path, json.dumps(worker.made_by))
 
     def compute(self, shards: Iterable[int]) -> None:
         """Compute `shards`, in this order, each to its file."""
 
         def inputs() -> Iterator[ShardInput]:
             for number in shards:
-                self._log.info("shard %d: begun", number)
+                self._log.info("shard %d: started", number)
                 yield self._without_given(self.run.input_of(number, self._worker.request.fp32_compare))
 
         @contextmanager
@@ -161,7 +161,7 @@ class RunWorker:
                 writer.made_by = self._worker.made_by
                 yield writer
 
-        self._log.info("shard %d: sequences %d to %d of it on their own", shard, first, last)
+        self._log.info("shard %d: started, only sequences %d to %d", shard, first, last)
         self._compute([self.run.input_of(shard).piece(first, last)], output)
 
     def _without_given(self, shard: ShardInput) -> ShardInput:
@@ -201,11 +201,11 @@ class RunWorker:
 
     def _load_fp32(self) -> ESM2:
         model = self._worker.load_fp32()
-        self._log.info("single sequences are computed anew in fp32 on %s", model.device)
+        self._log.info("recomputing single sequences in fp32 on %s", model.device)
         return model
 
 
-def _open_log(folder: Path, rank: int, part: Slice | None) -> logging.Logger:
+def _open_log(directory: Path, rank: int, part: Slice | None) -> logging.Logger:
     """The log of a worker; its file is created with the first message."""
     log = logging.getLogger(f"{__name__}.{rank}")
     for handler in log.handlers[:]:
@@ -213,7 +213,7 @@ def _open_log(folder: Path, rank: int, part: Slice | None) -> logging.Logger:
         log.removeHandler(handler)
     name = f"slice-{part.index}-of-{part.count}." if part else ""
     handler = logging.FileHandler(
-        folder / f"{name}worker-{rank}.log", delay=True, encoding="utf-8", errors="backslashreplace"
+        directory / f"{name}worker-{rank}.log", delay=True, encoding="utf-8", errors="backslashreplace"
     )
     handler.setFormatter(logging.Formatter(f"%(asctime)s rank {rank} %(message)s"))
     log.addHandler(handler)

@@ -58,7 +58,10 @@ class Selection:
         self.kind = kind or next((each for each in POOLED if each in reader.kinds), reader.kinds[0])
         empty = reader.values(self.kind, layer, 0, 0)
         if empty.ndim != 2 and not self.is_ragged:
-            raise UsageError(f"--kind {self.kind}: one number a sequence; name {', '.join(POOLED + RAGGED)}")
+            raise UsageError(
+                f"--kind {self.kind}: has a single number per sequence and cannot be exported; choose from "
+                f"{', '.join(POOLED + RAGGED)}"
+            )
         self.layer = reader.layers[-1] if layer is None and self.kind in PER_LAYER else layer
         self.dtype, self.width = empty.dtype, empty.shape[-1]
         self._keep_missing = keep_missing

@@ -56,6 +56,6 @@ def _check_names(selection: Selection) -> None:
         name = _name(sequence_id)
         if hash(name) in shared and seen.setdefault(name, sequence_id) != sequence_id:
             raise UsageError(
-                f"{shorten(seen[name])} and {shorten(sequence_id)} would both be called {shorten(name)}; "
-                "give them other IDs, or export to pt or npz, which keep whole IDs"
+                f"{shorten(seen[name])} and {shorten(sequence_id)} would both be named {shorten(name)}; "
+                "change one of the IDs, or use --to pt or --to npz, which keep full IDs"
             )

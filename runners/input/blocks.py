@@ -121,7 +121,7 @@ class SealedFile:
         ]
         if len(content) < stop - start or checksums != self._table[first:last]:
             self.path.with_name(METADATA).unlink(missing_ok=True)
-            raise DamagedIndexError(f"{self.path}: damaged or cut short")
+            raise DamagedIndexError(f"{self.path}: damaged or truncated")
         return content[begin - start : end - start]
 
     def _read(self, begin: int, end: int) -> bytes:

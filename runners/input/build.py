@@ -77,7 +77,7 @@ def build_index(
         OSError: `work_dir` cannot be written.
     """
     if not paths:
-        raise InputError("no input files were given; name FASTA files, or - for standard input")
+        raise InputError("no input files; give FASTA files, or - for standard input")
     work_dir.mkdir(parents=True, exist_ok=True)
     _clear(work_dir)
     scan = Scan(work_dir, options, Faults(MOST_LISTED))
@@ -89,7 +89,7 @@ def build_index(
         raise scan.faults.error()
     if ids is None:
         raise InputError(
-            f"no record is left, all {len(scan.left_out):,} were left out; the first is {scan.left_out[0][1]}"
+            f"all {len(scan.left_out):,} records were left out; the first: {scan.left_out[0][1]}"
         )
     if options.duplicates == "rename":
         ids.rename()
@@ -143,7 +143,7 @@ def survey(
 
     Args:
         path: as in `build_index`.
-        work_dir: an empty folder.
+        work_dir: an empty directory.
         most_listed: number of faults to keep; None keeps all.
         progress: as in `build_index`.
 

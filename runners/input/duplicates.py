@@ -37,7 +37,7 @@ def hashes_of(text: bytes, begins: Positions, ends: Positions) -> Hashes:
     """Return the (n, 2) halves of the hashes of the n pieces [begins, ends) of `text`, n > 0.
 
     Each 8-byte word, plus its position in the piece and, for the last word, the length, goes through
-    MurmurHash3's finaliser. One half is the sum of the results, the other the sum of a function of them.
+    MurmurHash3's finalizer. One half is the sum of the results, the other the sum of a function of them.
     This is not a cryptographic hash, but it is several times faster than one call per piece. Every match is
     confirmed, so deliberate collisions only cost time.
     """

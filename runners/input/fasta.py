@@ -68,7 +68,7 @@ class DamagedIndexError(InputError):
     """The index of the inputs is damaged; the inputs can be read again.
 
     Args:
-        what: the file or folder, and what is wrong with it.
+        what: the file or directory, and what is wrong with it.
     """
 
     def __init__(self, what: str) -> None:

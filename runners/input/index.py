@@ -1,6 +1,6 @@
 """The stored form of FASTA records, and how to reopen it.
 
-An index is a folder: `tokens.bin`, the residues of all records, one byte each; `names.bin`, their IDs as in
+An index is a directory: `tokens.bin`, the residues of all records, a byte each; `names.bin`, their IDs as in
 the files; `records.bin`, 37 bytes per record that locate it in those two; `first_same.bin`, 8 bytes per
 record with the first record of the same sequence; and `index.json`, which is written last, protects the
 checksums of the others with hashes, and says what the index was made from. The inputs are opened again only
@@ -77,7 +77,7 @@ class FastaIndex:
     """The records of one or more FASTA files in input order; made by `build_index`.
 
     Args:
-        work_dir: the folder of the index.
+        work_dir: the directory of the index.
         metadata: the content of `index.json`.
 
     Attributes:

@@ -142,12 +142,12 @@ def read_mutants(
     keep[list(repeated)] = False
     num_problems = reader.num_problems + len(repeated)
     if num_problems and (not skip_bad or not keep.any()):
-        hint = "no row is left" if skip_bad else "--skip-bad leaves such rows out and lists them"
+        hint = "no row can be used" if skip_bad else "--skip-bad skips such rows and lists them"
         if reader.has_other_numbers:
             hint = f"--offset is the number of the first residue; {hint}"
         raise _error(path, num_problems, problems[:_MOST_LISTED], hint)
     if not keep.any():
-        raise UsageError(f"{path}: the table is empty: there is no row below the header")
+        raise UsageError(f"{path}: no rows below the header")
     return _chosen(mutants, keep, problems)
 
 
@@ -203,9 +203,9 @@ class _Fault(Exception):
 
 def _difference(sequence: str, expected: str, mutant: str) -> str:
     if len(sequence) != len(expected):
-        return f"{len(sequence)} residues, where the protein has {len(expected)}"
+        return f"{len(sequence)} residues, but the protein has {len(expected)}"
     place = next(place for place, letter in enumerate(expected) if sequence[place] != letter)
-    return f"letter {place + 1} is {sequence[place]}, where the protein with {mutant} has {expected[place]}"
+    return f"letter {place + 1} is {sequence[place]}, but the protein with {mutant} has {expected[place]}"
 
 
 class _Reader:
@@ -292,7 +292,7 @@ class _Reader:
             raise _Fault(self.mutant_column, str(error)) from None
         span = mutant[-1].site - mutant[0].site + 1 if mutant else 0
         if self._max_span is not None and span > self._max_span:
-            reason = f"its sites span {span:,} residues, and a window has {self._max_span:,}"
+            reason = f"its sites span {span:,} residues, but a window has {self._max_span:,}"
             raise _Fault(self.mutant_column, reason)
         if self._mutant is not None and self._sequence is not None:
             expected, sequence = wild_type.mutated(mutant), cells[self._sequence].strip().upper()
@@ -313,7 +313,7 @@ class _Reader:
             if self.columns.count(column) > 1:
                 raise UsageError(f"{self._path}: the column {shorten(column)} appears twice; rename one")
         if SCORE in self.columns:
-            raise UsageError(f"{self._path}: rename the column {SCORE}, which the output adds")
+            raise UsageError(f"{self._path}: rename the column {SCORE}, as the output adds one of this name")
 
     def _place(self, column: str) -> int | None:
         return self.columns.index(column) if column in self.columns else None
@@ -327,8 +327,8 @@ class _Reader:
         if self._id is None:
             if index.num_records != 1:
                 raise UsageError(
-                    f"{self._path}: no column {', '.join(ID_COLUMNS[:-1])} or {ID_COLUMNS[-1]} says which of "
-                    f"the {index.num_records:,} records a mutant is of"
+                    f"{self._path}: needs a column {', '.join(ID_COLUMNS[:-1])} or {ID_COLUMNS[-1]}, because "
+                    f"the FASTA file has {index.num_records:,} records"
                 )
             return {"": 0}
         named = {cells[self._id].strip() for _, cells in self._below_header() if len(cells) > self._id}
@@ -357,7 +357,7 @@ def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
         UsageError: the file does not exist, is not text, or has a row that is not valid CSV.
     """
     if path.exists() and not path.is_file():
-        raise UsageError(f"{path}: not a regular file, which is read more than once")
+        raise UsageError(f"{path}: not a regular file, but the table is read more than once")
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             delimiter = "\t" if "\t" in file.readline() else ","

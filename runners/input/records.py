@@ -29,7 +29,7 @@ def read_fasta(
     """Read a FASTA file as `esm-packed embed` does.
 
     The whole input is checked before the first record is returned. An index of about the size of the input is
-    kept in a temporary folder, so memory use does not grow with the input.
+    kept in a temporary directory, so memory use does not grow with the input.
 
     Args:
         source: a FASTA file, plain or gzip, `-` for standard input, or an open file.
@@ -48,37 +48,37 @@ def read_fasta(
         InputError: the input cannot be read or has faults that are not allowed; the message names the file,
             line and record of the first ones.
         ValueError: an argument is not one of its allowed values.
-        OSError: the temporary folder cannot be written to.
+        OSError: the temporary directory cannot be written to.
     """
     options = ReadOptions(invalid, duplicates, gaps, full_header, force)
-    folder = TemporaryDirectory(prefix="esm-packed-")
+    directory = TemporaryDirectory(prefix="esm-packed-")
     try:
         if isinstance(source, str | os.PathLike):
-            index = build_index([os.fspath(source)], Path(folder.name, "index"), options)
+            index = build_index([os.fspath(source)], Path(directory.name, "index"), options)
         else:
-            index = _index_open_file(source, Path(folder.name), options)
+            index = _index_open_file(source, Path(directory.name), options)
     except BaseException:
-        folder.cleanup()
+        directory.cleanup()
         raise
-    return _records(index, folder)
+    return _records(index, directory)
 
 
-def _index_open_file(file: IO[Any], folder: Path, options: ReadOptions) -> FastaIndex:
+def _index_open_file(file: IO[Any], directory: Path, options: ReadOptions) -> FastaIndex:
     """Copy an open file and index the copy; messages use the name of the original."""
-    copy = folder / "input"
+    copy = directory / "input"
     with copy.open("wb") as copied:
         while chunk := file.read(1 << 20):
             copied.write(chunk.encode("utf-8", "surrogatepass") if isinstance(chunk, str) else chunk)
     try:
-        return build_index([str(copy)], folder / "index", options)
+        return build_index([str(copy)], directory / "index", options)
     except InputError as error:
         name = str(getattr(file, "name", "the open file"))
         message, *details = (text.replace(str(copy), name) for text in (error.message, *error.details))
         raise InputError(message, details) from None
 
 
-def _records(index: FastaIndex, folder: TemporaryDirectory[str]) -> Iterator[tuple[str, str]]:
-    with folder:
+def _records(index: FastaIndex, directory: TemporaryDirectory[str]) -> Iterator[tuple[str, str]]:
+    with directory:
         try:
             for start in range(0, index.num_records, _RECORDS_AT_ONCE):
                 stop = min(start + _RECORDS_AT_ONCE, index.num_records)

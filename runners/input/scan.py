@@ -212,7 +212,7 @@ class _Input:
         for magic, compression in _COMPRESSED.items():
             if self._head.startswith(magic):
                 raise UnreadableError(
-                    f"{self.name}: compressed with {compression}; only gzip is read, unpack it first"
+                    f"{self.name}: compressed with {compression}; only gzip is supported; decompress it first"
                 )
         has_records = False
         for block in self._cut_text():
@@ -265,7 +265,7 @@ class _Input:
                 yield pending[:cut]
                 pending = pending[cut:]
             elif len(pending) > MAX_RECORD_BYTES:
-                reason = f"a record is longer than {MAX_RECORD_BYTES >> 20} MiB: these are no proteins"
+                reason = f"a record is longer than {MAX_RECORD_BYTES >> 20} MiB, too long for a protein"
                 if not pending.startswith(b">"):
                     reason = (
                         f"not FASTA: no '>' at the start of a line in the first {MAX_RECORD_BYTES >> 20} MiB"
@@ -296,7 +296,7 @@ class Scan:
     record has no residues, and only its ID matters. `TOKENS` has the residues of the others.
 
     Args:
-        folder: where the files go.
+        directory: where the files go.
         options: how to handle faults.
         faults: collects the faults that `options` does not allow.
         is_survey: only collect faults, to the end of every input; do not write `TOKENS`.
@@ -314,7 +314,7 @@ class Scan:
     """
 
     def __init__(
-        self, folder: Path, options: ReadOptions, faults: Faults, *, is_survey: bool = False
+        self, directory: Path, options: ReadOptions, faults: Faults, *, is_survey: bool = False
     ) -> None:
         self.options = options
         self.faults = faults
@@ -331,7 +331,7 @@ class Scan:
         self._first: tuple[int, Problem] | None = None  # first of these, without a reason
         self._stack = ExitStack()
         names = (RECORDS, NAMES, TOKENS, ID_HASHES, SEQUENCE_HASHES)
-        self._files = {name: self._stack.enter_context((folder / name).open("wb")) for name in names}
+        self._files = {name: self._stack.enter_context((directory / name).open("wb")) for name in names}
 
     def read(
         self, paths: Sequence[str], chunk_size: int, progress: Callable[[int], None] | None = None
@@ -340,7 +340,7 @@ class Scan:
 
         Raises:
             InputError: an input was changed while it was being read.
-            OSError: the folder cannot be written to.
+            OSError: the directory cannot be written to.
         """
         with self._stack:
             for number, path in enumerate(paths):
@@ -359,7 +359,7 @@ class Scan:
         for block in file.blocks():
             if self.is_dna and not self._is_survey and file.num_read > MOST_READ_OF_DNA:
                 num_read = file.num_read >> 20
-                raise UnreadableError(f"{file.name}: not read beyond {num_read} MiB, as it looks like DNA")
+                raise UnreadableError(f"{file.name}: not read beyond {num_read} MiB: it looks like DNA")
             unreadable = text_fault(block)
             if unreadable is not None:
                 if readable := record_begin(block, unreadable[0]):
@@ -454,7 +454,7 @@ class Scan:
                 f"(at most {DNA_RECORDS}) are A, C, G, T, U or N"
             )
             text = str(replace(first, reason=reason))
-            self.faults.add("DNA", [Listed(number, first.line, text, "--force goes on")], 1)
+            self.faults.add("DNA", [Listed(number, first.line, text, "--force accepts it")], 1)
 
 
 def input_name(path: str) -> str:
@@ -468,6 +468,6 @@ def _open(path: str) -> BinaryIO:
     except FileNotFoundError as error:
         raise UnreadableError(f"{path}: no such file") from error
     except IsADirectoryError as error:
-        raise UnreadableError(f"{path}: is a directory; name the FASTA files in it") from error
+        raise UnreadableError(f"{path}: is a directory; give the FASTA files in it") from error
     except OSError as error:
         raise UnreadableError(f"{path}: cannot be opened: {error.strerror}") from error

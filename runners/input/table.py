@@ -48,4 +48,4 @@ def _no_column(path: Path, column: str, header: list[str]) -> str:
         return f"{path}: its first line has no tab; a tab-separated table with a header is needed"
     more = ", ..." if len(header) > _SHOWN_COLUMNS + 1 else ""
     shown = ", ".join(map(shorten, header[1 : _SHOWN_COLUMNS + 1]))
-    return f"{path}: no column {shorten(column)}; it has {shown}{more} beside the IDs"
+    return f"{path}: no column {shorten(column)}; choose from {shown}{more}"

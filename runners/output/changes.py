@@ -30,4 +30,4 @@ def log_changes(console: Console, log: Path, output: Path) -> None:
                     line = {"event": "changed", "sequence_id": ids[row - start], "changes": changes[row]}
                     file.write(json.dumps(line) + "\n")
     except OSError as error:
-        console.note(f"{log}: {error.strerror}; it does not name all sequences that were changed")
+        console.note(f"{log}: {error.strerror}; its list of changed sequences is incomplete")

@@ -43,7 +43,7 @@ class CheckedFile:
         self._kind = kind
         found = Path(path).stat()
         if not stat.S_ISREG(found.st_mode):  # HDF5 would wait for a pipe
-            raise StoreError(f"{self.path}: not a file")
+            raise StoreError(f"{self.path}: not a regular file")
         self.num_bytes = found.st_size
         self._datasets: dict[str, Any] = {}  # HDF5 caches chunks of open datasets
         try:
@@ -53,8 +53,8 @@ class CheckedFile:
             if reason in (errno.ENOENT, errno.EACCES):
                 raise
             if reason in (errno.EMFILE, errno.ENFILE):
-                raise UserError(f"{self.path}: too many files are open; `ulimit -n` allows more") from error
-            raise StoreError(f"{self.path}: not an HDF5 file, or cut short") from error
+                raise UserError(f"{self.path}: too many open files; raise the limit: `ulimit -n`") from error
+            raise StoreError(f"{self.path}: not an HDF5 file, or truncated") from error
 
     @contextmanager
     def reading(self) -> Iterator[None]:
@@ -71,7 +71,7 @@ class CheckedFile:
         except StoreError:
             raise
         except (OSError, RuntimeError, KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-            raise StoreError(f"{self.path}: damaged, or not a whole {self._kind} ({error})") from error
+            raise StoreError(f"{self.path}: damaged, or not a complete {self._kind} ({error})") from error
 
     def __contains__(self, name: str) -> bool:
         return name in self._file
@@ -101,10 +101,10 @@ class CheckedFile:
         for part in name.split("/"):
             link = found.get(part, getlink=True) if isinstance(found, h5py.Group) else None
             if not isinstance(link, h5py.HardLink):
-                raise ValueError(f"no data set {name}")
+                raise ValueError(f"no dataset {name}")
             found = found[part]
         if not isinstance(found, h5py.Dataset) or found.is_virtual != is_virtual or found.external:
-            raise ValueError(f"no data set {name}")
+            raise ValueError(f"no dataset {name}")
         if not is_virtual:  # HDF5 2.0 crashes when a process exits with a virtual dataset open
             self._datasets[name] = found
         return found

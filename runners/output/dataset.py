@@ -81,7 +81,7 @@ class EmbeddingDataset(Dataset[tuple[str, torch.Tensor]]):
                 self._num_sequences,
             ):
                 reader.close()
-                raise StoreError(f"{self.path}: replaced by another output; create the data set again")
+                raise StoreError(f"{self.path}: replaced by another output; create the dataset again")
             self._reader, self._process = reader, os.getpid()
         return self._reader
 

@@ -238,7 +238,7 @@ class EmbeddingFile:
             return tabular[0]
         if kind is None or kind in RAGGED:
             raise NotInFileError(
-                f"{self.path}: a table is made of {', '.join(POOLED)}, not of {kind or ', '.join(self.kinds)}"
+                f"{self.path}: a table needs one of {', '.join(POOLED)}, not {kind or ', '.join(self.kinds)}"
             )
         return kind
 

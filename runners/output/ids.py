@@ -114,5 +114,5 @@ def checked_index(index: int | np.integer[Any], size: int) -> int:
     """
     row = operator.index(index)
     if not -size <= row < size:
-        raise IndexError(f"row {row} of {size:,}")
+        raise IndexError(f"row {row} is out of range for {size:,} rows")
     return row % size

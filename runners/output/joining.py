@@ -52,13 +52,13 @@ def make_parts(run: Run, compression: str, advance: Advance) -> dict[Per, list[P
         UsageError: something not created by esm-packed is in the place of the parts.
         OSError: the disk is full or has failed.
     """
-    folder = run.parts
-    folder.make(run.directory.scratch_path)
+    made = run.parts
+    made.make(run.directory.scratch_path)
     parts: dict[Per, list[Part]] = {array.per: [] for array in run.ragged_arrays}
     for number, shards in enumerate(_groups(run)):
         name = f"{number:05}.h5"
         firsts = _first_rows(run, shards)
-        path = folder.path / name
+        path = made.path / name
         if not path.is_file() or not _are_in_part(run, shards, name):
             with whole_or_nothing(path, run.directory.scratch_path) as temporary:
                 _write_part(run, shards, firsts, ArrayWriter(temporary, compression), advance)

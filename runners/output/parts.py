@@ -49,7 +49,7 @@ class Parts:
 
     Args:
         output: the output file.
-        folder: its root attribute `parts`.
+        directory: its root attribute `parts`.
         parts: its parts, in row order.
         plan_hash: the plan hash of the output.
         datasets: the expected type of each dataset that has rows there.
@@ -63,18 +63,18 @@ class Parts:
     def __init__(
         self,
         output: Path,
-        folder: str,
+        directory: str,
         parts: list[Part],
         plan_hash: str,
         datasets: Mapping[str, DataSetType],
     ) -> None:
-        place = PurePosixPath(folder)
-        if place.is_absolute() or ".." in place.parts or not place.parts or "\0" in folder:
-            raise ValueError(f"parts are in {folder!r}")
+        place = PurePosixPath(directory)
+        if place.is_absolute() or ".." in place.parts or not place.parts or "\0" in directory:
+            raise ValueError(f"parts are in {directory!r}")
         self.parts = parts
         self.num_rows = sum(part.num_rows for part in parts)
         self._output = output
-        self._folder = output.resolve().parent / place
+        self._directory = output.resolve().parent / place
         self._plan_hash = plan_hash
         self._datasets = datasets
         self._firsts = [part.first_row for part in parts]
@@ -143,8 +143,8 @@ class Parts:
         return file
 
     def _open(self, part: Part) -> CheckedFile:
-        path = self._folder / part.file
-        remedy = f"put the part of {self._output} back, or embed again with --overwrite"
+        path = self._directory / part.file
+        remedy = f"restore this part of {self._output}, or embed again with --overwrite"
         try:
             file = CheckedFile(path, f"part of {self._output}")
             try:
@@ -164,7 +164,7 @@ class Parts:
         with file.reading():
             attributes = file.attributes()
             if (attributes.get("format"), attributes.get("plan_hash")) != (PART_FORMAT, self._plan_hash):
-                raise StoreError(f"{file.path}: no part, or one of another run")
+                raise StoreError(f"{file.path}: not a part, or one of another run")
             for name, (dtype, shape) in self._datasets.items():
                 file.expect(name, f"{dtype.kind}{dtype.itemsize}", (part.num_rows, *shape))
 

@@ -69,9 +69,9 @@ class FileNames:
         return int(_hash_of(name), 16)
 
 
-def folds_case(folder: Path) -> bool:
-    """Whether names that differ only in case are the same in `folder`, which must be writable."""
-    probe = folder / f"case-{secrets.token_hex(8)}"
+def folds_case(directory: Path) -> bool:
+    """Whether names that differ only in case are the same in `directory`, which must be writable."""
+    probe = directory / f"case-{secrets.token_hex(8)}"
     probe.touch()
     try:
         return probe.with_name(probe.name.upper()).exists()
@@ -137,7 +137,7 @@ def write_pt(path: Path, content: dict[str, Any], scratch: Path) -> None:
     Args:
         path: the file.
         content: what `torch.load` returns.
-        scratch: a folder on the same file system.
+        scratch: a directory on the same file system.
     """
     buffer = io.BytesIO()  # torch hides why a file cannot be written
     torch.save(content, buffer)

@@ -22,13 +22,13 @@ _RECORDS_AT_ONCE = 1 << 12
 
 
 def write_index(
-    folder: Path, scratch: Path, identity: Mapping[str, Any], reader: EmbeddingReader, names: FileNames
+    directory: Path, scratch: Path, identity: Mapping[str, Any], reader: EmbeddingReader, names: FileNames
 ) -> None:
-    """List all labels in input order, then the records left out, in `folder`.
+    """List all labels in input order, then the records left out, in `directory`.
 
     Args:
-        folder: folder of the files.
-        scratch: a folder on the same file system for the unfinished file.
+        directory: where the files are.
+        scratch: a directory on the same file system for the unfinished file.
         identity: identity of the run, stored in the first line.
         reader: reader of its output.
         names: names of the files.
@@ -36,7 +36,7 @@ def write_index(
     problems = reader.problems()
     reasons = {problem.sequence_id: problem.reason for problem in problems if not problem.file}
     with (
-        whole_or_nothing(folder / INDEX_NAME, scratch) as temporary,
+        whole_or_nothing(directory / INDEX_NAME, scratch) as temporary,
         temporary.open("w", encoding="utf-8", newline="") as file,
     ):
         file.write(f"{_FIRST_LINE}{json.dumps(identity)}\n")
@@ -54,10 +54,10 @@ def write_index(
                 table.writerow((left.sequence_id, "", "left out", f"{where}: {left.reason}"))
 
 
-def listed_identity(folder: Path) -> dict[str, Any] | None:
-    """Return the identity of the run whose files are listed in `folder`; None if there is no valid list."""
+def listed_identity(directory: Path) -> dict[str, Any] | None:
+    """Return the identity of the run whose files `directory` lists; None if there is no valid list."""
     try:
-        with open_regular(folder / INDEX_NAME) as file:
+        with open_regular(directory / INDEX_NAME) as file:
             line = file.readline(_MOST_FIRST_LINE_BYTES).decode()
         identity = json.loads(line.removeprefix(_FIRST_LINE)) if line.startswith(_FIRST_LINE) else None
     except (OSError, ValueError, RecursionError):
@@ -65,9 +65,9 @@ def listed_identity(folder: Path) -> dict[str, Any] | None:
     return identity if isinstance(identity, dict) else None
 
 
-def num_failed(folder: Path) -> int:
-    """Return how many of the labels listed in `folder` have only NaN."""
-    with (folder / INDEX_NAME).open(encoding="utf-8", newline="") as file:
+def num_failed(directory: Path) -> int:
+    """Return how many of the labels listed in `directory` have only NaN."""
+    with (directory / INDEX_NAME).open(encoding="utf-8", newline="") as file:
         file.readline()
         rows = csv.DictReader(file, delimiter="\t")
         return sum(row.get("status") == STATUS_LABELS[STATUS_FAILED] for row in rows)

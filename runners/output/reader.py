@@ -114,7 +114,7 @@ class EmbeddingReader:
         if "sequence_hash" in self._file:
             self._file.expect("sequence_hash", "text", (self._num_sequences,))
             if self._file.dataset("sequence_hash").dtype != HASH:
-                raise ValueError("sequence_hash is no hash")
+                raise ValueError("sequence_hash has no hashes")
         for name, record in (("problems", PROBLEM), ("fp32_compare", COMPARISON)):
             if name in self._file or record is PROBLEM:
                 self._file.expect_records(name, record)
@@ -175,8 +175,8 @@ class EmbeddingReader:
             self._file.expect_records(PARTS[per], PART)
             records = self._file.dataset(PARTS[per])[:].tolist()
             parts = [Part(file.decode(), *numbers) for file, *numbers in records]
-            folder, run = str(self._attributes["parts"]), str(self._attributes["plan_hash"])
-            self._parts[per] = found = Parts(Path(self._path), folder, parts, run, types)
+            directory, run = str(self._attributes["parts"]), str(self._attributes["plan_hash"])
+            self._parts[per] = found = Parts(Path(self._path), directory, parts, run, types)
             if found.num_rows != num_rows:
                 raise ValueError(f"{found.num_rows} rows in parts, not {num_rows}")
 
@@ -195,7 +195,7 @@ class EmbeddingReader:
                 starts = self.column(STARTS[per], start, stop)
                 is_within = (starts >= 0) & (lengths >= 0) & (starts <= num_rows - counts[per])
                 if not np.where(status == STATUS_NOT_COMPUTED, starts == -1, is_within).all():
-                    raise ValueError(f"{STARTS[per]} are not rows that there are")
+                    raise ValueError(f"{STARTS[per]} refers to rows that do not exist")
 
     def _read_plan(self) -> dict[str, Any]:
         plan: dict[str, Any] = json.loads(self._file.dataset("plan").asstr()[()])
@@ -303,7 +303,7 @@ class EmbeddingReader:
         if kind not in self.kinds:
             raise NotInFileError(f"{self._path}: no kind {kind!r}; it has {', '.join(self.kinds)}")
         if layer is not None and kind not in PER_LAYER:
-            raise NotInFileError(f"{self._path}: {kind} has no layers; leave layer out")
+            raise NotInFileError(f"{self._path}: {kind} has no layers; omit layer")
         if layer is not None and layer not in self.layers:
             listed = ", ".join(map(str, self.layers))
             raise NotInFileError(f"{self._path}: no layer {layer}; it has {listed}")

@@ -58,7 +58,7 @@ class EarlierOutput:
         same = _SAME + ("token_budget",) * (identity["layout"] == "fixed")  # which guarantees identical bits
         differing = differences(*({name: each.get(name) for name in same} for each in (theirs, identity)))
         lacking = [
-            f"{name} are {', '.join(map(str, there))}, now {', '.join(map(str, asked))} are wanted"
+            f"{name} were {', '.join(map(str, there))}, now {', '.join(map(str, asked))}"
             for name, there, asked in (
                 ("kinds", reader.kinds, identity["kinds"]),
                 ("layers", reader.layers, identity["layers"]),

@@ -44,7 +44,7 @@ def describe(output: Path, table: Path, scratch: Path, content: Mapping[str, Any
     Args:
         output: the final path of the table.
         table: its current path.
-        scratch: a folder for the unfinished file.
+        scratch: a directory for the unfinished file.
         content: the description.
     """
     date = datetime.now(UTC).isoformat(timespec="seconds")

@@ -65,7 +65,7 @@ def check_table(path: Path) -> None:
         UserError: pyarrow, which Parquet requires, is not installed.
     """
     if path.suffix.lower() not in SUFFIXES:
-        raise UsageError(f"{path}: a table of scores is {' or '.join(f'OUT{each}' for each in SUFFIXES)}")
+        raise UsageError(f"{path}: unknown file type; use {' or '.join(f'OUT{each}' for each in SUFFIXES)}")
     if path.suffix.lower() == ".parquet":
         optional_package("pyarrow", _INSTALL)
 

@@ -70,7 +70,7 @@ class ArrayWriter(NewFile):
         self._describe(array)
 
     def create_virtual(
-        self, array: Array, dataset: str, rows: int, folder: str, parts: Iterable[Part]
+        self, array: Array, dataset: str, rows: int, directory: str, parts: Iterable[Part]
     ) -> None:
         """Create a virtual dataset, whose rows are in other files.
 
@@ -78,15 +78,15 @@ class ArrayWriter(NewFile):
             array: the array.
             dataset: name of the dataset, both here and in the other files.
             rows: number of rows.
-            folder: folder of the parts, relative to this file.
+            directory: where the parts are, relative to this file.
             parts: the parts that hold the rows.
         """
         shape = row_shape(kind_of(array.name), array.columns)
         layout = h5py.VirtualLayout((rows, *shape), array.dtype)
-        folder = folder.replace("%", "%%")  # HDF5 replaces %b by a block number
+        directory = directory.replace("%", "%%")  # HDF5 replaces %b by a block number
         for file, _, first, count in parts:
             if count:
-                source = h5py.VirtualSource(f"{folder}/{file}", dataset, (count, *shape), array.dtype)
+                source = h5py.VirtualSource(f"{directory}/{file}", dataset, (count, *shape), array.dtype)
                 layout[first : first + count] = source
         with self.writing():
             self._arrays[array.name] = self.file.create_virtual_dataset(dataset, layout, fillvalue=np.nan)

@@ -40,7 +40,7 @@ class Claim:
     Args:
         path: the file.
         purpose: what the claim is for, shown to other processes.
-        scratch: folder on the same file system for temporary files; the folder of `path` if None.
+        scratch: directory on the same file system for temporary files; that of `path` if None.
     """
 
     def __init__(self, path: Path, purpose: str = "", scratch: Path | None = None) -> None:
@@ -56,7 +56,7 @@ class Claim:
 
         Raises:
             ClaimedError: a live process holds it.
-            OSError: the folder cannot be written to.
+            OSError: the directory cannot be written to.
             RuntimeError: no thread can be started to refresh the claim.
         """
         holder = {
@@ -122,7 +122,7 @@ class Claim:
         successions: list[Path] = []
         try:
             if not stat.S_ISREG(self.path.lstat().st_mode):
-                raise OSError(errno.EINVAL, "is no regular file; delete it", str(self.path))
+                raise OSError(errno.EINVAL, "is not a regular file; delete it", str(self.path))
             if _may_live(self.path, holder, now):
                 raise ClaimedError(describe_holder(holder), str(holder.get("purpose", "")))
             # The process that links this name is the successor of that holder. If it is killed before the

@@ -1,7 +1,7 @@
 """The working directory of a run, and which process may do what in it.
 
 OUT.h5.run/
-    ESM-PACKED-RUN          the marker: this folder and all its content belong to esm-packed
+    ESM-PACKED-RUN          the marker: this directory and all its content belong to esm-packed
     claim                   held by the one process that plans, admits, merges or cleans up
     plan.json               the definition of the run (see `plan`)
     queries.npz             what a scoring run computes (see `queries`)
@@ -40,9 +40,10 @@ WHOLE_RUN = "the whole run"
 MARKER = "ESM-PACKED-RUN"
 _MARKER_TEXT = b"""\
 esm-packed run directory, format 1
-esm-packed removes this folder, with everything in it, when the run is complete.
+esm-packed removes this directory, with everything in it, when the run is complete.
 """
-_FOLDERS = ("index", "index.new", "shards", "slices", "logs", "tmp")
+_NOT_OURS = "not created by esm-packed, but the run directory needs this name; move it"
+_SUBDIRECTORIES = ("index", "index.new", "shards", "slices", "logs", "tmp")
 _LONGEST_AFFIX = len("..run.new")
 
 
@@ -74,8 +75,8 @@ class RunDirectory:
             return
         if len(os.fsencode(self.output.name)) > longest:
             raise UsageError(
-                f"{self.output.name}: too long for the name of an output, beside which the run directory "
-                f"stands; use at most {longest} bytes"
+                f"{self.output.name}: name too long, because the name of the run directory is longer; use at "
+                f"most {longest} bytes"
             )
 
     @staticmethod
@@ -95,18 +96,16 @@ class RunDirectory:
         return True
 
     def make(self) -> None:
-        """Create the directory and its subfolders if missing.
+        """Create the directory and its subdirectories if missing.
 
         Raises:
             UsageError: something not created by esm-packed has its name, or is in it.
             FileNotFoundError: another process removed it in the meantime.
-            OSError: the folder of the output cannot be written to.
+            OSError: the output's directory cannot be written to.
         """
         old = self._being_removed
         if _is_foreign(old):
-            raise UsageError(
-                f"{old}: in the way of the run directory, and not made by esm-packed; move it away"
-            )
+            raise UsageError(f"{old}: {_NOT_OURS}")
         while not self.exists():
             self._mark(self._being_made)
             try:
@@ -116,7 +115,7 @@ class RunDirectory:
             except OSError as error:
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                     raise
-        for name in _FOLDERS:
+        for name in _SUBDIRECTORIES:
             if name != self.new_index_path.name:
                 (self.path / name).mkdir(exist_ok=True)
 
@@ -129,8 +128,8 @@ class RunDirectory:
         if self.live_slices():
             return
         self._put_draft_aside()
-        for folder in (self.scratch_path, self._slices):
-            for entry in folder.iterdir():
+        for directory in (self.scratch_path, self._slices):
+            for entry in directory.iterdir():
                 if entry.is_dir():
                     shutil.rmtree(entry, ignore_errors=True)
                 else:
@@ -213,12 +212,12 @@ class RunDirectory:
                 self._being_made.rename(self.scratch_path / secrets.token_hex(8))
 
     def _mark(self, draft: Path) -> None:
-        """Make `draft` a folder that contains only the marker."""
+        """Make `draft` a directory that contains only the marker."""
         with suppress(FileExistsError):
             draft.mkdir()
         status = draft.lstat()
         if not stat.S_ISDIR(status.st_mode) or {entry.name for entry in draft.iterdir()} - {MARKER}:
-            raise UsageError(f"{draft}: in the way of the run directory, and not made by esm-packed; move it")
+            raise UsageError(f"{draft}: {_NOT_OURS}")
         # all processes write the same bytes, so it does not matter which one is first
         flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
         with os.fdopen(os.open(draft / MARKER, flags, 0o666), "wb") as file:
@@ -237,36 +236,36 @@ class RunDirectory:
         path = self.path
         status = path.lstat()
         if not stat.S_ISDIR(status.st_mode):
-            raise UsageError(f"{path}: in the way of the run directory, and no folder; move it away")
+            raise UsageError(f"{path}: {_NOT_OURS}")
         if not _is_made_by_us(path):
             if path.lstat().st_ino != status.st_ino:
                 raise FileNotFoundError(errno.ENOENT, "removed by another process", str(path))
             raise UsageError(
-                f"{path}: this folder was not made by esm-packed (it has no {MARKER}), and nothing in it is "
-                "touched; move it away, or name another output"
+                f"{path}: not created by esm-packed (there is no {MARKER} in it) and left unchanged, but the "
+                "run directory needs this name; move it, or choose another output"
             )
         if status.st_uid != os.geteuid() and path.parent.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             raise UsageError(
-                f"{path}: belongs to another user, and others than the owner of {path.parent} may write "
-                "there; name an output in another folder"
+                f"{path}: belongs to another user, and {path.parent} is writable by others than its owner; "
+                "choose an output in another directory"
             )
         for entry in os.scandir(path):
-            is_folder = entry.name in _FOLDERS
-            _check_kind(entry, is_folder)
-            if is_folder:
+            is_directory = entry.name in _SUBDIRECTORIES
+            _check_kind(entry, is_directory)
+            if is_directory:
                 for inner in os.scandir(entry):
                     # a draft of the directory itself may have been put aside here
                     _check_kind(inner, entry.name == self.scratch_path.name and inner.is_dir())
                     if entry.name == self.logs_path.name and inner.stat(follow_symlinks=False).st_nlink > 1:
-                        raise UsageError(f"{inner.path}: has another name elsewhere; move it away")
+                        raise UsageError(f"{inner.path}: has another hard link; move it")
 
 
-def _check_kind(entry: os.DirEntry[str], is_folder: bool) -> None:
-    """Check that a directory entry is a folder, or a regular file, and not a link."""
-    is_right = (entry.is_dir if is_folder else entry.is_file)(follow_symlinks=False)
+def _check_kind(entry: os.DirEntry[str], is_directory: bool) -> None:
+    """Check that an entry is a directory, or a regular file, and not a link."""
+    is_right = (entry.is_dir if is_directory else entry.is_file)(follow_symlinks=False)
     if not is_right and os.path.lexists(entry.path):
-        kind = "folder" if is_folder else "regular file"
-        raise UsageError(f"{entry.path}: no {kind}, and not made by esm-packed; move it away")
+        kind = "directory" if is_directory else "regular file"
+        raise UsageError(f"{entry.path}: not a {kind}, so not created by esm-packed; move it")
 
 
 def _is_number(text: str) -> bool:
@@ -279,15 +278,15 @@ def _is_foreign(path: Path) -> bool:
         status = path.lstat()
         if stat.S_ISDIR(status.st_mode) and (_is_made_by_us(path) or not any(path.iterdir())):
             return False
-        return path.lstat().st_ino == status.st_ino  # and not a folder that has just been replaced
+        return path.lstat().st_ino == status.st_ino  # and not a directory that has just been replaced
     except FileNotFoundError:
         return False
 
 
 def _discard(path: Path) -> None:
-    """Delete a folder if it has the marker, which is deleted last so that an interrupted deletion can resume.
+    """Delete a directory with the marker, which is deleted last so that an interrupted deletion can resume.
 
-    Network file systems keep files that a process has open; the folder then stays and is deleted later.
+    Network file systems keep files that a process has open; the directory then stays and is deleted later.
     """
     with suppress(OSError):
         if _is_made_by_us(path):
@@ -302,7 +301,7 @@ def _discard(path: Path) -> None:
 
 
 def _is_made_by_us(path: Path) -> bool:
-    """Whether this is a folder, not a link to one, that contains the marker."""
+    """Whether this is a directory, not a link to one, that contains the marker."""
     try:
         return stat.S_ISDIR(path.lstat().st_mode) and read_regular(path / MARKER) == _MARKER_TEXT
     except OSError:

@@ -1,7 +1,7 @@
-"""The folder with the parts of an output, next to the output file.
+"""The directory with the parts of an output, next to the output file.
 
 OUT.h5.parts/
-    ESM-PACKED-PARTS        the marker: this folder belongs to esm-packed
+    ESM-PACKED-PARTS        the marker: this directory belongs to esm-packed
     1a2b3c4d/00007.h5       the parts of one run; OUT.h5 refers to those of its own run
 """
 
@@ -17,17 +17,17 @@ from esm_packed.files import read_regular, whole_or_nothing
 PART_FORMAT = "esm-packed part"
 MOST_PARTS = 128
 MARKER = "ESM-PACKED-PARTS"
-_MARKER_TEXT = b"esm-packed: residues of the output beside this folder; move both together\n"
+_MARKER_TEXT = b"esm-packed: residues of the output next to this directory; move both together\n"
 _RUN = re.compile(r"[0-9a-f]{8}")
 _PART = re.compile(r"[0-9]{5}\.h5")
 
 
-class PartsFolder:
+class PartsDirectory:
     """The parts of one run.
 
     Args:
         output: the file they belong to.
-        run: name of the run's folder.
+        run: name of the run's directory.
     """
 
     def __init__(self, output: Path, run: str) -> None:
@@ -38,7 +38,7 @@ class PartsFolder:
         """Path of the parts, relative to the output."""
 
     def check(self) -> None:
-        """Check that the folder exists or can be created.
+        """Check that the directory exists or can be created.
 
         Raises:
             UsageError: something not created by esm-packed has its name, or HDF5 cannot store that name.
@@ -47,26 +47,26 @@ class PartsFolder:
             self.attribute.encode()
         except UnicodeEncodeError:
             raise UsageError(
-                f"{self._output}: an output in parts needs a name in UTF-8; name another, or --merge makes "
+                f"{self._output}: an output in parts needs a UTF-8 name; rename it, or use --merge to write "
                 "one file"
             ) from None
         if _is_foreign(self._root) or (not _is_ours(self._root) and _has_entries(self._root)):
             raise UsageError(
-                f"{self._root}: in the way of the parts of the output, and not made by esm-packed; "
-                "move it away, or --merge makes one file"
+                f"{self._root}: not created by esm-packed, but the parts of the output need this name; "
+                "move it, or use --merge to write one file"
             )
         if _is_foreign(self.path):
-            raise UsageError(f"{self.path}: not made by esm-packed; move it away")
+            raise UsageError(f"{self.path}: not created by esm-packed; move it")
 
     def make(self, scratch: Path) -> None:
-        """Create the folder if it does not exist.
+        """Create the directory if it does not exist.
 
         Args:
-            scratch: a folder on the same file system for unfinished files.
+            scratch: a directory on the same file system for unfinished files.
 
         Raises:
             UsageError: as in `check`.
-            OSError: the folder cannot be created.
+            OSError: the directory cannot be created.
         """
         self.check()
         self._root.mkdir(exist_ok=True)
@@ -88,14 +88,14 @@ def remove_unused_parts(output: Path, used: str | None) -> None:
         with suppress(OSError):  # a killed process may have left an empty one
             root.rmdir()
         return
-    for folder in root.iterdir():
-        is_used = used == f"{root.name}/{folder.name}"
-        if _RUN.fullmatch(folder.name) and folder.is_dir() and not folder.is_symlink() and not is_used:
-            for file in folder.iterdir():
+    for path in root.iterdir():
+        is_used = used == f"{root.name}/{path.name}"
+        if _RUN.fullmatch(path.name) and path.is_dir() and not path.is_symlink() and not is_used:
+            for file in path.iterdir():
                 if _PART.fullmatch(file.name):
                     file.unlink(missing_ok=True)
             with suppress(OSError):  # it contains something else
-                folder.rmdir()
+                path.rmdir()
     if all(entry.name == MARKER for entry in root.iterdir()):
         (root / MARKER).unlink(missing_ok=True)
         with suppress(OSError):
@@ -113,10 +113,10 @@ def _is_ours(root: Path) -> bool:
         return False
 
 
-def _is_foreign(folder: Path) -> bool:
-    """Whether the path exists but is not a folder."""
-    return folder.is_symlink() or (folder.exists() and not folder.is_dir())
+def _is_foreign(path: Path) -> bool:
+    """Whether the path exists but is not a directory."""
+    return path.is_symlink() or (path.exists() and not path.is_dir())
 
 
-def _has_entries(folder: Path) -> bool:
-    return folder.is_dir() and any(folder.iterdir())
+def _has_entries(path: Path) -> bool:
+    return path.is_dir() and any(path.iterdir())

@@ -100,7 +100,7 @@ class Plan:
         return self.starts[shard], self.starts[shard + 1]
 
     def write(self, path: Path, scratch: Path) -> None:
-        """Write the plan atomically, via the folder `scratch`."""
+        """Write the plan atomically, via the directory `scratch`."""
         content = {
             "format": PLAN_FORMAT,
             "identity": self.identity,

@@ -76,7 +76,7 @@ class Queries:
         return cls(records, starts, stops, ends, sites, are_masked)
 
     def write(self, path: Path, scratch: Path, plan: str) -> None:
-        """Write the file atomically, via the folder `scratch`; `plan` is the hash of the run's plan.
+        """Write the file atomically, via the directory `scratch`; `plan` is the hash of the run's plan.
 
         Raises:
             OSError: the disk is full or has failed.

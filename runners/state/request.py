@@ -157,7 +157,7 @@ class EmbedRequest:
             if getattr(self, name) not in values:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; choose from {', '.join(values)}")
         if unknown := [kind for kind in self.kinds if kind not in KINDS]:
-            raise ValueError(f"{unknown[0]!r} is no kind of output; choose from {', '.join(KINDS)}")
+            raise ValueError(f"{unknown[0]!r} is not a kind of output; choose from {', '.join(KINDS)}")
         if not self.kinds or not self.layers:
             raise ValueError("name at least one kind of output and one layer")
         if self.windows is not None and not 0 <= self.windows.overlap <= self.windows.size // 2:

@@ -16,7 +16,7 @@ from esm_packed.outputs import LOG_PROBABILITIES, Per, kind_of, num_columns, per
 from esm_packed.rows import row_counts
 from esm_packed.runners.input.index import FastaIndex, reopen_index
 from esm_packed.runners.state.directory import RunDirectory
-from esm_packed.runners.state.parts import PartsFolder
+from esm_packed.runners.state.parts import PartsDirectory
 from esm_packed.runners.state.plan import Plan, PlanError
 from esm_packed.runners.state.queries import Queries
 from esm_packed.runners.state.request import STORE_DTYPES
@@ -173,9 +173,9 @@ class Run:
         return ShardShape(self.arrays, self.row_counts(shard))
 
     @property
-    def parts(self) -> PartsFolder:
-        """The folder with the parts of the output, if it has any."""
-        return PartsFolder(self.directory.output, self.plan.nonce)
+    def parts(self) -> PartsDirectory:
+        """The directory with the parts of the output, if it has any."""
+        return PartsDirectory(self.directory.output, self.plan.nonce)
 
     def open_shard(self, shard: int) -> ShardReader | None:
         """Open a finished shard; None if it is missing, or damaged, in which case its file is removed."""

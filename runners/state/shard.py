@@ -313,7 +313,7 @@ def shard_output(
 
     Args:
         path: the file to create; an existing one is replaced.
-        scratch: a folder on the same file system for the unfinished file.
+        scratch: a directory on the same file system for the unfinished file.
         number: number of the shard in its plan.
         plan: hash of the plan.
         shape: shape of the shard.
@@ -336,10 +336,10 @@ class ShardReader:
         number: number of the shard in its plan.
         plan: hash of the plan.
         shape: expected shape of the shard.
-        parts: folder with the parts of the output, for ragged arrays that have moved there.
+        parts: directory with the parts of the output, for ragged arrays that have moved there.
 
     Attributes:
-        part: the file in that folder that holds them; None if they have not moved.
+        part: the file in that directory that holds them; None if they have not moved.
         statuses: statuses of items that were not computed normally.
         comparisons: comparisons of sampled items with FP32.
         made_by: the device, attention backend and versions used.
@@ -388,7 +388,7 @@ class ShardReader:
         return content
 
     def _damaged(self) -> StoreError:
-        return StoreError(f"{self._path}: damaged or cut short")
+        return StoreError(f"{self._path}: damaged or truncated")
 
     @property
     def status(self) -> npt.NDArray[np.uint8]:
@@ -436,7 +436,7 @@ class ShardReader:
 
         Args:
             path: the file to create.
-            scratch: a folder on the same file system for the unfinished file.
+            scratch: a directory on the same file system for the unfinished file.
             part: the file that holds them.
             first_rows: their first rows in it, by what a row stands for.
         """

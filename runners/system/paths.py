@@ -63,8 +63,8 @@ def _is_same(one: Path, other: Path) -> bool:
         return _absolute(one) == _absolute(other)
 
 
-def _is_in(path: Path, folder: Path) -> bool:
-    return _absolute(folder) in _absolute(path).parents
+def _is_in(path: Path, directory: Path) -> bool:
+    return _absolute(directory) in _absolute(path).parents
 
 
 def _absolute(path: Path) -> Path:

@@ -52,7 +52,7 @@ class Console:
 
     @contextmanager
     def progress(self, label: str, unit: str, total: int | None) -> Iterator[Advance]:
-        """Show progress towards `total` units (None: unknown) while the block runs."""
+        """Show progress toward `total` units (None: unknown) while the block runs."""
         if self._quiet:
             yield lambda amount, /, state="": None
         elif self._terminal:

@@ -78,10 +78,10 @@ def test_the_faster_library_is_taken_for_each(
     monkeypatch.setattr(floors, "time", SimpleNamespace(perf_counter=lambda: now))
     of_weight = {id(getattr(layer, name)): name for layer in model.layers for name in MATMULS}
 
-    def taking(favourite: bool) -> Any:
+    def taking(favorite: bool) -> Any:
         def multiply(states: torch.Tensor, linear: torch.nn.Linear, out: torch.Tensor) -> None:
             nonlocal now
-            now += 1.0 if (of_weight[id(linear)] == slow) == favourite else 2.0
+            now += 1.0 if (of_weight[id(linear)] == slow) == favorite else 2.0
 
         return multiply
 

@@ -25,7 +25,7 @@ NCU = """\
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The table; the script's files find their neighbours beside them."""
+    """The table; the script's files find their neighbors beside them."""
     monkeypatch.syspath_prepend(str(GPU))
     yield importlib.import_module("commands")
     for name in ("commands", "process"):

@@ -1,4 +1,4 @@
-"""What benchmarks time is computation alone: tokeniser, packer and files raise while the clock runs."""
+"""What benchmarks time is computation alone: tokenizer, packer and files raise while the clock runs."""
 
 from __future__ import annotations
 

@@ -142,8 +142,8 @@ def test_forward_hooks_see_every_part(demo: ESM2) -> None:
         torch.testing.assert_close(
             output, torch.nn.functional.gelu(expected) if name == "fc1" else expected, rtol=1e-4, atol=1e-4
         )
-    (delta, _), normalised = seen["ffn_norm"]
-    assert torch.equal(delta, seen["attention_out"][1]) and torch.equal(normalised, seen["fc1"][0][0])
+    (delta, _), normalized = seen["ffn_norm"]
+    assert torch.equal(delta, seen["attention_out"][1]) and torch.equal(normalized, seen["fc1"][0][0])
 
 
 def test_another_attention_shares_the_weights_and_leaves_the_model_alone(demo: ESM2) -> None:
@@ -290,7 +290,7 @@ def test_arguments_of_forward_packed_are_checked(demo: ESM2) -> None:
     with pytest.raises(ValueError, match="max_seqlen = 4, but a sequence has 5 tokens"):
         demo.forward_packed(ids, cu_seqlens, 4)
     for wrong in ([1, 5, 9], [0, 5, 8], [0, 10, 9]):
-        with pytest.raises(ValueError, match="cu_seqlens must rise from 0 to 9 tokens"):
+        with pytest.raises(ValueError, match="cu_seqlens must increase from 0 to 9 tokens"):
             demo.forward_packed(ids, torch.tensor(wrong, dtype=torch.int32), longest)
     with pytest.raises(ValueError, match="repr_layers: 9 is not within 0 to 5"):
         demo.forward_packed(ids, cu_seqlens, longest, [9])

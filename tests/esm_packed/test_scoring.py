@@ -187,15 +187,15 @@ def test_a_perplexity_that_is_no_number_is_infinite() -> None:
 def test_long_proteins_in_windows(fair: Fair, size: int) -> None:
     model, protein = fair.model(), proteins()[3]
     masked, wild_type = np.empty((21, 20)), np.full((21, 20), np.nan)
-    off_centre = np.full(21, np.inf)
+    off_center = np.full(21, np.inf)
     for site in range(21):
         first = min(max(site - size // 2, 0), 21 - size)
         masked[site] = fair.rows(protein[first : first + size], [site - first])[site - first]
     for first in sorted({*range(0, 21 - size, size - size // 2), 21 - size}):
         rows = fair.rows(protein[first : first + size])
         for place in range(size):
-            if abs(place - (size - 1) / 2) < off_centre[first + place]:
-                off_centre[first + place] = abs(place - (size - 1) / 2)
+            if abs(place - (size - 1) / 2) < off_center[first + place]:
+                off_center[first + place] = abs(place - (size - 1) / 2)
                 wild_type[first + place] = rows[place]
     for method, expected in (("masked", masked), ("wild-type", wild_type)):
         (actual,) = model.log_probabilities([protein], method=method, window=size)
@@ -214,7 +214,7 @@ def test_long_proteins_in_windows(fair: Fair, size: int) -> None:
     ("site", "window"),
     [(0, (0, 10)), (5, (0, 10)), (6, (1, 11)), (14, (9, 19)), (15, (10, 20)), (19, (10, 20))],
 )
-def test_optimal_window_is_centred_and_ends_with_the_protein(site: int, window: tuple[int, int]) -> None:
+def test_optimal_window_is_centered_and_ends_with_the_protein(site: int, window: tuple[int, int]) -> None:
     assert optimal_window(20, site, 10) == window
     assert optimal_window(8, min(site, 7), 10) == (0, 8)
 
@@ -295,7 +295,7 @@ def test_rows_that_are_not_in_the_batch(fair: Fair, rows: torch.Tensor, message:
     [
         (("MKT", ["K2A", "K3A"]), ValueError, r"^mutations\[1\]: K3A: residue 3 is T, not K$"),
         ((["MKT"], [["M0A"]]), ValueError, r"^mutations\[0\]\[0\]: M0A: there is no residue 0; .*1 to 3$"),
-        (("MKT", ["M1X"]), ValueError, "M1X: X is none of the 20 amino acids ACDEFGHIKLMNPQRSTVWY"),
+        (("MKT", ["M1X"]), ValueError, "M1X: X is not one of the 20 amino acids ACDEFGHIKLMNPQRSTVWY"),
         (("MKT", ["M1A:K2A:M1C"]), ValueError, "residue 1 appears twice"),
         (("MKT", ["MA"]), ValueError, "'MA' is not a mutation; write A24G"),
         (("MKT", [""]), ValueError, "'' is not a mutation"),
@@ -315,7 +315,7 @@ def test_mutations_that_do_not_fit(
 
 def test_arguments_that_cannot_be(fair: Fair) -> None:
     model = fair.model("fp32")
-    with pytest.raises(ValueError, match="method 'mutant' is none of masked, wild-type"):
+    with pytest.raises(ValueError, match="method 'mutant' is not one of masked, wild-type"):
         model.log_probabilities(["MKT"], method="mutant")
     with pytest.raises(ValueError, match="joint masks the sites of a mutant together; the method wild-type"):
         model.score("MKT", ["M1A"], method="wild-type", joint=True)
@@ -333,8 +333,8 @@ def test_what_is_not_finite_is_named_and_spoils_no_other(fair: Fair) -> None:
     batches: list[PackedBatch] = []
     model.register_forward_pre_hook(lambda module, arguments: batches.append(arguments[0]))
 
-    def spoil(module: torch.nn.Module, arguments: Any, normalised: torch.Tensor) -> None:
-        normalised[batches[-1].input_ids == int(encode("W")[0])] = torch.nan
+    def spoil(module: torch.nn.Module, arguments: Any, normalized: torch.Tensor) -> None:
+        normalized[batches[-1].input_ids == int(encode("W")[0])] = torch.nan
 
     next(iter(model.layers)).attention_norm.register_forward_hook(spoil)
     with pytest.warns(UserWarning, match="^1 of 2 sequences: the log-probabilities are not finite") as told:

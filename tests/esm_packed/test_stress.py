@@ -51,17 +51,17 @@ def test_activations_are_those_of_trained_models(config: ESM2Config) -> None:
     last = config.num_layers
     with torch.no_grad():
         representations = fair_esm(tokens, repr_layers=[last - 1, last])["representations"]
-    residual, normalised = (representations[layer][0] for layer in (last - 1, last))
+    residual, normalized = (representations[layer][0] for layer in (last - 1, last))
     largest = residual.abs().amax(0).sort(descending=True).values
     assert 400 < largest[0] < 600
     assert 90 < largest[2] <= largest[1] < 250
     assert largest[3] < 90
     constant = residual[:, residual.abs().amax(0).argmax()]
     assert constant.max() < -400, "every token has it"
-    rms = normalised.square().mean().sqrt()
+    rms = normalized.square().mean().sqrt()
     assert 0.27 < rms < 0.42
-    assert 4 < normalised.abs().max() < 9
-    assert 1 <= int((normalised.abs().amax(0) > 10 * rms).sum()) <= 2
+    assert 4 < normalized.abs().max() < 9
+    assert 1 <= int((normalized.abs().amax(0) > 10 * rms).sum()) <= 2
 
 
 def test_harder_on_half_precision_than_random_weights() -> None:

@@ -272,7 +272,7 @@ def test_rotary_frequencies_of_the_checkpoint_are_kept_by_both(tmp_path: Path) -
         ({"output_attentions": True}, "output_attentions.*predict_contacts"),
         ({"labels": torch.zeros(1, 3)}, "labels.*train with transformers"),
         ({"inputs_embeds": torch.zeros(1, 3, 48)}, "inputs_embeds.*pass input_ids"),
-        ({"position_ids": torch.arange(3)[None]}, "position_ids.*leave them out"),
+        ({"position_ids": torch.arange(3)[None]}, "position_ids.*omit them"),
         ({"encoder_hidden_states": torch.zeros(1, 3, 48)}, "encoder_hidden_states.*leave them out"),
         ({"encoder_attention_mask": torch.ones(1, 3)}, "encoder_attention_mask.*leave it out"),
         ({"output_hidden_states": [0, -1]}, r"output_hidden_states is \[0, -1\]; pass True or False"),

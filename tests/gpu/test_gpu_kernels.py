@@ -128,7 +128,7 @@ def profiler_works() -> None:
 
 
 @contextmanager
-def no_synchronisation() -> Iterator[None]:
+def no_synchronization() -> Iterator[None]:
     """Waiting for the device is an error."""
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -164,7 +164,7 @@ def test_launcher_never_waits_for_the_device(
     )
     function = case.function
     function(**arguments)
-    with no_synchronisation():
+    with no_synchronization():
         function(**arguments)
         with pytest.raises(RuntimeError):
             torch.ones(1, device=cuda_device).item()

@@ -122,8 +122,8 @@ def test_sums_near_the_fp16_limit_do_not_overflow_in_the_norm() -> None:
     residual = torch.full((2, 320), 60000.0, dtype=torch.float16)
     residual[:, ::2] = -60000
     weight, bias = torch.ones(320, dtype=torch.float16), torch.zeros(320, dtype=torch.float16)
-    normalised = kernels.add_layer_norm_(torch.zeros_like(residual), residual, weight, bias, 1e-5)
-    assert torch.equal(normalised.abs(), torch.ones_like(normalised))
+    normalized = kernels.add_layer_norm_(torch.zeros_like(residual), residual, weight, bias, 1e-5)
+    assert torch.equal(normalized.abs(), torch.ones_like(normalized))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

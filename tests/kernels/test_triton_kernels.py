@@ -228,7 +228,7 @@ def test_embed_tokens_in_every_pack(
 
 
 def test_embed_tokens_of_masks_alone(triton_device: torch.device) -> None:
-    """With nothing kept the scale is infinite, and the rows are still zero; the neighbours keep theirs."""
+    """With nothing kept the scale is infinite, and the rows are still zero; the neighbors keep theirs."""
     arguments = example("embed_tokens", [5, 4, 6], torch.float32)
     arguments["input_ids"][5:9] = MASK_ID
     embeddings, _ = check("embed_tokens", arguments, triton_device)
@@ -331,17 +331,17 @@ def test_layer_norm_of_every_remainder_of_rows(num_tokens: int, triton_device: t
 
 
 @half_types
-def test_add_layer_norm_normalises_the_sum_before_it_is_rounded(
+def test_add_layer_norm_normalizes_the_sum_before_it_is_rounded(
     dtype: torch.dtype, triton_device: torch.device
 ) -> None:
     """Additions too small for the residual stream still reach the norm."""
     arguments = example("add_layer_norm_", [4], dtype, Widths(320), dtype)
     arguments["residual"] = torch.ones(4, 320, dtype=dtype)
     arguments["delta"] = (torch.randn(4, 320) * 1e-4).to(dtype)
-    normalised, residual = check("add_layer_norm_", arguments, triton_device)
+    normalized, residual = check("add_layer_norm_", arguments, triton_device)
     rounded = example("layer_norm", [4], dtype, Widths(320)) | {"hidden_states": residual}
     (of_rounded,) = expect("layer_norm", rounded)
-    assert not torch.allclose(normalised, of_rounded, rtol=0.1)
+    assert not torch.allclose(normalized, of_rounded, rtol=0.1)
 
 
 def test_gelu_is_the_erf_form(triton_device: torch.device) -> None:
@@ -563,7 +563,7 @@ def test_pooling_leaves_out_bos_and_eos(name: str, lengths: list[int], triton_de
 
 
 @pooling
-def test_pooling_without_residues_touches_no_neighbour(name: str, triton_device: torch.device) -> None:
+def test_pooling_without_residues_touches_no_neighbor(name: str, triton_device: torch.device) -> None:
     lengths = [0, 5, 0, 0, 20, 2, 3, 0, 0]
     arguments = example(name, lengths, torch.float32)
     (pooled,) = run(name, arguments, triton_device)
@@ -730,14 +730,14 @@ def test_a_bad_sequence_spoils_no_other(bad: float, name: str, triton_device: to
     bad_tokens = torch.zeros(sum(lengths), dtype=torch.bool)
     for start, end in ((17, 20), (53, 58)):
         bad_tokens[start:end] = True
-    spoilt = moved(arguments, torch.device("cpu"))
-    for value in spoilt.values():
+    spoiled = moved(arguments, torch.device("cpu"))
+    for value in spoiled.values():
         if isinstance(value, torch.Tensor) and value.is_floating_point() and len(value) == len(bad_tokens):
             value[bad_tokens] = bad
     bad_rows = bad_tokens
     if name in POOLING:
         bad_rows = torch.tensor([False, True, False, True, False, False])
-    for ours, expected in zip(run(name, spoilt, triton_device), clean, strict=True):
+    for ours, expected in zip(run(name, spoiled, triton_device), clean, strict=True):
         assert torch.equal(ours[~bad_rows], expected[~bad_rows])
         assert not torch.equal(ours[bad_rows], expected[bad_rows])
 
@@ -777,7 +777,7 @@ NEEDS_CONTIGUOUS = {
             "packed_attention",
             "input_precision",
             lambda _: "fp32",
-            "'fp32' is none of 'ieee', 'tf32', 'tf32x3'",
+            "'fp32' is not one of 'ieee', 'tf32', 'tf32x3'",
         ),
         ("add_attention_maps_", "query", swapped_heads, "query must be .* contiguous within a token"),
         ("add_attention_maps_", "key", lambda key: key[:-1], "key must be"),

@@ -1,4 +1,4 @@
-"""Maps: their components, their colours, and what is beside the points."""
+"""Maps: their components, their colors, and what is beside the points."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from esm_packed.errors import UsageError
-from esm_packed.reports.map.colouring import NO_VALUE, Categories, Numbers, colouring
+from esm_packed.reports.map.coloring import NO_VALUE, Categories, Numbers, coloring
 from esm_packed.reports.map.figure import Map, draw
 from esm_packed.reports.map.pca import fit
 from esm_packed.reports.page import figure_style
@@ -42,25 +42,25 @@ def test_too_little_to_map(rows: np.ndarray, message: str) -> None:
         fit(rows)
 
 
-def test_frequent_categories_have_colours_and_rare_ones_share_one() -> None:
+def test_frequent_categories_have_colors_and_rare_ones_share_one() -> None:
     texts = [f"c{number:02}" for number in range(12) for _ in range(20 - number)] + ["", " NA ", "nan"]
-    colours = colouring("kind", texts)
-    assert isinstance(colours, Categories) and colours.has_others
-    assert colours.labels == [*(f"c{number:02}" for number in range(9)), "3 others"]
-    assert np.bincount(colours.codes + 1).tolist() == [3, *range(20, 11, -1), 11 + 10 + 9]
-    assert colours.codes[-1] == NO_VALUE
-    few = colouring("kind", ["b", "a", "b", ""])
+    colors = coloring("kind", texts)
+    assert isinstance(colors, Categories) and colors.has_others
+    assert colors.labels == [*(f"c{number:02}" for number in range(9)), "3 others"]
+    assert np.bincount(colors.codes + 1).tolist() == [3, *range(20, 11, -1), 11 + 10 + 9]
+    assert colors.codes[-1] == NO_VALUE
+    few = coloring("kind", ["b", "a", "b", ""])
     assert isinstance(few, Categories) and few.labels == ["b", "a"] and not few.has_others
     assert few.codes.tolist() == [0, 1, 0, NO_VALUE]
 
 
 def test_more_than_nine_numbers_are_numbers() -> None:
-    numbers = colouring("length", [*map(str, range(10)), "1e3", "", "-2.5"])
+    numbers = coloring("length", [*map(str, range(10)), "1e3", "", "-2.5"])
     assert isinstance(numbers, Numbers)
     np.testing.assert_array_equal(numbers.values, [*range(10), 1000, math.nan, -2.5])
-    assert isinstance(colouring("cluster", ["1", "2", "3"] * 5), Categories)
-    assert isinstance(colouring("mixed", [*map(str, range(10)), "x"]), Categories)
-    assert isinstance(colouring("infinite", [*map(str, range(10)), "inf"]), Categories)
+    assert isinstance(coloring("cluster", ["1", "2", "3"] * 5), Categories)
+    assert isinstance(coloring("mixed", [*map(str, range(10)), "x"]), Categories)
+    assert isinstance(coloring("infinite", [*map(str, range(10)), "inf"]), Categories)
 
 
 @pytest.mark.parametrize("number", [30, 6000])
@@ -69,9 +69,9 @@ def test_nothing_covers_the_points(kind: str, number: int) -> None:
     rng = np.random.default_rng(0)
     texts = [f"a long name of a category, number {each % 12}" for each in range(number)]
     texts = [str(each) for each in range(number)] if kind == "numbers" else texts
-    colours = None if kind == "none" else colouring("column $x$", [*texts[1:], ""])
+    colors = None if kind == "none" else coloring("column $x$", [*texts[1:], ""])
     ids = [f"P{each:05}" for each in range(number)]
-    drawn = Map(rng.standard_normal((number, 2)) * 10, np.array([0.5, 0.25]), "title", ids, colours)
+    drawn = Map(rng.standard_normal((number, 2)) * 10, np.array([0.5, 0.25]), "title", ids, colors)
     with figure_style():
         figure = draw(drawn)
         figure.draw_without_rendering()

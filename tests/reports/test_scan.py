@@ -80,7 +80,7 @@ def test_every_score_is_in_its_place(most_lettered: int, monkeypatch: pytest.Mon
 
 
 @pytest.mark.usefixtures("style")
-def test_colours_are_not_spoilt_by_an_extreme_and_zero_is_white() -> None:
+def test_colors_are_not_spoiled_by_an_extreme_and_zero_is_white() -> None:
     scan = scan_of("MKTAYIAKQRQISFVKSHFS")
     scan.log_probabilities[3, 7] = -1000
     figure = draw(scan)

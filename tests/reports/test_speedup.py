@@ -107,8 +107,8 @@ def check_pictures(folder: Path, names: set[str]) -> None:
     for name in names:
         assert (folder / f"{name}.png").read_bytes().startswith(PNG_SIGNATURE)
         pixels = image.imread(folder / f"{name}.png")[:, :, :3]
-        coloured = np.ptp(pixels, axis=2) > 0.2
-        assert coloured.mean() > 1e-4, f"{name} shows nothing"
+        colored = np.ptp(pixels, axis=2) > 0.2
+        assert colored.mean() > 1e-4, f"{name} shows nothing"
 
 
 def panels(name: str, number: int) -> set[str]:

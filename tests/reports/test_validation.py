@@ -315,14 +315,14 @@ def test_what_is_not_finite_is_left_out_of_medians_and_extremes() -> None:
         assert function(torch.tensor([nan, inf])) is None
 
 
-def test_neighbours_are_those_of_the_reference() -> None:
+def test_neighbors_are_those_of_the_reference() -> None:
     angles = torch.tensor([0.0, 1.0, 3.0, 7.0, 15.0, 31.0]).deg2rad().double()
     expected = torch.stack([angles.cos(), angles.sin()], 1)
     assert rank_agreement(3 * expected, expected) == (1.0, None, 5)  # the 5 nearest are all there are
     swapped = expected[[0, 5, 2, 3, 4, 1]]
-    top1, top10, neighbours = rank_agreement(swapped, expected)
+    top1, top10, neighbors = rank_agreement(swapped, expected)
     # by hand: the nearest are 1 0 1 2 3 4 in the reference, and 5 4 5 2 3 0 in `swapped`
-    assert (top1, top10, neighbours) == (2 / 6, None, 5)
+    assert (top1, top10, neighbors) == (2 / 6, None, 5)
     broken = expected.clone()
     broken[2] = float("nan")
     # 2 finds nothing and is not found, and was the nearest of 3

@@ -106,7 +106,7 @@ def test_a_model_without_golden_values_is_not_loaded(
     monkeypatch.setattr(check, "load_checkpoint", lambda *call, **options: pytest.fail("loaded"))
     assert main(["check", model]) == 2
     error = capsys.readouterr().err
-    assert f"no golden values for this model: {model}; there are some for demo, esm2_t6_8M_UR50D" in error
+    assert f"no golden values for this model: {model}; available for demo, esm2_t6_8M_UR50D" in error
     assert "Traceback" not in error and error.count("\n") == 1
 
 

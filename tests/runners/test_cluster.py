@@ -209,7 +209,7 @@ def test_all_nodes_with_room_for_workers_are_lost(trial: Trial) -> None:
     before = shards_of(trial.output)
     trial.beta.kill()
     assert driver.wait(PATIENCE) == 4, log.read_text()
-    assert "no node of the cluster has room for a worker" in log.read_text()
+    assert "no node of the cluster has the resources for a worker" in log.read_text()
     assert shards_of(trial.output) == before
     code, said = trial.finish(trial.alpha)
     assert code == 0, said
@@ -220,7 +220,7 @@ def test_no_worker_is_spread_over_two_nodes(trial: Trial) -> None:
     trial.start_ray()
     code, said = trial.finish(trial.alpha, "--threads", "2", "--workers", "1", *trial.ray_options[2:])
     assert code == 2, said
-    assert "Ray has room for 0, with 2 CPU cores each" in said.splitlines()[-1]
+    assert "Ray has resources for 0, with 2 CPU cores each" in said.splitlines()[-1]
 
 
 def test_the_head_is_lost_in_mid_run(trial: Trial) -> None:
@@ -259,7 +259,7 @@ def test_a_host_with_a_slice_is_killed(trial: Trial) -> None:
     claim = trial.output.with_name("out.h5.run") / "slices" / "1-of-2.claim"
     then = time.time() - STALE_SECONDS - 1
     os.utime(claim, (then, then))
-    assert "nobody is at work on it" in trial.status(trial.alpha)
+    assert "not running" in trial.status(trial.alpha)
     code, said = trial.finish(trial.alpha, "--slice", "1/2")
     assert code == 0, said
     trial.check_end()

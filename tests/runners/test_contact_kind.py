@@ -219,12 +219,12 @@ def test_windows_and_graphs_have_no_contacts(
     tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     embed(tmp_path, checkpoint, ["MKTLLAGVSE"], "--include", "contacts", "--windows", "40", code=2)
-    message = "--windows with --include contacts: a protein in windows has only mean and per_residue"
+    message = "--windows with --include contacts: windows support only mean and per_residue"
     assert capsys.readouterr().err.splitlines()[-1].endswith(message)
     request = EmbedRequest(
         ("in.fasta",), tmp_path / "out.h5", layout="fixed", cuda_graphs=True, kinds=("mean", "contacts")
     )
-    with pytest.raises(UsageError, match="--cuda-graphs with --include contacts"):
+    with pytest.raises(UsageError, match="--cuda-graphs cannot be combined with --include contacts"):
         check_device(request, torch.device("cuda"))
 
 
@@ -235,7 +235,7 @@ def test_a_model_without_contact_regression_is_refused_before_it_computes(
     other.write_bytes(checkpoint.read_bytes())
     embed(tmp_path, other, ["MKTLLAGVSE"])
     embed(tmp_path, other, ["MKTLLAGVSE"], "--include", "contacts", code=2, name="contacts")
-    assert "put the file NAME-contact-regression.pt beside NAME.pt" in capsys.readouterr().err
+    assert "put the file NAME-contact-regression.pt next to NAME.pt" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("size", [0, 1, 5, 511, 512, 513, 1100])

@@ -80,7 +80,7 @@ def test_what_is_drawn() -> None:
     length = 9
     probabilities = np.random.default_rng(0).uniform(0, 0.5, (length, length))
     probabilities[1, 8] = 0.9
-    probabilities[0, 1] = 0.99  # neighbours
+    probabilities[0, 1] = 0.99  # neighbors
     probabilities = np.triu(probabilities) + np.triu(probabilities, 1).T
     drawn = ContactMap(probabilities, "title")
     pairs = drawn.most_probable()
@@ -117,7 +117,7 @@ def test_a_protein_too_short_for_contacts(
     [
         ("x.png", (), "in.fasta: several proteins ('sp|P69905|HBA', 'P2$', 'short'); --record ID names one"),
         ("x.png", ("--record", "P7"), "--record P7: in.fasta has no such protein; it has 'sp|P69905|HBA', "),
-        ("x.jpg", (), "x.jpg: contacts are written to OUT.png, OUT.svg, OUT.pdf, OUT.csv, OUT.npy"),
+        ("x.jpg", (), "x.jpg: unknown file type; use OUT.png, OUT.svg, OUT.pdf, OUT.csv, OUT.npy"),
         ("in.csv", (), "in.csv: already exists; use --overwrite to replace it"),
         ("no/x.npy", (), "no: no such directory"),
         ("x.npy", ("--dtype", "tf32"), "tf32"),

@@ -389,7 +389,7 @@ def harm_each_path(
                 faults.append(f"another result: {where}")
         else:
             code, said = start_again(nursery, work, place)
-            if code == 2 and "not made by esm-packed" in said:
+            if code == 2 and "not created by esm-packed" in said:
                 continue  # without its marker it is nobody's
             if code == 2 and "by process ? on ?" in said:
                 (directory / said.partition(f"delete {directory}/")[2].split()[0]).unlink()

@@ -135,7 +135,7 @@ def test_default_length_is_1022_and_0_is_the_whole(tmp_path, without_computing):
     summary, reader = run(tmp_path / "in.fasta", max_length=0, overwrite=True)
     assert reader.column("embedded_lengths").tolist() == [1100]
     assert (summary.stages.packs, summary.stages.tokens) == (1, 1102)
-    assert "1 of them one longer sequence" in "\n".join(summary.lines(verbose=True))
+    assert "1 of them a single longer sequence" in "\n".join(summary.lines(verbose=True))
 
 
 def test_gzip_stdin_and_several_files_are_one_input(tmp_path, fasta, sequences, monkeypatch):
@@ -162,7 +162,7 @@ def test_standard_input_is_not_needed_again(tmp_path, fasta, sequences, monkeypa
         raise KeyboardInterrupt
 
     output = tmp_path / "out.h5"
-    with pytest.raises(InputError, match="no input files were given"):
+    with pytest.raises(InputError, match="no input files; give FASTA"):
         run(fasta, inputs=(), output=output)
     with monkeypatch.context() as patch:
         patch.setattr(ESM2, "embed_packed", interrupt)
@@ -420,7 +420,7 @@ def test_shards_whose_plan_is_gone_are_not_dropped_in_silence(fasta, model, monk
     shards = list((fasta.parent / "out.h5.run" / "shards").iterdir())
     notes = notes_of(monkeypatch)
     run(fasta)
-    assert any(f"{len(shards)} shards of the abandoned run are removed" in note for note in notes)
+    assert any(f"removed {len(shards)} shards of the abandoned run" in note for note in notes)
 
 
 @pytest.mark.parametrize("damage", ["cut short", "altered", "another shard", "gone"])
@@ -455,7 +455,7 @@ def test_a_damaged_shard_is_computed_again(fasta, model, monkeypatch, damage):
 def test_a_second_process_is_refused(fasta, model):
     directory = RunDirectory((fasta.parent / "out.h5").resolve())
     directory.make()
-    with directory.claim(), pytest.raises(UsageError, match="is being worked on by process"):
+    with directory.claim(), pytest.raises(UsageError, match="is in use by process"):
         run(fasta)
     assert names_in(fasta.parent) == ["in.fasta", "out.h5.run"]
     run(fasta)

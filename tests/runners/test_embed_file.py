@@ -73,12 +73,12 @@ def test_options_have_the_types_of_python(fasta: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"layer": 3}, TypeError, "no option 'layer'; there are attention, "),
-        ({"include": "means"}, ValueError, "'means' is no kind of output; choose from mean, max"),
+        ({"layer": 3}, TypeError, "no option 'layer'; choose from attention, "),
+        ({"include": "means"}, ValueError, "'means' is not a kind of output; choose from mean, max"),
         ({"include": []}, ValueError, "at least one"),
         ({"store_dtype": "float16"}, ValueError, "store_dtype is 'float16'; choose from fp32, fp16"),
         ({"windows": (100, 60)}, ValueError, "at most half"),
-        ({"windows": 100}, TypeError, "windows is a pair, size and overlap"),
+        ({"windows": 100}, TypeError, "windows must be a pair, size and overlap"),
         ({"windows": (1, 0)}, ValueError, "at least 2 residues"),
         (
             {"windows": (100, 20), "max_length": 50},

@@ -80,8 +80,8 @@ def test_uniprot_with_protspace(output: Output) -> None:
 @pytest.mark.parametrize(
     ("ids", "message"),
     [
-        (("sp|P12345|X", "tr|P12345|Y"), "sp|P12345|X and tr|P12345|Y would both be called P12345"),
-        (("a/b", "a%2Fb"), "a/b and a%2Fb would both be called a%2Fb"),
+        (("sp|P12345|X", "tr|P12345|Y"), "sp|P12345|X and tr|P12345|Y would both be named P12345"),
+        (("a/b", "a%2Fb"), "a/b and a%2Fb would both be named a%2Fb"),
     ],
 )
 def test_ids_of_one_accession_are_named(
@@ -161,11 +161,11 @@ def test_sequences_without_values_are_kept_as_nan_or_left_out_and_counted(
     output = write_output(tmp_path / "in.h5", ["mean"], repeats=250, store_dtype=store_dtype)
     path = export(output, to)
     assert f"{path}: 1,250 sequences, mean of layer 6" in (out := capsys.readouterr().out)
-    assert "500 that failed or were not computed are left out (--keep-missing writes them as NaN)" in out
+    assert "500 sequences failed or not computed: skipped (--keep-missing writes them as NaN)" in out
     is_there = output.status < 2
     np.testing.assert_array_equal(values_in(path, to, output), output.values["embeddings"][is_there])
     path = export(output, to, "--keep-missing", "--overwrite")
-    assert "500 that failed or were not computed are NaN" in capsys.readouterr().out
+    assert "500 sequences failed or not computed: written as NaN" in capsys.readouterr().out
     np.testing.assert_array_equal(values_in(path, to, output), output.values["embeddings"])
 
 
@@ -236,9 +236,9 @@ def test_partial_outputs_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[
         ),
         (["--to", "npz", "-o", "no/x.npz"], "no: no such directory"),
         (["--to", "npz", "-o", "x", "--layer", "5"], "in.h5: no layer 5; it has 1, 6"),
-        (["--to", "npz", "-o", "x", "--kind", "logits"], "--kind logits: npz has one row for each sequence"),
+        (["--to", "npz", "-o", "x", "--kind", "logits"], "--kind logits: npz stores one vector per sequence"),
         (["--to", "pt", "-o", "x", "--kind", "logits", "--layer", "1"], "logits has no layers"),
-        (["--to", "pt", "-o", "x", "--kind", "unmasked_nll"], "--kind unmasked_nll: one number a sequence"),
+        (["--to", "pt", "-o", "x", "--kind", "unmasked_nll"], "--kind unmasked_nll: has a single number"),
         (["--to", "csv", "-o", "x"], "invalid choice: 'csv'"),
     ],
 )

@@ -470,6 +470,6 @@ def test_two_processes_do_not_disturb_each_other(nursery: Nursery, tmp_path: Pat
     wait_until(lambda: (folder / "protein1.pt").exists())
     second = start(nursery, fasta, folder, 1)
     assert second.wait() == 2, second.output()
-    assert "is being worked on by process" in second.output()
+    assert "is in use by process" in second.output()
     assert first.wait() == 0, first.output()
     assert len(files_in(folder)) == 6

@@ -45,7 +45,7 @@ def test_an_error_lists_the_faults_of_all_inputs(tmp_path: Path, chunk_size: int
         "  4.fa, line 2, record 'e': '2' is not in ESM-2's alphabet",
         "  4.fa, line 4, record 'f': NUL byte: this is not a text file",
         "  --invalid x replaces such characters by X, --invalid skip leaves such records out",
-        "  --force goes on",
+        "  --force accepts it",
         "  --gaps drop removes gaps",
         "  --duplicates first keeps the first record of an ID, --duplicates rename adds __2, __3 ...",
         "  --invalid skip leaves out records without residues",
@@ -79,7 +79,7 @@ def test_files_that_cannot_be_opened_are_listed(tmp_path: Path) -> None:
         "  /one name.fa: no such file",
         "  /0.fa, line 2, record 'a': 'J' is not in ESM-2's alphabet",
         "  /two.fa: no such file",
-        "  : is a directory; name the FASTA files in it",
+        "  : is a directory; give the FASTA files in it",
         "  --invalid x replaces such characters by X, --invalid skip leaves such records out",
     ]
 
@@ -167,7 +167,7 @@ def test_embed_lists_the_first_ten_faults(tmp_path: Path, capsys: pytest.Capture
     assert lines[2].endswith(r"record 'p\x1b0': 'J' is not in ESM-2's alphabet")
     assert lines[11:] == [
         "  and 4 more; esm-packed info --all FILE lists all of a file",
-        "  --force goes on",
+        "  --force accepts it",
         "  --invalid x replaces such characters by X, --invalid skip leaves such records out",
     ]
     assert [path.name for path in tmp_path.iterdir()] == ["in\n.fa"]

@@ -237,7 +237,7 @@ def test_an_index_that_is_not_whole_is_not_opened(tmp_path: Path) -> None:
                 assert known_of(made) == expected, (name, content)
             except InputError as error:
                 assert str(error).startswith(
-                    f"{work_dir / name}: damaged or cut short; rerun the command that"
+                    f"{work_dir / name}: damaged or truncated; rerun the command that"
                 )
                 assert open_index([str(path)], work_dir, options) is None
                 (work_dir / "index.json").write_bytes(metadata)
@@ -318,7 +318,7 @@ def test_an_index_damaged_in_use_is_an_error(tmp_path: Path, damage: str) -> Non
                 file.truncate(1)
             else:
                 file.write(bytes([content[0] ^ 64]))
-        with pytest.raises(InputError, match=f"{name}: damaged or cut short; rerun the command that"):
+        with pytest.raises(InputError, match=f"{name}: damaged or truncated; rerun the command that"):
             use()
         with (work_dir / name).open("r+b") as file:
             file.write(content)

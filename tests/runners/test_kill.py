@@ -333,7 +333,7 @@ def test_an_unfinished_run_of_other_input_is_kept_when_an_older_command_is_repea
     older = nursery.start(few_shards.fasta, output, flops_per_shard=flops)
     assert older.wait() == 0
     assert "already complete" in older.output()
-    assert "holds another, unfinished run" in older.output()
+    assert "contains another, unfinished run" in older.output()
     assert shards_of(output) == saved
     newer = nursery.start(other, output, "--overwrite", flops_per_shard=flops, keep_run=True)
     assert newer.wait() == 0, newer.output()

@@ -204,13 +204,13 @@ def make_not_finite(monkeypatch: pytest.MonkeyPatch, value: float, is_broken: Ca
             return output
         where = (batch.input_ids == int(encode("W")[0])).nonzero().ravel()
 
-        def spoilt(rows: torch.Tensor) -> torch.Tensor:
+        def spoiled(rows: torch.Tensor) -> torch.Tensor:
             rows = rows.clone()
             rows[where, -5] = value
             return rows
 
-        representations = {layer: spoilt(rows) for layer, rows in output.representations.items()}
-        logits = None if output.logits is None else spoilt(output.logits)
+        representations = {layer: spoiled(rows) for layer, rows in output.representations.items()}
+        logits = None if output.logits is None else spoiled(output.logits)
         return replace(output, representations=representations, logits=logits)
 
     monkeypatch.setattr(ESM2, "forward", broken)

@@ -38,7 +38,7 @@ def test_maps_are_the_same_every_time(
         assert cli.main([*arguments, "-o", f"{name}.{suffix}"]) == 0
     assert capsys.readouterr().out.splitlines()[:2] == [
         f"one.{suffix}: m, mean of layer 6, 5 proteins",
-        "2 that failed or were not computed are left out",
+        "2 sequences failed or not computed: skipped",
     ]
     assert (content := Path(f"one.{suffix}").read_bytes()) == Path(f"two.{suffix}").read_bytes()
     assert content.startswith({"png": b"\x89PNG", "svg": b"<?xml", "html": b"<!DOCTYPE html>"}[suffix])
@@ -107,22 +107,22 @@ def test_a_table_may_name_accessions_and_others(tmp_path: Path, capsys: pytest.C
     path.write_text("Entry\tOS: x\r\nP12345\tHuman\r\nfailed\tu\r\nQ1\tu\r\nQ2\tu\r\n")
     arguments = ["map", str(tmp_path / "in.h5"), "-o", str(tmp_path / "x.svg"), "--color", f"{path}:OS: x"]
     assert cli.main(arguments) == 0
-    assert f"2 of 4 IDs of {path} are not in {tmp_path / 'in.h5'}, the first 'Q1'" in capsys.readouterr().out
+    assert f"2 of 4 IDs in {path} are not in {tmp_path / 'in.h5'}, such as 'Q1'" in capsys.readouterr().out
     assert "Human (1)" in (tmp_path / "x.svg").read_text()
 
 
 @pytest.mark.parametrize(
     ("content", "options", "message"),
     [
-        ("id\tx\ny\t1\nz\t1\n", [], "2 of 2 IDs of t.tsv are not in in.h5, the first 'y'"),
-        ("id\tu\tv\na\t1\t2\n", [], "t.tsv: no column 'x'; it has 'u', 'v' beside the IDs"),
+        ("id\tx\ny\t1\nz\t1\n", [], "2 of 2 IDs in t.tsv are not in in.h5, such as 'y'"),
+        ("id\tu\tv\na\t1\t2\n", [], "t.tsv: no column 'x'; choose from 'u', 'v'"),
         ("id,x\na,1\n", [], "t.tsv: its first line has no tab"),
         ("", [], "t.tsv: its first line has no tab"),
-        ("id\tx\n", [], "t.tsv: no line below the header"),
+        ("id\tx\n", [], "t.tsv: no rows below the header"),
         ("id\tx\na\t1\na\t2\n", [], "t.tsv: line 3: 'a' appears twice"),
         ("id\tw\tx\na\t1\n", [], "t.tsv: line 2 has 2 columns; the header has 3"),
-        ("id\tx\na\t1\n", ["-o", "x.pdf"], "x.pdf: a map is OUT.png, OUT.svg, OUT.html"),
-        ("id\tx\na\t1\n", ["--kind", "logits"], "--kind logits: a map is made of mean, max, bos"),
+        ("id\tx\na\t1\n", ["-o", "x.pdf"], "x.pdf: unknown file type; use OUT.png, OUT.svg, OUT.html"),
+        ("id\tx\na\t1\n", ["--kind", "logits"], "--kind logits: has no vector per sequence"),
         ("id\tx\na\t1\n", ["-o", "there.png"], "there.png: already exists; use --overwrite to replace it"),
         (
             "id\tx\na\t1\n",

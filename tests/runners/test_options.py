@@ -126,7 +126,7 @@ def test_packing_disabled(fasta: Path, monkeypatch: pytest.MonkeyPatch, how: str
 def test_reproducible_keeps_the_bits_in_another_order(
     fasta: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Other neighbours, packs and shards: the same rows, even if multiplications depend on their shape."""
+    """Other neighbors, packs and shards: the same rows, even if multiplications depend on their shape."""
     linear = kernels.linear
 
     def by_shape(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -308,7 +308,7 @@ def test_what_deserves_a_look(stages: dict[str, float], expected: list[str]) -> 
     for warning, beginning in zip(found, expected, strict=True):
         assert warning.startswith(beginning)
     if "reading" in stages:
-        assert "reading took the longest besides" in found[0]
+        assert "of the other stages, reading took the longest" in found[0]
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from esm_packed.runners.cli import main as cli
 from esm_packed.runners.output import joining
 from esm_packed.runners.output.reader import EmbeddingReader
 from esm_packed.runners.state import cut
-from esm_packed.runners.state.parts import MARKER, PartsFolder
+from esm_packed.runners.state.parts import MARKER, PartsDirectory
 from esm_packed.runners.state.run import Run
 
 KINDS = ("--include", "mean,per_residue,logits,contacts", "--layers", "2,5")
@@ -283,11 +283,11 @@ def test_what_is_in_the_way_of_parts_is_left_alone(
         way.symlink_to(theirs)
     if "ours" in what:
         (tmp_path / "ours").mkdir()
-        PartsFolder(tmp_path / "ours.h5", "1a2b3c4d").make(tmp_path / "ours")
+        PartsDirectory(tmp_path / "ours.h5", "1a2b3c4d").make(tmp_path / "ours")
         shutil.copy(tmp_path / "ours.h5.parts" / MARKER, theirs)
     child = start(nursery, work.fasta, output, "--parts")
     assert child.wait() == 2, child.output()
-    assert f"{way}: in the way of the parts" in child.output().splitlines()[-1]
+    assert f"{way}: not created by esm-packed" in child.output().splitlines()[-1]
     assert not shards_of(output), "what was computed in vain"
     if what == "folder":
         run_to_the_end(nursery, work.fasta, output, "--merge")
@@ -316,7 +316,7 @@ def test_shards_of_damaged_parts_are_computed_again(
     before = {path: path.stat().st_mtime_ns for path in whole}
     damage(parts_of(output))
     log = run_to_the_end(nursery, work.fasta, output, "--parts", *how)
-    assert "continuing" in log or "is recomputed" in log
+    assert "continuing" in log or "recomputing it" in log
     assert_is_whole(output, work, "--parts")
     assert {path: path.stat().st_mtime_ns for path in whole} == before, "parts were made again in vain"
 
@@ -345,7 +345,7 @@ def test_a_name_that_hdf5_cannot_keep_is_refused_at_once(
     output = tmp_path / os.fsdecode(b"\xff.h5")
     child = start(nursery, work.fasta, output, "--parts")
     assert child.wait() == 2, child.output()
-    assert "needs a name in UTF-8" in child.output()
+    assert "needs a UTF-8 name" in child.output()
     assert not shards_of(output)
     run_to_the_end(nursery, work.fasta, output, "--merge")
     assert contents(output) == work.expected

@@ -33,7 +33,7 @@ from esm_packed.runners.state.request import EmbedRequest
 from esm_packed.runners.summary import Summary
 from esm_packed.runners.watch.console import Console
 
-os.environ.setdefault("RAY_AUTH_TOKEN", "of these tests")  # or Ray leaves one in the home folder
+os.environ.setdefault("RAY_AUTH_TOKEN", "of these tests")  # or Ray leaves one in the home directory
 os.environ["ESM_PACKED_TESTS"] = str(os.getpid())  # by which workers are known
 ray = pytest.importorskip("ray", reason="Ray is not installed")
 from local_ray import LocalCluster  # noqa: E402
@@ -322,7 +322,7 @@ def test_when_all_fails_the_run_ends_and_keeps_what_is_finished(
     output = tmp_path / "out.h5"
     with monkeypatch.context() as deadly:
         deadly.setattr(RayEngine, "worker_class", DeadlyWorker)
-        with pytest.raises(EngineError, match="workers fail on every shard, last with: the process"):
+        with pytest.raises(EngineError, match="workers fail on every shard, most recently with: the process"):
             run(fasta, output, workers=1, **workers)
     assert sorted(shards_of(output)) == ["00000.shard", "00001.shard"]
     assert not output.exists()
@@ -346,7 +346,7 @@ class StrangerWorker(RayWorker):
     "worker_class, code, message",
     [
         (FullWorker, 5, "out of disk space: No space left on device"),
-        pytest.param(StrangerWorker, 2, "is another model", marks=pytest.mark.slow),  # 5 s
+        pytest.param(StrangerWorker, 2, "is a different model", marks=pytest.mark.slow),  # 5 s
     ],
 )
 def test_what_no_repetition_helps_ends_the_run_at_once(
@@ -368,7 +368,7 @@ def test_what_no_repetition_helps_ends_the_run_at_once(
 
 def test_a_worker_that_finds_another_model_says_so_once_and_for_all(fasta: Path, tmp_path: Path) -> None:
     worker = StrangerWorker(request_for(fasta, tmp_path / "out.h5"), "", "cpu", 0)
-    with pytest.raises(UsageError, match="demo is another model on") as caught:
+    with pytest.raises(UsageError, match="demo is a different model on") as caught:
         worker.token_budget(measured=True)
     assert ray_schedule.is_lasting(caught.value)
 
@@ -392,13 +392,13 @@ def nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         (
             with_old_ray,
             {"engine": "ray"},
-            r"Ray 2.58.1 lets everyone on this machine into .*pip install 'ray>=2\.59'",
+            r"Ray 2.58.1 starts clusters without authentication.*pip install 'ray>=2\.59'",
         ),
         (nothing, {"engine": "in-process", "workers": 2}, "--engine ray"),
         (nothing, {"devices": (), "device": "auto"}, "finds no CUDA device"),
         (nothing, {"devices": (0, 1)}, "--device is cpu"),
         (nothing, {"ray_address": "auto", "engine": "in-process"}, "--ray-address needs --engine ray"),
-        (nothing, {"ray_address": "auto", "device": "auto"}, "say --device cuda or --device cpu"),
+        (nothing, {"ray_address": "auto", "device": "auto"}, "needs --device cuda or --device cpu"),
         (nothing, {"ray_address": "127.0.0.1:1"}, "Ray cannot be reached"),
         (nothing, {"ray_address": "127.0.0.1:99999"}, "Ray cannot be reached"),
         (nothing, {"ray_address": f"{'x' * 100}:1"}, "Ray cannot be reached"),

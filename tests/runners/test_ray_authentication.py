@@ -27,4 +27,4 @@ def test_nobody_without_the_token_may_use_a_cluster_that_is_started_here(tmp_pat
     )
     assert done.stdout.split() == ["1", "0"], done.stderr
     assert "Authentication token is missing or incorrect" in done.stderr
-    assert names_in(tmp_path) == [], "a token in the home folder may be read by others"
+    assert names_in(tmp_path) == [], "a token in the home directory may be read by others"

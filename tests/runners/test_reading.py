@@ -185,7 +185,7 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
         (lambda file: file.status("x"), "no sequence 'x'"),
         (lambda file: file.mean(33), "no layer 33; it has 1, 6"),
         (lambda file: file.per_residue("a", -1), "no layer -1; it has 1, 6"),
-        (lambda file: file.to_pandas("logits"), "a table is made of mean, max, bos, not of logits"),
+        (lambda file: file.to_pandas("logits"), "a table needs one of mean, max, bos, not logits"),
     ],
 )
 def test_what_is_not_there_is_an_error_that_says_what_is(tmp_path: Path, ask, message: str) -> None:
@@ -412,7 +412,7 @@ def test_a_damaged_output_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[h5py.File], None], num_parts: int
 ) -> None:
     path = write_output(tmp_path / "out.h5", num_parts=num_parts, change=damage).path
-    with pytest.raises(StoreError, match="damaged, or not a whole esm-packed output") as raised:
+    with pytest.raises(StoreError, match="damaged, or not a complete esm-packed output") as raised:
         esm_packed.open(path)
     assert "\n" not in str(raised.value) and str(path) in str(raised.value)
     assert cli.main(["info", str(path)]) == 2
@@ -453,14 +453,14 @@ def remove_folder(path: Path) -> None:
     [
         (Path.unlink, "missing"),
         (remove_folder, "missing"),
-        (replace_by_folder, "not a file"),
-        (replace_by_text, "not an HDF5 file, or cut short"),
-        (lambda path: os.truncate(path, 3000), "not an HDF5 file, or cut short"),
+        (replace_by_folder, "not a regular file"),
+        (replace_by_text, "not an HDF5 file, or truncated"),
+        (lambda path: os.truncate(path, 3000), "not an HDF5 file, or truncated"),
         (lambda path: path.write_bytes(path.read_bytes() + b"x"), r"[\d,]+ bytes, not [\d,]+"),
         (in_part(attribute("plan_hash", "0" * 64)), "of another run"),
         (in_part(attribute("format", "esm-packed")), "of another run"),
-        (in_part(without("logits")), "damaged, or not a whole part of .*no data set logits"),
-        (in_part(without("contacts")), "damaged, or not a whole part of .*no data set contacts"),
+        (in_part(without("logits")), "damaged, or not a complete part of .*no dataset logits"),
+        (in_part(without("contacts")), "damaged, or not a complete part of .*no dataset contacts"),
     ],
 )
 @pytest.mark.parametrize("number", [0, 4])
@@ -477,7 +477,7 @@ def test_a_part_that_is_not_as_it_was_is_named(
     named = part if damage is not remove_folder else output.folder / "00000.h5"
     with pytest.raises(StoreError, match=f"^{re.escape(str(named))}: .*{message}") as raised:
         esm_packed.open(output.path)
-    assert f"put the part of {output.path} back, or embed again with --overwrite" in str(raised.value)
+    assert f"restore this part of {output.path}, or embed again with --overwrite" in str(raised.value)
     for command in ("info", "merge"):
         assert cli.main([command, str(output.path)]) == 2
         assert capsys.readouterr().err.splitlines()[-1] == f"esm-packed: error: {raised.value}"
@@ -524,5 +524,5 @@ def test_few_files_are_open_at_a_time(tmp_path: Path) -> None:
     assert limited.returncode == 1 and not limited.stdout
     *_, line = limited.stderr.splitlines()
     assert re.fullmatch(
-        r".*UserError: \S+/out\.h5\S*: too many files are open; `ulimit -n` allows more", line
+        r".*UserError: \S+/out\.h5\S*: too many open files; raise the limit: `ulimit -n`", line
     )

@@ -417,5 +417,5 @@ def test_a_log_that_has_another_name_elsewhere_is_refused(directory: RunDirector
     mine = directory.output.with_name("thesis.txt")
     mine.write_text("mine")
     (directory.logs_path / "worker-0.log").hardlink_to(mine)
-    with pytest.raises(UsageError, match="another name elsewhere"):
+    with pytest.raises(UsageError, match="another hard link"):
         directory.exists()

@@ -282,15 +282,15 @@ def test_what_reading_changed_is_said_and_listed(tmp_path: Path, capsys: pytest.
     assert cli.main([*arguments, "--invalid", "skip", "--duplicates", "rename", "--verbose"]) == 0
     said = capsys.readouterr().out.splitlines()
     assert "left out           1 record, listed in out.csv.json" in said
-    assert "duplicates         1 record with the ID of an earlier one" in said
-    assert "identical          1 sequence copied from an equal one" in said
+    assert "duplicates         1 record with the ID of an earlier record" in said
+    assert "identical          1 sequence with the rows of an equal one" in said
     for name in ("output", "scores", "attention", "packs", "packing efficiency", "stages"):
         assert any(line.startswith(f"{name:<19}") for line in said)
     described = json.loads((tmp_path / "out.csv.json").read_text())
     assert described["records_left_out"] == [f"{fasta}, line 4, record 'b': 'J' is not in ESM-2's alphabet"]
     assert cli.main([*arguments, "--invalid", "x", "--duplicates", "first", "--overwrite"]) == 0
     said = capsys.readouterr().out.splitlines()
-    assert "replaced   1 residue outside the alphabet, now X" in said
+    assert "replaced   1 residue outside the alphabet, by X" in said
     assert not any(line.startswith("packs") for line in said)
 
 
@@ -373,8 +373,8 @@ def test_a_mutant_that_cannot_be_scored_is_named(
         (("--skip-bad",), "--skip-bad skips mutants of a table"),
         (("--pseudo-perplexity", "--method", "wild-type"), "--pseudo-perplexity masks each residue in turn"),
         (("--pseudo-perplexity", "--heat-map", "x.png"), "--heat-map draws a scan"),
-        (("--heat-map", "x.png"), "--heat-map draws one protein, and the input has 5"),
-        (("--heat-map", "x.jpg"), "--heat-map x.jpg: a picture is .png, .svg, .pdf"),
+        (("--heat-map", "x.png"), "--heat-map draws one protein, but the input has 5"),
+        (("--heat-map", "x.jpg"), "--heat-map x.jpg: unknown file type; use .png, .svg, .pdf"),
     ],
 )
 def test_options_that_do_not_fit(

@@ -161,7 +161,7 @@ def test_in_any_order_one_after_another(
         if number < 2:
             shards = sum(len(Slice(each, 3).shards(work.num_shards)) for each in order[: number + 1])
             assert len(shards_of(output)) == shards
-            assert f"{work.num_shards - shards} shards of other slices are missing" in child.output()
+            assert f"{work.num_shards - shards} shards of other slices unfinished" in child.output()
             assert " residues) in the whole input\n" in child.output()
     check_end(work, output)
     again = start(nursery, work, output, "--slice", "1/3")
@@ -233,7 +233,7 @@ def test_a_mistake_does_not_disturb_live_slices(
     options = {"other options": ["--max-length", "20"], "other rules": ["--invalid", "x"]}.get(how, [])
     second = nursery.start(fasta, output, "--slice", "1/2", *options)
     assert second.wait() == 2, second.output()
-    assert "others are at work" in second.output() or "unfinished run" in second.output()
+    assert "in use by other processes" in second.output() or "unfinished run" in second.output()
     assert before.items() <= shards_of(output).items()
     release(output)
     assert first.wait() == 0, first.output()
@@ -300,7 +300,7 @@ def test_a_damaged_shard_of_another_slice_is_computed_by_who_merges(
     os.truncate(shard, shard.stat().st_size - 5)
     child = start(nursery, work, output, "--slice", "0/2")
     assert child.wait() == 0, child.output()
-    assert "shard 5 is missing or damaged; it is recomputed" in child.output()
+    assert "shard 5 is missing or damaged; recomputing it" in child.output()
     check_end(work, output)
 
 

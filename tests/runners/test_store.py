@@ -168,7 +168,7 @@ def test_other_files_are_refused(tmp_path):
     with pytest.raises(StoreError, match="newer"):
         EmbeddingReader(path)
     os.truncate(path, path.stat().st_size - 1)
-    with pytest.raises(StoreError, match="cut short"):
+    with pytest.raises(StoreError, match="truncated"):
         EmbeddingReader(path)
     with pytest.raises(FileNotFoundError):
         EmbeddingReader(tmp_path / "nothing.h5")

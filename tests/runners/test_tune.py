@@ -57,7 +57,7 @@ class FakeTimer:
 
 @pytest.fixture
 def tuned(triton_device: torch.device) -> Iterator[dict[str, Settings]]:
-    """The live settings, as they were again afterwards."""
+    """The live settings, as they were again afterward."""
     live = launch.tuned_settings(triton_device)
     before = dict(live)
     live.clear()
@@ -69,7 +69,7 @@ def tuned(triton_device: torch.device) -> Iterator[dict[str, Settings]]:
 @pytest.fixture
 def configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder for tuned settings; every CUDA device is called `GPU`."""
-    monkeypatch.setattr(launch, "CONFIG_FOLDER", tmp_path / "configs")
+    monkeypatch.setattr(launch, "CONFIG_DIRECTORY", tmp_path / "configs")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: GPU)
     return tmp_path / "configs"
 
@@ -373,7 +373,7 @@ def test_a_kernel_too_large_for_the_memory_is_left_out(
     timer = FakeTimer(lambda settings: 1.0)
     outcomes = tune.search_all(work, tuned, timer, lambda _: 1, lambda outcome: None, Console())
     assert [outcome.key for outcome in outcomes] == [second.key]
-    assert f"{first.key}: left as it was" in capsys.readouterr().err
+    assert f"{first.key}: unchanged" in capsys.readouterr().err
 
 
 def test_settings_are_merged_and_launches_read_them(configs: Path) -> None:
@@ -464,7 +464,7 @@ def test_without_a_gpu_or_triton_one_line_says_so(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert cli.main(["tune"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "Triton is not installed" in line
+    assert "tune needs Triton, which is not installed" in line
 
 
 @pytest.mark.parametrize(
@@ -528,7 +528,7 @@ def test_the_command_from_its_options_to_the_table(
         "bias_gelu_/256/float16", "40.0", "us", "30.0", "us", "25.0%",
         "BLOCK_T=4", "BLOCK_N=256", "num_warps=8",
     ]  # fmt: skip
-    assert lines[2].startswith("1 of 1 kernels with settings of their own; of 1 candidates 0")
+    assert lines[2].startswith("1 of 1 kernels have tuned settings; 0 of 1 candidates")
     assert lines[3:] == [
         f"written to {output}",
         f"copy it to {launch.config_path(GPU)} for launches to use it",

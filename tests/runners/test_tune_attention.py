@@ -104,7 +104,7 @@ def test_each_shape_of_head_competes_once_in_half_types() -> None:
 @pytest.fixture
 def tuned_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The file of a tuned GPU, on which `triton` beats `varlen` with heads of 64 in FP16."""
-    monkeypatch.setattr(launch, "CONFIG_FOLDER", tmp_path)
+    monkeypatch.setattr(launch, "CONFIG_DIRECTORY", tmp_path)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "a GPU")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(dispatch, "TRITON_DEVICES", {"cuda"})

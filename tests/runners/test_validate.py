@@ -100,7 +100,7 @@ def test_fair_esm_as_the_reference(request_for: ValidateRequest) -> None:
 def test_a_report_is_replaced_only_when_asked(request_for: ValidateRequest) -> None:
     request = replace(request_for, dtypes=("fp32",), limit=2)
     validate_file(request, QUIET)
-    with pytest.raises(UsageError, match="holds a report already; use --overwrite"):
+    with pytest.raises(UsageError, match="already contains a report; use --overwrite"):
         validate_file(request, QUIET)
     validate_file(replace(request, overwrite=True, limit=1), QUIET)
     assert len(json.loads((request.output / "validation.json").read_text())["proteins"]["lengths"]) == 1
@@ -127,7 +127,7 @@ def test_mistakes_are_named_before_anything_is_written(
 
 def test_a_file_is_no_folder(request_for: ValidateRequest) -> None:
     request_for.output.write_text("mine")
-    with pytest.raises(UsageError, match="not a directory; name a directory"):
+    with pytest.raises(UsageError, match="not a directory; choose a directory"):
         validate_file(request_for, QUIET)
     assert request_for.output.read_text() == "mine"
 

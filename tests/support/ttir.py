@@ -13,7 +13,7 @@ _PRODUCT_IN_INT32 = re.compile(r"arith\.(?:muli|shli) .*: (?:i32|tensor<[\dx]+xi
 def int32_products(ttir: str) -> int:
     """Products of a program id, a loop variable or a loaded number that are formed in 32 bits for an address.
 
-    One that is extended to 64 bits afterwards counts, for it has overflowed by then. Products with a block
+    One that is extended to 64 bits afterward counts, for it has overflowed by then. Products with a block
     size are harmless, as they give the index of a token or of a column; those with a stride overflow in a
     tensor of more than 2**31 elements.
     """

@@ -276,7 +276,7 @@ def test_no_contact_regression_is_a_warning(
 ) -> None:
     del server.files[f"/regression/{NAME}-contact-regression.pt"]
     assert find_or_download(NAME).read_bytes() == MODEL
-    assert "for contacts put" in caplog.messages[-1]
+    assert "only contacts need them; put" in caplog.messages[-1]
     assert str(cache / f"{NAME}-contact-regression.pt") in caplog.messages[-1]
 
 

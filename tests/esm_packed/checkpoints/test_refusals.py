@@ -38,18 +38,18 @@ pytestmark = pytest.mark.usefixtures("no_unexpected_warning")
         ({"layer_norm_eps": "absent"}, "layer_norm_eps is 1e-12"),
         ({"is_decoder": True}, "causal"),
         ({"is_folding_model": True}, "ESMFold"),
-        ({"quantization_config": {"load_in_8bit": True}}, "quantised"),
-        ({"num_attention_heads": "absent"}, "num_attention_heads should be a positive number"),
+        ({"quantization_config": {"load_in_8bit": True}}, "quantized"),
+        ({"num_attention_heads": "absent"}, "num_attention_heads must be a positive integer"),
         ({"num_attention_heads": 7}, "must be a multiple"),
         ({"num_attention_heads": 1}, r"inv_freq has shape \(8,\).* is \(24,\)"),
         ({"num_hidden_layers": 3}, "lacks tensors.*layers.2.self_attn.q_proj.weight.* and 12 more"),
         ({"num_hidden_layers": 1}, r"has tensors that no .*: esm\.encoder\.layer\.1\..* and 12 more"),
         ({"num_hidden_layers": 10**9}, "has 42 tensors, too few for the 1000000000 layers"),
         ({"num_hidden_layers": 10**18}, "has 42 tensors, too few"),
-        ({"num_hidden_layers": True}, "num_hidden_layers should be a positive number, it is True"),
-        ({"num_hidden_layers": "2"}, "num_hidden_layers should be a positive number, it is '2'"),
-        ({"hidden_size": 48.0}, r"hidden_size should be a positive number, it is 48\.0"),
-        ({"token_dropout": "false"}, "token_dropout should be true or false, it is 'false'"),
+        ({"num_hidden_layers": True}, "num_hidden_layers must be a positive integer, got True"),
+        ({"num_hidden_layers": "2"}, "num_hidden_layers must be a positive integer, got '2'"),
+        ({"hidden_size": 48.0}, r"hidden_size must be a positive integer, got 48\.0"),
+        ({"token_dropout": "false"}, "token_dropout must be true or false, got 'false'"),
         ({"hidden_size": 96}, r"esm.embeddings.word_embeddings.weight has shape \(33, 48\).* is \(33, 96\)"),
     ],
 )
@@ -151,7 +151,7 @@ def test_another_rope_base_needs_its_frequencies(tmp_path: Path, tensors: Tensor
         (lambda t: t.update({"embed_tokens.weight": torch.ones(64, 48)}), "64 tokens"),
         (
             lambda t: t.update({"layers.1.fc1.weight": torch.ones(192, 48, dtype=torch.int8)}),
-            r"layers\.1\.fc1\.weight is stored as torch\.int8.*quantised",
+            r"layers\.1\.fc1\.weight is stored as torch\.int8.*quantized",
         ),
         (
             lambda t: t.update({"lm_head.weight": t["embed_tokens.weight"] + 1}),
@@ -189,14 +189,14 @@ def test_tensors_that_are_not_esm2(
     ("content", "message"),
     [
         ({"args": Namespace(arch="roberta_large"), "model": {}}, "ESM-1"),
-        ({"cfg": {"model": 3}, "model": {}}, "should be a Namespace, it is int"),
+        ({"cfg": {"model": 3}, "model": {}}, "must be a Namespace, got int"),
         (
             {"cfg": {"model": Namespace(encoder_layers="six")}, "model": {}},
-            "encoder_layers should be a positive",
+            "encoder_layers must be a positive",
         ),
         ({"state": torch.ones(1), "epoch": 3}, "'epoch' is int, not a tensor"),
-        ([torch.ones(1)], "holds list"),
-        ({}, "holds dict"),
+        ([torch.ones(1)], "contains list"),
+        ({}, "contains dict"),
         ({"weight": torch.ones(1)}, "not an ESM-2.* has weight"),
     ],
 )
@@ -340,7 +340,7 @@ def test_files_of_another_kind(tmp_path: Path, name: str) -> None:
 
 def test_an_adapter_is_to_be_merged_first(tmp_path: Path, tensors: Tensors) -> None:
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-    with pytest.raises(CheckpointError, match=r"adapter of peft.*merge_and_unload\(\)\.save_pretrained"):
+    with pytest.raises(CheckpointError, match=r"PEFT adapter.*merge_and_unload\(\)\.save_pretrained"):
         load_checkpoint(tmp_path)
     # Beside a complete model it would be left out without a word.
     save_file(hub_names(tensors), tmp_path / "model.safetensors")
@@ -350,7 +350,7 @@ def test_an_adapter_is_to_be_merged_first(tmp_path: Path, tensors: Tensors) -> N
 
 
 def test_incomplete_directories(tmp_path: Path, tensors: Tensors) -> None:
-    with pytest.raises(CheckpointError, match="holds no weights"):
+    with pytest.raises(CheckpointError, match="contains no weights"):
         load_checkpoint(tmp_path)
     write_bin_shards(tmp_path, hub_names(tensors))
     with pytest.raises(CheckpointError, match=r"config\.json"):

@@ -90,15 +90,15 @@ def test_mutated_sequence_is_checked_and_can_stand_alone(table: Path, one: Fasta
     ("lines", "message"),
     [
         (["mutant", "K2A", "K3A"], "row 3, column mutant: K3A: residue 3 is T, not K"),
-        (["mutant", "K26A"], r"\(--offset is the number of the first residue; --skip-bad leaves such rows"),
-        (["mutant", "K2X"], r"WY \(--skip-bad leaves such rows out and lists them\)"),
+        (["mutant", "K26A"], r"\(--offset is the number of the first residue; --skip-bad skips such rows"),
+        (["mutant", "K2X"], r"WY \(--skip-bad skips such rows and lists them\)"),
         (["x,mutant", "1,K2A", "2,K11A"], "row 3, column mutant: K11A: there is no residue 11; the protein "),
         (
             ["mutant", "M0A"],
             "row 2, column mutant: M0A: there is no residue 0; the protein has residues 1 to",
         ),
-        (["mutant", "K2B"], "row 2, column mutant: K2B: B is none of the 20 amino acids ACDEFGHIKLMNPQRST"),
-        (["mutant", "K2*"], r"\* is none of the 20 amino acids"),
+        (["mutant", "K2B"], "column mutant: K2B: B is not one of the 20 amino acids ACDEFGHIKLMNPQRST"),
+        (["mutant", "K2*"], r"\* is not one of the 20 amino acids"),
         (["mutant", "K2"], "row 2, column mutant: 'K2' is not a mutation; write A24G"),
         (["mutant,x", ",1"], "row 2, column mutant: '' is not a mutation"),
         (["mutant", "K" * 5000], rf"row 2, column mutant: '{'K' * 60}\.\.\.' is not a mutation; write A24G"),
@@ -107,24 +107,24 @@ def test_mutated_sequence_is_checked_and_can_stand_alone(table: Path, one: Fasta
         (["mutant", "K2A", "T3A", "K2A"], "row 4, column mutant: row 2 is the same mutant"),
         (["mutant", "K2A:T3C", "T3C:K2A"], "row 3, column mutant: row 2 is the same mutant"),
         (["mutant", "K2A,1"], "row 2: 2 cells, but the header has 1"),
-        (["mutant,mutated_sequence", "K2A,MATAYIAKQW"], "row 2, column mutated_sequence: letter 10 is W, wh"),
-        (["mutant,mutated_sequence", "K2A,MATAYIAKQ"], "column mutated_sequence: 9 residues, where the prot"),
+        (["mutant,mutated_sequence", "K2A,MATAYIAKQW"], "row 2, column mutated_sequence: letter 10 is W"),
+        (["mutant,mutated_sequence", "K2A,MATAYIAKQ"], "column mutated_sequence: 9 residues, but the prot"),
         (
             ["mutated_sequence", "MATAYIAKQRR"],
-            "column mutated_sequence: 11 residues, where the protein has 10",
+            "column mutated_sequence: 11 residues, but the protein has 10",
         ),
-        (["mutated_sequence", "MBTAYIAKQR"], "column mutated_sequence: residue 2: B is none of the 20"),
+        (["mutated_sequence", "MBTAYIAKQR"], "column mutated_sequence: residue 2: B is not one of the 20"),
         (["mutated_sequence", "M?TAYIAKQR"], r"column mutated_sequence: '\?' at position 2 is not in"),
         (["mutated_sequence", "AKTAYIAKQR", "AKTAYIAKQR"], "row 3, column mutated_sequence: row 2 is the sa"),
         (
             ["id,mutant", "P9,K2A"],
             "row 2, column id: 'P9' is not a record of .* file, whose first is 'P1'",
         ),
-        (["mutant"], "the table is empty: there is no row below the header"),
+        (["mutant"], "no rows below the header"),
         (["variant,score", "K2A,1"], r"no column mutant \(such as A24G .* the header has 'variant', 'score'"),
         ([""], "no column mutant .* the header has nothing"),
         (["mutant,mutant", "K2A,K2A"], "the column 'mutant' appears twice"),
-        (["mutant,score", "K2A,1"], "rename the column score, which the output adds"),
+        (["mutant,score", "K2A,1"], "rename the column score, as the output"),
         (["mutant", '"K2A'], "row 2: unexpected end of data"),
     ],
 )
@@ -137,7 +137,7 @@ def test_faults_name_table_row_and_column(
 
 
 def test_other_faults_of_a_table(table: Path, one: FastaIndex, two: FastaIndex) -> None:
-    with pytest.raises(UsageError, match="no column sequence_id, id or protein says which of the 2 records"):
+    with pytest.raises(UsageError, match="needs a column sequence_id, id or protein, because"):
         read(table, two, "mutant", "K2A")
     with pytest.raises(UsageError, match="S5A: residue 5 is X, not S"):
         read(table, two, "id,mutant", "P2,S5A")
@@ -154,7 +154,7 @@ def test_sites_of_a_mutant_fit_into_a_window(table: Path, one: FastaIndex) -> No
     for lines in (table.read_text(), "mutated_sequence\nMKTAYIMKQR\nMATAYIAKQW\n"):
         table.write_text(lines)
         with pytest.raises(
-            UsageError, match=r"row 3, column mut.*: its sites span 9 residues, and a window has 8"
+            UsageError, match=r"row 3, column mut.*: its sites span 9 residues, but a window has 8"
         ):
             read_mutants(table, one, max_span=8)
 
@@ -166,7 +166,7 @@ def test_all_faults_are_counted_and_ten_listed(table: Path, one: FastaIndex) -> 
     assert caught.value.message == f"{table}: 12 rows cannot be used:"
     assert caught.value.details[0] == "row 2, column mutant: W1A: residue 1 is M, not W"
     assert caught.value.details[9] == "row 12, column mutant: row 11 is the same mutant"
-    hint = "--offset is the number of the first residue; --skip-bad leaves such rows out and lists them"
+    hint = "--offset is the number of the first residue; --skip-bad skips such rows and lists them"
     assert caught.value.details[10:] == ("and 2 more", hint)
 
 
@@ -181,7 +181,7 @@ def test_bad_rows_are_left_out_and_listed(table: Path, one: FastaIndex) -> None:
     )
     assert list(mutants.table_rows()) == [["K2A:M1C", "b"], ["T3G", "d"]]
     with pytest.raises(
-        UsageError, match=r"row 2, .* W1A: residue 1 is M, not W \(--offset is .*; no row is left\)"
+        UsageError, match=r"row 2, .* W1A: residue 1 is M, not W \(--offset is .*; no row can be used\)"
     ):
         read(table, one, "mutant", "W1A", skip_bad=True)
 

@@ -157,7 +157,7 @@ def test_a_table_is_written_whole_or_not_at_all(tmp_path: Path, suffix: str) -> 
 
 
 def test_tables_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UsageError, match=r"out\.h5: a table of scores is OUT\.csv or OUT\.parquet"):
+    with pytest.raises(UsageError, match=r"out\.h5: unknown file type; use OUT\.csv or OUT\.parquet"):
         check_table(tmp_path / "out.h5")
     check_table(tmp_path / "out.CSV")
     monkeypatch.setitem(sys.modules, "pyarrow", None)

@@ -1,4 +1,4 @@
-"""Colours of points: categories or numbers."""
+"""Colors of points: categories or numbers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 MOST_CATEGORIES = 9
-"""Categories up to which each has its own colour."""
+"""Categories up to which each has its own color."""
 NO_VALUE = -1
 _BLANKS = frozenset({"", "na", "nan", "n/a", "none", "null"})
 
@@ -39,7 +39,7 @@ class Numbers:
     """Points with one number each.
 
     Args:
-        name: label of the colour bar.
+        name: label of the color bar.
         values: (n,) float64, NaN where there is no number.
     """
 
@@ -47,7 +47,7 @@ class Numbers:
     values: npt.NDArray[np.float64]
 
 
-def colouring(name: str, texts: Sequence[str]) -> Categories | Numbers:
+def coloring(name: str, texts: Sequence[str]) -> Categories | Numbers:
     """Numbers if all texts are numbers and more than `MOST_CATEGORIES` differ, else categories.
 
     Args:
