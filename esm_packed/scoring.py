@@ -400,6 +400,8 @@ def pseudo_likelihood(log_probabilities: LogProbabilities, residues: TokenIds) -
 def _parse(name: str, token_ids: TokenIds, texts: Sequence[Any], offset: int) -> list[Mutant]:
     if isinstance(texts, str):
         raise TypeError(f"{name} is one string; pass a list of them")
+    if not isinstance(texts, Iterable):
+        raise TypeError(f"{name} is {texts!r}; pass a list of strings such as 'A24G'")
     wild_type, mutants = WildType(token_ids, offset), []
     for index, text in enumerate(texts):
         if not isinstance(text, str):

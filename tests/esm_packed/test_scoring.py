@@ -302,6 +302,7 @@ def test_rows_that_are_not_in_the_batch(fair: Fair, rows: torch.Tensor, message:
         (("MKT", "M1A"), TypeError, "mutations is one string; pass a list of them"),
         (("MKT", [1]), TypeError, r"mutations\[0\] is a int; pass strings such as 'A24G'"),
         ((["MKT"], ["M1A"]), TypeError, r"mutations\[0\] is one string"),
+        (("MKT", None), TypeError, "^mutations is None; pass a list of strings such as 'A24G'$"),
         ((["MKT", "MK"], [["M1A"]]), ValueError, "1 lists of mutations for 2 sequences"),
         (("MK?", []), ValueError, "sequence: '\\?' at position 3"),
     ],

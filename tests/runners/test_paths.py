@@ -48,6 +48,16 @@ def refused(folder: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -
     return said
 
 
+@pytest.mark.parametrize("options", [(), ("--overwrite",), ("--estimate",)], ids=" ".join)
+def test_embed_does_not_give_hdf5_the_name_of_another_format(
+    folder: Path, capsys: pytest.CaptureFixture[str], options: tuple[str, ...]
+) -> None:
+    (folder / "scores.csv").write_text("mine\n")
+    said = refused(folder, capsys, "embed", "in.fa", "-o", "scores.csv", "--model", "demo", *options)
+    expected = "scores.csv: the output is HDF5, and this would be the name of a .csv file; use -o scores.h5"
+    assert said == f"esm-packed: error: {expected}"
+
+
 @pytest.mark.parametrize("path", ["in.fa", "hard.fa", "soft.fa", "sub/../in.fa", "./in.fa"])
 @pytest.mark.parametrize("option", ["-o", "--log-json"])
 def test_embed_does_not_write_over_its_input(

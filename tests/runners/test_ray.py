@@ -27,9 +27,10 @@ from esm_packed.runners.compute import ray_cluster, ray_engine, ray_schedule
 from esm_packed.runners.compute.ray_engine import RayEngine
 from esm_packed.runners.compute.ray_worker import RayWorker
 from esm_packed.runners.output.reader import EmbeddingReader
+from esm_packed.runners.scoring import score_file
 from esm_packed.runners.session import embed_files
 from esm_packed.runners.state.cut import FLOPS_PER_SHARD
-from esm_packed.runners.state.request import EmbedRequest
+from esm_packed.runners.state.request import EmbedRequest, Scoring
 from esm_packed.runners.summary import Summary
 from esm_packed.runners.watch.console import Console
 
@@ -299,6 +300,33 @@ def test_a_sequence_that_ends_its_worker_is_found_and_left_out(
         assert problem.sequence_id == "poison"
         expected = "the process died" if worker_class is PoisonedWorker else "illegal memory access"
         assert expected in problem.reason
+
+
+def test_scores_are_those_of_one_process_and_a_protein_that_ends_its_worker_has_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(ray_schedule, "MAX_ATTEMPTS", 1)
+    monkeypatch.setitem(FLOPS_PER_SHARD, "cpu", 1e12)  # all in one shard, which is split to find the poison
+    fasta = write_fasta(tmp_path / "in.fasta", [f"{'MKV' * 10}A", f"{'MKV' * 25}MK", f"{'WGL' * 8}S"])
+    mutants = ["protein0,M1A:K2A", "protein1,M1A", "protein2,S25A", "protein1,K2A:V3A", "protein0,A31C"]
+    table = tmp_path / "mutants.csv"
+    table.write_text("\n".join(["id,mutant", *mutants]))
+    scoring = Scoring("mutants", joint=True, mutations=table)
+    request = request_for(fasta, tmp_path / "truth.csv", scoring=scoring)
+    score_file(request, Console(quiet=True))
+    monkeypatch.setattr(RayEngine, "worker_class", PoisonedWorker)
+    request = replace(request, output=tmp_path / "out.csv", workers=1, **workers)
+    assert score_file(request, Console(quiet=True)).num_failed == 2
+    truth, found = (
+        [line.rpartition(",") for line in (tmp_path / name).read_text().splitlines()[1:]]
+        for name in ("truth.csv", "out.csv")
+    )
+    assert [row for row, _, _ in found] == [row for row, _, _ in truth] == mutants
+    for (row, _, score), (_, _, expected) in zip(found, truth, strict=True):
+        if row.startswith("protein1"):
+            assert score == ""
+        else:
+            assert float(score) == pytest.approx(float(expected), abs=1e-5)
 
 
 class DeadlyWorker(RayWorker):
