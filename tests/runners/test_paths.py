@@ -54,7 +54,7 @@ def test_embed_does_not_give_hdf5_the_name_of_another_format(
 ) -> None:
     (folder / "scores.csv").write_text("mine\n")
     said = refused(folder, capsys, "embed", "in.fa", "-o", "scores.csv", "--model", "demo", *options)
-    expected = "scores.csv: the output is HDF5, and this would be the name of a .csv file; use -o scores.h5"
+    expected = "scores.csv: the output is HDF5, but its name is that of a .csv file; use -o scores.h5"
     assert said == f"esm-packed: error: {expected}"
 
 
