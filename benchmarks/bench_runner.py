@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -25,6 +23,7 @@ import numpy.typing as npt
 import pytest
 import torch
 from contenders.contest import worst_relative_error
+from contenders.processes import PlainProcesses
 from measuring import record
 from workloads import RESIDUE_COUNTS, proteins, write_fasta
 
@@ -66,26 +65,6 @@ SCALING_SHARDS = 24
 """Even, so that two workers have equal work."""
 
 TARGET_SCALING = 1.8
-
-# Upper bound without the runner: each process computes its own packs from memory.
-PLAIN_PROCESS = """
-import sys, torch
-from esm_packed.alphabet import encode
-from esm_packed.model import ESM2
-from esm_packed.packing import SPECIAL_TOKENS, pack, plan_packs
-torch.set_num_threads(1)
-model = ESM2.from_pretrained(sys.argv[1], device="cpu")
-proteins = [encode(line) for line in open(sys.argv[2]).read().split("\\n")[1::2]]
-packs = plan_packs([len(each) + SPECIAL_TOKENS for each in proteins], int(sys.argv[3]))
-batches = [pack([proteins[member] for member in members]) for members in packs]
-names = [f"mean/{model.config.num_layers}"]
-model.embed_packed(batches[0], names)
-print("ready", flush=True)
-for _ in sys.stdin:
-    for batch in batches:
-        model.embed_packed(batch, names)
-    print("done", flush=True)
-"""
 
 
 def parameters(config: pytest.Config) -> dict[str, list[Any]]:
@@ -337,29 +316,6 @@ def tokens_per_second() -> defaultdict[tuple[int, str], dict[int, float]]:
     return defaultdict(dict)
 
 
-class PlainProcesses:
-    """Processes that each compute all of `fasta`, packed, on request."""
-
-    def __init__(self, workers: int, fasta: Path, stack: ExitStack) -> None:
-        command = [sys.executable, "-c", PLAIN_PROCESS, SMALL, str(fasta), str(TOKEN_BUDGET)]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self._processes = [
-            stack.enter_context(subprocess.Popen(command, cwd=fasta.parent, **pipes))  # type: ignore[call-overload]
-            for _ in range(workers)
-        ]
-        self._wait_for("ready")
-
-    def compute(self) -> None:
-        for process in self._processes:
-            process.stdin.write("\n")
-            process.stdin.flush()
-        self._wait_for("done")
-
-    def _wait_for(self, word: str) -> None:
-        for process in self._processes:
-            assert process.stdout.readline().strip() == word
-
-
 def test_scaling(
     block: int,
     engine: str,
@@ -385,7 +341,7 @@ def test_scaling(
     error = None
     with ExitStack() as stack:
         if engine == "plain_processes":
-            processes = PlainProcesses(workers, fasta, stack)
+            processes = PlainProcesses(SMALL, fasta, TOKEN_BUDGET, stack, count=workers)
             benchmark.pedantic(processes.compute, rounds=1)
             tokens *= workers
         else:
