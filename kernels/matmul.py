@@ -56,14 +56,14 @@ def _is_in_parts(hidden_states: torch.Tensor) -> bool:
 
 
 def describe(device: torch.device, dtype: torch.dtype) -> str:
-    """Which library multiplies matrices, and in which way, for the output file to record.
+    """Return which library multiplies matrices, and how, for the output file to record.
 
     Args:
         device: where the weights are.
         dtype: of the weights.
 
     Returns:
-        Such as `oneDNN, MKL from 641 addends on`.
+        Such as `oneDNN, MKL for K > 640`, where K is the number of products in a sum.
     """
     if device.type != "cpu":
         return "cuBLAS"
@@ -72,7 +72,7 @@ def describe(device: torch.device, dtype: torch.dtype) -> str:
     if dtype != torch.float32:
         return "oneDNN"
     longer = "MKL" if _mkl_is_fast() else f"in parts of {_PART_ADDENDS}"
-    return f"oneDNN, {longer} from {_MAX_ADDENDS + 1} addends on"
+    return f"oneDNN, {longer} for K > {_MAX_ADDENDS}"
 
 
 def pack_weight(weight: torch.Tensor) -> torch.Tensor:

@@ -129,7 +129,7 @@ def _record(request: ContactsRequest) -> tuple[str, str]:
     listed = ", ".join(shorten(sequence_id) for sequence_id, _ in first[:_RECORDS_NAMED])
     listed += ", ..." * (len(first) > _RECORDS_NAMED)
     if request.record is None:
-        raise UsageError(f"{request.fasta}: several proteins ({listed}); --record ID names one")
+        raise UsageError(f"{request.fasta}: several proteins ({listed}); choose one with --record ID")
     raise UsageError(f"--record {request.record}: {request.fasta} has no such protein; it has {listed}")
 
 

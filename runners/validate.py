@@ -104,7 +104,7 @@ def validate_file(request: ValidateRequest, console: Console) -> tuple[list[str]
         seconds = estimate_seconds(checkpoint.config, sample.token_ids, settings)
         console.note(
             f"validating {checkpoint.model_name} on {sample.described}, "
-            f"{passes} times: about {duration(seconds)} (--limit, --max-length and --dtype make it shorter)"
+            f"{passes} times: about {duration(seconds)} (--limit, --max-length and --dtype shorten it)"
         )
         with console.progress("validating", "residues", passes * sample.num_residues) as advance:
             validation = validate(

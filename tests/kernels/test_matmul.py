@@ -45,7 +45,7 @@ def test_matmul_is_as_close_to_fp64_as_pytorch(
             assert matmul.describe(weight.device, dtype).startswith("oneDNN")
         elif dtype == torch.float32 and torch.backends.mkldnn.is_available():
             longer = "MKL" if processor == "Intel" else "in parts of 384"
-            assert matmul.describe(weight.device, dtype) == f"oneDNN, {longer} from 641 addends on"
+            assert matmul.describe(weight.device, dtype) == f"oneDNN, {longer} for K > 640"
     multiply = kernels.linear_gelu if gelu else kernels.linear
     # MKL multiplies a few rows in another way, nearer to FP64; the yardstick is its error for many
     rows_at_once = len(states) if dtype == torch.float64 else num_rows

@@ -115,7 +115,7 @@ def test_a_protein_too_short_for_contacts(
 @pytest.mark.parametrize(
     ("output", "options", "message"),
     [
-        ("x.png", (), "in.fasta: several proteins ('sp|P69905|HBA', 'P2$', 'short'); --record ID names one"),
+        ("x.png", (), "several proteins ('sp|P69905|HBA', 'P2$', 'short'); choose one with --record ID"),
         ("x.png", ("--record", "P7"), "--record P7: in.fasta has no such protein; it has 'sp|P69905|HBA', "),
         ("x.jpg", (), "x.jpg: unknown file type; use OUT.png, OUT.svg, OUT.pdf, OUT.csv, OUT.npy"),
         ("in.csv", (), "in.csv: already exists; use --overwrite to replace it"),
