@@ -90,17 +90,18 @@ class Scored:
     def _values(self) -> dict[str, str]:
         """What was made, from what and how long it took."""
         summary, found = self.summary, self.description
-        exceptions = {
-            "left out by --skip-bad": len(found["left_out"]),
-            "recomputed in fp32": found["num_recomputed"],
-            "failed": self.num_failed,
+        exceptions = {"recomputed in fp32": found["num_recomputed"], "failed": self.num_failed}
+        description = f"{summary.output.name}.json"
+        skipped = {
+            "skipped": f"{counted(len(found['left_out']), 'row')} of the table, listed in {description}"
         }
         return {
             "output": self._output(),
             "scores": found["scores"],
             "computed": f"{counted(found['num_queries'], 'copy', 'copies')} of proteins"
             + "".join(f", {count:,} {what}" for what, count in exceptions.items() if count),
-            **summary.input_lines(f"{summary.output.name}.json"),
+            **(skipped if found["left_out"] else {}),
+            **summary.input_lines(description),
             "model": f"{summary.model_name} in {summary.dtype} on {summary.device}",
             "time": duration(summary.seconds),
         }

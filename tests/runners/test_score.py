@@ -294,6 +294,20 @@ def test_what_reading_changed_is_said_and_listed(tmp_path: Path, capsys: pytest.
     assert not any(line.startswith("packs") for line in said)
 
 
+def test_rows_that_are_skipped_are_counted_and_listed(
+    fasta: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output, table = tmp_path / "out.csv", tmp_path / "mutants.csv"
+    table.write_text("id,mutant\na,A1M\na,M1A\nz,M1A\n")
+    options = ["--model", "demo", "--device", "cpu", "--mutations", str(table), "--skip-bad"]
+    assert cli.main(["score", str(fasta), "-o", str(output), *options]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert "computed   1 copy of proteins" in said
+    assert "skipped    2 rows of the table, listed in out.csv.json" in said
+    listed = json.loads((tmp_path / "out.csv.json").read_text())["left_out"]
+    assert [line.partition(":")[0] for line in listed] == ["row 2, column mutant", "row 4, column id"]
+
+
 def test_copies_without_a_number_are_named(
     fasta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
