@@ -5,6 +5,7 @@ On a CPU the sizes are tiny and the operations are plain PyTorch, which only sho
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,7 +20,8 @@ from esm_packed.kernels.cases import BFLOAT16, FLOAT16, FLOAT32
 
 SHAPES = [("650M", FLOAT16), ("650M", BFLOAT16), ("650M", FLOAT32), ("8M", FLOAT16), ("3B", FLOAT16)]
 COMPILED = [("650M", FLOAT16)]
-FC1_PROVIDERS = ("fused", "separate", "torch", "matmul_alone")
+FUSED_PRODUCTS = ("gemm_bias_gelu", "gemm_bias_rotary")
+FUSED_PROVIDERS = ("fused", "separate", "torch", "matmul_alone")
 HEAD_SIZES = ("8M", "150M", "650M")
 """Models with heads of 16, 32 and 64."""
 
@@ -67,18 +69,23 @@ def attention_map_contests() -> Iterator[KernelEntry]:
             yield KernelEntry("add_attention_maps_", provider, size, dtype)
 
 
-def fc1_contests() -> Iterator[KernelEntry]:
-    """The fused matrix multiplication, and a library's with our bias + GELU and with PyTorch's."""
-    for size, dtype in SHAPES:
+def fused_product_contests() -> Iterator[KernelEntry]:
+    """Our matrix multiplications with an epilogue; a library's, then our kernel or PyTorch; it alone."""
+    for name, (size, dtype) in itertools.product(FUSED_PRODUCTS, SHAPES):
         if dtype != FLOAT32:
-            for provider in FC1_PROVIDERS:
-                if ON_GPU or provider != "fused":  # the fused kernel has no reference path
-                    yield KernelEntry("gemm_bias_gelu", provider, size, dtype)
+            for provider in FUSED_PROVIDERS:
+                if ON_GPU or provider != "fused":  # the fused kernels have no reference path
+                    yield KernelEntry(name, provider, size, dtype)
 
 
 def contests() -> list[KernelEntry]:
     """All contests, in the order of execution."""
-    found = [*memory_bound_contests(), *attention_contests(), *attention_map_contests(), *fc1_contests()]
+    found = [
+        *memory_bound_contests(),
+        *attention_contests(),
+        *attention_map_contests(),
+        *fused_product_contests(),
+    ]
     return found if ON_GPU else [contest for contest in found if contest.model_size != "3B"]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -91,6 +92,27 @@ def separate_linear_gelu(
     return out
 
 
+def _linear_then(
+    rotate: Callable[..., None],
+    hidden_states: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    position_ids: torch.Tensor,
+) -> torch.Tensor:
+    qkv, head_dim = F.linear(hidden_states, weight, bias), 2 * cos.shape[1]
+    rotate(qkv.view(len(qkv), 3, qkv.shape[1] // (3 * head_dim), head_dim), cos, sin, position_ids)
+    return qkv
+
+
+plain_linear_rotary = partial(_linear_then, reference.rotary_qk_)
+"""The QKV projection and the rotation in plain PyTorch."""
+
+separate_linear_rotary = partial(_linear_then, kernels.rotary_qk_)
+"""The QKV projection as a library's matrix multiplication, then our rotation."""
+
+
 def _packed_attention(w: Workload) -> Callable[..., Any]:
     return lambda *, input_precision, **arguments: sdpa_attention(**arguments)
 
@@ -151,6 +173,7 @@ _BASELINES: dict[str, Callable[[Workload], Callable[..., Any]]] = {
     "rotary_qk_packed_": _rotary_qk_packed_,
     "bias_gelu_": _bias_gelu_,
     "linear_gelu": lambda w: plain_linear_gelu,
+    "linear_rotary": lambda w: plain_linear_rotary,
     "packed_attention": _packed_attention,
     "add_attention_maps_": _add_attention_maps_,
     "segment_mean": _segment_mean,

@@ -11,7 +11,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_baselines import KERNELS, MODEL_SIZES, baseline, plain_linear_gelu, separate_linear_gelu
+from kernel_baselines import (
+    KERNELS,
+    MODEL_SIZES,
+    baseline,
+    plain_linear_gelu,
+    plain_linear_rotary,
+    separate_linear_gelu,
+    separate_linear_rotary,
+)
 from measuring import DEVICE, ON_GPU, measured_rate, record
 from workloads import token_lengths
 
@@ -27,7 +35,7 @@ MODES = {FLOAT16: "fp16", BFLOAT16: "bf16", FLOAT32: "fp32"}
 MIN_FREE_MEMORY = 0.3
 """Share of the GPU's memory below which buffers of earlier cases are given up."""
 
-_GROUPS = {"rotary_qk_packed_": "rotary_qk_", "gemm_bias_gelu": "fc1"}
+_GROUPS = {"rotary_qk_packed_": "rotary_qk_", "gemm_bias_gelu": "fc1", "gemm_bias_rotary": "qkv"}
 
 
 @dataclass(frozen=True)
@@ -89,8 +97,8 @@ class Buffers:
         """
         if provider in ("ours", "fused"):
             return self.case.function
-        if self.case.name == "gemm_bias_gelu":
-            return _FC1[provider]
+        if (self.case.name, provider) in _SEPARATE:
+            return _SEPARATE[self.case.name, provider]
         if provider == "torch":
             return baseline(self.case, self.workload)
         if (self.case.name, provider) in _RIVALS:
@@ -112,15 +120,21 @@ class Buffers:
         return worst
 
 
-def _linear(hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+def _linear(
+    hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, **rotary: torch.Tensor
+) -> torch.Tensor:
     return F.linear(hidden_states, weight, bias)
 
 
-_FC1: dict[str, Callable[..., Any]] = {
-    "separate": separate_linear_gelu,
-    "torch": plain_linear_gelu,
-    "matmul_alone": _linear,
+_SEPARATE: dict[tuple[str, str], Callable[..., Any]] = {
+    ("gemm_bias_gelu", "separate"): separate_linear_gelu,
+    ("gemm_bias_gelu", "torch"): plain_linear_gelu,
+    ("gemm_bias_gelu", "matmul_alone"): _linear,
+    ("gemm_bias_rotary", "separate"): separate_linear_rotary,
+    ("gemm_bias_rotary", "torch"): plain_linear_rotary,
+    ("gemm_bias_rotary", "matmul_alone"): _linear,
 }
+"""What fused products compete with."""
 
 
 def _liger_layer_norm(

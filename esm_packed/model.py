@@ -24,7 +24,7 @@ from esm_packed.checkpoints import Checkpoint, load_checkpoint
 from esm_packed.checkpoints.names import fill_parameter
 from esm_packed.config import DEFAULT_MODEL, ESM2Config
 from esm_packed.contacts import forward as forward_with_contacts
-from esm_packed.modules import Attention, LayerNorm, Linear, LinearGELU, LMHead
+from esm_packed.modules import Attention, LayerNorm, Linear, LinearGELU, LMHead, QKVProjection
 from esm_packed.numerics import (
     PRECISIONS,
     DType,
@@ -69,7 +69,7 @@ class Layer(nn.Module):
         super().__init__()
         hidden_size, ffn_size = config.hidden_size, config.ffn_size
         self.attention_norm = LayerNorm(hidden_size, dtype)
-        self.qkv = Linear(hidden_size, 3 * hidden_size, dtype=dtype)
+        self.qkv = QKVProjection(hidden_size, 3 * hidden_size, dtype=dtype)
         self.attention = Attention(config, attend)
         self.attention_out = Linear(hidden_size, hidden_size, dtype=dtype)
         self.ffn_norm = LayerNorm(hidden_size, dtype)
@@ -289,8 +289,8 @@ class ESM2(nn.Module):
             if index in repr_layers:
                 representations[index] = residual.clone()
 
-            hidden_states = layer.qkv(hidden_states)
-            hidden_states = layer.attention(hidden_states, rotary_tables, position_ids, batch)
+            hidden_states = layer.qkv(hidden_states, rotary_tables, position_ids)
+            hidden_states = layer.attention(hidden_states, batch)
             if batch.rows is not None and next_norm is self.final_norm:
                 # from here on no token depends on another
                 hidden_states, residual = hidden_states[batch.rows], residual[batch.rows]

@@ -60,6 +60,28 @@ class LinearGELU(Linear):
         return kernels.linear_gelu(hidden_states, self.weight, self.bias)
 
 
+class QKVProjection(Linear):
+    """The projection to queries, keys and values, of which the first two are rotated by their position."""
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: torch.Tensor,
+        rotary_tables: tuple[torch.Tensor, torch.Tensor],
+        position_ids: torch.Tensor,
+    ) -> torch.Tensor:
+        """Project and rotate.
+
+        Args:
+            hidden_states: (total_tokens, hidden_size).
+            rotary_tables: what `RotaryTables` gives.
+            position_ids: (total_tokens,) int32 position of each token in its sequence.
+
+        Returns:
+            (total_tokens, 3 * hidden_size).
+        """
+        return kernels.linear_rotary(hidden_states, self.weight, self.bias, *rotary_tables, position_ids)
+
+
 class LayerNorm(nn.LayerNorm):
     """LayerNorm, alone or fused with the addition to the residual stream before it."""
 
@@ -82,7 +104,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 class Attention(nn.Module):
-    """Rotary embedding, then attention of every sequence with itself, by one backend. Has no weights.
+    """Attention of every sequence with itself, by one backend. Has no weights.
 
     Args:
         config: shape of the model.
@@ -94,28 +116,18 @@ class Attention(nn.Module):
         self.config = config
         self.attend = attend
 
-    def forward(
-        self,
-        qkv: torch.Tensor,
-        rotary_tables: tuple[torch.Tensor, torch.Tensor],
-        position_ids: torch.Tensor,
-        batch: PackedBatch,
-    ) -> torch.Tensor:
+    def forward(self, qkv: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
         """Attend.
 
         Args:
-            qkv: (total_tokens, 3 * hidden_size), modified: queries and keys are rotated in place.
-            rotary_tables: what `RotaryTables` gives.
-            position_ids: (total_tokens,) int32 position of each token in its sequence.
+            qkv: (total_tokens, 3 * hidden_size), with queries and keys rotated.
             batch: where the sequences begin.
 
         Returns:
             (total_tokens, hidden_size).
         """
         num_heads, head_dim = self.config.num_heads, self.config.head_dim
-        qkv = qkv.view(-1, 3, num_heads, head_dim)
-        kernels.rotary_qk_(qkv, *rotary_tables, position_ids)
-        query, key, value = qkv.unbind(1)
+        query, key, value = qkv.view(-1, 3, num_heads, head_dim).unbind(1)
         attended = self.attend(query, key, value, batch.cu_seqlens, batch.max_seqlen, head_dim**-0.5)
         return attended.view(-1, self.config.hidden_size)
 

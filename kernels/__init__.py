@@ -23,6 +23,7 @@ __all__ = [
     "layer_norm",
     "linear",
     "linear_gelu",
+    "linear_rotary",
     "packed_attention",
     "rotary_qk_",
     "rotary_qk_packed_",
@@ -65,6 +66,11 @@ add_layer_norm_ = operation(
 linear_gelu = operation(
     matmul.linear_gelu,
     "gemm",
+    lambda a: a.hidden_states.new_empty(a.hidden_states.shape[0], a.weight.shape[0]),
+)
+linear_rotary = operation(
+    matmul.linear_rotary,
+    "qkv",
     lambda a: a.hidden_states.new_empty(a.hidden_states.shape[0], a.weight.shape[0]),
 )
 bias_gelu_ = operation(reference.bias_gelu_, "gelu", mutates=["hidden_states"])

@@ -9,60 +9,156 @@ import triton
 import triton.language as tl
 
 from esm_packed.kernels import launch
+from esm_packed.kernels.intrinsics import copied
 from esm_packed.kernels.launch import Settings, check_contiguous, grid, launch_settings, next_power_of_2
 from esm_packed.kernels.segments import sequence_of_tile
 
 
 @triton.jit
-def _attend_to_block(
-    out,  # (BLOCK_M, BLOCK_D) FP32, not yet divided by row_sum
-    row_max,  # (BLOCK_M,) FP32, of unscaled scores
-    row_sum,
+def _scores_of_block(
     query,  # (BLOCK_M, BLOCK_D)
     key_ptr,  # first key of the sequence
-    value_ptr,
     stride_key,
-    stride_value,
     block,  # of BLOCK_N keys
     length,  # of the sequence
-    scale_log2,
     HEAD_DIM: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     MASKED: tl.constexpr,  # the sequence may end in this block
     INPUT_PRECISION: tl.constexpr,
 ):
-    first_key = tl.cast(block, tl.int64) * BLOCK_N
-    key_ptr += first_key * stride_key
-    value_ptr += first_key * stride_value
+    key_ptr += tl.cast(block, tl.int64) * BLOCK_N * stride_key
     num_keys = length - block * BLOCK_N if MASKED else BLOCK_N
     key_index = tl.arange(0, BLOCK_N)
     dim = tl.arange(0, BLOCK_D)
-    in_head = dim < HEAD_DIM
     in_sequence = key_index < num_keys
     key = tl.load(
         key_ptr + key_index[None, :] * stride_key + dim[:, None],
-        mask=in_sequence[None, :] & in_head[:, None],
+        mask=in_sequence[None, :] & (dim < HEAD_DIM)[:, None],
         other=0.0,
     )
     scores = tl.dot(query, key, input_precision=INPUT_PRECISION)
     if MASKED:
         scores = tl.where(in_sequence[None, :], scores, float("-inf"))
+    return scores
 
+
+@triton.jit
+def _softmax_of_block(
+    scores,  # (BLOCK_M, BLOCK_N)
+    row_max,  # (BLOCK_M,) FP32, of unscaled scores
+    row_sum,
+    scale_log2,
+):
+    """Weights of a block, not yet divided by `row_sum`, and the factor on what was summed before."""
     new_max = tl.maximum(row_max, tl.max(scores, axis=1))
     correction = tl.exp2((row_max - new_max) * scale_log2)
     # Scaling after the maximum makes scaling and subtraction one multiply-add.
     weights = tl.exp2(scores * scale_log2 - (new_max * scale_log2)[:, None])
-    row_sum = row_sum * correction + tl.sum(weights, axis=1)
+    return weights, correction, new_max, row_sum * correction + tl.sum(weights, axis=1)
 
+
+@triton.jit
+def _values_of_block(
+    value_ptr,  # first value of the sequence
+    stride_value,
+    block,
+    length,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    value_ptr += tl.cast(block, tl.int64) * BLOCK_N * stride_value
+    num_keys = length - block * BLOCK_N if MASKED else BLOCK_N
+    key_index = tl.arange(0, BLOCK_N)
+    dim = tl.arange(0, BLOCK_D)
     # Values beyond the sequence belong to another protein, or are undefined: 0 * NaN would be NaN.
-    value = tl.load(
+    return tl.load(
         value_ptr + key_index[:, None] * stride_value + dim[None, :],
-        mask=in_sequence[:, None] & in_head[None, :],
+        mask=(key_index < num_keys)[:, None] & (dim < HEAD_DIM)[None, :],
         other=0.0,
     )
+
+
+@triton.jit
+def _attend_to_block(
+    out,  # (BLOCK_M, BLOCK_D) FP32, not yet divided by row_sum
+    row_max,
+    row_sum,
+    query,
+    key_ptr,
+    value_ptr,
+    stride_key,
+    stride_value,
+    block,
+    length,
+    scale_log2,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    MASKED: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    scores = _scores_of_block(
+        query, key_ptr, stride_key, block, length, HEAD_DIM, BLOCK_N, BLOCK_D, MASKED, INPUT_PRECISION
+    )
+    weights, correction, row_max, row_sum = _softmax_of_block(scores, row_max, row_sum, scale_log2)
+    value = _values_of_block(value_ptr, stride_value, block, length, HEAD_DIM, BLOCK_N, BLOCK_D, MASKED)
     out = tl.dot(weights.to(value.dtype), value, out * correction[:, None], input_precision=INPUT_PRECISION)
-    return out, new_max, row_sum
+    return out, row_max, row_sum
+
+
+@triton.jit
+def _attend_overlapped(
+    out,
+    row_max,
+    row_sum,
+    query,
+    key_ptr,
+    value_ptr,
+    stride_key,
+    stride_value,
+    num_blocks,  # at least 2, of which none ends the sequence
+    length,
+    scale_log2,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    """`_attend_to_block` for several: scores of a block are formed during the exponentials of that before."""
+    dtype: tl.constexpr = value_ptr.dtype.element_ty
+    scores = _scores_of_block(
+        query, key_ptr, stride_key, 0, length, HEAD_DIM, BLOCK_N, BLOCK_D, False, INPUT_PRECISION
+    )
+    weights, correction, row_max, row_sum = _softmax_of_block(scores, row_max, row_sum, scale_log2)
+    weights = weights.to(dtype)
+    scores = _scores_of_block(
+        query, key_ptr, stride_key, 1, length, HEAD_DIM, BLOCK_N, BLOCK_D, False, INPUT_PRECISION
+    )
+    for block in range(0, num_blocks - 2):
+        value = _values_of_block(value_ptr, stride_value, block, length, HEAD_DIM, BLOCK_N, BLOCK_D, False)
+        out = tl.dot(weights, value, out, input_precision=INPUT_PRECISION)
+        scores = copied(scores)
+        next_scores = _scores_of_block(
+            query, key_ptr, stride_key, block + 2, length, HEAD_DIM, BLOCK_N, BLOCK_D, False, INPUT_PRECISION
+        )
+        exponentials, correction, row_max, row_sum = _softmax_of_block(scores, row_max, row_sum, scale_log2)
+        out = out * correction[:, None]
+        weights = exponentials.to(dtype)
+        scores = next_scores
+
+    value = _values_of_block(
+        value_ptr, stride_value, num_blocks - 2, length, HEAD_DIM, BLOCK_N, BLOCK_D, False
+    )
+    out = tl.dot(weights, value, out, input_precision=INPUT_PRECISION)
+    exponentials, correction, row_max, row_sum = _softmax_of_block(scores, row_max, row_sum, scale_log2)
+    value = _values_of_block(
+        value_ptr, stride_value, num_blocks - 1, length, HEAD_DIM, BLOCK_N, BLOCK_D, False
+    )
+    out = tl.dot(exponentials.to(dtype), value, out * correction[:, None], input_precision=INPUT_PRECISION)
+    return out, row_max, row_sum
 
 
 @triton.jit(do_not_specialize=["num_sequences"])
@@ -84,6 +180,7 @@ def _packed_attention_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_S: tl.constexpr,
     MASK_ALL: tl.constexpr,  # one loop instead of two: two copies of the FP32 products spill registers
+    OVERLAP: tl.constexpr,  # scores of the next block are formed during the exponentials of this one
     INPUT_PRECISION: tl.constexpr,
 ):
     start, length, first_query = sequence_of_tile(
@@ -109,12 +206,21 @@ def _packed_attention_kernel(
     key_start = key_ptr + tl.cast(start, tl.int64) * stride_key + head
     value_start = value_ptr + tl.cast(start, tl.int64) * stride_value + head
     num_full = 0 if MASK_ALL else length // BLOCK_N
-    for block in range(0, num_full):
-        out, row_max, row_sum = _attend_to_block(
-            out, row_max, row_sum, query, key_start, value_start, stride_key, stride_value, block, length,
-            scale_log2, HEAD_DIM, BLOCK_N, BLOCK_D, False, INPUT_PRECISION,
-        )  # fmt: skip
-    for block in range(num_full, tl.cdiv(length, BLOCK_N)):
+    if OVERLAP:
+        num_full = tl.where(num_full < 2, 0, num_full)
+        if num_full > 0:
+            out, row_max, row_sum = _attend_overlapped(
+                out, row_max, row_sum, query, key_start, value_start, stride_key, stride_value, num_full,
+                length, scale_log2, HEAD_DIM, BLOCK_N, BLOCK_D, INPUT_PRECISION,
+            )  # fmt: skip
+    else:
+        for block in range(0, num_full):
+            out, row_max, row_sum = _attend_to_block(
+                out, row_max, row_sum, query, key_start, value_start, stride_key, stride_value, block, length,
+                scale_log2, HEAD_DIM, BLOCK_N, BLOCK_D, False, INPUT_PRECISION,
+            )  # fmt: skip
+    # Were this loop pipelined behind the overlapped one, ptxas would let every product there wait.
+    for block in tl.range(num_full, tl.cdiv(length, BLOCK_N), num_stages=1 if OVERLAP else None):
         out, row_max, row_sum = _attend_to_block(
             out, row_max, row_sum, query, key_start, value_start, stride_key, stride_value, block, length,
             scale_log2, HEAD_DIM, BLOCK_N, BLOCK_D, True, INPUT_PRECISION,
@@ -194,14 +300,14 @@ def _heuristic(head_dim: int, dtype: torch.dtype, input_precision: str, capabili
     if dtype != torch.float32:
         small = head_dim > (64 if 90 <= capability < 120 else 32)
         block_n, num_stages = (32, 3) if small else (64, 2)
-        return {"BLOCK_M": 64, "BLOCK_N": block_n, "num_warps": 4, "num_stages": num_stages}
+        return {"BLOCK_M": 64, "BLOCK_N": block_n, "OVERLAP": 0, "num_warps": 4, "num_stages": num_stages}
     # With eight warps and heads of 16, each thread has less than 128 bits of a tile.
     block_m, block_n, num_warps = 32, 32, 8 if head_dim > 16 else 4
     if input_precision == "tf32":
         block_m, num_warps = (64, 4) if head_dim <= 64 else (128, 8)
     elif input_precision == "tf32x3" and head_dim > 64:
         block_n = 16
-    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": num_warps, "num_stages": 2}
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "OVERLAP": 0, "num_warps": num_warps, "num_stages": 2}
 
 
 _CANDIDATES = {
@@ -212,6 +318,14 @@ _CANDIDATES = {
             (128, 32, 4), (128, 32, 8), (128, 64, 4), (128, 64, 8), (128, 128, 4), (128, 128, 8),
         ],
         num_stages=(2, 3, 4),
+        OVERLAP=(0,),
+    )
+    # Tiles for which ptxas overlaps, and nothing spills, on sm_90 at a head_dim of 64 or of 128.
+    + grid(
+        "BLOCK_M BLOCK_N num_warps",
+        [(64, 32, 4), (64, 64, 4), (64, 128, 8), (128, 64, 8), (128, 128, 8)],
+        num_stages=(2, 3),
+        OVERLAP=(1,),
     ),
     "tf32": grid(
         "BLOCK_M BLOCK_N num_warps",

@@ -323,21 +323,23 @@ def _bias_gelu(w: Workload, dtype: torch.dtype, residual_dtype: torch.dtype) -> 
     return {"hidden_states": states, "bias": w.randn(w.shape.ffn_size, dtype=dtype, number=1)}
 
 
-def _fc1(w: Workload, dtype: torch.dtype, residual_dtype: torch.dtype) -> Arguments:
-    hidden_size, ffn_size = w.shape.hidden_size, w.shape.ffn_size
+def _linear(w: Workload, dtype: torch.dtype, out_features: int) -> Arguments:
+    hidden_size = w.shape.hidden_size
     return {
         "hidden_states": w.rows(dtype),
-        "weight": w.randn(ffn_size, hidden_size, dtype=dtype, number=1, scale=hidden_size**-0.5),
-        "bias": w.randn(ffn_size, dtype=dtype, number=2),
+        "weight": w.randn(out_features, hidden_size, dtype=dtype, number=1, scale=hidden_size**-0.5),
+        "bias": w.randn(out_features, dtype=dtype, number=2),
     }
 
 
-def _fc1_bytes(w: Workload, dtype: torch.dtype, residual_dtype: torch.dtype) -> int:
-    return w.total_tokens * (w.shape.hidden_size + w.shape.ffn_size) * dtype.itemsize
+def _fc1(w: Workload, dtype: torch.dtype, residual_dtype: torch.dtype) -> Arguments:
+    return _linear(w, dtype, w.shape.ffn_size)
 
 
-def _fc1_flops(w: Workload) -> int:
-    return 2 * w.total_tokens * w.shape.hidden_size * w.shape.ffn_size
+def _qkv(w: Workload, dtype: torch.dtype, residual_dtype: torch.dtype) -> Arguments:
+    cos, sin = w.rotary_tables
+    tables = {"cos": cos, "sin": sin, "position_ids": w.position_ids}
+    return _linear(w, dtype, 3 * w.shape.num_heads * w.shape.head_dim) | tables
 
 
 def _pooling(w: Workload, dtype: torch.dtype, residual_dtype: torch.dtype) -> Arguments:
@@ -373,6 +375,40 @@ def _attention_case(input_precision: str, dtypes: tuple[torch.dtype, ...], max_e
         since=80,
         size="head_dim",
         candidates=lambda attention, shape, dtype: attention.candidates(dtype, input_precision),
+    )
+
+
+def _fused_cases(
+    epilogue: str,
+    module: str,
+    inputs: Callable[[Workload, torch.dtype, torch.dtype], Arguments],
+    out_features: Callable[[Shape], int],
+) -> tuple[Case, Case]:
+    """A matrix multiplication with an epilogue, and the choice between this kernel and two steps."""
+    common: dict[str, Any] = {
+        "module": module,
+        "inputs": inputs,
+        "num_bytes": lambda w, dtype, residual: (
+            w.total_tokens * (w.shape.hidden_size + out_features(w.shape)) * dtype.itemsize
+        ),
+        "num_flops": lambda w: 2 * w.total_tokens * w.shape.hidden_size * out_features(w.shape),
+        "operation": f"linear_{epilogue}",
+        "dtypes": HALF_DTYPES,  # elsewhere there is no choice
+        "since": 80,
+    }
+    return (
+        Case(
+            f"gemm_bias_{epilogue}",
+            direct=True,
+            candidates=lambda launchers, shape, dtype: launchers.CANDIDATES,
+            **common,
+        ),
+        Case(
+            f"linear_{epilogue}",
+            chooses=True,
+            candidates=lambda launchers, shape, dtype: [{"FUSED": 1}],
+            **common,
+        ),
     )
 
 
@@ -439,30 +475,8 @@ CASES: dict[str, Case] = {
             launches=3,
             candidates=lambda contacts, shape, dtype: contacts.candidates(dtype),
         ),
-        Case(
-            "gemm_bias_gelu",
-            "gemm",
-            _fc1,
-            _fc1_bytes,
-            _fc1_flops,
-            operation="linear_gelu",
-            direct=True,
-            dtypes=HALF_DTYPES,
-            since=80,
-            candidates=lambda gemm, shape, dtype: gemm.CANDIDATES,
-        ),
-        # Elsewhere there is no choice.
-        Case(
-            "linear_gelu",
-            "gemm",
-            _fc1,
-            _fc1_bytes,
-            _fc1_flops,
-            chooses=True,
-            dtypes=HALF_DTYPES,
-            since=80,
-            candidates=lambda gemm, shape, dtype: [{"FUSED": 1}],
-        ),
+        *_fused_cases("gelu", "gemm", _fc1, lambda shape: shape.ffn_size),
+        *_fused_cases("rotary", "qkv", _qkv, lambda shape: 3 * shape.hidden_size),
     )
 }
 """By name."""

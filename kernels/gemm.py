@@ -14,6 +14,77 @@ from esm_packed.kernels.launch import Settings, check_contiguous, grid, launch_s
 
 
 @triton.jit
+def tile_of(tile, num_row_tiles, NUM_COLUMN_TILES: tl.constexpr, GROUP_M: tl.constexpr):
+    """Row and column of a tile, both counted in tiles.
+
+    Neighboring programs take GROUP_M row tiles of one column tile, so that weights are read from L2.
+    """
+    tiles_per_group: tl.constexpr = GROUP_M * NUM_COLUMN_TILES
+    group = tile // tiles_per_group
+    rows_in_group = tl.minimum(num_row_tiles - group * GROUP_M, GROUP_M)
+    row_tile = group * GROUP_M + (tile % tiles_per_group) % rows_in_group
+    return row_tile, (tile % tiles_per_group) // rows_in_group
+
+
+@triton.jit
+def multiply_tile(
+    input_ptr,  # (total_tokens, IN_FEATURES), or with USE_TMA its descriptor for tiles (BLOCK_M, BLOCK_K)
+    weight_ptr,  # (OUT_FEATURES, IN_FEATURES), or for tiles (BLOCK_N, BLOCK_K)
+    row,  # first token
+    column,  # first row of the weight, for USE_TMA
+    dim,  # (BLOCK_N,) rows of the weight
+    total_tokens,
+    IN_FEATURES: tl.constexpr,
+    OUT_FEATURES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    USE_TMA: tl.constexpr,
+):
+    """A tile of the product: (BLOCK_M, BLOCK_N) FP32."""
+    if not USE_TMA:  # rows beyond the last read the last row and are not stored
+        token = row + tl.arange(0, BLOCK_M)
+        input_row = tl.minimum(token, total_tokens - 1).to(tl.int64)[:, None] * IN_FEATURES
+        weight_row = tl.minimum(dim, OUT_FEATURES - 1).to(tl.int64)[:, None] * IN_FEATURES
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for step in range(0, IN_FEATURES, BLOCK_K):
+        if USE_TMA:
+            inputs = input_ptr.load([row, step])
+            weights = weight_ptr.load([column, step])
+        else:
+            addend = step + tl.arange(0, BLOCK_K)[None, :]
+            in_range = addend < IN_FEATURES
+            inputs = tl.load(input_ptr + input_row + addend, mask=in_range, other=0.0)
+            weights = tl.load(weight_ptr + weight_row + addend, mask=in_range, other=0.0)
+        total = tl.dot(inputs, weights.T, total)
+    return total
+
+
+@triton.jit
+def store_tile(
+    out_ptr,  # (total_tokens, OUT_FEATURES), or with USE_TMA its descriptor for tiles of this shape
+    tile,  # (BLOCK_M, BLOCK_N) FP32
+    row,  # first token
+    column,  # first column, for USE_TMA
+    dim,  # (BLOCK_N,) columns
+    in_range,  # (BLOCK_N,) which of them there are
+    total_tokens,
+    OUT_FEATURES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    USE_TMA: tl.constexpr,
+):
+    if USE_TMA:
+        out_ptr.store([row, column], tile.to(out_ptr.dtype))
+    else:
+        token = row + tl.arange(0, BLOCK_M)
+        tl.store(
+            out_ptr + token.to(tl.int64)[:, None] * OUT_FEATURES + dim[None, :],
+            tile.to(out_ptr.dtype.element_ty),
+            mask=(token < total_tokens)[:, None] & in_range[None, :],
+        )
+
+
+@triton.jit
 def _store_activated(
     out_ptr,  # as in `_gemm_bias_gelu_kernel`
     bias_ptr,
@@ -27,23 +98,18 @@ def _store_activated(
     USE_TMA: tl.constexpr,
 ):
     dim = column + tl.arange(0, BLOCK_N)
-    bias = tl.load(bias_ptr + dim, mask=dim < OUT_FEATURES, other=0.0).to(tl.float32)
+    in_range = dim < OUT_FEATURES
+    bias = tl.load(bias_ptr + dim, mask=in_range, other=0.0).to(tl.float32)
     activated = exact_gelu(total + bias[None, :])
-    if USE_TMA:
-        out_ptr.store([row, column], activated.to(out_ptr.dtype))
-    else:
-        token = row + tl.arange(0, BLOCK_M)
-        tl.store(
-            out_ptr + token.to(tl.int64)[:, None] * OUT_FEATURES + dim[None, :],
-            activated.to(out_ptr.dtype.element_ty),
-            mask=(token < total_tokens)[:, None] & (dim < OUT_FEATURES)[None, :],
-        )
+    store_tile(
+        out_ptr, activated, row, column, dim, in_range, total_tokens, OUT_FEATURES, BLOCK_M, USE_TMA
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["total_tokens"])
 def _gemm_bias_gelu_kernel(
-    input_ptr,  # (total_tokens, IN_FEATURES), or with USE_TMA its descriptor for tiles (BLOCK_M, BLOCK_K)
-    weight_ptr,  # (OUT_FEATURES, IN_FEATURES), or for tiles (BLOCK_N, BLOCK_K)
+    input_ptr,  # as in `multiply_tile`
+    weight_ptr,
     out_ptr,  # (total_tokens, OUT_FEATURES), or for tiles (BLOCK_M, BLOCK_N / NUM_STORES)
     bias_ptr,  # (OUT_FEATURES,)
     total_tokens,
@@ -60,31 +126,13 @@ def _gemm_bias_gelu_kernel(
 ):
     num_row_tiles = tl.cdiv(total_tokens, BLOCK_M)
     num_column_tiles: tl.constexpr = (OUT_FEATURES + BLOCK_N - 1) // BLOCK_N
-    tiles_per_group: tl.constexpr = GROUP_M * num_column_tiles
     for tile in tl.range(tl.program_id(0), num_row_tiles * num_column_tiles, NUM_PROGRAMS, flatten=FLATTEN):
-        # Neighboring programs take GROUP_M row tiles of one column tile, so that weights are read from L2.
-        group = tile // tiles_per_group
-        rows_in_group = tl.minimum(num_row_tiles - group * GROUP_M, GROUP_M)
-        row = (group * GROUP_M + (tile % tiles_per_group) % rows_in_group) * BLOCK_M
-        column = ((tile % tiles_per_group) // rows_in_group) * BLOCK_N
-
-        token = row + tl.arange(0, BLOCK_M)
-        dim = column + tl.arange(0, BLOCK_N)
-        if not USE_TMA:  # rows beyond the last read the last row and are not stored
-            input_row = tl.minimum(token, total_tokens - 1).to(tl.int64)[:, None] * IN_FEATURES
-            weight_row = tl.minimum(dim, OUT_FEATURES - 1).to(tl.int64)[:, None] * IN_FEATURES
-        total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        for step in range(0, IN_FEATURES, BLOCK_K):
-            if USE_TMA:
-                inputs = input_ptr.load([row, step])
-                weights = weight_ptr.load([column, step])
-            else:
-                addend = step + tl.arange(0, BLOCK_K)[None, :]
-                in_range = addend < IN_FEATURES
-                inputs = tl.load(input_ptr + input_row + addend, mask=in_range, other=0.0)
-                weights = tl.load(weight_ptr + weight_row + addend, mask=in_range, other=0.0)
-            total = tl.dot(inputs, weights.T, total)
-
+        row_tile, column_tile = tile_of(tile, num_row_tiles, num_column_tiles, GROUP_M)
+        row, column = row_tile * BLOCK_M, column_tile * BLOCK_N
+        total = multiply_tile(
+            input_ptr, weight_ptr, row, column, column + tl.arange(0, BLOCK_N), total_tokens, IN_FEATURES,
+            OUT_FEATURES, BLOCK_M, BLOCK_N, BLOCK_K, USE_TMA,
+        )  # fmt: skip
         if NUM_STORES == 1:
             _store_activated(
                 out_ptr, bias_ptr, total, row, column, total_tokens, OUT_FEATURES, BLOCK_M, BLOCK_N, USE_TMA
@@ -111,7 +159,7 @@ def gemm_bias_gelu(hidden_states: torch.Tensor, weight: torch.Tensor, bias: torc
     total_tokens, in_features = hidden_states.shape
     out_features = weight.shape[0]
     out = torch.empty(total_tokens, out_features, dtype=hidden_states.dtype, device=hidden_states.device)
-    settings = launch_settings("gemm_bias_gelu", in_features, hidden_states, _HEURISTIC)
+    settings = launch_settings("gemm_bias_gelu", in_features, hidden_states, HEURISTIC)
     block_m, block_n, block_k = (settings[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
     num_tiles = triton.cdiv(total_tokens, block_m) * triton.cdiv(out_features, block_n)
     num_programs = settings.pop("PROGRAMS") * num_multiprocessors(hidden_states.device)
@@ -144,7 +192,7 @@ def linear_gelu(hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.T
     return out
 
 
-_HEURISTIC: Settings = {
+HEURISTIC: Settings = {
     "BLOCK_M": 128,
     "BLOCK_N": 128,
     "BLOCK_K": 64,

@@ -23,3 +23,19 @@ def reciprocal(x):
     else:
         result = 1.0 / x
     return result
+
+
+@triton.jit
+def copied(x):
+    """FP32 values, copied at this place into registers of their own.
+
+    A loop that carries a product to its next round would otherwise read the product's registers while tensor
+    cores still write them. ptxas then lets every product of the kernel wait for the one before.
+    """
+    if has_ptx():
+        result = tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=False, pack=1
+        )
+    else:
+        result = x
+    return result

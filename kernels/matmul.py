@@ -1,4 +1,4 @@
-"""Matrix multiplication with bias, and with exact GELU in its epilogue where a library offers that.
+"""Matrix multiplication with bias, and with what follows it: exact GELU, or the rotation of queries and keys.
 
 On a CPU a weight may be packed: brought into the layout that oneDNN multiplies with, once and not at each
 call. A packed weight is a tensor like any other, in torch's opaque layout for oneDNN.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from esm_packed.kernels import reference
 from esm_packed.kernels.dispatch import uses_triton
 from esm_packed.kernels.processor import is_intel
 
@@ -131,3 +132,29 @@ def linear_gelu(hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.T
         )
         return product
     return F.gelu(linear(hidden_states, weight, bias))
+
+
+def linear_rotary(
+    hidden_states: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    position_ids: torch.Tensor,
+) -> torch.Tensor:
+    """`linear` to queries, keys and values, of which the first two are rotated by `reference.rotary_qk_`.
+
+    Args:
+        hidden_states: (total_tokens, in_features).
+        weight: (3 * num_heads * head_dim, in_features), packed or not.
+        bias: (3 * num_heads * head_dim,).
+        cos, sin, position_ids: as for `rotary_qk_`.
+
+    Returns:
+        (total_tokens, 3 * num_heads * head_dim).
+    """
+    qkv = linear(hidden_states, weight, bias)
+    head_dim = 2 * cos.shape[1]
+    heads = qkv.view(len(qkv), 3, qkv.shape[1] // (3 * head_dim), head_dim)
+    reference.rotary_qk_(heads, cos, sin, position_ids)
+    return qkv

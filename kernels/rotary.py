@@ -92,12 +92,7 @@ def _launch(
     check_contiguous(position_ids=position_ids, cu_seqlens=cu_seqlens)
     if position_ids is not None and position_ids.shape != (total_tokens,):
         raise ValueError(f"position_ids must be ({total_tokens},), got {tuple(position_ids.shape)}")
-    for name, table in (("cos", cos), ("sin", sin)):
-        if table.dtype != torch.float32 or table.shape[1] != head_dim // 2 or not table.is_contiguous():
-            raise ValueError(
-                f"{name} must be contiguous float32 (max_positions, {head_dim // 2}), "
-                f"got {table.dtype} {tuple(table.shape)}"
-            )
+    check_tables(cos, sin, head_dim)
     settings = launch_settings("rotary_qk_", head_dim, qkv, _heuristic(head_dim))
     _rotary_qk_kernel[(triton.cdiv(total_tokens, settings["BLOCK_T"]),)](
         qkv,
@@ -114,6 +109,20 @@ def _launch(
         BLOCK_S=128,
         **settings,
     )
+
+
+def check_tables(cos: torch.Tensor, sin: torch.Tensor, head_dim: int) -> None:
+    """Check that tables of cosines and sines are as the kernels read them.
+
+    Raises:
+        ValueError: a table is not FP32, not contiguous, or not for heads of `head_dim`.
+    """
+    for name, table in (("cos", cos), ("sin", sin)):
+        if table.dtype != torch.float32 or table.shape[1] != head_dim // 2 or not table.is_contiguous():
+            raise ValueError(
+                f"{name} must be contiguous float32 (max_positions, {head_dim // 2}), "
+                f"got {table.dtype} {tuple(table.shape)}"
+            )
 
 
 def _heuristic(head_dim: int) -> Settings:

@@ -45,9 +45,10 @@ class TuningProblem:
 TUNING_ORDER = (
     *("packed_attention", "packed_attention_tf32", "packed_attention_tf32x3"),
     *("gemm_bias_gelu", "linear_gelu", "add_layer_norm_", "bias_gelu_"),
+    *("rotary_qk_", "gemm_bias_rotary", "linear_rotary"),
 )
-"""The most time-consuming kernels come first, since time may be limited; the others follow. The choice
-`linear_gelu` comes after the fused kernel, which is tuned by then."""
+"""The most time-consuming kernels come first, since time may be limited; the others follow. The choices
+`linear_gelu` and `linear_rotary` come after the kernels they choose from, which are tuned by then."""
 
 
 def sample_lengths(tokens: int, mean: int = MEAN_LENGTH) -> list[int]:

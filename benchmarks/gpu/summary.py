@@ -162,6 +162,7 @@ def _ratio_lines(results: Sequence[Report]) -> Iterator[str]:
             ("rotary_qk_", "ours"),
         ),
         ("fc1: matmul + bias_gelu_ / fused", ("gemm_bias_gelu", "separate"), ("gemm_bias_gelu", "fused")),
+        ("qkv: matmul + rotary_qk_ / fused", ("gemm_bias_rotary", "separate"), ("gemm_bias_rotary", "fused")),
         ("fc1: F.gelu(F.linear) / separate", ("gemm_bias_gelu", "torch"), ("gemm_bias_gelu", "separate")),
     ]
     for title, above, below in wanted:

@@ -140,6 +140,7 @@ def test_operations_move_what_they_must() -> None:
     attention = 4 * 320 * (3**2 + 4**2)
     assert arithmetic == {
         "gemm_bias_gelu": 2 * 7 * 320 * 1280,
+        "gemm_bias_rotary": 2 * 7 * 320 * 960,
         "add_attention_maps_": attention // 2,
         "packed_attention": attention,
         "packed_attention_tf32": attention,

@@ -17,7 +17,7 @@ from esm_packed import ESM2, kernels
 from esm_packed.config import ESM2_MODELS
 from esm_packed.numerics import PRECISIONS
 
-OPERATIONS = ("embed_tokens", "rotary_qk_", "layer_norm", "add_layer_norm_", "linear_gelu")
+OPERATIONS = ("embed_tokens", "linear_rotary", "layer_norm", "add_layer_norm_", "linear_gelu")
 TOTAL_TOKENS = 1000
 
 

@@ -30,6 +30,7 @@ from esm_packed.checkpoints import (
     save_fair_esm,
 )
 from esm_packed.config import ESM2Config
+from esm_packed.kernels.reference import rotary_qk_
 from esm_packed.modules import Linear
 from esm_packed.numerics import PRECISIONS, DType
 from esm_packed.packing import pack
@@ -136,9 +137,13 @@ def test_forward_hooks_see_every_part(demo: ESM2) -> None:
         demo.embed(["MKTAYIAK"])
     assert list(seen) == ["attention_norm", "qkv", "attention", "attention_out", "ffn_norm", "fc1", "fc2"]
     for name in ("qkv", "attention_out", "fc1", "fc2"):
-        (states,), output = seen[name]
+        (states, *others), output = seen[name]
         part = getattr(layer, name)
         expected = torch.nn.functional.linear(states, part.weight.to_dense(), part.bias)
+        if name == "qkv":
+            (cos, sin), position_ids = others
+            heads = expected.view(10, 3, demo.config.num_heads, demo.config.head_dim)
+            rotary_qk_(heads, cos, sin, position_ids)
         torch.testing.assert_close(
             output, torch.nn.functional.gelu(expected) if name == "fc1" else expected, rtol=1e-4, atol=1e-4
         )

@@ -308,6 +308,20 @@ def test_offsets_of_fc1_beyond_int32(cuda_device: torch.device) -> None:
         assert_small_error(out[rows], expected)
 
 
+def test_offsets_of_the_qkv_projection_beyond_int32(cuda_device: torch.device) -> None:
+    need_memory(12)
+    w = long_workload(INT32_ELEMENTS // (3 * 1280) + 2000, cuda_device)
+    cos, sin = w.rotary_tables
+    states = normal(w.total_tokens, 1280, device=cuda_device)
+    weight, bias = normal(3 * 1280, 1280, device=cuda_device) / 36, normal(3 * 1280, device=cuda_device)
+    out = KERNELS["gemm_bias_rotary"].function(states, weight, bias, cos, sin, w.position_ids)
+    assert out.numel() > INT32_ELEMENTS
+    for rows in ENDS:
+        expected = F.linear(states[rows].double(), weight.double(), bias.double()).view(-1, 3, 20, 64)
+        reference.rotary_qk_(expected, cos.double(), sin.double(), w.position_ids[rows])
+        assert_small_error(out[rows], expected.flatten(1))
+
+
 def test_offsets_of_attention_beyond_int32(cuda_device: torch.device) -> None:
     need_memory(25)
     w = long_workload(INT32_ELEMENTS // 1280 + 2000, cuda_device)
@@ -353,10 +367,8 @@ def layer_operations(
         input_ids, cu_seqlens, weights["embedding"], MASK_ID, torch.float32
     )
     states = kernels.layer_norm(residual, weights["norm"], weights["norm_bias"], EPS)
-    qkv = kernels.linear(states, weights["qkv"], weights["qkv_bias"])
-    qkv = qkv.view(len(input_ids), 3, num_heads, -1)
-    kernels.rotary_qk_(qkv, cos, sin, position_ids)
-    query, key, value = qkv.unbind(1)
+    qkv = kernels.linear_rotary(states, weights["qkv"], weights["qkv_bias"], cos, sin, position_ids)
+    query, key, value = qkv.view(len(input_ids), 3, num_heads, -1).unbind(1)
     attended = kernels.packed_attention(query, key, value, cu_seqlens, max_seqlen, query.shape[-1] ** -0.5)
     delta = kernels.linear(attended.view(len(input_ids), -1), weights["out"], weights["norm_bias"])
     states = kernels.add_layer_norm_(delta, residual, weights["norm"], weights["norm_bias"], EPS)

@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
 from programs import run_python
-from stub_driver import SHARED_MEMORY, instructions
+from stub_driver import SHARED_MEMORY, exponentials, instructions
 
-from esm_packed.kernels import gemm
+from esm_packed.kernels import attention, gemm, qkv
 from esm_packed.kernels.cases import CASES
+from esm_packed.kernels.launch import Settings
 
 # A minute of compilation, which on a busy machine takes many.
 pytestmark = pytest.mark.timeout(1800)
@@ -70,7 +72,7 @@ def complaints(compiled: dict[str, Any]) -> list[str]:
                 found.append(
                     f"{kernel}: {needs['int32_products']} 32-bit products go into addresses, not {products}"
                 )
-            by_tma = name.startswith("gemm_bias_gelu") and int(capability) >= 90
+            by_tma = name.startswith("gemm_bias") and int(capability) >= 90
             if not by_tma and not {"128", "256"} & needs["accesses"].keys():
                 found.append(f"{kernel}: no 128-bit access, only {needs['accesses']}")
             # A bias, or one flag a sequence. A lost alignment shows as one narrow access for each element.
@@ -78,6 +80,18 @@ def complaints(compiled: dict[str, Any]) -> list[str]:
             if narrow > 2:
                 found.append(f"{kernel}: {narrow} accesses of 8 or 16 bits")
     return found
+
+
+def test_exponentials_between_a_product_and_its_wait_are_counted() -> None:
+    lines = ["HGMMA.64x64x16.F32 R24, R4", "MUFU.EX2 R1, R1", "WARPGROUP.DEPBAR.LE gsb0, 0x0"]
+    lines += ["MUFU.EX2 R2, R2", "MUFU.EX2 R3, R3", "@P0 BRA `(.L_x_0)"]
+
+    def code(lines: list[str]) -> str:
+        return ".L_x_0:\n" + "".join(f"        /*{n:04x}*/  {line} ;\n" for n, line in enumerate(lines))
+
+    assert exponentials(code(lines)) == [3, 1]
+    assert exponentials(code([*lines[1:5], lines[0], lines[5]])) == [3, 1]  # in flight into the next round
+    assert exponentials(code(lines[1:])) == [3, 0]
 
 
 def test_instructions_of_the_inner_loop_that_multiplies_are_counted() -> None:
@@ -101,11 +115,12 @@ def test_instructions_of_the_inner_loop_that_multiplies_are_counted() -> None:
     assert instructions(code[: code.index(".L_x_0:")]) == [1, 1, 0]
 
 
-def test_candidates_of_the_fused_product_fit_into_shared_memory_of_sm_90() -> None:
+@pytest.mark.parametrize("candidates", [gemm.CANDIDATES, qkv.CANDIDATES], ids=["gelu", "rotary"])
+def test_candidates_of_fused_products_fit_into_shared_memory_of_sm_90(candidates: list[Settings]) -> None:
     """Two operands of each stage and the tile on its way out, and 1 KiB for barriers."""
-    for c in gemm.CANDIDATES:
+    for c in candidates:
         stages = c["num_stages"] * (c["BLOCK_M"] + c["BLOCK_N"]) * c["BLOCK_K"] * 2
-        needed = stages + c["BLOCK_M"] * c["BLOCK_N"] // c["NUM_STORES"] * 2 + 1024
+        needed = stages + c["BLOCK_M"] * c["BLOCK_N"] // c.get("NUM_STORES", 1) * 2 + 1024
         # A multiprocessor has 228 KiB, of which each program takes 1 KiB more than it asks for.
         assert c["PROGRAMS"] * (needed + 1024) <= 228 * 1024 + 1024, c
         assert needed <= SHARED_MEMORY[90], c
@@ -138,10 +153,22 @@ def test_matrix_units_are_used(compiled: dict[str, Any]) -> None:
         "packed_attention/64/float16",
         "packed_attention_tf32/64/float32",
         "gemm_bias_gelu/1280/float16",
+        "gemm_bias_rotary/1280/float16",
     ):
         assert kernels[name]["90"]["matrix_units"] == ["HGMMA"], name
     assert kernels["packed_attention_tf32x3/64/float32"]["90"]["matrix_units"] == ["HMMA"]
     assert kernels["packed_attention/64/float32"]["90"]["matrix_units"] == []
+
+
+def test_overlapped_attention_multiplies_during_the_exponentials(cache: Path) -> None:
+    """In program order products come first; ptxas could still move them, or let each wait."""
+    key = "packed_attention/64/float16"
+    tuned = {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2, "OVERLAP": 1}
+    assert tuned in attention.candidates(torch.float16, "ieee")
+    chosen = ["--only", "packed_attention", "--tuned", json.dumps({key: tuned})]
+    needs = compile_offline(cache, "--capabilities", "90", *chosen)["kernels"][key]["90"]
+    assert needs["exponentials"] == [66, 66]  # 64 weights and two corrections of a thread
+    assert needs["spills"] == needs["stack"] == 0
 
 
 def test_products_in_32_bits_that_go_into_addresses_are_counted(cache: Path) -> None:

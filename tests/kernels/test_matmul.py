@@ -63,6 +63,18 @@ def test_gelu_is_the_erf_form() -> None:
     assert float((F.gelu(x, approximate="tanh") - exact).abs().max()) > 1e-4
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_linear_rotary_is_the_product_and_then_the_rotation(packed: bool) -> None:
+    torch.manual_seed(0)
+    weight, bias, angles = torch.randn(3 * 4 * 24, 96) / 10, torch.randn(3 * 4 * 24), torch.rand(9, 12)
+    states, position_ids = torch.randn(11, 96), torch.tensor([*range(2), *range(9)], dtype=torch.int32)
+    expected = F.linear(states, weight, bias).view(11, 3, 4, 24)
+    kernels.rotary_qk_(expected, angles.cos(), angles.sin(), position_ids)
+    stored = matmul.pack_weight(weight) if packed else weight
+    actual = kernels.linear_rotary(states, stored, bias, angles.cos(), angles.sin(), position_ids)
+    torch.testing.assert_close(actual, expected.view(11, -1), rtol=1e-5, atol=1e-5)
+
+
 def test_strided_operands_are_served() -> None:
     torch.manual_seed(0)
     states, weight, bias = torch.randn(65, 640)[:, ::2], torch.randn(48, 640)[:, ::2], torch.randn(48)

@@ -97,9 +97,12 @@ def transformer_layer(
     )
     hidden_states = operations.layer_norm(hidden_states=residual, **norm)
 
-    qkv = F.linear(hidden_states, tensors["qkv_weight"], tensors["qkv_bias"])
-    qkv = qkv.view(-1, 3, NUM_HEADS, HEAD_DIM)
     tables = {"cos": tensors["cos"], "sin": tensors["sin"]}
+    projection = {"weight": tensors["qkv_weight"], "bias": tensors["qkv_bias"]}
+    qkv = operations.linear_rotary(
+        hidden_states=hidden_states, **projection, **tables, position_ids=position_ids
+    )
+    qkv = qkv.view(-1, 3, NUM_HEADS, HEAD_DIM)
     operations.rotary_qk_(qkv=qkv, **tables, position_ids=position_ids)
     operations.rotary_qk_packed_(qkv=qkv, **tables, cu_seqlens=cu_seqlens)
     query, key, value = qkv.unbind(1)

@@ -1,8 +1,7 @@
 """Every Triton kernel against the plain-PyTorch reference: on a GPU, else in Triton's interpreter.
 
 The truth is the reference in FP64 on the same inputs; the reference in their own dtype is the yardstick.
-All memory the launchers allocate is poisoned, and it and their arguments lie between guards, so that a place
-left unwritten, or read or written though it is not theirs, fails whichever test comes upon it.
+All memory the launchers allocate is poisoned (`conftest.poisoned_memory`).
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from small_cases import CPU, SMALL, Widths, example
 from tolerances import assert_as_close_as_pytorch
+from triton_runs import assert_identical, call, check, expect, moved, run
 
 from esm_packed import kernels
 from esm_packed.config import ESM2_MODELS
@@ -22,7 +22,10 @@ from esm_packed.kernels import launch
 from esm_packed.kernels.cases import CASES, HALF_DTYPES, MASK_ID, Arguments, Workload
 
 # Where tests are about infinities, numpy would report each that the interpreter meets.
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter"),
+    pytest.mark.usefixtures("poisoned_memory", "seeded"),
+]
 
 NAN, INF = float("nan"), float("inf")
 DTYPES = [torch.float32, *HALF_DTYPES]
@@ -62,116 +65,12 @@ def slow_if(slow: bool) -> Any:
     return pytest.mark.slow if slow else ()
 
 
-GUARD = 1 << 16
-"""Poisoned elements on each side of arguments and results, more than a block holds."""
-
 GUARD_ROWS = 136
 """Rows on each side of an argument that are a trap, more than any block reaches beyond it."""
 
 
-def poison_of(dtype: torch.dtype) -> float | int | bool:
-    """What stands in guards. It is no NaN: what is computed from it must differ from it."""
-    return INF if dtype.is_floating_point else True if dtype == torch.bool else -77
-
-
-def is_poison(tensor: torch.Tensor) -> bool:
-    return bool((tensor == poison_of(tensor.dtype)).all())
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """New memory holds NaN or nonsense, and lies between guards of Inf that must stay as they are."""
-    guards: list[torch.Tensor] = []
-
-    def empty(*size: Any, dtype: torch.dtype | None = None, device: Any = None, **_: Any) -> torch.Tensor:
-        shape = torch.Size(size if all(isinstance(extent, int) for extent in size) else size[0])
-        dtype = dtype or torch.get_default_dtype()
-        buffer = torch.full((shape.numel() + 2 * GUARD,), poison_of(dtype), dtype=dtype, device=device)
-        guards.extend((buffer[:GUARD], buffer[GUARD + shape.numel() :]))
-        result = buffer[GUARD : GUARD + shape.numel()].view(shape)
-        return result.fill_(NAN) if dtype.is_floating_point else result
-
-    def empty_like(
-        like: torch.Tensor, *, dtype: torch.dtype | None = None, device: Any = None, **_: Any
-    ) -> torch.Tensor:
-        return empty(like.shape, dtype=dtype or like.dtype, device=device or like.device)
-
-    monkeypatch.setattr(torch, "empty", empty)
-    monkeypatch.setattr(torch, "empty_like", empty_like)
-    yield
-    monkeypatch.undo()
-    assert all(is_poison(guard) for guard in guards), "a kernel wrote outside of its arguments and results"
-
-
-@pytest.fixture(autouse=True)
-def seeded() -> None:
-    torch.manual_seed(0)
-
-
-@pytest.fixture
-def launches(triton_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Arguments]]:
-    """Every Triton kernel launched: its name, and its keyword arguments."""
-    from esm_packed.kernels.gelu import _bias_gelu_kernel
-
-    recorded: list[tuple[str, Arguments]] = []
-    jit_function: Any = type(_bias_gelu_kernel)
-    original = jit_function.__getitem__
-
-    def getitem(kernel: Any, grid: Any) -> Callable[..., Any]:
-        def launch_recorded(*args: Any, **kwargs: Any) -> Any:
-            recorded.append((kernel.fn.__name__, kwargs))
-            return original(kernel, grid)(*args, **kwargs)
-
-        return launch_recorded
-
-    monkeypatch.setattr(jit_function, "__getitem__", getitem)
-    return recorded
-
-
 def cu_seqlens_of(lengths: list[int]) -> torch.Tensor:
     return Workload(SMALL, lengths, CPU).cu_seqlens
-
-
-def call(name: str, function: Callable[..., Any], arguments: Arguments) -> list[torch.Tensor]:
-    """What `function` returns, and then what it leaves in the argument it modifies."""
-    return [result.cpu() for result in CASES[name].results(function, arguments).values()]
-
-
-def run(name: str, arguments: Arguments, device: torch.device) -> list[torch.Tensor]:
-    """The results of the Triton kernel on copies of `arguments`."""
-    return call(name, CASES[name].function, moved(arguments, device))
-
-
-def moved(arguments: Arguments, device: torch.device) -> Arguments:
-    """Contiguous copies between guards."""
-    return {
-        key: torch.empty_like(value, device=device).copy_(value) if isinstance(value, torch.Tensor) else value
-        for key, value in arguments.items()
-    }
-
-
-def expect(name: str, arguments: Arguments, dtype: torch.dtype | None = None) -> list[torch.Tensor]:
-    """The results of the reference on copies of `arguments`, with all that is floating point in `dtype`."""
-    return list(CASES[name].truth(arguments, dtype).values())
-
-
-def check(name: str, arguments: Arguments, device: torch.device) -> list[torch.Tensor]:
-    """Hold the kernel to the error of PyTorch in the same dtype, and return its results."""
-    actual = run(name, arguments, device)
-    truth = expect(name, arguments, torch.float64)
-    for ours, same_dtype, true in zip(actual, expect(name, arguments), truth, strict=True):
-        assert ours.dtype == same_dtype.dtype
-        if ours.is_floating_point():
-            assert_as_close_as_pytorch(ours, same_dtype, true)
-        else:
-            assert torch.equal(ours, same_dtype)
-    return actual
-
-
-def assert_identical(actual: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
-    for ours, theirs in zip(actual, expected, strict=True):
-        assert ours.dtype == theirs.dtype
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
 
 
 def sizes() -> Iterator[Any]:
@@ -351,75 +250,6 @@ def test_gelu_is_the_erf_form(triton_device: torch.device) -> None:
     assert float((actual - F.gelu(x.double())).abs().max()) < 1e-6
 
 
-@pytest.mark.parametrize("in_features, out_features", [(320, 1280), (480, 1920), (1280, 640)])
-@all_dtypes
-def test_linear_gelu(
-    in_features: int, out_features: int, dtype: torch.dtype, triton_device: torch.device
-) -> None:
-    arguments = example("linear_gelu", [9], dtype, Widths(in_features, ffn_size=out_features))
-    check("linear_gelu", arguments, triton_device)
-
-
-@pytest.fixture(params=["pointers", "tma"])
-def gemm_device(
-    request: pytest.FixtureRequest, triton_device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> torch.device:
-    """The device, with the kernel moving its tiles by pointers or by TMA descriptors."""
-    use_tma = request.param == "tma"
-    if use_tma and triton_device.type == "cuda" and launch.capability(triton_device) < 90:
-        pytest.skip("this GPU has no TMA")
-    monkeypatch.setattr(launch, "capability", lambda device: 90 if use_tma else 0)
-    return triton_device
-
-
-@pytest.mark.parametrize(
-    "num_tokens, in_features, out_features",
-    [
-        (1, 72, 136),
-        (17, 64, 128),
-        (127, 136, 120),
-        (128, 64, 8),
-        (129, 72, 264),
-        (9, 320, 136),
-    ],
-)
-@half_types
-def test_gemm_bias_gelu_around_its_tiles(
-    num_tokens: int, in_features: int, out_features: int, dtype: torch.dtype, gemm_device: torch.device
-) -> None:
-    arguments = example("gemm_bias_gelu", [num_tokens], dtype, Widths(in_features, ffn_size=out_features))
-    check("gemm_bias_gelu", arguments, gemm_device)
-
-
-@pytest.mark.parametrize("num_programs", [1, 3, 100])
-def test_gemm_bias_gelu_computes_every_tile(
-    num_programs: int, gemm_device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Nine rows of tiles, of which eight form a group, and two columns, shared among the programs."""
-    monkeypatch.setattr("esm_packed.kernels.gemm.num_multiprocessors", lambda device: num_programs)
-    arguments = example("gemm_bias_gelu", [8 * 128 + 1], torch.float16, Widths(32, ffn_size=136))
-    check("gemm_bias_gelu", arguments, gemm_device)
-
-
-@pytest.mark.parametrize(
-    "tuned, constant",
-    [({"PROGRAMS": 2}, "NUM_PROGRAMS"), ({"NUM_STORES": 2}, "NUM_STORES"), ({"FLATTEN": 1}, "FLATTEN")],
-)
-def test_gemm_bias_gelu_with_tuned_settings(
-    tuned: dict[str, int],
-    constant: str,
-    gemm_device: torch.device,
-    monkeypatch: pytest.MonkeyPatch,
-    launches: list[tuple[str, Arguments]],
-) -> None:
-    monkeypatch.setattr("esm_packed.kernels.gemm.num_multiprocessors", lambda device: 1)
-    key = launch.settings_key("gemm_bias_gelu", 72, torch.float16)
-    monkeypatch.setitem(launch.tuned_settings(gemm_device), key, tuned)
-    arguments = example("gemm_bias_gelu", [129], torch.float16, Widths(72, ffn_size=136))
-    check("gemm_bias_gelu", arguments, gemm_device)
-    assert {settings[constant] for _, settings in launches} == set(tuned.values())
-
-
 @pytest.mark.parametrize(
     "head_dim, dtype, input_precision",
     [
@@ -510,6 +340,23 @@ def test_packed_attention_with_tuned_settings(
     check("packed_attention", arguments, triton_device)
     ((_, settings),) = launches
     assert tuned.items() <= settings.items()
+
+
+@pytest.mark.parametrize("head_dim", [16, 24])
+def test_overlapped_attention_gives_the_same_bits(
+    head_dim: int, triton_device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sequences of no full block, of one, of two and of more, each with and without a rest."""
+    settings = {"BLOCK_M": 64, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2}
+    tuned = launch.tuned_settings(triton_device)
+    lengths = [15, 16, 17, 32, 33, 48, 70, 0, 3]
+    arguments = example("packed_attention", lengths, torch.float16, Widths(num_heads=1, head_dim=head_dim))
+    results = []
+    for overlap in (0, 1):
+        key = launch.settings_key("packed_attention", head_dim, torch.float16)
+        monkeypatch.setitem(tuned, key, settings | {"OVERLAP": overlap})
+        results.append(check("packed_attention", arguments, triton_device))
+    assert_identical(*results)
 
 
 @pytest.mark.parametrize(
@@ -653,7 +500,7 @@ def test_as_many_launches_as_the_case_says(
     assert len(launches) == CASES[name].launches
 
 
-@pytest.mark.parametrize("name", [name for name in OPERATIONS if name != "gemm_bias_gelu"])
+@pytest.mark.parametrize("name", [name for name in OPERATIONS if not CASES[name].direct])
 def test_double_precision_is_never_given_to_triton(
     name: str, triton_device: torch.device, launches: list[tuple[str, Arguments]]
 ) -> None:

@@ -37,6 +37,8 @@ TRITON = importlib.metadata.version("triton") if importlib.util.find_spec("trito
 TOKENS = 12
 FACTS = {"gpu": GPU, "tokens": TOKENS, "triton": TRITON}
 QUIET = Console(quiet=True)
+FUSED = ["gemm_bias_gelu", "linear_gelu", "gemm_bias_rotary", "linear_rotary"]
+"""In tuning's order."""
 
 
 class FakeTimer:
@@ -91,7 +93,7 @@ def test_every_kernel_of_a_precision_is_searched(precision: str, triton_device: 
         "embed_tokens", "layer_norm", "add_layer_norm_", "rotary_qk_", "bias_gelu_",
         "segment_mean", "segment_max", "add_attention_maps_",
         *({"fp32": ["packed_attention", "packed_attention_tf32x3"], "tf32": ["packed_attention_tf32"]}
-          .get(precision, ["packed_attention", "gemm_bias_gelu", "linear_gelu"])),
+          .get(precision, ["packed_attention", *FUSED])),
     }  # fmt: skip
     assert {key.split("/")[0] for key in keys} == expected
     assert ("bias_gelu_/256/float16" in keys) == (precision == "fp16")
@@ -99,13 +101,8 @@ def test_every_kernel_of_a_precision_is_searched(precision: str, triton_device: 
     order = list(dict.fromkeys(key.split("/")[0] for key in keys))
     assert order[0].startswith("packed_attention")
     if half:
-        assert order[:5] == [
-            "packed_attention",
-            "gemm_bias_gelu",
-            "linear_gelu",
-            "add_layer_norm_",
-            "bias_gelu_",
-        ]
+        assert order[:5] == ["packed_attention", *FUSED[:2], "add_layer_norm_", "bias_gelu_"]
+        assert order[5:8] == ["rotary_qk_", *FUSED[2:]]
 
 
 @pytest.mark.parametrize(

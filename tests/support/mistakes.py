@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from models import model_of
 
-from esm_packed import ESM2, read_fasta
+from esm_packed import ESM2, kernels, read_fasta
 from esm_packed.alphabet import encode
 from esm_packed.checkpoints import Checkpoint
 from esm_packed.config import ESM2_MODELS
@@ -94,6 +94,10 @@ def tf32_in_fp32(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> tup
     monkeypatch.setattr("esm_packed.kernels.linear", lambda x, w, b: F.linear(tf32(x), tf32(w), b))
     monkeypatch.setattr(
         "esm_packed.kernels.linear_gelu", lambda x, w, b: F.gelu(F.linear(tf32(x), tf32(w), b))
+    )
+    linear_rotary = kernels.linear_rotary
+    monkeypatch.setattr(
+        "esm_packed.kernels.linear_rotary", lambda x, w, *others: linear_rotary(tf32(x), tf32(w), *others)
     )
     return model_of(checkpoint, "fp32"), PACKED
 

@@ -99,8 +99,10 @@ def main() -> None:
     parser.add_argument("--capabilities", type=int, nargs="+", default=CAPABILITIES)
     parser.add_argument("--full", action="store_true", help="all models and dtypes")
     parser.add_argument("--only", nargs="+", default=(), help="kernels, such as rotary_qk_")
+    parser.add_argument("--tuned", type=json.loads, default={}, help="settings by key, as JSON")
     parser.add_argument("--table", type=Path, help="record the results under this Triton's version")
     options = parser.parse_args()
+    launch.tuned_settings(torch.device("cpu")).update(options.tuned)
     found = compile_all(tuple(options.capabilities), options.full, tuple(options.only))
     if options.table is None:
         json.dump({"triton": triton.__version__, "kernels": found}, sys.stdout)

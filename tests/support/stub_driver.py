@@ -29,8 +29,8 @@ def _tool(name: str, *arguments: str) -> str:
     return subprocess.run([str(_TOOLS / name), *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def instructions(code: str) -> list[int]:
-    """Instructions of a disassembled kernel: all, those before its inner loop, and those of that loop.
+def _with_inner_loop(code: str) -> tuple[list[str], int, int]:
+    """Operations of a disassembled kernel, and the first and the end of those of its inner loop.
 
     Of the loops that hold no other, the inner loop is the one that multiplies most, and the first of equals.
     """
@@ -54,11 +54,30 @@ def instructions(code: str) -> list[int]:
         return len(_MATRIX_UNIT.findall(inside)), len(re.findall(r"\bFFMA\b", inside))
 
     first, end = max(innermost, key=products, default=(len(operations), len(operations)))
+    return operations, first, end
+
+
+def instructions(code: str) -> list[int]:
+    """Instructions of a disassembled kernel: all, those before its inner loop, and those of that loop."""
+    operations, first, end = _with_inner_loop(code)
     return [len(operations), first, end - first]
 
 
+def exponentials(code: str) -> list[int]:
+    """Exponentials of the inner loop: all, and those behind an HGMMA and before the wait for it."""
+    operations, first, end = _with_inner_loop(code)
+    found = re.findall(r"\b(HGMMA|WARPGROUP\.DEPBAR|MUFU\.EX2)\b", "\n".join(operations[first:end]))
+    in_flight, last = 0, next((event for event in reversed(found) if event != "MUFU.EX2"), "")
+    for event in found:  # what one round leaves in flight is so in the next one
+        if event != "MUFU.EX2":
+            last = event
+        elif last == "HGMMA":
+            in_flight += 1
+    return [found.count("MUFU.EX2"), in_flight]
+
+
 def resources(cubin: bytes) -> dict[str, Any]:
-    """Registers, stack bytes, spills, global accesses by width in bits, and matrix units of one kernel."""
+    """Registers, stack bytes, spills, global accesses by width in bits, instructions and matrix units."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -77,6 +96,7 @@ def resources(cubin: bytes) -> dict[str, Any]:
         "spills": len(re.findall(r"\b(?:STL|LDL)\b", code)),
         "accesses": {str(width): widths[width] for width in sorted(widths)},
         "instructions": instructions(code),
+        "exponentials": exponentials(code),
         "matrix_units": sorted(set(_MATRIX_UNIT.findall(code))),
     }
 
