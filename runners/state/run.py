@@ -255,8 +255,10 @@ class Run:
         """Return the items of a shard to compare with FP32, as indices into those that are computed."""
         total = self.plan.num_shards
         share = min(num_compared * (shard + 1) // total - num_compared * shard // total, num_items)
+        if not share:
+            return []
         random = np.random.default_rng([int(self.plan.hash[:16], 16), shard])
-        return np.sort(random.choice(num_items, share, replace=False)).tolist() if share else []
+        return np.sort(random.choice(num_items, share, replace=False)).tolist()
 
 
 @dataclass(frozen=True)

@@ -56,8 +56,8 @@ import gc, sys
 from esm_packed.runners.cli.main import main
 assert main() == 0
 print(*sorted(sys.modules.keys() & {
-    "IPython", "anndata", "matplotlib", "pandas", "pyarrow", "ray", "scipy", "sklearn", "sympy",
-    "torch._dynamo", "torch._inductor", "transformers", "triton",
+    "IPython", "anndata", "matplotlib", "numpy.random", "pandas", "pyarrow", "ray", "scipy", "sklearn",
+    "sympy", "torch._dynamo", "torch._inductor", "transformers", "triton",
 }))
 print("torch" in sys.modules, gc.isenabled(), gc.get_freeze_count() > 100_000)
 """
