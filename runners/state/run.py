@@ -258,7 +258,8 @@ class Run:
         if not share:
             return []
         random = np.random.default_rng([int(self.plan.hash[:16], 16), shard])
-        return np.sort(random.choice(num_items, share, replace=False)).tolist()
+        chosen: list[int] = np.sort(random.choice(num_items, share, replace=False)).tolist()
+        return chosen
 
 
 @dataclass(frozen=True)
