@@ -359,7 +359,7 @@ class Scan:
         for block in file.blocks():
             if self.is_dna and not self._is_survey and file.num_read > MOST_READ_OF_DNA:
                 num_read = file.num_read >> 20
-                raise UnreadableError(f"{file.name}: not read beyond {num_read} MiB: it looks like DNA")
+                raise UnreadableError(f"{file.name}: not read beyond {num_read} MiB, as it looks like DNA")
             unreadable = text_fault(block)
             if unreadable is not None:
                 if readable := record_begin(block, unreadable[0]):
