@@ -198,7 +198,7 @@ def test_what_is_not_there_is_an_error_that_says_what_is(tmp_path: Path, ask, me
 def test_rows_that_are_not_there(tmp_path: Path) -> None:
     with esm_packed.open(write_output(tmp_path / "out.h5").path) as embeddings:
         for row in (7, -8):
-            with pytest.raises(IndexError, match=f"row {row} of 7"):
+            with pytest.raises(IndexError, match=f"row {row} is out of range for 7 rows"):
                 embeddings[row]
         with pytest.raises(TypeError):
             embeddings[1.0]  # type: ignore[call-overload]
