@@ -19,10 +19,9 @@ from esm_packed.numerics import is_out_of_memory, resolve_device, resolve_precis
 from esm_packed.reports.contact_map import SEPARATION, ContactMap, write_contact_map
 from esm_packed.reports.page import PICTURES, check_matplotlib
 from esm_packed.runners.compute.worker import device_name, set_threads
-from esm_packed.runners.input.fasta import ReadOptions, shorten
+from esm_packed.runners.input.fasta import ReadOptions, accession_of, shorten
 from esm_packed.runners.input.index import STDIN
 from esm_packed.runners.input.records import read_fasta
-from esm_packed.runners.output.ids import accession_of
 from esm_packed.runners.system.paths import check_apart, check_free
 from esm_packed.runners.system.terminal import counted
 from esm_packed.runners.watch.console import Console

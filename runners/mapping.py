@@ -18,9 +18,8 @@ from esm_packed.reports.map.pca import MOST_FITTED, Components, fit
 from esm_packed.reports.page import check_matplotlib
 from esm_packed.runners.exporting import check_new
 from esm_packed.runners.exports.selection import Selection
-from esm_packed.runners.input.fasta import shorten
+from esm_packed.runners.input.fasta import accession_of, shorten
 from esm_packed.runners.input.table import read_column
-from esm_packed.runners.output.ids import accession_of
 from esm_packed.runners.output.names import POOLED
 from esm_packed.runners.output.reader import EmbeddingReader
 from esm_packed.runners.system.paths import check_apart

@@ -8,8 +8,7 @@ import numpy as np
 
 from esm_packed.errors import UsageError
 from esm_packed.runners.exports.selection import Selection
-from esm_packed.runners.input.fasta import shorten
-from esm_packed.runners.output.ids import accession_of
+from esm_packed.runners.input.fasta import accession_of, shorten
 from esm_packed.runners.system.hdf5 import NewFile
 from esm_packed.runners.watch.console import Advance
 

@@ -26,6 +26,8 @@ from esm_packed.alphabet import INVALID_ID, RESIDUE_TO_ID, TOKENS
 from esm_packed.errors import UserError
 from esm_packed.runners.input.rules import CHOICES
 
+_UNIPROT = re.compile(r"(?:sp|tr)\|([A-Z0-9]{6,10}(?:-[0-9]+)?)\|")
+
 NOTHING = 0
 """The code of a byte that is not part of a sequence (the id of `<cls>`, which is not a residue either)."""
 NEVER_REPLACED = 253
@@ -398,6 +400,12 @@ def _character_fault(block: bytes, position: int) -> tuple[str, str]:
     if not character.isascii():
         shown = f"U+{ord(character):04X} {unicodedata.name(character, '')}".strip()
     return f"{shown} is not in ESM-2's alphabet", _HINT_INVALID
+
+
+def accession_of(sequence_id: str) -> str:
+    """Return the accession `P12345` of a UniProt ID such as `sp|P12345|X_HUMAN`; any other ID unchanged."""
+    found = _UNIPROT.match(sequence_id)
+    return found[1] if found else sequence_id
 
 
 def shorten(text: str, width: int = 60) -> str:

@@ -1,8 +1,8 @@
 """Tables of mutants: CSV or TSV with a header and one row per mutant, as in ProteinGym.
 
 The column `mutant` holds mutants such as `A24G` or `A24G:K30R`. `mutated_sequence`, the mutant's residues, is
-checked against it or replaces it. A column named in `ID_COLUMNS` identifies the FASTA record of each mutant;
-it is optional if there is only one record. Other columns are copied to the output.
+checked against it or replaces it. A column named in `ID_COLUMNS` identifies the FASTA record of each mutant,
+by ID or UniProt accession; it is optional if there is only one record. Other columns are copied as text.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy.typing as npt
 from esm_packed.errors import UsageError
 from esm_packed.files import sha256_of
 from esm_packed.mutations import Mutant, NumberingError, WildType
-from esm_packed.runners.input.fasta import shorten
+from esm_packed.runners.input.fasta import accession_of, shorten
 from esm_packed.runners.input.index import FastaIndex
 from esm_packed.runners.system.paths import resolved
 from esm_packed.runners.system.terminal import counted
@@ -332,14 +332,15 @@ class _Reader:
                 )
             return {"": 0}
         named = {cells[self._id].strip() for _, cells in self._below_header() if len(cells) > self._id}
-        return {
-            name: record
-            for start in range(0, index.num_records, _IDS_AT_ONCE)
-            for record, name in enumerate(
-                index.sequence_ids(start, min(start + _IDS_AT_ONCE, index.num_records)), start
-            )
-            if name in named
-        }
+        by_id, by_accession = dict[str, int](), dict[str, int]()
+        for start in range(0, index.num_records, _IDS_AT_ONCE):
+            names = index.sequence_ids(start, min(start + _IDS_AT_ONCE, index.num_records))
+            for record, name in enumerate(names, start):
+                if name in named:
+                    by_id[name] = record
+                if (accession := accession_of(name)) in named:
+                    by_accession.setdefault(accession, record)
+        return {**by_accession, **by_id}
 
 
 def _checksum(path: Path) -> str:

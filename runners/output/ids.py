@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-import re
 from collections.abc import Iterator, Sequence
 from typing import Any, overload
 
@@ -16,7 +15,6 @@ from esm_packed.runners.state.shard import StoreError
 
 _IDS_AT_ONCE = 1 << 14
 _SHOWN_IDS = 3
-_UNIPROT = re.compile(r"(?:sp|tr)\|([A-Z0-9]{6,10}(?:-[0-9]+)?)\|")
 
 
 class SequenceIds(Sequence[str]):
@@ -97,12 +95,6 @@ class SequenceIds(Sequence[str]):
             if first == second:
                 raise StoreError(f"{self._path}: damaged: ID {shorten(first)} appears twice")
         return hashes, rows
-
-
-def accession_of(sequence_id: str) -> str:
-    """Return the accession `P12345` of a UniProt ID such as `sp|P12345|X_HUMAN`; any other ID unchanged."""
-    found = _UNIPROT.match(sequence_id)
-    return found[1] if found else sequence_id
 
 
 def checked_index(index: int | np.integer[Any], size: int) -> int:

@@ -70,6 +70,16 @@ def test_mutants_of_several_proteins_as_tsv(table: Path, two: FastaIndex, column
     assert substitutions(mutants)[2] == [("G", 0, "V"), ("S", 1, "A")]
 
 
+def test_records_are_known_by_their_accession(tmp_path: Path, table: Path) -> None:
+    fasta = tmp_path / "proteins.fasta"
+    fasta.write_text(f">sp|P12345|ONE_HUMAN\n{ONE}\n>tr|Q12345-2|OTHER\n{OTHER}\n>Q12345-2\n{ONE}\n")
+    index = build_index([str(fasta)], tmp_path / "index", ReadOptions())
+    mutants = read(table, index, "id,mutant", "P12345,K2A", "tr|Q12345-2|OTHER,S2A", "Q12345-2,K2A")
+    assert mutants.records.tolist() == [0, 1, 2]
+    with pytest.raises(UsageError, match="row 3, column mutant: row 2 is the same mutant"):
+        read(table, index, "id,mutant", "P12345,K2A", "sp|P12345|ONE_HUMAN,K2A")
+
+
 def test_numbering_that_does_not_start_at_one(table: Path, one: FastaIndex) -> None:
     mutants = read(table, one, "mutant", "K-3A", "R5G:M-4L", offset=-4)
     assert substitutions(mutants) == [[("K", 1, "A")], [("M", 0, "L"), ("R", 9, "G")]]
