@@ -31,9 +31,11 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["TRITON_INTERPRET"] = "1"
         import interpreter_bf16
         import interpreter_memory
+        import interpreter_speed
 
         interpreter_bf16.install()
         interpreter_memory.install()
+        interpreter_speed.install()
 
     # More examples: HYPOTHESIS_PROFILE=thorough. No deadline: the machine may be busy.
     settings.register_profile("quick", max_examples=25, deadline=None)
