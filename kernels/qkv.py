@@ -16,7 +16,7 @@ from esm_packed.kernels.launch import (
     next_power_of_2,
     num_multiprocessors,
 )
-from esm_packed.kernels.rotary import check_tables, rotary_qk_
+from esm_packed.kernels.rotary import check_positions, check_tables, rotary_qk_
 
 
 @triton.jit
@@ -107,13 +107,15 @@ def gemm_bias_rotary(
     power of two, and keys end with a tile. The grid is persistent, as that of `gemm.gemm_bias_gelu`.
 
     Raises:
-        ValueError: a tensor is not contiguous, the tables are not FP32, or a head is wider than a tile.
+        ValueError: a tensor is not contiguous, the tables are not FP32, positions are missing, or a head is
+            wider than a tile.
     """
     check_contiguous(hidden_states=hidden_states, weight=weight, bias=bias, position_ids=position_ids)
     total_tokens, in_features = hidden_states.shape
     hidden_size, half = weight.shape[0] // 3, cos.shape[1]
     padded_half = next_power_of_2(half)
     check_tables(cos, sin, 2 * half)
+    check_positions(position_ids, total_tokens)
     settings = launch_settings("gemm_bias_rotary", in_features, hidden_states, _HEURISTIC)
     block_m, block_n, block_k = (settings[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
     if 2 * padded_half > block_n:

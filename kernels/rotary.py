@@ -90,8 +90,8 @@ def _launch(
             f"qkv must be contiguous within a token, got strides {qkv.stride()} for {tuple(qkv.shape)}"
         )
     check_contiguous(position_ids=position_ids, cu_seqlens=cu_seqlens)
-    if position_ids is not None and position_ids.shape != (total_tokens,):
-        raise ValueError(f"position_ids must be ({total_tokens},), got {tuple(position_ids.shape)}")
+    if position_ids is not None:
+        check_positions(position_ids, total_tokens)
     check_tables(cos, sin, head_dim)
     settings = launch_settings("rotary_qk_", head_dim, qkv, _heuristic(head_dim))
     _rotary_qk_kernel[(triton.cdiv(total_tokens, settings["BLOCK_T"]),)](
@@ -109,6 +109,16 @@ def _launch(
         BLOCK_S=128,
         **settings,
     )
+
+
+def check_positions(position_ids: torch.Tensor, total_tokens: int) -> None:
+    """Check that there is a position for each token.
+
+    Raises:
+        ValueError: there are more or fewer.
+    """
+    if position_ids.shape != (total_tokens,):
+        raise ValueError(f"position_ids must be ({total_tokens},), got {tuple(position_ids.shape)}")
 
 
 def check_tables(cos: torch.Tensor, sin: torch.Tensor, head_dim: int) -> None:

@@ -143,6 +143,19 @@ def test_values_of_the_projection_are_not_rotated(gemm_device: torch.device) -> 
     assert rotated.isinf().sum() == 70
 
 
+@pytest.mark.parametrize(
+    "argument, message",
+    [("position_ids", r"position_ids must be \(3,\), got \(2,\)"), ("cos", "cos must be contiguous float32")],
+)
+def test_positions_and_tables_that_do_not_fit_are_refused(
+    argument: str, message: str, triton_device: torch.device
+) -> None:
+    arguments = example("gemm_bias_rotary", [3], torch.float16, Widths(72, 1, 32))
+    changed = arguments[argument][:-1] if argument == "position_ids" else arguments[argument].half()
+    with pytest.raises(ValueError, match=message):
+        run("gemm_bias_rotary", arguments | {argument: changed}, triton_device)
+
+
 def test_a_head_wider_than_a_tile_is_refused(triton_device: torch.device) -> None:
     arguments = example("gemm_bias_rotary", [3], torch.float16, Widths(72, 1, 256))
     with pytest.raises(ValueError, match="heads of 256 are wider than a tile of 128 columns"):
