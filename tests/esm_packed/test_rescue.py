@@ -174,7 +174,7 @@ def test_an_error_that_is_no_lack_of_memory_surfaces() -> None:
         rescue.replace(rows, fail(RuntimeError("a bug")), "dtype fp16")
     for error in (torch.OutOfMemoryError("CUDA out of memory"), MemoryError()):
         is_finite, reason = rescue.replace(rows, fail(error), "dtype fp16")
-        assert not is_finite and "too little memory" in reason
+        assert not is_finite and "not enough memory" in reason
         assert np.isnan(rows["mean/1"]).all()
 
 

@@ -251,7 +251,7 @@ def test_a_log_in_page_is_no_model(cache: Path, server: Server) -> None:
 )
 def test_a_length_that_is_no_number(cache: Path, server: Server, length: str) -> None:
     server.content_length = length
-    with pytest.raises(CheckpointError, match=rf"{NAME}\.pt: .*Content-Length.*Get .* elsewhere"):
+    with pytest.raises(CheckpointError, match=rf"{NAME}\.pt: .*Content-Length.*Download .* elsewhere"):
         find_or_download(NAME)
     assert names(cache) == []
 
@@ -259,7 +259,7 @@ def test_a_length_that_is_no_number(cache: Path, server: Server, length: str) ->
 @pytest.mark.parametrize("url", ["no-address", "http://[bad", "htp://x", "http://a b", "http://x:port"])
 def test_a_mirror_that_is_no_address(cache: Path, url: str) -> None:
     with pytest.raises(
-        CheckpointError, match=r"could not be downloaded.*ESM_PACKED_MODEL_URL another server"
+        CheckpointError, match=r"could not be downloaded.*ESM_PACKED_MODEL_URL for another server"
     ):
         find_or_download(NAME, base_url=url)
 
@@ -289,7 +289,7 @@ def test_no_network_says_which_file_goes_where(
         load_checkpoint(f"facebook/{NAME}")
     message = str(caught.value)
     assert "refused" in message
-    assert f"Get http://127.0.0.1:1/fair-esm/models/{NAME}.pt (300,004 bytes)" in message
+    assert f"Download http://127.0.0.1:1/fair-esm/models/{NAME}.pt (300,004 bytes)" in message
     assert f"put it at {cache / NAME}.pt" in message
     assert f"regression/{NAME}-contact-regression.pt at {cache / NAME}-contact-regression.pt" in message
     assert not server.requests
@@ -303,7 +303,7 @@ def test_the_mirror_can_be_an_argument(cache: Path, server: Server, monkeypatch:
 def test_no_room(cache: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**6, 10**6 - 1000, 1000))
-    with pytest.raises(CheckpointError, match=r"no room.*300,004 bytes needed, 1,000 free"):
+    with pytest.raises(CheckpointError, match=r"not enough disk space.*300,004 bytes needed, 1,000 free"):
         find_or_download(NAME)
     assert names(cache) == []
 
