@@ -141,8 +141,8 @@ def test_a_gpu_older_than_sm_80_takes_sdpa(monkeypatch: pytest.MonkeyPatch, mode
     with pytest.raises(attention.BackendError) as error:
         attention.select_backend("triton", device, PRECISIONS[mode], 64)
     assert str(error.value) == (
-        "attention 'triton' cannot be used: on Tesla T4 (sm_75) it runs out of registers and would be slow, "
-        "it needs sm_80 or newer; these can: sdpa, reference"
+        "attention 'triton' is unavailable: on Tesla T4 (sm_75) it runs out of registers and would be slow, "
+        "it needs sm_80 or newer; choose from sdpa, reference"
     )
 
 

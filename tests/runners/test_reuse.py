@@ -137,8 +137,8 @@ def test_an_interrupted_run_is_continued_with_or_without(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"layers": 3}, r"layers are 5, now 3 are wanted"),
-        ({"include": ["mean", "logits"]}, r"kinds are mean, now mean, logits are wanted"),
+        ({"layers": 3}, r"layers were 5, now 3"),
+        ({"include": ["mean", "logits"]}, r"kinds were mean, now mean, logits"),
         ({"dtype": "bf16"}, r"dtype was 'fp32', now 'bf16'"),
         ({"model": "random:esm2_t6_8M_UR50D"}, r"model_sha256 was"),
         ({"windows": (50, 10)}, r"windows was"),
