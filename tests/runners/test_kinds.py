@@ -343,7 +343,7 @@ def test_windows_that_do_not_fit_into_memory_are_halved_or_their_protein_fails(
         assert list(embeddings.missing) == ["protein2"] * fails
         if fails:
             assert (
-                "40 residues do not fit into the memory of cpu; use smaller --windows" in embeddings.missing["protein2"]
+                "40 residues do not fit into the memory of cpu; use smaller" in embeddings.missing["protein2"]
             )
             assert all(np.isnan(rows).all() for rows in found.pop(2).values())
             sound.pop(2)
