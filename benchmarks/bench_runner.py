@@ -248,7 +248,7 @@ def finished(full: bool, tmp_path_factory: pytest.TempPathFactory) -> Run:
     write_fasta(fasta, short_proteins(MERGED_ROWS[full], SHORT_RESIDUES))
     request = request_for(fasta, directory / "out.h5", "demo")
     run = index_and_plan(request, load_checkpoint("demo"), MERGED_CONFIG, "cuda", {})
-    made_by = dict.fromkeys(("device", "attention_backend", "versions", "disabled"), "")
+    made_by = dict.fromkeys(("device", "attention_backend", "matmul", "versions", "disabled"), "")
     for number in range(run.plan.num_shards):
         rows = merged_rows(run, number)
         assert len(rows) == len(run.computed(number))

@@ -31,7 +31,9 @@ list(each(compute, batches[:1] * at_once))
 print("ready", flush=True)
 for line in sys.stdin:
     if path := line.strip():
-        numpy.savez(path, means=numpy.concatenate(means), members=numpy.concatenate(packs))
+        means.append(numpy.zeros((0, model.config.hidden_size), numpy.float32))  # there may be no pack
+        members = numpy.concatenate([*packs, numpy.zeros(0, numpy.int64)])
+        numpy.savez(path, means=numpy.concatenate(means), members=members)
     else:
         means = list(each(compute, batches))
     print("done", flush=True)

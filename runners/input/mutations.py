@@ -224,6 +224,7 @@ class _Reader:
         self._id = places[0] if places else None
         self.mutant_column = SEQUENCE if self._mutant is None else MUTANT
         self._first_id = shorten(index.sequence_ids(0, 1)[0])
+        self._ambiguous = set[str]()
         self._proteins = {
             name: (record, WildType(index.token_ids(record, record + 1)[0], offset))
             for name, record in self._records(index).items()
@@ -279,6 +280,8 @@ class _Reader:
         if name not in self._proteins:
             assert self._id is not None
             reason = f"{shorten(name)} is not a record of the FASTA file, whose first is {self._first_id}"
+            if name in self._ambiguous:
+                reason = f"{shorten(name)} is the accession of several records; give their whole IDs"
             raise _Fault(self.columns[self._id], reason)
         record, wild_type = self._proteins[name]
         try:
@@ -338,8 +341,12 @@ class _Reader:
             for record, name in enumerate(names, start):
                 if name in named:
                     by_id[name] = record
-                if (accession := accession_of(name)) in named:
-                    by_accession.setdefault(accession, record)
+                accession = accession_of(name)
+                if accession in named and by_accession.setdefault(accession, record) != record:
+                    self._ambiguous.add(accession)
+        self._ambiguous.difference_update(by_id)
+        for accession in self._ambiguous:
+            del by_accession[accession]
         return {**by_accession, **by_id}
 
 

@@ -303,7 +303,7 @@ def _attributes(plan: Plan, made_by: Sequence[Mapping[str, str]]) -> dict[str, A
     identity = plan.identity
     packing = {"algorithm": LAYOUTS[identity["layout"]].algorithm, "token_budget": plan.token_budget}
     made = {
-        name: "; ".join(sorted({str(each[name]) for each in made_by}))
+        name: "; ".join(sorted({str(each.get(name, "unknown")) for each in made_by}))
         for name in ("device", "attention_backend", "matmul", "versions", "disabled")
     }
     return {

@@ -112,5 +112,5 @@ with esm_packed.embed_file({str(fasta)!r}, {str(tmp_path / "out.h5")!r}, model="
     print(len(found))
 """
     run = run_python(program)
-    assert run.stdout == "3\n", run.stderr
+    assert (run.returncode, run.stdout) == (0, "3\n"), run.stderr
     assert "embedding:" in run.stderr and "res" in run.stderr

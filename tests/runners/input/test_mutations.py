@@ -78,6 +78,10 @@ def test_records_are_known_by_their_accession(tmp_path: Path, table: Path) -> No
     assert mutants.records.tolist() == [0, 1, 2]
     with pytest.raises(UsageError, match="row 3, column mutant: row 2 is the same mutant"):
         read(table, index, "id,mutant", "P12345,K2A", "sp|P12345|ONE_HUMAN,K2A")
+    fasta.write_text(f">sp|P12345|ONE_HUMAN\n{ONE}\n>tr|P12345|OTHER\n{OTHER}\n")
+    index = build_index([str(fasta)], tmp_path / "shared", ReadOptions())
+    with pytest.raises(UsageError, match="row 2, column id: 'P12345' is the accession of several records"):
+        read(table, index, "id,mutant", "P12345,K2A")
 
 
 def test_numbering_that_does_not_start_at_one(table: Path, one: FastaIndex) -> None:
