@@ -116,13 +116,23 @@ def _record(request: ContactsRequest) -> tuple[str, str]:
         UsageError: it is not found, or there are several.
     """
     first: list[tuple[str, str]] = []
+    by_accession: list[tuple[str, str]] = []
     for sequence_id, sequence in read_fasta(request.fasta, **asdict(request.read)):
-        if request.record in (sequence_id, accession_of(sequence_id)):
+        if sequence_id == request.record:
             return sequence_id, sequence
+        if request.record is not None and accession_of(sequence_id) == request.record:
+            by_accession.append((sequence_id, sequence))
         if len(first) <= _RECORDS_NAMED:
             first.append((sequence_id, sequence))
         elif request.record is None:
             break
+    if len(by_accession) > 1:
+        whole = ", ".join(shorten(sequence_id) for sequence_id, _ in by_accession)
+        raise UsageError(
+            f"--record {request.record}: the accession of several proteins; choose one of {whole}"
+        )
+    if by_accession:
+        return by_accession[0]
     if request.record is None and len(first) == 1:
         return first[0]
     listed = ", ".join(shorten(sequence_id) for sequence_id, _ in first[:_RECORDS_NAMED])

@@ -179,6 +179,6 @@ def bf16_hint(dtype: str, device: torch.device, config: ESM2Config) -> str | Non
         return None
     return (
         f"this processor multiplies in BF16 ({instructions}): --dtype bf16 may be much faster (2.7 times "
-        "with 150M on an Intel Xeon with AMX), at relative errors of about 5e-3 of the means; --estimate "
-        "measures the time, `esm-packed validate` the errors"
+        "with 150M on an Intel Xeon with AMX), at relative errors of about 5e-3 of the means; `esm-packed "
+        "validate` measures the errors"
     )

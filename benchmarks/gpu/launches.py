@@ -28,10 +28,13 @@ LAYER_LAUNCHES = (
 )
 """Launches of a layer on a GPU, in order."""
 
+FUSED = {"rotary": "gemm_bias_rotary", "bias_gelu": "gemm_bias_gelu"}
+"""Launches that tuning may leave to the matrix multiplication before, and the kernel that then takes both."""
+
 MATMUL_ROWS = {"cuda": (16_384, 32_768, 33_792, 65_536), "cpu": (64, 96)}
 MATMUL_SIZES = {"cuda": ("650M", "3B"), "cpu": ("8M",)}
 MATMUL_ROUNDS = {"cuda": 7, "cpu": 2}
-COUNTED = ("packed_attention", "bias_gelu_", "add_layer_norm_", "gemm_bias_gelu")
+COUNTED = ("packed_attention", "bias_gelu_", "add_layer_norm_", *FUSED.values())
 COUNTED_TOKENS = {"cuda": 16_384, "cpu": 64}
 
 
@@ -100,7 +103,9 @@ def by_position(profiled: Kernels, workload: Workload, config: ESM2Config, dtype
             totals[name] = totals.get(name, 0.0) + elapsed
         return found | {"kernels": dict(sorted(totals.items(), key=lambda item: -item[1]))}
     first, length = period
-    work = layer_work(workload, dtype) if length == len(LAYER_LAUNCHES) else {}
+    kernel_names = " ".join(name for name, _ in profiled[first : first + length])
+    names = [name for name in LAYER_LAUNCHES if name not in FUSED or FUSED[name] not in kernel_names]
+    work = layer_work(workload, dtype) if length == len(names) else {}
     found["layer"] = []
     for position in range(length):
         times = [profiled[first + layer * length + position][1] for layer in range(config.num_layers)]
@@ -110,7 +115,7 @@ def by_position(profiled: Kernels, workload: Workload, config: ESM2Config, dtype
             "share": sum(times) / total,
         }
         if work:
-            name = LAYER_LAUNCHES[position]
+            name = names[position]
             unit, amount = work[name]
             entry |= {"name": name, f"{unit}_per_second": 1e6 * amount / entry["microseconds"]}
         found["layer"].append(entry)

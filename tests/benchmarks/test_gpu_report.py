@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from gpu import forward
-from gpu.launches import LAYER_LAUNCHES, by_position, layer_period
+from gpu.launches import FUSED, LAYER_LAUNCHES, by_position, layer_period
 from gpu.summary import summary_lines
 from workloads import token_lengths
 
@@ -99,6 +99,18 @@ def test_time_is_attributed_by_position_in_the_layer() -> None:
     step = {"status": "passed", "seconds": 1.0, "found": forward_step | {"finite": True, "profile": found}}
     lines = list(summary_lines({"machine": {}, "steps": {"forward": step}}))
     assert any(line.split()[:3] == ["bias_gelu", "72.5", "us"] for line in lines)
+
+
+@pytest.mark.parametrize("fused", [["rotary"], ["bias_gelu"], ["rotary", "bias_gelu"]])
+def test_launches_keep_their_names_where_one_kernel_takes_two(fused: list[str]) -> None:
+    config = ESM2_MODELS["esm2_t6_8M_UR50D"]
+    before = {"rotary": "qkv", "bias_gelu": "fc1"}
+    renamed = {before[name]: f"_{FUSED[name]}_kernel" for name in fused}
+    names = [name for name in LAYER_LAUNCHES if name not in fused]
+    kernels = [("embed", 1.0), *[(renamed.get(name, name), 1.0) for name in names] * config.num_layers]
+    workload = Workload(config, [128], torch.device("cpu"))
+    found = by_position(kernels, workload, config, torch.float16)
+    assert [entry["name"] for entry in found["layer"]] == names
 
 
 def test_kernels_that_do_not_repeat_are_summed_by_name() -> None:

@@ -60,6 +60,17 @@ def test_numbers_are_those_of_fair_esm(checkpoint: Path, fasta: Path) -> None:
     assert [(row["i"], row["j"]) for row in rows[:2]] == [("1", "2"), ("1", "3")]
 
 
+def test_an_exact_id_wins_and_an_accession_of_several_proteins_is_refused(
+    checkpoint: Path, fasta: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fasta.write_text(">sp|P69905|A\nMKTAY\n>tr|P69905|B\nMKTAYIAK\n")
+    assert contacts(checkpoint, "out.npy", "--record", "P69905") == 2
+    assert "choose one of 'sp|P69905|A', 'tr|P69905|B'" in capsys.readouterr().err
+    fasta.write_text(">sp|P69905|A\nMKTAY\n>P69905\nMKTAYIAK\n")
+    assert contacts(checkpoint, "out.npy", "--record", "P69905") == 0
+    assert np.load("out.npy").shape == (8, 8)
+
+
 @pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
 def test_pictures(checkpoint: Path, fasta: Path, capsys: pytest.CaptureFixture[str], suffix: str) -> None:
     assert contacts(checkpoint, f"one.{suffix}", "--record", "P2$") == 0
