@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import signal
@@ -23,6 +24,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Set up what tests compute with, but not in the process that only hands them out: this takes seconds."""
     if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
         return
+    gc.disable()  # until all is imported: every collection would go through what torch holds
     import torch
     from hypothesis import settings
 
@@ -44,6 +46,15 @@ def pytest_configure(config: pytest.Config) -> None:
 
     # Tests compute small tensors, often on a busy machine, where two threads mostly wait for each other.
     torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # or Triton's library reports what is never freed
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
