@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
+from statistics import median
 
 import pytest
 
@@ -44,3 +46,58 @@ def test_readme_quotes_the_published_ratios_to_openvino(size: str) -> None:
     times = results.ratio(fp32["openvino"], fp32["esm_packed"])
     assert times is not None
     assert times_text(times) in text
+
+
+def seconds_of(name: str, key: str) -> dict[str, dict[int, float]]:
+    """Seconds by a field and block of a published file."""
+    found: dict[str, dict[int, float]] = {}
+    benchmarks = json.loads((PUBLISHED / "cpu-intel-xeon-2-cores" / f"{name}.json").read_text())["benchmarks"]
+    for each in benchmarks:
+        figures = each["extra_info"]
+        variant = " ".join(str(figures[field]) for field in key.split())
+        found.setdefault(variant, {})[figures["block"]] = each["stats"]["median"]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "ours", "others"),
+    [
+        ("contacts", "workload provider", f"contacts{n} esm_packed", [f"contacts{n} fair_esm"])
+        for n in (100, 500, 1000)
+    ]
+    + [
+        (f"scoring-{size}", "provider token_budget", "esm_packed 906", [
+            "esm_packed_every_row 906", "fair_esm 302",
+            "transformers 302", "transformers 1208", "transformers 4832",
+        ])
+        for size in ("8M", "35M")
+    ],
+)  # fmt: skip
+def test_tables_quote_the_published_ratios(name: str, key: str, ours: str, others: list[str]) -> None:
+    text = (PUBLISHED / "README.md").read_text()
+    seconds = seconds_of(name, key)
+    for other in others:
+        ratios = [seconds[other][block] / ours_took for block, ours_took in seconds[ours].items()]
+        shown = f"{median(ratios):.2f}x"
+        if len(ratios) > 1:
+            shown += f" ({min(ratios):.2f} to {max(ratios):.2f})"
+        assert f"| {shown} as fast |" in text, other
+
+
+def test_cores_and_starting_are_quoted() -> None:
+    text = (PUBLISHED / "README.md").read_text()
+    cores = seconds_of("cores", "model provider")
+    for size in ("6_8M", "12_35M", "30_150M"):
+        threads = cores[f"random:esm2_t{size}_UR50D threads"]
+        for provider in ("processes", "packs_at_once"):
+            took = cores[f"random:esm2_t{size}_UR50D {provider}"]
+            ratios = [threads[block] / seconds for block, seconds in took.items()]
+            assert f"| {median(ratios):.2f}x ({min(ratios):.2f} to {max(ratios):.2f}) as fast |" in text
+    beyond = [
+        each["extra_info"]["seconds_beyond_import"]
+        for each in json.loads((PUBLISHED / "cpu-intel-xeon-2-cores" / "startup.json").read_text())[
+            "benchmarks"
+        ]
+        if "-embed]" in each["name"]
+    ]
+    assert f"| {median(beyond):.2f} ({min(beyond):.2f} to {max(beyond):.2f}) |" in text
