@@ -38,7 +38,7 @@ def test_readme_quotes_the_published_ratios() -> None:
         assert times_text(times) in text
 
 
-@pytest.mark.parametrize("size", ["8M", "150M"])
+@pytest.mark.parametrize("size", ["8M", "35M", "150M"])
 def test_readme_quotes_the_published_ratios_to_openvino(size: str) -> None:
     text = " ".join((ROOT / "README.md").read_text().split())
     published = results.read_results(PUBLISHED / "cpu-intel-xeon-2-cores" / f"peers-{size}.json")
