@@ -167,5 +167,6 @@ def test_no_map_is_held() -> None:
     done = run_python(PEAK_MEMORY, "random:esm2_t6_8M_UR50D", "1500", "contacts", "embed")
     assert done.returncode == 0, done.stderr
     contacts, embed = map(int, done.stdout.split())
-    assert contacts <= 2.5 * 4 * 1500**2 + embed
+    inherited = 8 * 2**20  # free memory of the process forked from may hold some of the activations
+    assert contacts <= 2.5 * 4 * 1500**2 + embed + inherited
     assert contacts <= 60_000_000
