@@ -39,7 +39,7 @@ lint: $(VENV)/test.stamp tree
 	MYPYPATH=build/tree:tests/support:benchmarks $(BIN)/mypy --explicit-package-bases build/tree/esm_packed tests
 
 test: $(VENV)/test.stamp
-	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 docs: $(DOCS_VENV)/docs.stamp tree
 	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict --quiet
