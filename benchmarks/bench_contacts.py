@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from contenders.contacts import ContactMap, ContactsContest
+from contenders.checked import Variant
+from contenders.contacts import ContactsContest
 from contenders.contest import Contest, OtherModelError
 from measuring import ON_GPU, flops_of, record, synchronize
 
@@ -41,7 +42,7 @@ def test_contacts(
     benchmark: Any,
 ) -> None:
     benchmark.group = f"contacts of {residues} residues"
-    variant = ContactMap(provider, model, dtype, residues)
+    variant = Variant(provider, model, dtype, residues)
     try:
         ready = contacts.ready(variant)
     except (ImportError, OtherModelError) as error:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from functools import cache
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from contenders.contest import Contest, OtherModelError
@@ -20,20 +21,27 @@ def protein(num_residues: int) -> str:
     return "".join(proteins("uniref", 2 * num_residues + 1024))[:num_residues]
 
 
-class OneProtein(Protocol):
-    """What identifies a variant: who computes, with which model and precision, for how many residues."""
+@dataclass(frozen=True)
+class Variant:
+    """What is timed.
 
-    @property
-    def provider(self) -> str: ...
-    @property
-    def model(self) -> str: ...
-    @property
-    def dtype(self) -> str: ...
-    @property
-    def num_residues(self) -> int: ...
+    Args:
+        provider: this package, or another one.
+        model: a model, as for `ESM2.from_pretrained`.
+        dtype: precision mode.
+        num_residues: length of the protein.
+    """
+
+    provider: str
+    model: str
+    dtype: str
+    num_residues: int
 
 
-class CheckedContest(ABC):
+Timed = TypeVar("Timed", bound=Variant)
+
+
+class CheckedContest(ABC, Generic[Timed]):
     """Variants, each loaded and checked once.
 
     Args:
@@ -46,11 +54,11 @@ class CheckedContest(ABC):
 
     def __init__(self, contest: Contest) -> None:
         self._contest = contest
-        self._ready: dict[OneProtein, Any] = {}
+        self._ready: dict[Timed, Any] = {}
         self._truths: dict[tuple[str, int], torch.Tensor] = {}
-        self.max_errors: dict[OneProtein, float] = {}
+        self.max_errors: dict[Timed, float] = {}
 
-    def ready(self, variant: Any) -> Any:
+    def ready(self, variant: Timed) -> Any:
         """Load, run once and check against FP64.
 
         Raises:
@@ -80,13 +88,13 @@ class CheckedContest(ABC):
         return self._contest.model(model, "fp64").config
 
     @abstractmethod
-    def _load(self, variant: Any) -> Any:
+    def _load(self, variant: Timed) -> Any:
         """The contender, with `prepare(sequence)` and `run()`."""
 
     @abstractmethod
-    def _result(self, contender: Any, variant: Any) -> torch.Tensor:
+    def _result(self, contender: Any, variant: Timed) -> torch.Tensor:
         """What the contender computed, or the part that is checked."""
 
     @abstractmethod
-    def _truth(self, variant: Any) -> torch.Tensor:
+    def _truth(self, variant: Timed) -> torch.Tensor:
         """The same in FP64, on the CPU."""

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from contenders.checked import CheckedContest, protein
+from contenders.checked import CheckedContest, Variant, protein
 from contenders.contest import Contest
 from contenders.packages import FairEsm, token_ids_with_ends
 from measuring import DEVICE
@@ -48,25 +47,8 @@ class FairEsmContacts:
             self.probabilities: torch.Tensor = self._model.predict_contacts(self.tokens)[0]
 
 
-@dataclass(frozen=True)
-class ContactMap:
-    """One variant.
-
-    Args:
-        provider: `esm_packed` or `fair_esm`.
-        model: a model, as for `ESM2.from_pretrained`.
-        dtype: precision mode.
-        num_residues: length of the protein.
-    """
-
-    provider: str
-    model: str
-    dtype: str
-    num_residues: int
-
-
-class ContactsContest(CheckedContest):
-    """Contacts of one protein."""
+class ContactsContest(CheckedContest[Variant]):
+    """Contacts of one protein, by `esm_packed` or `fair_esm`."""
 
     quantity = "contacts"
     limits: ClassVar[dict[str, float]] = {"fp32": 1e-4, "tf32": 0.05, "fp16": 0.05, "bf16": 0.2}
@@ -75,7 +57,7 @@ class ContactsContest(CheckedContest):
         super().__init__(contest)
         self._rivals: dict[tuple[str, str], FairEsm] = {}
 
-    def _load(self, variant: ContactMap) -> Any:
+    def _load(self, variant: Variant) -> Any:
         if variant.provider == "esm_packed":
             return PackedContacts(self._contest.model(variant.model, variant.dtype))
         key = variant.model, variant.dtype
@@ -83,11 +65,11 @@ class ContactsContest(CheckedContest):
             self._rivals[key] = FairEsm(*key, token_budget=0)
         return FairEsmContacts(self._rivals[key])
 
-    def _result(self, contender: Any, variant: ContactMap) -> torch.Tensor:
+    def _result(self, contender: Any, variant: Variant) -> torch.Tensor:
         probabilities: torch.Tensor = contender.probabilities
         return probabilities
 
-    def _truth(self, variant: ContactMap) -> torch.Tensor:
+    def _truth(self, variant: Variant) -> torch.Tensor:
         exact = PackedContacts(self._contest.model(variant.model, "fp64"))
         exact.prepare(protein(variant.num_residues))
         exact.run()

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-from contenders.checked import CheckedContest, protein
+from contenders.checked import CheckedContest, Variant, protein
 from contenders.packages import FairEsm, Transformers, token_ids_with_ends
 from measuring import DEVICE
 
@@ -107,25 +107,17 @@ class MaskedLM(Transformers):
 
 
 @dataclass(frozen=True)
-class Marginals:
-    """One variant.
+class Marginals(Variant):
+    """Masked marginals by `esm_packed`, `esm_packed_every_row`, `fair_esm` or `transformers`.
 
     Args:
-        provider: `esm_packed`, `esm_packed_every_row`, `fair_esm` or `transformers`.
-        model: a model, as for `ESM2.from_pretrained`.
-        dtype: precision mode.
-        num_residues: length of the protein.
         copies: number of copies computed together.
     """
 
-    provider: str
-    model: str
-    dtype: str
-    num_residues: int
     copies: int
 
 
-class MarginalsContest(CheckedContest):
+class MarginalsContest(CheckedContest[Marginals]):
     """Masked marginals of several sites."""
 
     quantity = "log-probabilities"

@@ -168,7 +168,8 @@ def _describe_output(path: Path, as_json: bool) -> list[str]:
             "command": shown["command"],
             "inputs": ", ".join(reader.plan["input_names"]),
             "model": f"{shown['model_name']} in {shown['dtype']} (sha256 {shown['model_sha256'][:16]})",
-            "device": f"{shown['device']}, attention {shown['attention_backend']}, matmul {shown['matmul']}",
+            "device": f"{shown['device']}, attention {shown['attention_backend']}, "
+            f"matmul {shown['matmul'] or 'unknown'}",
             "disabled": shown["disabled"],
             "sequences": f"{reader.num_sequences:,} ({counted(residues, 'residue')})",
             "kinds": ", ".join(reader.kinds),

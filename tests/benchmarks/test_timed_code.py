@@ -186,7 +186,7 @@ def test_contacts_of_another_protein_are_not_timed(monkeypatch: pytest.MonkeyPat
     )
     contest = module.ContactsContest(new_contest())
     with pytest.raises(errors.OtherModelError, match="contacts to FP64 are off by"):
-        contest.ready(module.ContactMap("fair_esm", "demo", "fp32", 30))
+        contest.ready(module.Variant("fair_esm", "demo", "fp32", 30))
 
 
 def test_attention_is_timed_without_preparation(options: Any, strict: StrictBenchmark) -> None:

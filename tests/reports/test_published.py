@@ -48,15 +48,19 @@ def test_readme_quotes_the_published_ratios_to_openvino(size: str) -> None:
     assert times_text(times) in text
 
 
-def seconds_of(name: str, key: str) -> dict[str, dict[int, float]]:
-    """Seconds by a field and block of a published file."""
-    found: dict[str, dict[int, float]] = {}
-    benchmarks = json.loads((PUBLISHED / "cpu-intel-xeon-2-cores" / f"{name}.json").read_text())["benchmarks"]
-    for each in benchmarks:
-        figures = each["extra_info"]
-        variant = " ".join(str(figures[field]) for field in key.split())
-        found.setdefault(variant, {})[figures["block"]] = each["stats"]["median"]
-    return found
+def variants_of(name: str, key: str) -> dict[str, results.Measurement]:
+    """What a published file measured, by the values of fields."""
+    published = results.read_results(PUBLISHED / "cpu-intel-xeon-2-cores" / f"{name}.json")
+    return {
+        " ".join(str(each.info[field]) for field in key.split()): each
+        for each in published.measurements.values()
+    }
+
+
+def shown(times: results.Spread | None) -> str:
+    assert times is not None
+    text = f"{times.middle:.2f}x"
+    return text if times.blocks == 1 else f"{text} ({times.low:.2f} to {times.high:.2f})"
 
 
 @pytest.mark.parametrize(
@@ -75,24 +79,19 @@ def seconds_of(name: str, key: str) -> dict[str, dict[int, float]]:
 )  # fmt: skip
 def test_tables_quote_the_published_ratios(name: str, key: str, ours: str, others: list[str]) -> None:
     text = (PUBLISHED / "README.md").read_text()
-    seconds = seconds_of(name, key)
+    variants = variants_of(name, key)
     for other in others:
-        ratios = [seconds[other][block] / ours_took for block, ours_took in seconds[ours].items()]
-        shown = f"{median(ratios):.2f}x"
-        if len(ratios) > 1:
-            shown += f" ({min(ratios):.2f} to {max(ratios):.2f})"
-        assert f"| {shown} as fast |" in text, other
+        assert f"| {shown(results.ratio(variants[other], variants[ours]))} as fast |" in text, other
 
 
 def test_cores_and_starting_are_quoted() -> None:
     text = (PUBLISHED / "README.md").read_text()
-    cores = seconds_of("cores", "model provider")
+    cores = variants_of("cores", "model provider")
     for size in ("6_8M", "12_35M", "30_150M"):
         threads = cores[f"random:esm2_t{size}_UR50D threads"]
         for provider in ("processes", "packs_at_once"):
-            took = cores[f"random:esm2_t{size}_UR50D {provider}"]
-            ratios = [threads[block] / seconds for block, seconds in took.items()]
-            assert f"| {median(ratios):.2f}x ({min(ratios):.2f} to {max(ratios):.2f}) as fast |" in text
+            times = results.ratio(threads, cores[f"random:esm2_t{size}_UR50D {provider}"])
+            assert f"| {shown(times)} as fast |" in text
     beyond = [
         each["extra_info"]["seconds_beyond_import"]
         for each in json.loads((PUBLISHED / "cpu-intel-xeon-2-cores" / "startup.json").read_text())[

@@ -21,6 +21,7 @@ from esm_packed.model import ESM2
 from esm_packed.numerics import PRECISIONS
 from esm_packed.outputs import mean_of
 from esm_packed.packing import SPECIAL_TOKENS, pack, plan_packs
+from esm_packed.reports.speedup import results
 from esm_packed.runners import planning
 from esm_packed.runners.state import cut
 from esm_packed.runners.state.cut import (
@@ -365,16 +366,15 @@ def test_hint_of_bf16_quotes_the_published_figures(monkeypatch: pytest.MonkeyPat
     hint = planning.bf16_hint("fp32", torch.device("cpu"), ESM2_MODELS["esm2_t30_150M_UR50D"])
     assert hint is not None and "amx_bf16" in hint
     path = Path(__file__).parents[2] / "reports" / "published" / "cpu-intel-xeon-2-cores" / "peers-150M.json"
-    measured: dict[str, dict[int, tuple[float, float]]] = {"fp32": {}, "bf16": {}}
-    for each in json.loads(path.read_text())["benchmarks"]:
-        figures = each["extra_info"]
-        if figures["provider"] == "esm_packed":
-            values = each["stats"]["median"], figures["relative_error"]
-            measured[figures["dtype"]][figures["block"]] = values
-    fp32, bf16 = measured.values()
-    speedup = np.median([fp32[block][0] / seconds for block, (seconds, _) in bf16.items()])
-    assert f"({speedup:.1f} times with" in hint
-    assert f"errors of about {max(error for _, error in bf16.values()):.0e}".replace("e-0", "e-") in hint
+    measured = {
+        each.info["dtype"]: each
+        for each in results.read_results(path).suite("peers")
+        if each.info["provider"] == "esm_packed"
+    }
+    speedup = results.ratio(measured["fp32"], measured["bf16"])
+    assert speedup is not None
+    assert f"({speedup.middle:.1f} times with" in hint
+    assert f"errors of about {measured['bf16'].info['relative_error']:.0e}".replace("e-0", "e-") in hint
 
 
 @pytest.mark.parametrize(
