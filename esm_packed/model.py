@@ -69,7 +69,7 @@ class Layer(nn.Module):
         super().__init__()
         hidden_size, ffn_size = config.hidden_size, config.ffn_size
         self.attention_norm = LayerNorm(hidden_size, dtype)
-        self.qkv = QKVProjection(hidden_size, 3 * hidden_size, dtype=dtype)
+        self.qkv = QKVProjection(hidden_size, config.head_dim, dtype)
         self.attention = Attention(config, attend)
         self.attention_out = Linear(hidden_size, hidden_size, dtype=dtype)
         self.ffn_norm = LayerNorm(hidden_size, dtype)

@@ -15,42 +15,51 @@ from esm_packed import kernels
 from esm_packed.alphabet import VOCAB_SIZE
 from esm_packed.attention import PackedAttention
 from esm_packed.config import LAYER_NORM_EPS, ESM2Config
-from esm_packed.kernels.matmul import pack_weight
+from esm_packed.kernels.matmul import pack_weight, rotates_interleaved
+from esm_packed.kernels.reference import interleave_heads_, separate_heads_
 from esm_packed.packing import PackedBatch
 
 
 class Linear(nn.Linear):
     """A linear layer: (total_tokens, in_features) to (total_tokens, out_features)."""
 
+    is_packed = False
+
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return kernels.linear(hidden_states, self.weight, self.bias)
 
     def pack(self) -> None:
-        """Bring the weight into the layout that multiplies fastest; the dense one is not kept."""
-        self._replace(pack_weight(self.weight))
+        """Bring weights into the layout that computes fastest where they are; the old one is not kept."""
+        self._set(weight=pack_weight(self.weight))
+        self.is_packed = True
 
-    def _replace(self, weight: torch.Tensor) -> None:
-        self.weight = nn.Parameter(weight, requires_grad=False)
+    def unpacked(self) -> dict[str, torch.Tensor]:
+        """Weight and bias as they were before `pack`."""
+        return {"weight": self.weight.to_dense() if self.weight.is_mkldnn else self.weight, "bias": self.bias}
+
+    def _set(self, **parameters: torch.Tensor) -> None:
+        for name, values in parameters.items():
+            setattr(self, name, nn.Parameter(values, requires_grad=False))
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Linear:
-        if not self.weight.is_mkldnn:
+        if not self.is_packed:
             return super()._apply(fn, recurse)  # type: ignore[no-untyped-call,no-any-return]
-        self._replace(self.weight.to_dense())
+        self._set(**self.unpacked())
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.pack()
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        # what is packed can neither be copied nor pickled
-        state = self.__dict__.copy()
-        if self.weight.is_mkldnn:
-            dense = nn.Parameter(self.weight.to_dense(), requires_grad=False)
-            state["_parameters"] = state["_parameters"] | {"weight": dense}
-        return state
+        # oneDNN's layout can neither be copied nor pickled
+        parameters = {
+            name: nn.Parameter(values, requires_grad=False) for name, values in self.unpacked().items()
+        }
+        return self.__dict__ | {"_parameters": parameters}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.pack()
+        if self.is_packed:
+            self.pack()
 
 
 class LinearGELU(Linear):
@@ -61,7 +70,31 @@ class LinearGELU(Linear):
 
 
 class QKVProjection(Linear):
-    """The projection to queries, keys and values, of which the first two are rotated by their position."""
+    """The projection to queries, keys and values, of which the first two are rotated by their position.
+
+    On a CPU the two halves of a head alternate in queries and keys, which attention does not see.
+    """
+
+    def __init__(self, hidden_size: int, head_dim: int, dtype: torch.dtype) -> None:
+        super().__init__(hidden_size, 3 * hidden_size, dtype=dtype)
+        self.head_dim = head_dim
+        self.is_interleaved = False
+
+    def pack(self) -> None:
+        self.is_interleaved = rotates_interleaved(self.weight)
+        if self.is_interleaved:
+            for rows in (self.weight, self.bias):
+                interleave_heads_(rows, self.head_dim)
+        super().pack()
+
+    def unpacked(self) -> dict[str, torch.Tensor]:
+        parameters = super().unpacked()
+        if not self.is_interleaved:
+            return parameters
+        parameters = {name: rows.clone() for name, rows in parameters.items()}
+        for rows in parameters.values():
+            separate_heads_(rows, self.head_dim)
+        return parameters
 
     def forward(  # type: ignore[override]
         self,
@@ -79,7 +112,9 @@ class QKVProjection(Linear):
         Returns:
             (total_tokens, 3 * hidden_size).
         """
-        return kernels.linear_rotary(hidden_states, self.weight, self.bias, *rotary_tables, position_ids)
+        return kernels.linear_rotary(
+            hidden_states, self.weight, self.bias, *rotary_tables, position_ids, self.is_interleaved
+        )
 
 
 class LayerNorm(nn.LayerNorm):

@@ -91,6 +91,11 @@ def pack_weight(weight: torch.Tensor) -> torch.Tensor:
     return packed
 
 
+def rotates_interleaved(weight: torch.Tensor) -> bool:
+    """Whether `linear_rotary` is faster with this weight in the order of `reference.interleave_heads_`."""
+    return weight.device.type == "cpu" and not uses_triton(weight)
+
+
 def linear(hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """`hidden_states @ weight.T + bias`.
 
@@ -141,6 +146,7 @@ def linear_rotary(
     cos: torch.Tensor,
     sin: torch.Tensor,
     position_ids: torch.Tensor,
+    interleaved: bool = False,
 ) -> torch.Tensor:
     """`linear` to queries, keys and values, of which the first two are rotated by `reference.rotary_qk_`.
 
@@ -149,6 +155,7 @@ def linear_rotary(
         weight: (3 * num_heads * head_dim, in_features), packed or not.
         bias: (3 * num_heads * head_dim,).
         cos, sin, position_ids: as for `rotary_qk_`.
+        interleaved: whether weight and bias are in the order of `reference.interleave_heads_`; on a CPU only.
 
     Returns:
         (total_tokens, 3 * num_heads * head_dim).
@@ -156,5 +163,6 @@ def linear_rotary(
     qkv = linear(hidden_states, weight, bias)
     head_dim = 2 * cos.shape[1]
     heads = qkv.view(len(qkv), 3, qkv.shape[1] // (3 * head_dim), head_dim)
-    reference.rotary_qk_(heads, cos, sin, position_ids)
+    rotate = reference.rotary_qk_interleaved_ if interleaved else reference.rotary_qk_
+    rotate(heads, cos, sin, position_ids)
     return qkv

@@ -159,8 +159,15 @@ def linear_rotary(
     cos: torch.Tensor,
     sin: torch.Tensor,
     position_ids: torch.Tensor,
+    interleaved: bool = False,
 ) -> torch.Tensor:
-    """See `matmul.linear_rotary`: the fused kernel if tuning found it faster on this GPU, else two steps."""
+    """See `matmul.linear_rotary`: the fused kernel if tuning found it faster on this GPU, else two steps.
+
+    Raises:
+        ValueError: the heads are interleaved.
+    """
+    if interleaved:
+        raise ValueError("interleaved heads are for a CPU; on a GPU weight and bias keep their order")
     out_features, in_features = weight.shape
     settings = launch_settings("linear_rotary", in_features, hidden_states, {"FUSED": 0})
     head_dim = 2 * cos.shape[1]

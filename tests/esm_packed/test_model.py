@@ -30,7 +30,7 @@ from esm_packed.checkpoints import (
     save_fair_esm,
 )
 from esm_packed.config import ESM2Config
-from esm_packed.kernels.reference import rotary_qk_
+from esm_packed.kernels.reference import rotary_qk_, separate_heads_
 from esm_packed.modules import Linear
 from esm_packed.numerics import PRECISIONS, DType
 from esm_packed.packing import pack
@@ -139,11 +139,13 @@ def test_forward_hooks_see_every_part(demo: ESM2) -> None:
     for name in ("qkv", "attention_out", "fc1", "fc2"):
         (states, *others), output = seen[name]
         part = getattr(layer, name)
-        expected = torch.nn.functional.linear(states, part.weight.to_dense(), part.bias)
+        weights = part.unpacked()
+        expected = torch.nn.functional.linear(states, weights["weight"], weights["bias"])
         if name == "qkv":
             (cos, sin), position_ids = others
             heads = expected.view(10, 3, demo.config.num_heads, demo.config.head_dim)
             rotary_qk_(heads, cos, sin, position_ids)
+            separate_heads_(output.T, demo.config.head_dim)
         torch.testing.assert_close(
             output, torch.nn.functional.gelu(expected) if name == "fc1" else expected, rtol=1e-4, atol=1e-4
         )
@@ -420,3 +422,16 @@ def test_packed_weights_are_copied_pickled_and_moved(dtype: str) -> None:
     for other in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model.to("cpu")):
         assert weights_are_packed(other) == is_packed
         np.testing.assert_array_equal(other.embed(["MKTAYIAK", "MK"]), expected)
+
+
+def test_weights_have_the_checkpoint_order_where_kernels_rotate(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = ESM2.from_pretrained("demo", device="cpu", dtype="fp64")
+    qkv = next(iter(model.layers)).qkv
+    of_checkpoint = {name: values.clone() for name, values in qkv.unpacked().items()}
+    expected = model.embed(["MKTAYIAK"])
+    assert not torch.equal(qkv.weight, of_checkpoint["weight"])
+    monkeypatch.setattr("esm_packed.modules.rotates_interleaved", lambda weight: False)
+    model.to("cpu")
+    for name, values in of_checkpoint.items():
+        assert torch.equal(getattr(qkv, name), values)
+    np.testing.assert_allclose(model.embed(["MKTAYIAK"]), expected, rtol=1e-12, atol=1e-12)

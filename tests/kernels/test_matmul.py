@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from tolerances import assert_as_close_as_pytorch
 
 from esm_packed import kernels
-from esm_packed.kernels import matmul
+from esm_packed.kernels import matmul, reference
 
 SIZES = [(320, 1280), (1280, 320), (2560, 640), (640, 64), (641, 64)]
 
@@ -63,15 +63,21 @@ def test_gelu_is_the_erf_form() -> None:
     assert float((F.gelu(x, approximate="tanh") - exact).abs().max()) > 1e-4
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_linear_rotary_is_the_product_and_then_the_rotation(packed: bool) -> None:
+@pytest.mark.parametrize("packed, interleaved", [(False, False), (True, False), (False, True), (True, True)])
+def test_linear_rotary_is_the_product_and_then_the_rotation(packed: bool, interleaved: bool) -> None:
     torch.manual_seed(0)
     weight, bias, angles = torch.randn(3 * 4 * 24, 96) / 10, torch.randn(3 * 4 * 24), torch.rand(9, 12)
     states, position_ids = torch.randn(11, 96), torch.tensor([*range(2), *range(9)], dtype=torch.int32)
     expected = F.linear(states, weight, bias).view(11, 3, 4, 24)
     kernels.rotary_qk_(expected, angles.cos(), angles.sin(), position_ids)
+    if interleaved:
+        reference.interleave_heads_(weight, 24)
+        reference.interleave_heads_(bias, 24)
     stored = matmul.pack_weight(weight) if packed else weight
-    actual = kernels.linear_rotary(states, stored, bias, angles.cos(), angles.sin(), position_ids)
+    tables = angles.cos(), angles.sin()
+    actual = kernels.linear_rotary(states, stored, bias, *tables, position_ids, interleaved)
+    if interleaved:
+        reference.separate_heads_(actual.T, 24)
     torch.testing.assert_close(actual, expected.view(11, -1), rtol=1e-5, atol=1e-5)
 
 

@@ -55,7 +55,10 @@ def test_embed_tokens_scales_each_sequence_by_its_own_masks(lengths: list[int], 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_rotary_is_that_of_fair_esm_and_spares_values(head_dim: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "interleaved"])
+def test_rotary_is_that_of_fair_esm_and_spares_values(
+    head_dim: int, dtype: torch.dtype, interleaved: bool
+) -> None:
     table_dtype = reference.statistics_dtype(dtype)
     inv_freq = 1 / 10000 ** (torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
     angles = torch.outer(torch.arange(max(LENGTHS), dtype=torch.float64), inv_freq)
@@ -70,8 +73,14 @@ def test_rotary_is_that_of_fair_esm_and_spares_values(head_dim: int, dtype: torc
         )
         return rotated.view(2, 4, -1, head_dim).permute(2, 0, 1, 3)
 
+    tables = angles.cos().to(table_dtype), angles.sin().to(table_dtype)
     actual = qkv.clone()
-    kernels.rotary_qk_(actual, angles.cos().to(table_dtype), angles.sin().to(table_dtype), position_ids)
+    if interleaved:
+        reference.interleave_heads_(actual.flatten(1).T, head_dim)
+        reference.rotary_qk_interleaved_(actual, *tables, position_ids)
+        reference.separate_heads_(actual.flatten(1).T, head_dim)
+    else:
+        kernels.rotary_qk_(actual, *tables, position_ids)
     assert torch.equal(actual[:, 2], qkv[:, 2])
     if dtype == torch.float64:
         assert relative_error(actual[:, :2], rotated_by_fair_esm(dtype)) <= 1e-15
