@@ -39,6 +39,10 @@ def pytest_configure(config: pytest.Config) -> None:
         interpreter_memory.install()
         interpreter_speed.install()
 
+    import demo_weights
+
+    demo_weights.install()
+
     # More examples: HYPOTHESIS_PROFILE=thorough. No deadline: the machine may be busy.
     settings.register_profile("quick", max_examples=25, deadline=None)
     settings.register_profile("thorough", max_examples=300, deadline=None)

@@ -10,10 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch._dynamo
 import torch.nn.functional as F
 from programs import run_python
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from esm_packed import kernels
@@ -41,6 +39,8 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 @pytest.fixture
 def fresh_compiler() -> Iterator[None]:
+    import torch._dynamo  # 3 s, which only the process that runs these tests need spend
+
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
@@ -259,6 +259,8 @@ def test_eager_calls_bypass_the_dispatcher(name: str, device: torch.device) -> N
 )
 def test_a_layer_compiles_whole_and_once_for_all_shapes(dtype: torch.dtype, device: torch.device) -> None:
     """The first shape may be taken for the only one; from the second on all are served."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
     backend = CompileCounterWithBackend("aot_eager")
 
     @torch.compile(fullgraph=True, backend=backend)
@@ -289,6 +291,8 @@ def test_a_layer_compiles_whole_and_once_for_all_shapes(dtype: torch.dtype, devi
 )
 def test_mark_dynamic_alone_serves_every_shape(device: torch.device) -> None:
     """Where no Python number changes, the first compilation serves every number of tokens and sequences."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
     backend = CompileCounterWithBackend("aot_eager")
 
     @torch.compile(fullgraph=True, backend=backend)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from nursery import Nursery, Work, undisturbed
+from proteins import FEW_SHARDS, MANY_SHARDS
 
 from esm_packed.model import ESM2
 from esm_packed.packing import PackedBatch
@@ -48,13 +49,13 @@ def nursery() -> Iterator[Nursery]:
 @pytest.fixture(scope="session")
 def many_shards(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Work:
     # not so small that a shard holds copies only
-    work = undisturbed(nursery, tmp_path_factory.mktemp("many"), 60, 30, 1e8)
+    work = undisturbed(nursery, tmp_path_factory.mktemp("many"), *MANY_SHARDS)
     assert 20 <= work.num_shards <= 40
     return work
 
 
 @pytest.fixture(scope="session")
 def few_shards(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Work:
-    work = undisturbed(nursery, tmp_path_factory.mktemp("few"), 12, 40, 1.6e8)
+    work = undisturbed(nursery, tmp_path_factory.mktemp("few"), *FEW_SHARDS)
     assert 3 <= work.num_shards <= 10
     return work

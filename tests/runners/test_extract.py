@@ -389,7 +389,7 @@ def contents_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() if path.is_file() else b"" for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("options", [(), ("--overwrite",)])
+@pytest.mark.parametrize("options", [pytest.param((), marks=pytest.mark.slow), ("--overwrite",)])  # 2 s
 def test_killed_and_repeated(options: tuple[str, ...], nursery: Nursery, tmp_path: Path) -> None:
     fasta = write_fasta(tmp_path / "in.fasta", random_proteins([30] * 12, seed=3))
     undisturbed = tmp_path / "undisturbed"
@@ -425,8 +425,8 @@ def test_killed_and_repeated(options: tuple[str, ...], nursery: Nursery, tmp_pat
 @pytest.mark.parametrize(
     ("options", "steps"),
     [
-        ((), 8),
-        (("--overwrite",), 8),
+        ((), 4),
+        (("--overwrite",), 4),
         pytest.param((), None, marks=[pytest.mark.slow, pytest.mark.timeout(1800)]),
         pytest.param(("--overwrite",), None, marks=[pytest.mark.slow, pytest.mark.timeout(1800)]),
     ],

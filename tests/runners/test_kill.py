@@ -69,7 +69,7 @@ def litter_in(folder: Path) -> list[str]:
 
 
 def test_killed_at_random_moments(nursery: Nursery, many_shards: Work, tmp_path: Path) -> None:
-    kill_at_random(nursery, many_shards, tmp_path / "run", 4, seed=1)
+    kill_at_random(nursery, many_shards, tmp_path / "run", 3, seed=1)
 
 
 @pytest.mark.slow
@@ -595,7 +595,14 @@ def test_a_process_that_comes_while_another_ends_is_told_so(
         assert names_in(folder) == ["out.h5"]
 
 
-@pytest.mark.parametrize("how", ["other input", "other options", "other options, overwriting"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "other input",
+        pytest.param("other options", marks=pytest.mark.slow),  # 2 s
+        "other options, overwriting",
+    ],
+)
 def test_a_second_process_that_differs_does_no_harm(
     nursery: Nursery, many_shards: Work, few_shards: Work, tmp_path: Path, how: str
 ) -> None:

@@ -16,8 +16,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import demo_weights
 import torch
 from fork_server import redirect
+from proteins import FEW_SHARDS, MANY_SHARDS, SHARDS_OF_RESIDUES, proteins_with_copies, write_fasta
 
 from esm_packed.model import ESM2  # noqa: F401
 from esm_packed.runners import session
@@ -31,16 +33,22 @@ from esm_packed.runners.state import run as shards  # noqa: F401
 
 
 def warm_up() -> None:
-    """Run the command line once, so that what a first run imports and sets up is there."""
+    """Run the command line on what most processes embed.
+
+    A first run imports and sets up, and oneDNN compiles for each number of tokens.
+    """
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
-        fasta, output = Path(folder, "in.fasta"), Path(folder, "out.h5")
-        fasta.write_text(">a\nMKTLLAGVSE\n>b\nMKVLA\n")
-        options = ["--model", "demo", "--device", "cpu", "--threads", "1", "--quiet"]
-        with redirect_stdout(sys.stderr):  # standard output is the server's
-            assert cli.main(["embed", str(fasta), "-o", str(output), *options]) == 0
+    options = ["--model", "demo", "--device", "cpu", "--threads", "1", "--token-budget", "256", "--quiet"]
+    for number, length, flops_per_shard in (MANY_SHARDS, FEW_SHARDS, SHARDS_OF_RESIDUES):
+        cut.FLOPS_PER_SHARD["cpu"] = flops_per_shard
+        with tempfile.TemporaryDirectory() as folder:
+            fasta = write_fasta(Path(folder, "in.fasta"), proteins_with_copies(number, length))
+            output = Path(folder, "out.h5")
+            with redirect_stdout(sys.stderr):  # standard output is the server's
+                assert cli.main(["embed", str(fasta), "-o", str(output), *options]) == 0
 
 
+demo_weights.install()
 warm_up()
 
 

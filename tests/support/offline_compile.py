@@ -59,6 +59,12 @@ def calls(config: ESM2Config, dtypes: tuple[torch.dtype, ...]) -> Iterator[tuple
                 yield name, case, case.arguments(workload, dtype, residual_dtype)
 
 
+def is_chosen(case: Case, name: str, full: bool, only: tuple[str, ...]) -> bool:
+    if only:
+        return case.name in only
+    return full or "float16" in name or case.name.startswith("packed_attention")
+
+
 def compile_all(
     capabilities: tuple[int, ...], full: bool, only: tuple[str, ...] = ()
 ) -> dict[str, dict[str, dict[str, Any]]]:
@@ -66,8 +72,8 @@ def compile_all(
 
     Args:
         capabilities: compute capabilities, 90 for sm_90.
-        full: all models and dtypes, else 650M in FP16 and FP32.
-        only: kernels to compile, all when empty.
+        full: all models and dtypes, else 650M in FP16, and attention in FP32.
+        only: kernels to compile, those in FP32 too.
     """
     models = list(ESM2_MODELS.values()) if full else [ESM2_MODELS["esm2_t33_650M_UR50D"]]
     dtypes = ALL_DTYPES if full else (FLOAT16, FLOAT32)
@@ -80,7 +86,7 @@ def compile_all(
         launch.num_multiprocessors = lambda device: 132  # type: ignore[assignment]
         for config in models:
             for name, case, arguments in calls(config, dtypes):
-                if (only and case.name not in only) or capability < case.since:
+                if capability < case.since or not is_chosen(case, name, full, only):
                     continue
                 if any(str(capability) in found.get(key, {}) for key in (name, f"{name}/0")):
                     continue

@@ -10,6 +10,13 @@ import numpy as np
 
 RESIDUES = "LAGVSERTIDPKQNFYMHWC"
 
+Input = tuple[int, int, float]
+"""Number and mean length of `proteins_with_copies`, and FLOPs of a shard."""
+
+MANY_SHARDS: Input = (60, 30, 1e8)
+FEW_SHARDS: Input = (12, 40, 1.6e8)
+SHARDS_OF_RESIDUES: Input = (24, 30, 1.2e8)
+
 
 def write_fasta(path: Path, sequences: Iterable[str]) -> Path:
     """Write proteins named protein0, protein1 and so on; `path`."""
