@@ -1,12 +1,19 @@
-"""Make Triton's interpreter faster: in every call of a device function it patches its language anew."""
+"""Make Triton's interpreter faster.
+
+It patches its language anew in every call of a device function, describes the type of every value anew, and
+computes integers again in 64 bits to see whether they fit. Such overflow takes offsets beyond 2^31, which no
+test here has; `test_compile` counts the products that could overflow.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import triton.language as tl
+from triton.language import core
 from triton.runtime import interpreter
 
 
@@ -16,8 +23,47 @@ def _languages(function: Callable[..., Any]) -> frozenset[int]:
     return frozenset(id(value) for value in function.__globals__.values() if value is tl or value is tl.core)
 
 
+def _describe_types_once() -> None:
+    """Make what follows from a type once: its shape and name, the shapes of its tensors, numpy's dtype."""
+    describe = core.block_type.__init__
+    known: dict[Any, dict[str, Any]] = {}
+
+    def described(self: core.block_type, element_ty: core.dtype, shape: Any) -> None:
+        sizes = tuple(size.value if isinstance(size, core.constexpr) else size for size in shape)
+        key = element_ty.name, sizes
+        if key not in known:
+            describe(self, element_ty, shape)
+            shape_of_tensors = core.tuple([core.constexpr(size) for size in self.shape])
+            extra = {"shape_of_tensors": shape_of_tensors, "numel_of_tensors": core.constexpr(self.numel)}
+            known[key] = self.__dict__ | extra
+        self.__dict__ = known[key].copy()
+
+    of_scalars = {"shape_of_tensors": core.tuple([]), "numel_of_tensors": core.constexpr(1)}
+
+    def filled(self: core.tensor, handle: Any, type: core.dtype) -> None:
+        about = type.__dict__ if isinstance(type, core.block_type) else of_scalars
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.shape, self.numel = about["shape_of_tensors"], about["numel_of_tensors"]
+
+    core.block_type.__init__ = described
+    core.tensor.__init__ = filled
+
+    numpy_dtype = interpreter._get_np_dtype
+    numpy_dtypes: dict[str, Any] = {}
+
+    def numpy_dtype_of(dtype: core.dtype) -> Any:
+        if dtype.name not in numpy_dtypes:
+            numpy_dtypes[dtype.name] = numpy_dtype(dtype)
+        return numpy_dtypes[dtype.name]
+
+    interpreter._get_np_dtype = numpy_dtype_of
+
+
 def install() -> None:
     """Patch the interpreter of this process."""
+    _describe_types_once()
+    builder = interpreter.interpreter_builder
+    builder.options = replace(builder.options, sanitize_overflow=False)
     patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
     patched: set[frozenset[int]] = set()
 
