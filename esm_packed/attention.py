@@ -26,7 +26,8 @@ class PackedAttention(Protocol):
     """The function of a backend: each sequence attends to itself, in both directions.
 
     Args:
-        query, key, value: (total_tokens, num_heads, head_dim).
+        query, key, value: (total_tokens, num_heads, head_dim). Queries and keys have one order of dimensions
+            within a head, which need not be the checkpoint's.
         cu_seqlens: (num_sequences + 1,) int32.
         max_seqlen: tokens of the longest sequence, at least; the row length where sequences are padded.
         softmax_scale: factor on the scores, head_dim^-0.5 in ESM-2.

@@ -5,7 +5,8 @@ Weights have the dtype they are built with, attention the backend. Forward hooks
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,8 +16,12 @@ from esm_packed import kernels
 from esm_packed.alphabet import VOCAB_SIZE
 from esm_packed.attention import PackedAttention
 from esm_packed.config import LAYER_NORM_EPS, ESM2Config
-from esm_packed.kernels.matmul import pack_weight, rotates_interleaved
-from esm_packed.kernels.reference import interleave_heads_, separate_heads_
+from esm_packed.kernels.matmul import (
+    interleave_heads_,
+    pack_weight,
+    separate_heads_,
+    wants_interleaved_heads,
+)
 from esm_packed.packing import PackedBatch
 
 
@@ -24,6 +29,7 @@ class Linear(nn.Linear):
     """A linear layer: (total_tokens, in_features) to (total_tokens, out_features)."""
 
     is_packed = False
+    """Whether weights are as `pack` leaves them."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return kernels.linear(hidden_states, self.weight, self.bias)
@@ -33,28 +39,48 @@ class Linear(nn.Linear):
         self._set(weight=pack_weight(self.weight))
         self.is_packed = True
 
+    def unpack(self) -> None:
+        """Undo `pack`."""
+        self._set(**self.unpacked())
+        self.is_packed = False
+
     def unpacked(self) -> dict[str, torch.Tensor]:
-        """Weight and bias as they were before `pack`."""
+        """Weight and bias as they were before `pack`; not copied where they still are."""
         return {"weight": self.weight.to_dense() if self.weight.is_mkldnn else self.weight, "bias": self.bias}
 
     def _set(self, **parameters: torch.Tensor) -> None:
         for name, values in parameters.items():
             setattr(self, name, nn.Parameter(values, requires_grad=False))
 
+    @contextmanager
+    def _unpacked_meanwhile(self) -> Iterator[None]:
+        """What goes wrong meanwhile leaves the weights unpacked, which is slower and as right."""
+        was_packed = self.is_packed
+        if was_packed:
+            self.unpack()
+        yield
+        if was_packed:
+            self.pack()
+
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Linear:
-        if not self.is_packed:
+        with self._unpacked_meanwhile():
             return super()._apply(fn, recurse)  # type: ignore[no-untyped-call,no-any-return]
-        self._set(**self.unpacked())
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.pack()
-        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        destination.update({f"{prefix}{name}": values.detach() for name, values in self.unpacked().items()})
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        with self._unpacked_meanwhile():
+            super()._load_from_state_dict(*arguments)  # type: ignore[no-untyped-call]
+            # with `assign` they are the caller's, whom reordering in place would surprise
+            self._set(weight=self.weight.clone(), bias=self.bias.clone())
 
     def __getstate__(self) -> dict[str, Any]:
         # oneDNN's layout can neither be copied nor pickled
         parameters = {
             name: nn.Parameter(values, requires_grad=False) for name, values in self.unpacked().items()
         }
-        return self.__dict__ | {"_parameters": parameters}
+        return self.__dict__ | {"_parameters": parameters, "is_interleaved": False}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -72,29 +98,37 @@ class LinearGELU(Linear):
 class QKVProjection(Linear):
     """The projection to queries, keys and values, of which the first two are rotated by their position.
 
-    On a CPU the two halves of a head alternate in queries and keys, which attention does not see.
+    On a CPU `pack` lets the two halves of each head of queries and keys alternate (`interleave_heads_`).
+    Attention does not see it, forward hooks do.
     """
+
+    is_interleaved = False
 
     def __init__(self, hidden_size: int, head_dim: int, dtype: torch.dtype) -> None:
         super().__init__(hidden_size, 3 * hidden_size, dtype=dtype)
         self.head_dim = head_dim
-        self.is_interleaved = False
 
     def pack(self) -> None:
-        self.is_interleaved = rotates_interleaved(self.weight)
-        if self.is_interleaved:
+        if not self.is_interleaved and wants_interleaved_heads(self.weight):
             for rows in (self.weight, self.bias):
                 interleave_heads_(rows, self.head_dim)
+            self.is_interleaved = True
         super().pack()
+
+    def unpack(self) -> None:
+        super().unpack()
+        self.is_interleaved = False
 
     def unpacked(self) -> dict[str, torch.Tensor]:
         parameters = super().unpacked()
         if not self.is_interleaved:
             return parameters
-        parameters = {name: rows.clone() for name, rows in parameters.items()}
-        for rows in parameters.values():
+        copies = {
+            name: rows.clone() if rows is getattr(self, name) else rows for name, rows in parameters.items()
+        }
+        for rows in copies.values():
             separate_heads_(rows, self.head_dim)
-        return parameters
+        return copies
 
     def forward(  # type: ignore[override]
         self,
@@ -110,7 +144,7 @@ class QKVProjection(Linear):
             position_ids: (total_tokens,) int32 position of each token in its sequence.
 
         Returns:
-            (total_tokens, 3 * hidden_size).
+            (total_tokens, 3 * hidden_size), in the order of the weights.
         """
         return kernels.linear_rotary(
             hidden_states, self.weight, self.bias, *rotary_tables, position_ids, self.is_interleaved

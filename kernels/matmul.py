@@ -91,9 +91,32 @@ def pack_weight(weight: torch.Tensor) -> torch.Tensor:
     return packed
 
 
-def rotates_interleaved(weight: torch.Tensor) -> bool:
-    """Whether `linear_rotary` is faster with this weight in the order of `reference.interleave_heads_`."""
+def wants_interleaved_heads(weight: torch.Tensor) -> bool:
+    """Whether this projection should be in the order of `interleave_heads_`: on a CPU; kernels refuse it."""
     return weight.device.type == "cpu" and not uses_triton(weight)
+
+
+def interleave_heads_(projection: torch.Tensor, head_dim: int) -> None:
+    """Reorder a projection to queries, keys and values for `reference.rotary_qk_interleaved_`.
+
+    Attention does not see the difference: queries and keys have the same order.
+
+    Args:
+        projection: (3 * num_heads * head_dim, ...), a weight or bias, modified: in each head of queries and
+            keys, row i is followed by row i + head_dim / 2.
+    """
+    _transpose_in_heads_(projection, head_dim, 2, head_dim // 2)
+
+
+def separate_heads_(projection: torch.Tensor, head_dim: int) -> None:
+    """Undo `interleave_heads_`."""
+    _transpose_in_heads_(projection, head_dim, head_dim // 2, 2)
+
+
+def _transpose_in_heads_(projection: torch.Tensor, head_dim: int, *shape: int) -> None:
+    for part in projection.chunk(3)[:2]:  # one after the other: large models leave little memory
+        heads = part.view(len(part) // head_dim, *shape, *part.shape[1:])
+        part.copy_(heads.transpose(1, 2).reshape(part.shape))
 
 
 def linear(hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -155,7 +178,7 @@ def linear_rotary(
         weight: (3 * num_heads * head_dim, in_features), packed or not.
         bias: (3 * num_heads * head_dim,).
         cos, sin, position_ids: as for `rotary_qk_`.
-        interleaved: whether weight and bias are in the order of `reference.interleave_heads_`; on a CPU only.
+        interleaved: whether weight and bias are in the order of `interleave_heads_`; on a CPU only.
 
     Returns:
         (total_tokens, 3 * num_heads * head_dim).

@@ -87,40 +87,21 @@ def rotary_qk_(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, position
 def rotary_qk_interleaved_(
     qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, position_ids: torch.Tensor
 ) -> None:
-    """As `rotary_qk_`, where a head's two halves alternate: they are in the order of `interleave_heads_`.
+    """As `rotary_qk_`, where a head's two halves alternate, as `matmul.interleave_heads_` orders them.
 
-    Each pair that is rotated is one complex number then, which a CPU multiplies in one pass.
+    Each pair that is rotated is one complex number then, which a CPU multiplies in one pass. The heads of a
+    token's queries and keys lie end to end; tokens may be strided.
     """
-    rotations = torch.complex(cos.index_select(0, position_ids), sin.index_select(0, position_ids))
-    queries_and_keys = qkv[:, :2].flatten(1, 2)
+    # Torch multiplies contiguous numbers in vectors, and the rest of a thread's share one by one, with another
+    # rounding. With a gap behind each number all are taken one by one, however the work is divided.
+    tables = torch.stack([cos, sin, cos, sin], -1).index_select(0, position_ids)
+    rotations = torch.view_as_complex(tables.view(*tables.shape[:2], 2, 2))[:, :, 0]
+    queries_and_keys = qkv[:, :2].view(len(qkv), 2 * qkv.shape[2], qkv.shape[3])
     converted = queries_and_keys.to(cos.dtype)
     pairs = converted.view(*converted.shape[:2], cos.shape[1], 2)
     torch.view_as_complex(pairs).mul_(rotations[:, None])
     if converted is not queries_and_keys:
         queries_and_keys.copy_(converted)
-
-
-def interleave_heads_(projection: torch.Tensor, head_dim: int) -> None:
-    """Reorder a projection to queries, keys and values for `rotary_qk_interleaved_` to rotate its products.
-
-    Attention does not see the difference: queries and keys have the same order.
-
-    Args:
-        projection: (3 * num_heads * head_dim, ...), a weight or bias, modified: in each head of queries and
-            keys, row i is followed by row i + head_dim / 2.
-    """
-    _transpose_in_heads_(projection, head_dim, 2, head_dim // 2)
-
-
-def separate_heads_(projection: torch.Tensor, head_dim: int) -> None:
-    """Undo `interleave_heads_`."""
-    _transpose_in_heads_(projection, head_dim, head_dim // 2, 2)
-
-
-def _transpose_in_heads_(projection: torch.Tensor, head_dim: int, *shape: int) -> None:
-    for part in projection.chunk(3)[:2]:  # one after the other: large models leave little memory
-        heads = part.view(len(part) // head_dim, *shape, *part.shape[1:])
-        part.copy_(heads.transpose(1, 2).reshape(part.shape))
 
 
 def rotary_qk_packed_(

@@ -30,8 +30,9 @@ from esm_packed.checkpoints import (
     save_fair_esm,
 )
 from esm_packed.config import ESM2Config
-from esm_packed.kernels.reference import rotary_qk_, separate_heads_
-from esm_packed.modules import Linear
+from esm_packed.kernels.matmul import separate_heads_
+from esm_packed.kernels.reference import rotary_qk_
+from esm_packed.modules import Linear, QKVProjection
 from esm_packed.numerics import PRECISIONS, DType
 from esm_packed.packing import pack
 from esm_packed.runners.state.request import EmbedRequest
@@ -425,14 +426,75 @@ def test_packed_weights_are_copied_pickled_and_moved(dtype: str) -> None:
         np.testing.assert_array_equal(other.embed(["MKTAYIAK", "MK"]), expected)
 
 
+def demo_qkv() -> dict[str, torch.Tensor]:
+    """Of the first layer, from the checkpoint."""
+    tensors = load_checkpoint("demo").tensors
+    parts = [f"layers.0.self_attn.{part}_proj" for part in "qkv"]
+    return {
+        name: torch.cat([tensors[f"{part}.{name}"] for part in parts]).double() for name in ("weight", "bias")
+    }
+
+
+def first_qkv(model: ESM2) -> QKVProjection:
+    return next(iter(model.layers)).qkv
+
+
 def test_weights_have_the_checkpoint_order_where_kernels_rotate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There and back, as `.to("cuda")` and `.to("cpu")` are."""
     model = ESM2.from_pretrained("demo", device="cpu", dtype="fp64")
-    qkv = next(iter(model.layers)).qkv
-    of_checkpoint = {name: values.clone() for name, values in qkv.unpacked().items()}
     expected = model.embed(["MKTAYIAK"])
-    assert not torch.equal(qkv.weight, of_checkpoint["weight"])
-    monkeypatch.setattr("esm_packed.modules.rotates_interleaved", lambda weight: False)
+    interleaved = first_qkv(model).weight
+    assert not torch.equal(interleaved, demo_qkv()["weight"])
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr("esm_packed.modules.wants_interleaved_heads", lambda weight: False)
+        model.to("cpu")
+        for name, values in demo_qkv().items():
+            assert torch.equal(getattr(first_qkv(model), name), values)
+        np.testing.assert_allclose(model.embed(["MKTAYIAK"]), expected, rtol=1e-12, atol=1e-12)
     model.to("cpu")
-    for name, values in of_checkpoint.items():
-        assert torch.equal(getattr(qkv, name), values)
-    np.testing.assert_allclose(model.embed(["MKTAYIAK"]), expected, rtol=1e-12, atol=1e-12)
+    assert torch.equal(first_qkv(model).weight, interleaved)
+    np.testing.assert_array_equal(model.embed(["MKTAYIAK"]), expected)
+
+
+@pytest.mark.parametrize("dtype", ["fp64", "fp32"])
+def test_weights_survive_a_move_that_fails(dtype: str) -> None:
+    expected = ESM2.from_pretrained("demo", device="cpu", dtype=dtype).embed(["MKTAYIAK"])
+    for num_moved in range(0, 20, 3):
+        model = ESM2.from_pretrained("demo", device="cpu", dtype=dtype)
+        left = [num_moved]
+
+        def move(tensor: torch.Tensor, left: list[int] = left) -> torch.Tensor:
+            left[0] -= tensor.numel() > 0
+            if left[0] < 0:
+                raise MemoryError
+            return tensor.clone()
+
+        with pytest.raises(MemoryError):
+            model._apply(move)
+        for _ in range(2):
+            np.testing.assert_allclose(model.embed(["MKTAYIAK"]), expected, rtol=1e-5, atol=1e-5)
+            model.to("cpu")
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("dtype", ["fp64", "fp32"])
+def test_a_state_dict_is_in_checkpoint_order(
+    dtype: str, assign: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    model = ESM2.from_pretrained("demo", device="cpu", dtype=dtype)
+    expected = model.embed(["MKTAYIAK"])
+    state = {name: values.clone() for name, values in model.state_dict().items()}
+    for name, values in demo_qkv().items():
+        assert torch.equal(state[f"layers.0.qkv.{name}"].double(), values)
+    torch.save(state, tmp_path / "state.pt")
+    saved = torch.load(tmp_path / "state.pt")
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr("esm_packed.modules.wants_interleaved_heads", lambda weight: False)
+        other = ESM2.from_pretrained("demo", device="cpu", dtype=dtype)
+    for target in (other, model):
+        target.load_state_dict({name: torch.zeros_like(values) for name, values in saved.items()})
+        assert not target.embed(["MKTAYIAK"])[0].any()
+        target.load_state_dict(saved, assign=assign)
+        np.testing.assert_allclose(target.embed(["MKTAYIAK"]), expected, rtol=1e-4, atol=1e-5)
+    for name, values in saved.items():
+        assert torch.equal(values, state[name]), "the caller's tensors were reordered"

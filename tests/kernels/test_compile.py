@@ -135,7 +135,7 @@ def cache(pytestconfig: pytest.Config) -> Path:
 
 @pytest.fixture(scope="module")
 def compiled(cache: Path) -> dict[str, Any]:
-    """All kernels at the size of ESM-2 650M in FP16, and attention in FP32, for sm_90."""
+    """650M in FP16, and in FP32 the kernels that memory does not limit, for sm_90."""
     return compile_offline(cache, "--capabilities", "90")
 
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from tolerances import assert_as_close_as_pytorch
 
 from esm_packed import kernels
-from esm_packed.kernels import matmul, reference
+from esm_packed.kernels import matmul
 
 SIZES = [(320, 1280), (1280, 320), (2560, 640), (640, 64), (641, 64)]
 
@@ -15,14 +15,10 @@ SIZES = [(320, 1280), (1280, 320), (2560, 640), (640, 64), (641, 64)]
 @pytest.mark.parametrize(
     "dtype, processor",
     [
-        *(
-            (torch.float32, processor) for processor in ("unpacked", "Intel", "AMD")
-        ),  # which half types do not depend on
-        *(
-            (dtype, p)
-            for dtype in (torch.float64, torch.float16, torch.bfloat16)
-            for p in ("unpacked", "Intel")
-        ),
+        *((torch.float32, processor) for processor in ("unpacked", "Intel", "AMD")),
+        *((torch.float16, processor) for processor in ("unpacked", "Intel")),  # on which only FP32 depends
+        *((torch.bfloat16, processor) for processor in ("unpacked", "Intel")),
+        *((torch.float64, processor) for processor in ("unpacked", "Intel")),
     ],
     ids=str,
 )
@@ -83,13 +79,13 @@ def test_linear_rotary_is_the_product_and_then_the_rotation(packed: bool, interl
     expected = F.linear(states, weight, bias).view(11, 3, 4, 24)
     kernels.rotary_qk_(expected, angles.cos(), angles.sin(), position_ids)
     if interleaved:
-        reference.interleave_heads_(weight, 24)
-        reference.interleave_heads_(bias, 24)
+        matmul.interleave_heads_(weight, 24)
+        matmul.interleave_heads_(bias, 24)
     stored = matmul.pack_weight(weight) if packed else weight
     tables = angles.cos(), angles.sin()
     actual = kernels.linear_rotary(states, stored, bias, *tables, position_ids, interleaved)
     if interleaved:
-        reference.separate_heads_(actual.T, 24)
+        matmul.separate_heads_(actual.T, 24)
     torch.testing.assert_close(actual, expected.view(11, -1), rtol=1e-5, atol=1e-5)
 
 

@@ -11,7 +11,7 @@ from esm.rotary_embedding import apply_rotary_pos_emb
 from tolerances import assert_as_close_as_pytorch, relative_error
 
 from esm_packed import kernels
-from esm_packed.kernels import reference
+from esm_packed.kernels import matmul, reference
 
 LENGTHS = [1, 2, 3, 15, 16, 17, 63, 64, 65, 127, 128, 129]
 HEAD_DIMS = [16, 24, 32, 64, 128]
@@ -76,9 +76,9 @@ def test_rotary_is_that_of_fair_esm_and_spares_values(
     tables = angles.cos().to(table_dtype), angles.sin().to(table_dtype)
     actual = qkv.clone()
     if interleaved:
-        reference.interleave_heads_(actual.flatten(1).T, head_dim)
+        matmul.interleave_heads_(actual.flatten(1).T, head_dim)
         reference.rotary_qk_interleaved_(actual, *tables, position_ids)
-        reference.separate_heads_(actual.flatten(1).T, head_dim)
+        matmul.separate_heads_(actual.flatten(1).T, head_dim)
     else:
         kernels.rotary_qk_(actual, *tables, position_ids)
     assert torch.equal(actual[:, 2], qkv[:, 2])
@@ -88,6 +88,37 @@ def test_rotary_is_that_of_fair_esm_and_spares_values(
         assert_as_close_as_pytorch(
             actual[:, :2], rotated_by_fair_esm(dtype), rotated_by_fair_esm(torch.float64)
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("head_dim", [16, 24, 32])
+def test_rotary_gives_the_same_bits_with_any_number_of_threads(head_dim: int, dtype: torch.dtype) -> None:
+    """A token's bits do not depend on where the work is divided, nor on the tokens before it."""
+    qkv = torch.randn(4099, 3, 5, head_dim).to(dtype)
+    angles = torch.rand(300, head_dim // 2) * 100
+    position_ids = torch.arange(4099, dtype=torch.int32) % 300
+
+    def rotated(first: int, num_threads: int) -> torch.Tensor:
+        torch.set_num_threads(num_threads)
+        rows = qkv[first:].clone()
+        reference.rotary_qk_interleaved_(rows, angles.cos(), angles.sin(), position_ids[first:])
+        return rows
+
+    before = torch.get_num_threads()
+    try:
+        expected = rotated(0, 1)
+        for num_threads in (2, 3, 5, 7):
+            for first in (0, 1, 7):
+                assert torch.equal(rotated(first, num_threads), expected[first:])
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_interleaved_heads_that_do_not_lie_end_to_end_are_refused() -> None:
+    angles, position_ids = torch.rand(9, 12), torch.arange(4, dtype=torch.int32)
+    apart = torch.randn(4, 3, 3, 24)[:, :, :2]
+    with pytest.raises(RuntimeError, match="view"):
+        reference.rotary_qk_interleaved_(apart, angles.cos(), angles.sin(), position_ids)
 
 
 @pytest.mark.parametrize("hidden_size", [320, 480, 640, 1280, 2560, 5120])

@@ -22,6 +22,7 @@ from proteins import SHARDS_OF_RESIDUES, proteins_with_copies, random_proteins, 
 import esm_packed
 from esm_packed.runners.cli import main as cli
 from esm_packed.runners.output import joining
+from esm_packed.runners.output.parts import _MOST_OPEN
 from esm_packed.runners.output.reader import EmbeddingReader
 from esm_packed.runners.state import cut
 from esm_packed.runners.state.parts import MARKER, PartsDirectory
@@ -170,9 +171,12 @@ def test_more_parts_than_files_may_be_open(tmp_path: Path, monkeypatch: pytest.M
         rows, starts, lengths = (file[name][:] for name in ("per_residue/5", "starts", "embedded_lengths"))
     assert np.isfinite(rows).all() and rows.any(axis=1).all()
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    open_files = 1 + max(int(path.name) for path in Path("/dev/fd").iterdir())
-    resource.setrlimit(resource.RLIMIT_NOFILE, (open_files + 24, limits[1]))
+    open_files = {int(path.name) for path in Path("/dev/fd").iterdir()}
+    limit = [number for number in range(4096) if number not in open_files][_MOST_OPEN + 8]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limits[1]))
     try:
+        with h5py.File(output) as file:
+            assert not np.array_equal(file["per_residue/5"][:], rows)
         with esm_packed.open(output) as embeddings:
             for (_, values), start, length in zip(embeddings, starts, lengths, strict=True):
                 np.testing.assert_array_equal(values, rows[start : start + length])

@@ -154,6 +154,7 @@ def test_shards_on_a_cpu_take_about_ten_seconds() -> None:
     "number, model",
     [
         (40_000, "esm2_t48_15B_UR50D"),
+        pytest.param(150_000, "esm2_t36_3B_UR50D", marks=pytest.mark.slow),  # 4 s
         pytest.param(1_000_000, "esm2_t33_650M_UR50D", marks=pytest.mark.slow),  # 10 s
     ],
 )

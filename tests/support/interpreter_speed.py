@@ -1,8 +1,7 @@
 """Make Triton's interpreter faster.
 
 It patches its language anew in every call of a device function, describes the type of every value anew, and
-computes integers again in 64 bits to see whether they fit. Such overflow takes offsets beyond 2^31, which no
-test here has; `test_compile` counts the products that could overflow.
+computes integers again in 64 bits, to see whether they fit, at which it looks in its debug mode only.
 """
 
 from __future__ import annotations
@@ -16,6 +15,9 @@ import triton.language as tl
 from triton.language import core
 from triton.runtime import interpreter
 
+TENSOR_INIT, BLOCK_TYPE_INIT = core.tensor.__init__, core.block_type.__init__
+"""Triton's own."""
+
 
 @cache
 def _languages(function: Callable[..., Any]) -> frozenset[int]:
@@ -25,28 +27,27 @@ def _languages(function: Callable[..., Any]) -> frozenset[int]:
 
 def _describe_types_once() -> None:
     """Make what follows from a type once: its shape and name, the shapes of its tensors, numpy's dtype."""
-    describe = core.block_type.__init__
     known: dict[Any, dict[str, Any]] = {}
 
-    def described(self: core.block_type, element_ty: core.dtype, shape: Any) -> None:
+    def init_block_type(self: core.block_type, element_ty: core.dtype, shape: Any) -> None:
         sizes = tuple(size.value if isinstance(size, core.constexpr) else size for size in shape)
         key = element_ty.name, sizes
         if key not in known:
-            describe(self, element_ty, shape)
+            BLOCK_TYPE_INIT(self, element_ty, shape)
             shape_of_tensors = core.tuple([core.constexpr(size) for size in self.shape])
             extra = {"shape_of_tensors": shape_of_tensors, "numel_of_tensors": core.constexpr(self.numel)}
             known[key] = self.__dict__ | extra
         self.__dict__ = known[key].copy()
 
-    of_scalars = {"shape_of_tensors": core.tuple([]), "numel_of_tensors": core.constexpr(1)}
+    scalar = {"shape_of_tensors": core.tuple([]), "numel_of_tensors": core.constexpr(1)}
 
-    def filled(self: core.tensor, handle: Any, type: core.dtype) -> None:
-        about = type.__dict__ if isinstance(type, core.block_type) else of_scalars
+    def init_tensor(self: core.tensor, handle: Any, type: core.dtype) -> None:
+        about = type.__dict__ if isinstance(type, core.block_type) else scalar
         self.handle, self.type, self.dtype = handle, type, type.scalar
         self.shape, self.numel = about["shape_of_tensors"], about["numel_of_tensors"]
 
-    core.block_type.__init__ = described
-    core.tensor.__init__ = filled
+    core.block_type.__init__ = init_block_type
+    core.tensor.__init__ = init_tensor
 
     numpy_dtype = interpreter._get_np_dtype
     numpy_dtypes: dict[str, Any] = {}

@@ -62,7 +62,7 @@ def calls(config: ESM2Config, dtypes: tuple[torch.dtype, ...]) -> Iterator[tuple
 def is_chosen(case: Case, name: str, full: bool, only: tuple[str, ...]) -> bool:
     if only:
         return case.name in only
-    return full or "float16" in name or case.name.startswith("packed_attention")
+    return full or case.num_flops is not None or "float16" in name
 
 
 def compile_all(
@@ -72,7 +72,7 @@ def compile_all(
 
     Args:
         capabilities: compute capabilities, 90 for sm_90.
-        full: all models and dtypes, else 650M in FP16, and attention in FP32.
+        full: all models and dtypes, else 650M in FP16, and in FP32 the kernels that memory does not limit.
         only: kernels to compile, those in FP32 too.
     """
     models = list(ESM2_MODELS.values()) if full else [ESM2_MODELS["esm2_t33_650M_UR50D"]]
