@@ -92,8 +92,8 @@ def rotary_qk_interleaved_(
     Each pair that is rotated is one complex number then, which a CPU multiplies in one pass. The heads of a
     token's queries and keys lie end to end; tokens may be strided.
     """
-    # Torch multiplies contiguous numbers in vectors, the rest of a thread's share one by one, and rounds these
-    # in another way. With a gap behind each number all are taken one by one, however the work is divided.
+    # Torch multiplies contiguous numbers in vectors, and the rest of a thread's share one by one, where it
+    # rounds in another way. With a gap behind each number it takes all one by one, however work is divided.
     tables = torch.stack([cos, sin, cos, sin], -1).index_select(0, position_ids)
     rotations = torch.view_as_complex(tables.view(*tables.shape[:2], 2, 2))[:, :, 0]
     queries_and_keys = qkv[:, :2].view(len(qkv), 2 * qkv.shape[2], qkv.shape[3])
