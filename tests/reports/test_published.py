@@ -38,14 +38,31 @@ def test_readme_quotes_the_published_ratios() -> None:
         assert times_text(times) in text
 
 
-@pytest.mark.parametrize("size", ["8M", "35M", "150M"])
-def test_readme_quotes_the_published_ratios_to_openvino(size: str) -> None:
+def peers(name: str, dtype: str) -> dict[str, results.Measurement]:
+    """What a published contest of packages measured in one precision, by contender."""
+    published = results.read_results(PUBLISHED / "cpu-intel-xeon-2-cores" / f"peers-{name}.json")
+    return {m.info["provider"]: m for m in published.suite("peers") if m.info["dtype"] == dtype}
+
+
+@pytest.mark.parametrize("name", ["8M-fp32", "35M", "150M-fp32", "650M"])
+def test_readme_quotes_the_published_ratios_in_fp32(name: str) -> None:
     text = " ".join((ROOT / "README.md").read_text().split())
-    published = results.read_results(PUBLISHED / "cpu-intel-xeon-2-cores" / f"peers-{size}.json")
-    fp32 = {m.info["provider"]: m for m in published.suite("peers") if m.info["dtype"] == "fp32"}
-    times = results.ratio(fp32["openvino"], fp32["esm_packed"])
-    assert times is not None
-    assert times_text(times) in text
+    measured = peers(name, "fp32")
+    for provider in measured.keys() & {"openvino", "transformers"}:
+        times = results.ratio(measured[provider], measured["esm_packed"])
+        assert times is not None
+        assert times_text(times) in text
+
+
+@pytest.mark.parametrize("name", ["8M", "35M", "150M", "650M"])
+def test_bf16_is_quoted_as_published(name: str) -> None:
+    page = (PUBLISHED / "README.md").read_text()
+    fp32, bf16 = peers(name, "fp32"), peers(name, "bf16")
+    own = results.ratio(fp32["esm_packed"], bf16["esm_packed"])
+    assert f"in BF16 is {shown(own)} as fast as in FP32" in page
+    times = results.ratio(bf16["openvino"], bf16["esm_packed"])
+    assert f"| {shown(times)} as fast |" in page
+    assert times is not None and f"{times.middle:.2f}x" in (ROOT / "README.md").read_text()
 
 
 def variants_of(name: str, key: str) -> dict[str, results.Measurement]:
