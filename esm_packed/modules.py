@@ -71,7 +71,7 @@ class Linear(nn.Linear):
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
         with self._unpacked_meanwhile():
-            super()._load_from_state_dict(*arguments)  # type: ignore[no-untyped-call]
+            super()._load_from_state_dict(*arguments)
             # with `assign` they are the caller's, whom reordering in place would surprise
             self._set(weight=self.weight.clone(), bias=self.bias.clone())
 
