@@ -16,6 +16,9 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 # A shell starts background jobs with Ctrl-C ignored, and every process started from here would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# These fork the test process and come first: once Ray has run there, a child may wait for a lock for ever.
+FORKING = ("test_download.py", "test_embedding_dataset.py", "test_store.py")
+
 # Test processes take a file at a time. They end together when the files that take longest come first.
 LONGEST = ("test_ray.py", "test_compile.py", "test_kill.py", "test_triton_kernels.py", "test_tune.py")
 
@@ -62,7 +65,7 @@ def pytest_unconfigure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.path.name not in LONGEST)
+    items.sort(key=lambda item: (item.path.name not in FORKING, item.path.name not in LONGEST))
 
 
 @pytest.fixture
