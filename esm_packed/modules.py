@@ -80,7 +80,7 @@ class Linear(nn.Linear):
         parameters = {
             name: nn.Parameter(values, requires_grad=False) for name, values in self.unpacked().items()
         }
-        return self.__dict__ | {"_parameters": parameters, "is_interleaved": False}
+        return self.__dict__ | {"_parameters": parameters}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -129,6 +129,9 @@ class QKVProjection(Linear):
         for rows in copies.values():
             separate_heads_(rows, self.head_dim)
         return copies
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"is_interleaved": False}
 
     def forward(  # type: ignore[override]
         self,

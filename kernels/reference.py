@@ -94,7 +94,8 @@ def rotary_qk_interleaved_(
     """
     # Torch multiplies contiguous numbers in vectors, and the rest of a thread's share one by one, where it
     # rounds in another way. With a gap behind each number it takes all one by one, however work is divided.
-    tables = torch.stack([cos, sin, cos, sin], -1).index_select(0, position_ids)
+    cos, sin = cos.index_select(0, position_ids), sin.index_select(0, position_ids)
+    tables = torch.stack([cos, sin, cos, sin], -1)
     rotations = torch.view_as_complex(tables.view(*tables.shape[:2], 2, 2))[:, :, 0]
     queries_and_keys = qkv[:, :2].view(len(qkv), 2 * qkv.shape[2], qkv.shape[3])
     converted = queries_and_keys.to(cos.dtype)

@@ -38,18 +38,12 @@ def test_readme_quotes_the_published_ratios() -> None:
         assert times_text(times) in text
 
 
-def peers(name: str, dtype: str) -> dict[str, results.Measurement]:
-    """What a published contest of packages measured in one precision, by contender."""
-    published = results.read_results(PUBLISHED / "cpu-intel-xeon-2-cores" / f"peers-{name}.json")
-    return {m.info["provider"]: m for m in published.suite("peers") if m.info["dtype"] == dtype}
-
-
 @pytest.mark.parametrize("name", ["8M-fp32", "35M", "150M-fp32", "650M"])
 def test_readme_quotes_the_published_ratios_in_fp32(name: str) -> None:
     text = " ".join((ROOT / "README.md").read_text().split())
-    measured = peers(name, "fp32")
-    for provider in measured.keys() & {"openvino", "transformers"}:
-        times = results.ratio(measured[provider], measured["esm_packed"])
+    measured = variants_of(f"peers-{name}", "dtype provider")
+    for rival in measured.keys() & {"fp32 openvino", "fp32 transformers"}:
+        times = results.ratio(measured[rival], measured["fp32 esm_packed"])
         assert times is not None
         assert times_text(times) in text
 
@@ -57,10 +51,10 @@ def test_readme_quotes_the_published_ratios_in_fp32(name: str) -> None:
 @pytest.mark.parametrize("name", ["8M", "35M", "150M", "650M"])
 def test_bf16_is_quoted_as_published(name: str) -> None:
     page = (PUBLISHED / "README.md").read_text()
-    fp32, bf16 = peers(name, "fp32"), peers(name, "bf16")
-    own = results.ratio(fp32["esm_packed"], bf16["esm_packed"])
+    measured = variants_of(f"peers-{name}", "dtype provider")
+    own = results.ratio(measured["fp32 esm_packed"], measured["bf16 esm_packed"])
     assert f"in BF16 is {shown(own)} as fast as in FP32" in page
-    times = results.ratio(bf16["openvino"], bf16["esm_packed"])
+    times = results.ratio(measured["bf16 openvino"], measured["bf16 esm_packed"])
     assert f"| {shown(times)} as fast |" in page
     assert times is not None and f"{times.middle:.2f}x" in (ROOT / "README.md").read_text()
 
@@ -117,3 +111,16 @@ def test_cores_and_starting_are_quoted() -> None:
         if "-embed]" in each["name"]
     ]
     assert f"| {median(beyond):.2f} ({min(beyond):.2f} to {max(beyond):.2f}) |" in text
+
+
+def test_rates_of_multiplications_are_quoted() -> None:
+    text = " ".join((PUBLISHED / "README.md").read_text().split())
+    rates: dict[str, list[int]] = {}
+    for name in ("8M", "8M-fp32", "35M", "150M", "150M-fp32"):
+        content = json.loads((PUBLISHED / "cpu-intel-xeon-2-cores" / f"peers-{name}.json").read_text())
+        for library, rate in content["machine_info"]["cpu_matmul_rates"].items():
+            rates.setdefault(library, []).append(round(rate / 1e9))
+    low, high = ({library: f"{end(values):,}" for library, values in rates.items()} for end in (min, max))
+    assert f"{low['MKL FP32']} to {high['MKL FP32']} GFLOP/s through MKL in FP32" in text
+    assert f"{low['oneDNN FP32']} to {high['oneDNN FP32']} through oneDNN" in text
+    assert f"{low['oneDNN BF16']} to {high['oneDNN BF16']} through oneDNN in BF16" in text
