@@ -79,6 +79,13 @@ class Backend:
     load: Callable[[Precision], PackedAttention]
 
 
+_KEYS_AT_ONCE = 16
+"""On a CPU, torch's attention in BF16 takes the keys beyond a multiple of this one by one."""
+
+_MAX_SINGLE_KEYS = 4
+"""More of them take longer than adding keys up to the multiple and masking these."""
+
+
 def sdpa_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -102,15 +109,44 @@ def sdpa_attention(
         count = sum(1 for _ in run)
         end = start + count * length
         shape = (count, length, num_heads, head_dim)
+        keys, values, mask = key[start:end].view(shape), value[start:end].view(shape), None
+        if _wants_more_keys(keys):
+            keys, values, mask = _extended(keys, values)
         attended = F.scaled_dot_product_attention(
             query[start:end].view(shape).transpose(1, 2),
-            key[start:end].view(shape).transpose(1, 2),
-            value[start:end].view(shape).transpose(1, 2),
+            keys.transpose(1, 2),
+            values.transpose(1, 2),
+            attn_mask=mask,
             scale=softmax_scale,
         )
         out[start:end].view(shape).copy_(attended.transpose(1, 2))
         start = end
     return out
+
+
+def _wants_more_keys(keys: torch.Tensor) -> bool:
+    # FP16 and FP32 gain nothing
+    is_bf16_on_cpu = keys.device.type == "cpu" and keys.dtype == torch.bfloat16
+    return is_bf16_on_cpu and keys.shape[1] % _KEYS_AT_ONCE > _MAX_SINGLE_KEYS
+
+
+def _extended(
+    keys: torch.Tensor, values: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Keys and values with zeros up to a multiple of `_KEYS_AT_ONCE`, and the mask that hides these.
+
+    Args:
+        keys, values: (num_sequences, length, num_heads, head_dim).
+
+    Returns:
+        The same with a greater length, and a mask (1, greater length) to add to the scores.
+    """
+    length = keys.shape[1]
+    added = -length % _KEYS_AT_ONCE
+    mask = keys.new_zeros(1, length + added)
+    mask[:, length:] = -torch.inf
+    keys, values = (F.pad(rows, (0, 0, 0, 0, 0, added)) for rows in (keys, values))
+    return keys, values, mask
 
 
 def _load_triton(precision: Precision) -> PackedAttention:
