@@ -130,9 +130,7 @@ def _wants_more_keys(keys: torch.Tensor) -> bool:
     return is_bf16_on_cpu and keys.shape[1] % _KEYS_AT_ONCE > _MAX_SINGLE_KEYS
 
 
-def _extended(
-    keys: torch.Tensor, values: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _extended(keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Keys and values with zeros up to a multiple of `_KEYS_AT_ONCE`, and the mask that hides these.
 
     Args:
