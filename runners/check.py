@@ -97,7 +97,7 @@ def check_model(
     All proteins are computed in one pack.
 
     Args:
-        model: a model, as for `weights.load_checkpoint`.
+        model: a model, as for `checkpoints.load_checkpoint`.
         console: shows the download.
         device: auto, cpu, cuda or cuda:INDEX.
         threads: CPU threads; None for torch's default.

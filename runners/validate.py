@@ -45,7 +45,7 @@ class ValidateRequest:
     """Arguments of `esm-packed validate`.
 
     Args:
-        model: a model, as for `weights.load_checkpoint`.
+        model: a model, as for `checkpoints.load_checkpoint`.
         fasta: FASTA file, `-` for standard input.
         output: directory for the report; created if missing.
         device: auto, cpu, cuda or cuda:INDEX.

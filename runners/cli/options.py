@@ -39,8 +39,8 @@ examples:
   esm-packed info embeddings.h5
   esm-packed COMMAND --help
 
-exit codes: 0 complete, 1 failed verdict or internal error, 2 wrong input or option, 3 some rows failed,
-4 interrupted (rerun the same command to continue), 5 out of disk space"""
+exit codes: 0 complete, 1 failed verdict, out of memory or internal error, 2 wrong input or option, 3 some
+rows failed, 4 interrupted (rerun the same command to continue), 5 out of disk space"""
 
 _TUNE_EPILOG = """\
 examples:
