@@ -80,10 +80,10 @@ class Backend:
 
 
 _KEYS_AT_ONCE = 16
-"""On a CPU, torch's attention in BF16 takes the keys beyond a multiple of this one by one."""
+"""With AVX-512, torch's attention in BF16 takes the keys beyond a multiple of this one by one."""
 
 _MAX_SINGLE_KEYS = 4
-"""More of them take longer than adding keys up to the multiple and masking these."""
+"""Up to this remainder, and up to a 64th of all keys, that costs less than added keys and a mask."""
 
 
 def sdpa_attention(
@@ -109,9 +109,9 @@ def sdpa_attention(
         count = sum(1 for _ in run)
         end = start + count * length
         shape = (count, length, num_heads, head_dim)
-        keys, values, mask = key[start:end].view(shape), value[start:end].view(shape), None
-        if _wants_more_keys(keys):
-            keys, values, mask = _extended(keys, values)
+        keys, values = extend_keys(key[start:end].view(shape), value[start:end].view(shape))
+        added = keys.shape[1] - length
+        mask = torch.arange(length + added)[None] < length if added else None
         attended = F.scaled_dot_product_attention(
             query[start:end].view(shape).transpose(1, 2),
             keys.transpose(1, 2),
@@ -124,27 +124,25 @@ def sdpa_attention(
     return out
 
 
-def _wants_more_keys(keys: torch.Tensor) -> bool:
-    # FP16 and FP32 gain nothing
-    is_bf16_on_cpu = keys.device.type == "cpu" and keys.dtype == torch.bfloat16
-    return is_bf16_on_cpu and keys.shape[1] % _KEYS_AT_ONCE > _MAX_SINGLE_KEYS
-
-
-def _extended(keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Keys and values with zeros up to a multiple of `_KEYS_AT_ONCE`, and the mask that hides these.
+def extend_keys(keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Add zeros behind keys and values, for the caller to mask, where attention is faster with them.
 
     Args:
         keys, values: (num_sequences, length, num_heads, head_dim).
 
     Returns:
-        The same with a greater length, and a mask (1, greater length) to add to the scores.
+        The same, with a length that may be greater.
     """
     length = keys.shape[1]
-    added = -length % _KEYS_AT_ONCE
-    mask = keys.new_zeros(1, length + added)
-    mask[:, length:] = -torch.inf
-    keys, values = (F.pad(rows, (0, 0, 0, 0, 0, added)) for rows in (keys, values))
-    return keys, values, mask
+    gains = (  # FP16 and FP32 do not
+        keys.dtype == torch.bfloat16
+        and keys.device.type == "cpu"
+        and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    )
+    if not gains or length % _KEYS_AT_ONCE <= max(_MAX_SINGLE_KEYS, length / 64):
+        return keys, values
+    added = (0, 0, 0, 0, 0, -length % _KEYS_AT_ONCE)
+    return F.pad(keys, added), F.pad(values, added)
 
 
 def _load_triton(precision: Precision) -> PackedAttention:

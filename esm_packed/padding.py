@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from esm_packed.alphabet import BOS_ID, EOS_ID, PAD_ID
+from esm_packed.attention import extend_keys
 from esm_packed.packing import SPECIAL_TOKENS, PackedBatch
 
 
@@ -86,12 +87,13 @@ def padded_attention(
     """Attention over the rows of a padded batch, with padding masked out; an `attention.PackedAttention`."""
     num_heads, head_dim = query.shape[1:]
     lengths = cu_seqlens.diff()[::2]
-    is_token = torch.arange(max_seqlen, device=query.device) < lengths[:, None]
     shape = (-1, max_seqlen, num_heads, head_dim)
+    keys, values = extend_keys(key.reshape(shape), value.reshape(shape))
+    is_token = torch.arange(keys.shape[1], device=query.device) < lengths[:, None]
     attended = F.scaled_dot_product_attention(
         query.reshape(shape).transpose(1, 2),
-        key.reshape(shape).transpose(1, 2),
-        value.reshape(shape).transpose(1, 2),
+        keys.transpose(1, 2),
+        values.transpose(1, 2),
         attn_mask=is_token[:, None, None, :],
         scale=softmax_scale,
     )

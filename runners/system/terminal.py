@@ -9,7 +9,7 @@ from contextlib import suppress
 
 EXIT_COMPLETE = 0
 EXIT_FAILED = 1
-"""A failed verdict, or an internal error."""
+"""A failed verdict, out of memory, or an internal error."""
 EXIT_USAGE = 2
 EXIT_FAILED_ROWS = 3
 EXIT_INTERRUPTED = 4

@@ -48,6 +48,30 @@ def test_sdpa_equals_the_reference(lengths: list[int], head_dim: int, dtype: tor
         assert_as_close_as_pytorch(actual, packed_attention(query, key, value, *arguments), truth)
 
 
+@pytest.mark.parametrize(
+    "dtype, length, extended",
+    [
+        (torch.bfloat16, 23, 32),
+        (torch.bfloat16, 20, 20),
+        (torch.bfloat16, 975, 975),
+        (torch.float32, 23, 23),
+    ],
+    ids=str,
+)
+def test_keys_are_extended_where_that_is_faster(
+    dtype: torch.dtype, length: int, extended: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX512")
+    (query, key, value), cu_seqlens = packed_qkv([length, length, 3], 16, dtype)
+    assert attention.extend_keys(key[None, :length], value[None, :length])[0].shape[1] == extended
+    arguments = (cu_seqlens, length, 0.25)
+    truth = packed_attention(query.double(), key.double(), value.double(), *arguments)
+    actual = attention.sdpa_attention(query, key, value, *arguments)
+    assert_as_close_as_pytorch(actual, packed_attention(query, key, value, *arguments), truth)
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX2")
+    assert attention.extend_keys(key[None], value[None])[0].shape[1] == len(key)
+
+
 def test_auto_takes_sdpa_on_a_cpu_and_the_reference_for_fp64() -> None:
     assert attention.select_backend("auto", CPU, PRECISIONS["fp32"], 64)[0] == "sdpa"
     assert attention.select_backend("auto", CPU, PRECISIONS["fp64"], 64)[0] == "reference"

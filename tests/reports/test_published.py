@@ -59,6 +59,16 @@ def test_bf16_is_quoted_as_published(name: str) -> None:
     assert times is not None and f"{times.middle:.2f}x" in (ROOT / "README.md").read_text()
 
 
+def test_a_run_with_an_unfair_rival_is_named() -> None:
+    text = " ".join((PUBLISHED / "README.md").read_text().split())
+    measured = variants_of("peers-35M-fp32-search", "provider")
+    openvino, transformers = (
+        shown(results.ratio(measured[rival], measured["esm_packed"])) for rival in ("openvino", "transformers")
+    )
+    assert f"OpenVINO {openvino}, transformers {transformers}" in text
+    assert measured["transformers"].info["token_budget"] == 4096
+
+
 def variants_of(name: str, key: str) -> dict[str, results.Measurement]:
     """What a published file measured, by the values of fields."""
     published = results.read_results(PUBLISHED / "cpu-intel-xeon-2-cores" / f"{name}.json")
