@@ -63,7 +63,8 @@ def test_a_run_with_an_unfair_rival_is_named() -> None:
     text = " ".join((PUBLISHED / "README.md").read_text().split())
     measured = variants_of("peers-35M-fp32-search", "provider")
     openvino, transformers = (
-        shown(results.ratio(measured[rival], measured["esm_packed"])) for rival in ("openvino", "transformers")
+        shown(results.ratio(measured[rival], measured["esm_packed"]))
+        for rival in ("openvino", "transformers")
     )
     assert f"OpenVINO {openvino}, transformers {transformers}" in text
     assert measured["transformers"].info["token_budget"] == 4096
