@@ -110,8 +110,8 @@ def sdpa_attention(
         end = start + count * length
         shape = (count, length, num_heads, head_dim)
         keys, values = extend_keys(key[start:end].view(shape), value[start:end].view(shape))
-        added = keys.shape[1] - length
-        mask = torch.arange(length + added)[None] < length if added else None
+        is_extended = keys.shape[1] > length
+        mask = torch.arange(keys.shape[1], device=keys.device)[None] < length if is_extended else None
         attended = F.scaled_dot_product_attention(
             query[start:end].view(shape).transpose(1, 2),
             keys.transpose(1, 2),

@@ -69,7 +69,7 @@ def test_keys_are_extended_where_that_is_faster(
     actual = attention.sdpa_attention(query, key, value, *arguments)
     assert_as_close_as_pytorch(actual, packed_attention(query, key, value, *arguments), truth)
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX2")
-    assert attention.extend_keys(key[None], value[None])[0].shape[1] == len(key)
+    assert attention.extend_keys(key[None, :length], value[None, :length])[0].shape[1] == length
 
 
 def test_auto_takes_sdpa_on_a_cpu_and_the_reference_for_fp64() -> None:
